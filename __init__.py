@@ -1,0 +1,3 @@
+"""AutoRefiner: autoregressive video diffusion, sampled chunk by chunk."""
+
+__version__ = "0.1.0"

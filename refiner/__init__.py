@@ -1,0 +1,1 @@
+"""The pack's core: pure PyTorch, no ComfyUI."""

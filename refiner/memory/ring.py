@@ -1,0 +1,109 @@
+"""The memory of sampling: allocated once, written in place, never copied while it grows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..wan.causal import KeyValue
+from ..wan.rope import rotate, rotation_table
+from .frames import FrameLedger
+from .plan import MemoryPlan
+
+
+def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut a chunk's slots into contiguous pieces (first slot, first frame of the chunk, frames)."""
+    pieces: list[tuple[int, int, int]] = []
+    for frame, slot in enumerate(slots):
+        if pieces and pieces[-1][0] + pieces[-1][2] == slot:
+            first, offset, length = pieces[-1]
+            pieces[-1] = (first, offset, length + 1)
+        else:
+            pieces.append((slot, frame, 1))
+    return pieces
+
+
+class RingMemory:
+    """K/V of a window in place: sink slots, then a ring by frame.
+
+    The current chunk is written over the frames that it evicts, so past and present are one contiguous read with no
+    copy. Attention does not care in which order keys lie; positions are kept by slot.
+    """
+
+    def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
+        self.plan = plan
+        self.ledger = FrameLedger(plan)
+        shape = (plan.batch, plan.window_frames * plan.frame_tokens, plan.heads, plan.head_dim)
+        layers = range(plan.layers)
+        self.keys = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
+        self.rotated = torch.empty(shape, dtype=plan.dtype, device=device) if plan.keys == "raw" else None
+        self.current: RingView | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes now held."""
+        rotated = [] if self.rotated is None else [self.rotated]
+        return sum(x.nbytes for x in (*self.keys, *self.values, *rotated))
+
+    def view(self, frames: Sequence[int]) -> "RingView":
+        """The place for a chunk of these absolute latent frames, behind the past that it sees."""
+        if self.current is None or self.current.frames != tuple(frames) or self.ledger.jump is not None:
+            self.current = RingView(self, tuple(frames))
+        return self.current
+
+    def commit(self) -> None:
+        """What stands in the current place becomes past."""
+        if self.current is None:
+            raise ValueError("nothing to commit: no chunk was predicted since the last commit")
+        self.ledger.commit(self.current.frames)
+        self.current = None
+
+    def flush(self, keep_last: int) -> None:
+        """Forget all but the sink and the last `keep_last` frames (Infinity-RoPE's KV flush)."""
+        slots = [self.ledger.slot(held.order) for held in self.ledger.flush(keep_last)]
+        source = torch.tensor(slots, dtype=torch.long, device=self.keys[0].device)
+        for buffer in (*self.keys, *self.values):
+            frames = buffer.unflatten(1, (-1, self.plan.frame_tokens))
+            frames[:, : len(slots)] = frames[:, source]
+        self.current = None
+
+    def free(self) -> None:
+        """Let go of every buffer."""
+        self.keys, self.values, self.rotated, self.current = [], [], None, None
+
+
+class RingView:
+    """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one before."""
+
+    def __init__(self, memory: RingMemory, frames: tuple[int, ...]) -> None:
+        self.memory = memory
+        self.frames = frames
+        ledger, plan = memory.ledger, memory.plan
+        past, self.positions = ledger.positions(frames)
+        visible = ledger.visible(len(frames))
+        slots = [ledger.slot(ledger.arrived + i) for i in range(len(frames))]
+        self.pieces = runs(slots)
+        self.used = (len(visible) + len(frames)) * plan.frame_tokens
+        by_slot = dict(zip((ledger.slot(held.order) for held in visible), past, strict=True))
+        by_slot |= dict(zip(slots, self.positions, strict=True))
+        self.slot_positions = tuple(by_slot[slot] for slot in sorted(by_slot))
+
+    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+        """See `refiner.wan.causal.View`. Writes in place: not for passes whose graph is kept."""
+        memory, size = self.memory, self.memory.plan.frame_tokens
+        keys, values = memory.keys[layer], memory.values[layer]
+        raw = memory.rotated is not None
+        stored = raw_key if raw else rotate(raw_key, table)
+        for slot, frame, length in self.pieces:
+            place, source = slice(slot * size, (slot + length) * size), slice(frame * size, (frame + length) * size)
+            keys[:, place] = stored[:, source]
+            values[:, place] = value[:, source]
+        seen = KeyValue(keys[:, : self.used], values[:, : self.used])
+        return KeyValue(self._rotated(seen.key), seen.value) if raw else seen
+
+    def _rotated(self, raw_key: Tensor) -> Tensor:
+        plan = self.memory.plan
+        table = rotation_table(self.slot_positions, plan.height, plan.width, plan.head_dim, like=raw_key)
+        rotated = self.memory.rotated[:, : self.used]
+        return rotated.copy_(rotate(raw_key, table))

@@ -1,0 +1,48 @@
+"""Where noise comes from: one random stream for every place in a run where noise is drawn."""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..schedule import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Which noise of a chunk: the level it leads to (0 is the chunk's start), a repeat of it, a search candidate."""
+
+    level: int
+    repeat: int = 0
+    candidate: int = 0
+
+
+class NoiseSource(Protocol):
+    """A distribution of noise."""
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        """Noise of `shape` [B, C, F, h, w] for a chunk, fp32 on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WhiteNoise:
+    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, level, repeat, candidate).
+
+    So the same seed gives the same noise on every device, at every batch size, and in a run that was stopped and
+    continued; the global generator is never touched.
+    """
+
+    seed: int
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        samples = []
+        for sample in range(shape[0]):
+            key = (sample, chunk.start, draw.level, draw.repeat, draw.candidate)
+            digest = hashlib.blake2b(struct.pack("<6q", self.seed, *key), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+            samples.append(torch.randn(shape[1:], generator=generator))
+        return torch.stack(samples)

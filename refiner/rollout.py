@@ -1,0 +1,154 @@
+"""The five verbs of which every sampling method is made: predict, renoise, commit, fork/select, event."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .memory.frames import FrameLedger
+from .noise.source import Draw, NoiseSource
+from .schedule import Chunk, Level
+from .wan.causal import CausalWan, KeyValue, View
+
+
+class Memory(Protocol):
+    """Keys and values of the past (refiner/memory)."""
+
+    ledger: FrameLedger
+
+    def view(self, frames: Sequence[int]) -> View: ...
+    def commit(self) -> None: ...
+    def flush(self, keep_last: int) -> None: ...
+    def free(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSwitch:
+    """From the next pass on, another context [B, L, text_dim]; what is in memory stays as it was written."""
+
+    context: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Forget all of the past but the sink and its last frames (Infinity-RoPE's KV flush)."""
+
+    keep_last: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The next chunk's temporal positions jump away from its history (Infinity-RoPE's RoPE cut)."""
+
+    position: int = 45
+
+
+Event = PromptSwitch | Flush | Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a callback is told after every prediction."""
+
+    chunk: Chunk
+    chunks: int  # in all, given ones included
+    level: int  # index into chunk.levels
+    x0: Tensor  # [B, C, F, h, w], the prediction
+
+
+def predict_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
+    """x0 = x_t − σ v, in float64 where the device has it, returned in the dtype of x."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return (x.to(wide) - sigma * flow.to(wide)).to(x.dtype)
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Ψ(x0, ε) = (1 − σ) x0 + σ ε (AutoRefiner eq. 4, with sigma = 1 as pure noise)."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+@dataclass(slots=True)
+class Rollout:
+    """A video in the making: the network, its prompt, its memory of the past and its noise path.
+
+    Latents are [B, C, F, h, w], normalised, in `dtype`; the network runs in `network_dtype`.
+    """
+
+    network: CausalWan
+    text: list[KeyValue]
+    memory: Memory
+    noise: NoiseSource
+    chunks: Sequence[Chunk]
+    frame_shape: tuple[int, int, int, int]  # [B, C, h, w]
+    device: torch.device
+    network_dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
+    callback: Callable[[Progress], None] | None = None
+    total: int = 0  # chunks in all, given ones included, for progress
+    candidate: int = 0
+
+    def draw(self, chunk: Chunk, level: Level, repeat: int = 0) -> Tensor:
+        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts from)."""
+        batch, channels, height, width = self.frame_shape
+        draw = Draw(chunk.levels.index(level), repeat, self.candidate)
+        noise = self.noise(chunk, draw, (batch, channels, chunk.length, height, width))
+        return noise.to(self.device, self.dtype, non_blocking=True)
+
+    def predict(self, x: Tensor, level: Level, chunk: Chunk) -> Tensor:
+        """x0 of the chunk at this level; its keys and values stand in memory as pending."""
+        flow = self._network(x, level.t, chunk)
+        x0 = predict_x0(x, flow, level.sigma)
+        if self.callback is not None:
+            self.callback(Progress(chunk, self.total or len(self.chunks), chunk.levels.index(level), x0.detach()))
+        return x0
+
+    def renoise(self, x0: Tensor, level: Level, chunk: Chunk, repeat: int = 0) -> Tensor:
+        """x0 taken to `level` with fresh noise from the noise path."""
+        return add_noise(x0, self.draw(chunk, level, repeat), level.sigma)
+
+    def commit(self, x0: Tensor, chunk: Chunk) -> None:
+        """Make the chunk history: one pass over its clean latents at t = 0 that writes their keys and values."""
+        self._network(x0, 0.0, chunk, keys_only=True)
+        self.memory.commit()
+
+    def commit_pending(self) -> None:
+        """Make the chunk history as the last prediction left it in memory, without a pass (diagonal forcing)."""
+        self.memory.commit()
+
+    def fork(self, n: int) -> "list[Rollout]":
+        """`n` candidates that share this memory and draw their own noise; candidate 0 draws the run's own.
+
+        Each prediction overwrites the chunk's place in memory, so commit the one that is chosen.
+        """
+        return [replace(self, candidate=self.candidate + i) for i in range(n)]
+
+    def select(self, candidates: Sequence[Tensor], scores: Tensor) -> Tensor:
+        """Of each sample the candidate with the highest score; `scores` is [candidates, B]."""
+        if scores.shape != (len(candidates), self.frame_shape[0]):
+            raise ValueError(
+                f"scores have shape {tuple(scores.shape)}, expected [{len(candidates)} candidates,"
+                f" {self.frame_shape[0]} samples]: score every candidate of every sample"
+            )
+        best = scores.argmax(0)
+        return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
+
+    def event(self, event: Event) -> None:
+        """Something that happens between two chunks: a prompt switch, a flush of the past, a cut."""
+        match event:
+            case PromptSwitch(context):
+                self.text = self.network.text(context.to(self.device, self.network_dtype))
+            case Flush(keep_last):
+                self.memory.flush(keep_last)
+            case Cut(position):
+                self.memory.ledger.cut(position)
+
+    def _network(self, x: Tensor, t: float, chunk: Chunk, keys_only: bool = False) -> Tensor | None:
+        timestep = torch.full((1, 1), t, dtype=torch.float64)
+        return self.network(
+            x.to(self.network_dtype), timestep, self.text, self.memory.view(chunk.frames), keys_only=keys_only
+        )
+
+
+Sampler = Callable[[Rollout], Iterator[Tensor]]

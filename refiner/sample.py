@@ -1,0 +1,104 @@
+"""A whole run: from a network, a prompt and a seed to chunks of latents, one after the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .memory.plan import Keys, MemoryPlan
+from .memory.ring import RingMemory
+from .noise.source import NoiseSource, WhiteNoise
+from .rollout import Progress, Rollout, Sampler
+from .samplers import self_forcing
+from .schedule import Preset, plan_chunks
+from .wan.causal import CausalWan
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will make, checked and counted before it starts.
+
+    `frames` new latent frames of `height` x `width` (latent, even) follow `given` clean ones.
+    """
+
+    preset: Preset
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    given: int = 0
+    keys: Keys | None = None  # None: raw where the preset's positions move
+
+    def __post_init__(self) -> None:
+        if self.height < 2 or self.width < 2 or self.height % 2 or self.width % 2:
+            raise ValueError(
+                f"latents of {self.height}x{self.width}: height and width must be even and at least 2, so pixel sizes"
+                " are multiples of 16"
+            )
+        if self.batch < 1:
+            raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
+        plan_chunks(self.preset, self.frames, self.given)
+
+    def memory(self, network: CausalWan, dtype: torch.dtype) -> MemoryPlan:
+        """The K/V memory of this run; its `nbytes` is what will be allocated."""
+        relative = self.preset.relative
+        plan = MemoryPlan.of(
+            network.config,
+            (self.batch, network.config.in_dim, self.given + self.frames, self.height, self.width),
+            window_frames=self.preset.window,
+            sink_frames=self.preset.sink,
+            keys=self.keys or ("raw" if relative else "rotated"),
+            positions="window" if relative else "absolute",
+            dtype=dtype,
+        )
+        for chunk in sum(plan_chunks(self.preset, self.frames, self.given), []):
+            plan.check_chunk(chunk.length)
+        return plan
+
+
+@torch.no_grad()
+def sample(
+    network: CausalWan,
+    context: Tensor,
+    plan: RunPlan,
+    *,
+    seed: int = 0,
+    noise: NoiseSource | None = None,
+    initial: Tensor | None = None,
+    method: Sampler = self_forcing,
+    callback: Callable[[Progress], None] | None = None,
+) -> Iterator[Tensor]:
+    """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
+
+    `context` is [1 or B, L, text_dim]; `initial` holds the `plan.given` clean latents [B, C, given, h, w] to go on
+    from; `noise` replaces the seed's white noise. Closing the iterator frees the memory. Raises ValueError when
+    `initial` does not fit the plan.
+    """
+    parameter = next(network.model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
+    if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):
+        came = "none" if initial is None else str(tuple(initial.shape))
+        raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
+    given, new = plan_chunks(plan.preset, plan.frames, plan.given)
+    memory = RingMemory(plan.memory(network, dtype), device)
+    rollout = Rollout(
+        network=network,
+        text=network.text(context.to(device, dtype)),
+        memory=memory,
+        noise=noise or WhiteNoise(seed),
+        chunks=new,
+        frame_shape=(plan.batch, network.config.in_dim, plan.height, plan.width),
+        device=device,
+        network_dtype=dtype,
+        callback=callback,
+        total=len(given) + len(new),
+    )
+    try:
+        for chunk in given:
+            latents = initial[:, :, chunk.start : chunk.start + chunk.length]
+            rollout.commit(latents.to(device, rollout.dtype), chunk)
+        yield from method(rollout)
+    finally:
+        memory.free()

@@ -1,0 +1,162 @@
+"""Levels, chunk sizes and presets: when a sampler denoises what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+STEPS = 1000  # of the training schedule; a timestep is 1000 · sigma
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One noise level: its nominal step, by which it is named, the timestep for the network, and sigma in [0, 1]."""
+
+    step: int
+    t: float
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of latent frames that is denoised together."""
+
+    index: int  # among all chunks of the run, given ones included
+    start: int  # absolute first latent frame
+    length: int  # latent frames
+    levels: tuple[Level, ...]  # from pure noise down; none for given frames
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Absolute latent frame indices."""
+        return tuple(range(self.start, self.start + self.length))
+
+
+@lru_cache(maxsize=8)
+def sigma_table(shift: float) -> Tensor:
+    """The 1000 sigmas of Wan's flow-matching schedule, falling from 1, shifted: s·u / (1 + (s − 1)·u), fp32."""
+    u = torch.linspace(1, 0, STEPS + 1)[:-1]
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def make_level(step: int, shift: float, warp: bool) -> Level:
+    """A level from its nominal step: with `warp` the step is an index into the shifted table, else a timestep.
+
+    Sigma is always the table's nearest entry, as the reference looks it up.
+    """
+    table = sigma_table(shift)
+    timesteps = table * STEPS
+    t = timesteps[STEPS - step] if warp else torch.tensor(float(step))
+    return Level(step, float(t), float(table[(timesteps - t).abs().argmin()]))
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """How a published model is sampled. `steps` are nominal; frames are latent; window −1 is full history."""
+
+    steps: tuple[int, ...]
+    warp: bool
+    shift: float
+    chunk: int
+    first_steps: tuple[int, ...] = ()  # the first chunk's own steps; none: the same
+    first_alone: bool = False  # an independent first frame: chunks of 1, n, n, …
+    window: int = -1
+    sink: int = 0
+    relative: bool = False  # positions relative to the window, on raw keys
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for steps in (self.steps, self.first_steps or self.steps):
+            check_steps(steps)
+        if self.shift <= 0:
+            raise ValueError(f"shift {self.shift} is not positive: Wan models use 3 to 8")
+        if self.chunk < 1:
+            raise ValueError(f"{self.chunk} frames a chunk: give at least 1")
+        if self.window >= 0 and self.window < self.sink + self.chunk:
+            raise ValueError(
+                f"window of {self.window} frames is smaller than sink {self.sink} + chunk {self.chunk}: use a window of"
+                f" at least {self.sink + self.chunk}, or -1 for full history"
+            )
+
+    def levels(self, first: bool = False) -> tuple[Level, ...]:
+        """Levels of a chunk, from pure noise down."""
+        steps = self.first_steps if first and self.first_steps else self.steps
+        return tuple(make_level(step, self.shift, self.warp) for step in steps)
+
+    def changed(self, **changes) -> "Preset":
+        """This preset with the options that are not None in place of its own."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    """Raise ValueError unless the nominal steps fall strictly, from at most 1000 to at least 1."""
+    falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    if not steps or not falling or steps[0] > STEPS or steps[-1] < 1:
+        listed = ",".join(map(str, steps)) or "nothing"
+        raise ValueError(f"levels {listed}: give steps that fall strictly within 1000..1, like 1000,750,500,250")
+
+
+FOUR = (1000, 750, 500, 250)
+
+# fmt: off
+# Sources: the inference configuration of each public repository; windows count sink + past + current chunk.
+PRESETS: dict[str, Preset] = {
+    #                                    steps            warp   shift chunk
+    "self-forcing":             Preset(FOUR,             True,  5.0, 3, source="Self-Forcing, self_forcing_dmd.yaml"),
+    "causvid":                  Preset((1000, 757, 522), False, 8.0, 3, source="CausVid, wan_causal_dmd.yaml"),
+    "longlive":                 Preset(FOUR,             True,  5.0, 3, window=12, sink=3, source="LongLive v1.0, longlive_inference.yaml"),
+    "causal-forcing":           Preset(FOUR,             True,  5.0, 3, source="Causal-Forcing, chunkwise"),
+    "causal-forcing-framewise": Preset(FOUR,             True,  5.0, 1, source="Causal-Forcing, framewise"),
+    "causal-forcing-2step":     Preset((1000, 500),      True,  5.0, 1, first_steps=FOUR, source="Causal-Forcing++, framewise 2-step"),
+    "causal-forcing-1step":     Preset((1000,),          True,  5.0, 1, first_steps=FOUR, source="Causal-Forcing++, framewise 1-step"),
+    # Krea's server rebuilds its 3 context frames before every chunk; a window of 1 + 2 + 3 with relative positions is the nearest we do.
+    "krea-14b":                 Preset(FOUR,             True,  8.0, 3, window=6, sink=1, relative=True, source="krea realtime-video server (context not recomputed)"),
+}
+# fmt: on
+
+
+def get_preset(name: str) -> Preset:
+    """A preset by name; ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is not known: use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def latent_frames(pixel_frames: int) -> int:
+    """Latent frames of a clip of 1 + 4n pixel frames; ValueError names the nearest two lengths."""
+    if pixel_frames < 1 or (pixel_frames - 1) % 4:
+        below = max(1, 1 + 4 * ((pixel_frames - 1) // 4))
+        raise ValueError(f"{pixel_frames} frames: a clip has 1 + 4n pixel frames, the nearest are {below} and {below + 4}")
+    return 1 + (pixel_frames - 1) // 4
+
+
+def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:
+    """Cut latent frames into chunks, the last maybe shorter, the first maybe alone."""
+    lengths = [1] if first_alone and frames else []
+    while (left := frames - sum(lengths)) > 0:
+        lengths.append(min(chunk, left))
+    return lengths
+
+
+def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk], list[Chunk]]:
+    """Chunks of `given` clean latent frames (without levels) and of the `frames` new ones that follow.
+
+    Given frames are 1, k·chunk or 1 + k·chunk, else ValueError; their first frame stands alone in the last case.
+    """
+    if frames < 1:
+        raise ValueError(f"{frames} new latent frames: ask for at least 1")
+    if given % preset.chunk not in (0, 1) and given != 1:
+        raise ValueError(
+            f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one more than a multiple"
+        )
+    lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
+    past = len(lengths)
+    lengths += chunk_lengths(frames, preset.chunk, preset.first_alone and not given)
+    chunks, start = [], 0
+    for index, length in enumerate(lengths):
+        levels = preset.levels(first=index == 0) if index >= past else ()
+        chunks.append(Chunk(index, start, length, levels))
+        start += length
+    return chunks[:past], chunks[past:]

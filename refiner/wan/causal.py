@@ -1,0 +1,206 @@
+"""The causal forward of Wan2.1, over any module tree with its layout.
+
+It calls the tree's own submodules, so whatever sits in them (quantised weights, offloading, LoRA branches) keeps
+working. Timesteps and positions come from the caller, frame by frame; the keys and values of the past from a `View`.
+
+Shape suffixes: B batch, F latent frames, C channels, h w latent size, S tokens of a frame, N = F·S tokens of the call,
+T keys, L text tokens, H heads, D head size, M width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .rope import rotate, rotation_table
+from .transformer import EPS, PATCH, WanConfig
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, both [B, T, H, D]."""
+
+    key: Tensor
+    value: Tensor
+
+
+class View(Protocol):
+    """What one forward sees of the past, and where its own keys and values go."""
+
+    positions: Sequence[int]  # temporal RoPE position of each frame of the call
+
+    def extend(self, layer: int, raw_key_BNHD: Tensor, value_BNHD: Tensor, table: Tensor) -> KeyValue:
+        """Take the call's keys (before RoPE) and values; return all that its queries attend to, keys rotated.
+
+        `table` [N, D/2] holds the rotations of the call's own tokens. Called once a layer and pass, and once more
+        for each recomputation of a checkpointed layer.
+        """
+        ...
+
+
+def attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    """Full softmax attention [B, N, H·D], scale D^-½, by torch's fused kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def cast(parameter: Tensor, like: Tensor) -> Tensor:
+    """A bare parameter in the dtype and on the device of `like`."""
+    return parameter.to(like)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie."""
+
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+    cast: Callable[[Tensor, Tensor], Tensor] = cast
+
+
+class Modulation(NamedTuple):
+    """Shift and scale after a norm, and the gate of the branch; each [B or 1, F or 1, M]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulated_norm(x_BNM: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) · (1 + scale) + shift, per frame; one fused kernel when every frame has the same timestep."""
+    width = x_BNM.shape[-1]
+    if shift.shape[:2] == (1, 1):
+        return F.layer_norm(x_BNM, (width,), 1 + scale[0, 0], shift[0, 0], EPS)
+    x_BFSM = F.layer_norm(x_BNM, (width,), eps=EPS).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], x_BFSM, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def gated_add(x_BNM: Tensor, branch_BNM: Tensor, gate: Tensor) -> Tensor:
+    """x + gate · branch, per frame."""
+    frames = gate.shape[1]
+    return torch.addcmul(x_BNM.unflatten(1, (frames, -1)), branch_BNM.unflatten(1, (frames, -1)), gate[:, :, None]).flatten(
+        1, 2
+    )
+
+
+def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
+    """Cosines, then sines, of timesteps on the 0-1000 scale: [..., freq_dim], float64."""
+    half = freq_dim // 2
+    frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angle = t.double()[..., None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def block_modulation(block: nn.Module, e0: Tensor, host: Host) -> tuple[Modulation, Modulation]:
+    """Of the self-attention and the feed-forward branch, from the projected time embedding [B, F, 6, M]."""
+    rows = (host.cast(block.modulation, e0)[:, None] + e0).unbind(2)
+    return Modulation(*rows[:3]), Modulation(*rows[3:])
+
+
+Extend = Callable[[Tensor, Tensor, Tensor], KeyValue]
+
+
+def new_keys(block: nn.Module, h_BNM: Tensor, table: Tensor, heads: int, extend: Extend) -> KeyValue:
+    """Hand the call's own keys and values to the view; return all that is attended to."""
+    attn = block.self_attn
+    key = attn.norm_k(attn.k(h_BNM)).unflatten(-1, (heads, -1))
+    return extend(key, attn.v(h_BNM).unflatten(-1, (heads, -1)), table)
+
+
+def run_block(
+    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, text: KeyValue, heads: int, extend: Extend, host: Host
+) -> Tensor:
+    """One transformer block (reference order: modulated self-attention, cross-attention, modulated feed-forward)."""
+    attn_mod, ffn_mod = block_modulation(block, e0, host)
+
+    h = modulated_norm(x_BNM, attn_mod.shift, attn_mod.scale)
+    attn = block.self_attn
+    query = rotate(attn.norm_q(attn.q(h)).unflatten(-1, (heads, -1)), table)
+    seen = new_keys(block, h, table, heads, extend)
+    x = gated_add(x_BNM, attn.o(host.attention(query, seen.key, seen.value)), attn_mod.gate)
+
+    cross = block.cross_attn
+    query = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (heads, -1))
+    x = x + cross.o(host.attention(query, text.key, text.value))
+
+    return gated_add(x, block.ffn(modulated_norm(x, ffn_mod.shift, ffn_mod.scale)), ffn_mod.gate)
+
+
+@dataclass(frozen=True, slots=True)
+class CausalWan:
+    """A loaded Wan2.1 module tree and how to run it.
+
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    """
+
+    model: nn.Module
+    config: WanConfig
+    host: Host = Host()
+    checkpointing: bool = False
+
+    def text(self, context_BLE: Tensor) -> list[KeyValue]:
+        """Cross-attention keys and values of a prompt, per layer: computed once and used by every pass.
+
+        `context_BLE` [B, L, text_dim] is the text encoder's output as the model was trained on it: zeros after the
+        prompt, up to text_len, and no mask.
+        """
+        if context_BLE.ndim != 3 or context_BLE.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"context has shape {tuple(context_BLE.shape)}, this model takes [batch, tokens, {self.config.text_dim}]:"
+                " use the text encoder it was trained with"
+            )
+        context = self.model.text_embedding(context_BLE)
+        memory = []
+        for block in self.model.blocks:
+            key = block.cross_attn.norm_k(block.cross_attn.k(context))
+            value = block.cross_attn.v(context)
+            memory.append(KeyValue(*(x.unflatten(-1, (self.config.num_heads, -1)) for x in (key, value))))
+        return memory
+
+    def __call__(self, x: Tensor, t: Tensor, text: list[KeyValue], view: View, keys_only: bool = False) -> Tensor | None:
+        """The flow v = ε − x0 [B, C, F, h, w] of latents x [B, C, F, h, w]; the new K/V go into `view`.
+
+        `t` is the timestep (0-1000) of each frame: [B, F], or [1, 1] when all are the same, which is faster.
+        With `keys_only` nothing is returned and the last block stops after its keys: a pass that only writes memory.
+        """
+        _, channels, frames, height, width = x.shape
+        if channels != self.config.in_dim or height % PATCH[1] or width % PATCH[2]:
+            raise ValueError(
+                f"latents have shape {tuple(x.shape)}, expected [batch, {self.config.in_dim}, frames, height, width] with"
+                " even height and width: pixel sizes are multiples of 16"
+            )
+        if len(view.positions) != frames:
+            raise ValueError(f"{frames} latent frames came with {len(view.positions)} positions: give one for each")
+        model, heads = self.model, self.config.num_heads
+        grid = (height // PATCH[1], width // PATCH[2])
+        tokens = model.patch_embedding(x).flatten(2).transpose(1, 2)
+        e = model.time_embedding(timestep_features(t, self.config.freq_dim).to(tokens))
+        e0 = model.time_projection(e).unflatten(-1, (6, -1))
+        table = rotation_table(view.positions, *grid, self.config.head_dim, like=tokens)
+        text = [KeyValue(*(part.expand(len(x), -1, -1, -1) for part in layer)) for layer in text]
+
+        last = len(model.blocks) - 1
+        for layer, block in enumerate(model.blocks):
+            extend = partial(view.extend, layer)
+            if keys_only and layer == last:
+                mod, _ = block_modulation(block, e0, self.host)
+                new_keys(block, modulated_norm(tokens, mod.shift, mod.scale), table, heads, extend)
+                return None
+            arguments = (block, tokens, e0, table, text[layer], heads, extend, self.host)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(run_block, *arguments, use_reentrant=False)
+            else:
+                tokens = run_block(*arguments)
+        return self._head(tokens, e, grid)
+
+    def _head(self, tokens_BNM: Tensor, e: Tensor, grid: tuple[int, int]) -> Tensor:
+        head = self.model.head
+        shift, scale = (self.host.cast(head.modulation, e)[:, None] + e[:, :, None]).unbind(2)
+        out = head.head(modulated_norm(tokens_BNM, shift, scale))
+        return rearrange(
+            out, "b (f h w) (p q c) -> b c f (h p) (w q)", h=grid[0], w=grid[1], p=PATCH[1], q=PATCH[2]
+        )
