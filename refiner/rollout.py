@@ -109,7 +109,12 @@ class Rollout:
         return add_noise(x0, self.draw(chunk, level, repeat), level.sigma)
 
     def commit(self, x0: Tensor, chunk: Chunk) -> None:
-        """Make the chunk history: one pass over its clean latents at t = 0 that writes their keys and values."""
+        """Make the chunk history: one pass over its clean latents at t = 0 that writes their keys and values.
+
+        Not for the last chunk of the run: nothing would read it.
+        """
+        if chunk == self.chunks[-1]:
+            return
         self._network(x0, 0.0, chunk, keys_only=True)
         self.memory.commit()
 

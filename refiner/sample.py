@@ -52,8 +52,8 @@ class RunPlan:
             positions="window" if relative else "absolute",
             dtype=dtype,
         )
-        for chunk in sum(plan_chunks(self.preset, self.frames, self.given), []):
-            plan.check_chunk(chunk.length)
+        given, new = plan_chunks(self.preset, self.frames, self.given)
+        plan.check_chunk(max(chunk.length for chunk in given + new))
         return plan
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Preset:
 
 def check_steps(steps: Sequence[int]) -> None:
     """Raise ValueError unless the nominal steps fall strictly, from at most 1000 to at least 1."""
-    falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    falling = all(above > below for above, below in pairwise(steps))
     if not steps or not falling or steps[0] > STEPS or steps[-1] < 1:
         listed = ",".join(map(str, steps)) or "nothing"
         raise ValueError(f"levels {listed}: give steps that fall strictly within 1000..1, like 1000,750,500,250")
@@ -101,18 +102,19 @@ def check_steps(steps: Sequence[int]) -> None:
 FOUR = (1000, 750, 500, 250)
 
 # fmt: off
-# Sources: the inference configuration of each public repository; windows count sink + past + current chunk.
+# From the inference configuration of each public repository; windows count sink + past + current chunk.
 PRESETS: dict[str, Preset] = {
     #                                    steps            warp   shift chunk
-    "self-forcing":             Preset(FOUR,             True,  5.0, 3, source="Self-Forcing, self_forcing_dmd.yaml"),
-    "causvid":                  Preset((1000, 757, 522), False, 8.0, 3, source="CausVid, wan_causal_dmd.yaml"),
-    "longlive":                 Preset(FOUR,             True,  5.0, 3, window=12, sink=3, source="LongLive v1.0, longlive_inference.yaml"),
-    "causal-forcing":           Preset(FOUR,             True,  5.0, 3, source="Causal-Forcing, chunkwise"),
-    "causal-forcing-framewise": Preset(FOUR,             True,  5.0, 1, source="Causal-Forcing, framewise"),
-    "causal-forcing-2step":     Preset((1000, 500),      True,  5.0, 1, first_steps=FOUR, source="Causal-Forcing++, framewise 2-step"),
-    "causal-forcing-1step":     Preset((1000,),          True,  5.0, 1, first_steps=FOUR, source="Causal-Forcing++, framewise 1-step"),
-    # Krea's server rebuilds its 3 context frames before every chunk; a window of 1 + 2 + 3 with relative positions is the nearest we do.
-    "krea-14b":                 Preset(FOUR,             True,  8.0, 3, window=6, sink=1, relative=True, source="krea realtime-video server (context not recomputed)"),
+    "self-forcing":             Preset(FOUR,             True,  5.0,  3, source="Self-Forcing dmd"),
+    "causvid":                  Preset((1000, 757, 522), False, 8.0,  3, source="CausVid autoregressive"),
+    "longlive":                 Preset(FOUR,             True,  5.0,  3, window=12, sink=3, source="LongLive 1"),
+    "causal-forcing":           Preset(FOUR,             True,  5.0,  3, source="Causal-Forcing chunkwise"),
+    "causal-forcing-framewise": Preset(FOUR,             True,  5.0,  1, source="Causal-Forcing framewise"),
+    "causal-forcing-2step":     Preset((1000, 500),      True,  5.0,  1, FOUR, source="Causal-Forcing++ 2-step"),
+    "causal-forcing-1step":     Preset((1000,),          True,  5.0,  1, FOUR, source="Causal-Forcing++ 1-step"),
+    # Krea's server rebuilds 3 context frames (first, last two) before every chunk; this keeps their K/V instead.
+    "krea-14b":                 Preset(FOUR,             True,  8.0,  3, window=6, sink=1, relative=True,
+                                       source="Krea realtime, context kept"),
 }
 # fmt: on
 
@@ -128,7 +130,9 @@ def latent_frames(pixel_frames: int) -> int:
     """Latent frames of a clip of 1 + 4n pixel frames; ValueError names the nearest two lengths."""
     if pixel_frames < 1 or (pixel_frames - 1) % 4:
         below = max(1, 1 + 4 * ((pixel_frames - 1) // 4))
-        raise ValueError(f"{pixel_frames} frames: a clip has 1 + 4n pixel frames, the nearest are {below} and {below + 4}")
+        raise ValueError(
+            f"{pixel_frames} frames: a clip has 1 + 4n pixel frames, the nearest are {below} and {below + 4}"
+        )
     return 1 + (pixel_frames - 1) // 4
 
 

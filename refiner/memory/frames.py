@@ -60,7 +60,9 @@ class FrameLedger:
     def cut(self, jump: int) -> None:
         """Let the next chunk stand at temporal position `jump`, far from its history (Infinity-RoPE's RoPE cut)."""
         if self.plan.positions != "window":
-            raise ValueError("a cut moves the next chunk away from its history: it needs keys='raw', positions='window'")
+            raise ValueError(
+                "a cut moves the next chunk away from its history: it needs keys='raw', positions='window'"
+            )
         self.jump = jump
 
     def _sink_and_last(self, recent: int) -> list[Held]:

@@ -82,9 +82,9 @@ def modulated_norm(x_BNM: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_add(x_BNM: Tensor, branch_BNM: Tensor, gate: Tensor) -> Tensor:
     """x + gate · branch, per frame."""
     frames = gate.shape[1]
-    return torch.addcmul(x_BNM.unflatten(1, (frames, -1)), branch_BNM.unflatten(1, (frames, -1)), gate[:, :, None]).flatten(
-        1, 2
-    )
+    return torch.addcmul(
+        x_BNM.unflatten(1, (frames, -1)), branch_BNM.unflatten(1, (frames, -1)), gate[:, :, None]
+    ).flatten(1, 2)
 
 
 def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
@@ -150,8 +150,8 @@ class CausalWan:
         """
         if context_BLE.ndim != 3 or context_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(
-                f"context has shape {tuple(context_BLE.shape)}, this model takes [batch, tokens, {self.config.text_dim}]:"
-                " use the text encoder it was trained with"
+                f"context has shape {tuple(context_BLE.shape)}, this model takes [batch, tokens,"
+                f" {self.config.text_dim}]: use the text encoder it was trained with"
             )
         context = self.model.text_embedding(context_BLE)
         memory = []
@@ -161,7 +161,9 @@ class CausalWan:
             memory.append(KeyValue(*(x.unflatten(-1, (self.config.num_heads, -1)) for x in (key, value))))
         return memory
 
-    def __call__(self, x: Tensor, t: Tensor, text: list[KeyValue], view: View, keys_only: bool = False) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, t: Tensor, text: list[KeyValue], view: View, keys_only: bool = False
+    ) -> Tensor | None:
         """The flow v = ε − x0 [B, C, F, h, w] of latents x [B, C, F, h, w]; the new K/V go into `view`.
 
         `t` is the timestep (0-1000) of each frame: [B, F], or [1, 1] when all are the same, which is faster.
@@ -170,8 +172,8 @@ class CausalWan:
         _, channels, frames, height, width = x.shape
         if channels != self.config.in_dim or height % PATCH[1] or width % PATCH[2]:
             raise ValueError(
-                f"latents have shape {tuple(x.shape)}, expected [batch, {self.config.in_dim}, frames, height, width] with"
-                " even height and width: pixel sizes are multiples of 16"
+                f"latents have shape {tuple(x.shape)}, expected [batch, {self.config.in_dim}, frames, height, width]"
+                " with even height and width: pixel sizes are multiples of 16"
             )
         if len(view.positions) != frames:
             raise ValueError(f"{frames} latent frames came with {len(view.positions)} positions: give one for each")
@@ -201,6 +203,4 @@ class CausalWan:
         head = self.model.head
         shift, scale = (self.host.cast(head.modulation, e)[:, None] + e[:, :, None]).unbind(2)
         out = head.head(modulated_norm(tokens_BNM, shift, scale))
-        return rearrange(
-            out, "b (f h w) (p q c) -> b c f (h p) (w q)", h=grid[0], w=grid[1], p=PATCH[1], q=PATCH[2]
-        )
+        return rearrange(out, "b (f h w) (p q c) -> b c f (h p) (w q)", h=grid[0], w=grid[1], p=PATCH[1], q=PATCH[2])

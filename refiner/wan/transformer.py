@@ -54,7 +54,7 @@ WAN_14B = WanConfig(dim=5120, num_heads=40, ffn_dim=13824, num_layers=40)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, in fp32 whatever the input; the weight applies in the input's dtype."""
+    """Root-mean-square norm over the full width, in fp32; the weight applies in the input's dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

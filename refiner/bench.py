@@ -1,0 +1,206 @@
+"""Speed and memory of sampling on this machine, with random weights of a published size."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
+from .memory.plan import MemoryPlan
+from .memory.ring import RingMemory
+from .noise.source import WhiteNoise
+from .rollout import Progress, Rollout
+from .samplers import self_forcing
+from .schedule import PRESETS, plan_chunks
+from .wan.causal import CausalWan
+from .wan.linear import Linear
+from .wan.transformer import WAN_1_3B, WAN_14B, WAN_TINY, WanConfig, WanTransformer
+from .wan.vae import DecoderState, WanVAE
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSize:
+    """A model size and the clip that it is measured on (latent height and width, VAE base width)."""
+
+    config: WanConfig
+    height: int
+    width: int
+    vae_dim: int
+
+
+SIZES = {
+    "tiny": BenchSize(WAN_TINY, 16, 16, 8),
+    "1.3b": BenchSize(WAN_1_3B, 60, 104, 96),
+    "14b": BenchSize(WAN_14B, 60, 104, 96),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Figures of one run; times are medians over the chunks after the first."""
+
+    size: str
+    device: str
+    dtype: str
+    threads: int
+    chunks: int
+    pass_ms: float  # one denoise pass
+    chunk_ms: float  # all passes of a chunk, commit included
+    dit_fps: float  # pixel frames a second, without decoding
+    decode_fps: float  # pixel frames a second of the VAE alone
+    peak_bytes: int  # of the device, or of the process on a CPU
+    kv_bytes: int
+    pass_gflop: float  # arithmetic of one denoise pass of the last chunk
+    matmul_gflops: float  # this device's matrix product, measured in this run
+    torch_matmul_gflops: float  # the same product through torch.nn.functional.linear
+    peak_share: float  # of that product's speed which the denoise pass reaches
+
+    def table(self) -> str:
+        """Aligned, one figure a line."""
+        head = f"{self.size}, {self.device}, {self.dtype}, {self.threads} threads, {self.chunks} chunks"
+        rows = [
+            ("a denoise pass", f"{self.pass_ms:.1f} ms"),
+            ("a chunk", f"{self.chunk_ms:.1f} ms"),
+            ("DiT alone", f"{self.dit_fps:.2f} frames/s"),
+            ("decoding alone", f"{self.decode_fps:.2f} frames/s"),
+            ("both", f"{1 / (1 / self.dit_fps + 1 / self.decode_fps):.2f} frames/s"),
+            ("peak memory", f"{self.peak_bytes / 1e9:.3f} GB"),
+            ("K/V memory", f"{self.kv_bytes / 1e9:.4f} GB"),
+            ("arithmetic of a pass", f"{self.pass_gflop:.1f} GFLOP"),
+            ("matrix product", f"{self.matmul_gflops:.0f} GFLOP/s (torch's linear: {self.torch_matmul_gflops:.0f})"),
+            ("share of it", f"{100 * self.peak_share:.0f} %"),
+        ]
+        return "\n".join([head, *(f"  {name:<22}{value:>14}" for name, value in rows)])
+
+
+def pass_flops(config: WanConfig, tokens: int, keys: int, text_tokens: int) -> float:
+    """Multiplications and additions of one pass: projections, both attentions, feed-forward."""
+    projections = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
+    attention = 2 * config.dim * (keys + text_tokens)
+    return 2 * config.num_layers * tokens * (projections + attention)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `run` takes, to its end on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_gflops(linear: Callable[[Tensor], Tensor], rows: int, dim: int, device, dtype) -> float:
+    """Best of five of a matrix product [rows, dim] x [dim, dim]."""
+    x = torch.randn(rows, dim, device=device, dtype=dtype)
+    linear(x)
+    return 2 * rows * dim * dim / min(clock(lambda: linear(x), device) for _ in range(5)) / 1e9
+
+
+def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanTransformer:
+    """Weights drawn where and as they are used, so that nothing larger is ever allocated."""
+    with torch.device("meta"):
+        model = WanTransformer(config).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    return model
+
+
+def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1) -> BenchReport:
+    """Sample `chunks` chunks of 3 latent frames (at least 2) and decode them; see BenchReport.
+
+    Raises ValueError, before anything is loaded, when the model does not fit.
+    """
+    if chunks < 2:
+        raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
+    case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
+    config, shape = case.config, (1, 16, preset.chunk * chunks, case.height, case.width)
+    plan = MemoryPlan.of(config, shape, window_frames=window, dtype=dtype)
+    vae_bytes = WanVAE.decode_bytes(case.vae_dim, 8 * case.height, 8 * case.width, preset.chunk, dtype)
+    Estimate(
+        weights=parameter_count(config) * dtype.itemsize,
+        kv=plan.nbytes,
+        text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
+        activations=pass_bytes(config, plan, preset.chunk),
+        decode=vae_bytes,
+    ).check(available_bytes(device))
+
+    with torch.no_grad():
+        network = CausalWan(random_model(config, device, dtype), config)
+        context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
+        rollout = Rollout(
+            network, network.text(context), RingMemory(plan, device), WhiteNoise(0), plan_chunks(preset, shape[2])[1],
+            (1, 16, case.height, case.width), device, dtype,
+        )  # fmt: skip
+        pass_times, chunk_times, latents = measure_sampling(rollout, device)
+        vae = WanVAE(case.vae_dim).to(device, dtype).requires_grad_(False)
+        decode_fps = measure_decode(vae, latents, device)
+        rows = preset.chunk * plan.frame_tokens
+        layer = Linear(config.dim, config.dim, device=device, dtype=dtype)
+        ours = matmul_gflops(layer, rows, config.dim, device, dtype)
+        theirs = matmul_gflops(lambda x: F.linear(x, layer.weight, layer.bias), rows, config.dim, device, dtype)
+
+    pass_seconds, chunk_seconds = statistics.median(pass_times), statistics.median(chunk_times)
+    flops = pass_flops(config, rows, plan.window_frames * plan.frame_tokens, config.text_len)
+    return BenchReport(
+        size=size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        chunks=chunks,
+        pass_ms=1e3 * pass_seconds,
+        chunk_ms=1e3 * chunk_seconds,
+        dit_fps=4 * preset.chunk / chunk_seconds,
+        decode_fps=decode_fps,
+        peak_bytes=peak_bytes(device),
+        kv_bytes=plan.nbytes,
+        pass_gflop=flops / 1e9,
+        matmul_gflops=ours,
+        torch_matmul_gflops=theirs,
+        peak_share=flops / pass_times[-1] / 1e9 / max(ours, theirs),
+    )
+
+
+def measure_sampling(rollout: Rollout, device: torch.device) -> tuple[list[float], list[float], list[Tensor]]:
+    """Seconds of single denoise passes (with their renoising) and of whole chunks, the first one left out; latents."""
+    marks: list[tuple[int, float]] = []
+
+    def mark(progress: Progress) -> None:
+        synchronize(device)
+        marks.append((progress.chunk.index, time.perf_counter()))
+
+    rollout.callback = mark
+    latents, ends = [], []
+    for x0 in self_forcing(rollout):
+        synchronize(device)
+        ends.append(time.perf_counter())
+        latents.append(x0)
+    passes = [late - early for (i, early), (j, late) in pairwise(marks) if i == j > 0]
+    chunks = [late - early for early, late in pairwise(ends)]
+    return passes, chunks[:-1] or chunks, latents  # the last chunk is not committed
+
+
+def measure_decode(vae: WanVAE, latents: list[Tensor], device: torch.device) -> float:
+    """Pixel frames a second of the streaming decoder over all chunks but the first."""
+    state, dtype = DecoderState(), next(vae.parameters()).dtype
+    vae.decode(latents[0].to(dtype), state)
+    seconds = [clock(lambda part=part: vae.decode(part.to(dtype), state), device) for part in latents[1:]]
+    return 4 * latents[1].shape[2] / statistics.median(seconds)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest allocation on the device so far; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,189 @@
+"""The command line: autorefiner generate | inspect | bench."""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .bench import SIZES, bench
+from .generate import DTYPES, RANDOM_TINY, GenerateOptions, Job, generate, latents_path, pick_device, pick_dtype, prepare
+from .latents import read_latents
+from .rollout import Progress
+from .samplers import SAMPLERS
+from .schedule import PRESETS
+from .video import partial_path, read_metadata
+from .wan.checkpoint import describe, inspect
+
+GENERATE = """\
+Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
+
+  autorefiner generate --model self_forcing_dmd.pt --text-encoder umt5-xxl/ --vae Wan2.1_VAE.pth \\
+      --prompt "a red fox in the snow" --frames 81 --size 832x480 --out fox.mp4
+
+Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished chunk. With --save-latents the run goes on
+from there: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
+
+
+def steps(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    parser = argparse.ArgumentParser(prog="autorefiner", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_generate(commands)
+    command = commands.add_parser("inspect", help="say what a file is", description="Say what a model, LoRA, VAE, video or"
+                                  " latents file is, from its names and metadata alone.")  # fmt: skip
+    command.add_argument("file", type=Path)
+    command = commands.add_parser("bench", help="measure speed and memory on this machine",
+                                  description="Sample with random weights of a size and print speed and memory.")  # fmt: skip
+    command.add_argument("--size", choices=SIZES, default="tiny")
+    command.add_argument("--chunks", type=int, default=7, help="chunks of 3 latent frames; 7 are 81 frames")
+    command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add_machine(command)
+    return parser
+
+
+def add_generate(commands) -> None:
+    command = commands.add_parser("generate", help="prompt to video", description=GENERATE,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    model = command.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="FILE|NAME",
+                       help=f"a published checkpoint as it is (.pt or .safetensors), or {RANDOM_TINY}: untrained, for a"
+                       " first try without any download")  # fmt: skip
+    model.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to merge on load (LongLive 1 needs its lora.pt)")
+    model.add_argument("--vae", type=Path, metavar="FILE", help="Wan2.1's VAE")
+    model.add_argument("--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file")
+    model.add_argument("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it does not lie beside it")
+    model.add_argument("--context-cache", type=Path, metavar="FOLDER", help="keep encoded prompts here")
+    model.add_argument("--context", type=Path, metavar="FILE", help="an encoded prompt instead of a text encoder")
+
+    what = command.add_argument_group("video")
+    what.add_argument("--prompt", default="")
+    what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
+    what.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="multiples of 16 (default 832x480)")
+    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same video on any device")
+    what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
+    what.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
+    what.add_argument("--save-latents", action="store_true", help="write latents beside the video, to go on from later")
+    what.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet, too")
+
+    how = command.add_argument_group("sampling", "A preset says how a model was trained to be sampled; the rest overrides it.")
+    how.add_argument("--preset", choices=PRESETS, help="default: what the file says it is")
+    how.add_argument("--steps", type=steps, metavar="N,N,…", help="nominal levels, falling from 1000")
+    how.add_argument("--window", type=int, metavar="FRAMES", help="latent frames held in memory (sink + past + current"
+                     " chunk); -1 holds all. Long videos need one: memory stays the same at any length")  # fmt: skip
+    how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
+    how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
+    how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
+    add_machine(how)
+
+
+def add_machine(command) -> None:
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32")
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    changes = {"steps": args.steps, "window": args.window, "sink": args.sink}
+    names = {field.name for field in dataclasses.fields(GenerateOptions)} & set(vars(args))
+    width, height = args.size
+    job = prepare(GenerateOptions(**{n: getattr(args, n) for n in names}, changes=changes, width=width, height=height))
+    print(summary(job), file=sys.stderr)
+    if args.dry_run:
+        print(job.estimate.lines())
+        return 0
+    return stream(job)
+
+
+def summary(job: Job) -> str:
+    """One line: what will be made, and how."""
+    options, preset = job.options, job.preset
+    window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
+    note = "; random weights: the video is noise" if options.model == RANDOM_TINY else ""
+    return (
+        f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}, levels"
+        f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device} in"
+        f" {str(job.dtype).removeprefix('torch.')}{note}"
+    )
+
+
+def stream(job: Job) -> int:
+    """Generate with a progress bar; an interrupt ends it with what is there."""
+    start, frames = time.perf_counter(), 0
+    with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
+
+        def show(progress: Progress) -> None:
+            level = progress.chunk.levels[progress.level].step
+            bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
+
+        try:
+            for frames in generate(job, show):
+                bar.update(frames - bar.n)
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"stopped: {frames} frames are in {partial_path(job.options.out)}{go_on(job)}", file=sys.stderr)
+            return 130
+    seconds = time.perf_counter() - start
+    print(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included")
+    return 0
+
+
+def go_on(job: Job) -> str:
+    if not job.options.save_latents:
+        return ""
+    path = latents_path(job.options.out)
+    return f"; go on with --extend {path.with_name(path.stem + '.partial' + path.suffix)}"
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    if args.file.suffix == ".mp4":
+        print("\n".join(f"{name:<10}{value}" for name, value in read_metadata(args.file).items()))
+        return 0
+    info = inspect(args.file)
+    if info.kind == "latents":
+        latents, _ = read_latents(args.file)
+        print(f"{'frames':<10}{latents.shape[2]} latent, {4 * latents.shape[2] - 3} pixel")
+    print(describe(info))
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    report = bench(args.size, device, pick_dtype(args.dtype, device), args.chunks, args.window)
+    print(report.table())
+    if args.json:
+        args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; wrong input is one line on stderr and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    args = build_parser().parse_args(argv)
+    command = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench}[args.command]
+    try:
+        return command(args)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory ({str(error).splitlines()[0]}): lower --size or --window, or use --dtype bf16"
+    print(f"autorefiner: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

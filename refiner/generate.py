@@ -1,0 +1,259 @@
+"""From a prompt to a video file: everything between the command line and the sampler."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
+from .latents import LatentWriter, read_latents
+from .rollout import Progress
+from .sample import RunPlan, sample
+from .samplers import SAMPLERS
+from .schedule import PRESETS, Preset, get_preset, latent_frames
+from .video import VideoWriter, contact_sheet, read_frames, to_frames
+from .wan.causal import CausalWan
+from .wan.checkpoint import inspect, load_transformer, load_vae_state
+from .wan.text import load_text_encoder
+from .wan.transformer import WAN_TINY, WanConfig, WanTransformer
+from .wan.vae import DecoderState, WanVAE
+from .wan.weight_file import open_weights
+
+RANDOM_TINY = "random-tiny"
+RANDOM_VAE_DIM = 8
+FPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """What a user asks for; see the help of `autorefiner generate`. Sizes are in pixels, frames in pixel frames."""
+
+    model: str
+    out: Path
+    prompt: str = ""
+    preset: str | None = None
+    changes: dict = field(default_factory=dict)  # of the preset: steps, window, sink, chunk
+    lora: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    context_cache: Path | None = None
+    context: Path | None = None
+    vae: Path | None = None
+    frames: int = 81
+    width: int = 832
+    height: int = 480
+    seed: int = 0
+    method: str = "self-forcing"
+    extend: Path | None = None
+    save_latents: bool = False
+    sheet: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.width < 16 or self.height < 16 or self.width % 16 or self.height % 16:
+            near = "x".join(str(max(16, round(n / 16) * 16)) for n in (self.width, self.height))
+            raise ValueError(f"size {self.width}x{self.height}: both must be multiples of 16, the nearest is {near}")
+        if self.out.suffix != ".mp4":
+            raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that was checked and counted: nothing is loaded yet."""
+
+    options: GenerateOptions
+    config: WanConfig
+    preset: Preset
+    preset_name: str
+    plan: RunPlan
+    device: torch.device
+    dtype: torch.dtype
+    initial: Tensor | None
+    estimate: Estimate
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the video and latents files say of themselves."""
+        options = self.options
+        return {
+            "prompt": options.prompt,
+            "seed": str(options.seed),
+            "preset": self.preset_name,
+            "steps": ",".join(map(str, self.preset.steps)),
+            "model": Path(options.model).name,
+            "method": options.method,
+            "frames": str(options.frames),
+            "size": f"{options.width}x{options.height}",
+        }
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} is not here: this torch sees no GPU, use --device cpu")
+    return device
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on a GPU and fp32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def prepare(options: GenerateOptions) -> Job:
+    """Check a request and count its memory; raises ValueError with what to change. Loads no weights."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    config, name = identify(options)
+    preset = get_preset(name).changed(**options.changes)
+    total = latent_frames(options.frames)
+    initial = read_latents(options.extend)[0] if options.extend else None
+    given = 0 if initial is None else initial.shape[2]
+    if given >= total:
+        raise ValueError(
+            f"{options.extend} holds {given} latent frames and --frames {options.frames} asks for {total} in all: ask"
+            f" for at least {4 * given + 1}"
+        )
+    plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
+    memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype)
+    vae_dim = RANDOM_VAE_DIM if options.model == RANDOM_TINY and not options.vae else 96
+    estimate = Estimate(
+        weights=parameter_count(config) * dtype.itemsize,
+        kv=memory.nbytes,
+        text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
+        activations=pass_bytes(config, memory, preset.chunk),
+        decode=WanVAE.decode_bytes(vae_dim, options.height, options.width, preset.chunk, dtype),
+    )
+    return Job(options, config, preset, name, plan, device, dtype, initial, estimate)
+
+
+def identify(options: GenerateOptions) -> tuple[WanConfig, str]:
+    """Sizes of the model and the name of the preset it is sampled with."""
+    if options.model == RANDOM_TINY:
+        return WAN_TINY, options.preset or "self-forcing"
+    info = inspect(Path(options.model))
+    if info.kind != "transformer" or info.config is None:
+        raise ValueError(f"{options.model} is a {info.kind} file: --model takes a Wan2.1 text-to-video transformer")
+    if options.preset or info.preset:
+        return info.config, options.preset or info.preset
+    raise ValueError(f"{options.model}: {info.preset_reason}; the presets are {', '.join(PRESETS)}")
+
+
+def read_context(path: Path, config: WanConfig) -> Tensor:
+    """A text encoder's output [1, L, text_dim] from a .safetensors (key `prompt_embeds` or `context`), zeros added.
+
+    Raises ValueError when it is of another encoder or too long.
+    """
+    file = open_weights(path)
+    tensors = file.groups.get("flat", {})
+    key = next((key for key in ("prompt_embeds", "context") if key in tensors), None)
+    if key is None or tensors[key].ndim not in (2, 3) or tensors[key].shape[-1] != config.text_dim:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3]) or "nothing"
+        raise ValueError(
+            f"{path} holds {found}: a context file has `prompt_embeds` or `context` of [1, tokens, {config.text_dim}]"
+        )
+    context = file.read("flat", key).float().reshape(-1, config.text_dim)
+    if len(context) > config.text_len:
+        raise ValueError(f"{path} has {len(context)} tokens, this model takes at most {config.text_len}: shorten it")
+    return torch.nn.functional.pad(context, (0, 0, 0, config.text_len - len(context)))[None]
+
+
+def make_context(job: Job) -> Tensor:
+    """The prompt as the network takes it, [1, text_len, text_dim]."""
+    options, config = job.options, job.config
+    if options.context:
+        return read_context(options.context, config)
+    if options.text_encoder:
+        encoder = load_text_encoder(
+            options.text_encoder, options.tokenizer, job.dtype, job.device, config.text_len, options.context_cache
+        )
+        context = encoder.encode([options.prompt])
+        encoder.release()
+        return context
+    if options.model == RANDOM_TINY:
+        digest = hashlib.blake2b(options.prompt.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        return torch.randn(1, config.text_len, config.text_dim, generator=generator)
+    raise ValueError("a prompt needs --text-encoder (a umT5 folder or file), or --context with its saved output")
+
+
+def load_network(job: Job) -> CausalWan:
+    """The transformer, on the device and in the dtype of the job."""
+    if job.options.model == RANDOM_TINY:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = WanTransformer(job.config)
+        return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
+    model, info = load_transformer(
+        Path(job.options.model), lora=job.options.lora, dtype=job.dtype, device=job.device
+    )
+    return CausalWan(model, info.config)
+
+
+def load_vae(job: Job) -> WanVAE:
+    """The decoder, on the device and in the dtype of the job."""
+    if job.options.vae:
+        vae = WanVAE.from_state_dict(load_vae_state(job.options.vae))
+    elif job.options.model == RANDOM_TINY:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vae = WanVAE(RANDOM_VAE_DIM)
+    else:
+        raise ValueError("latents need a decoder: give Wan2.1's VAE with --vae")
+    return vae.to(job.device, job.dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> Iterator[int]:
+    """Sample, decode and write, chunk by chunk; yields the pixel frames in the file after each.
+
+    An error or an interrupt leaves NAME.partial.mp4 (and the partial latents) with every chunk that was finished.
+    """
+    options = job.options
+    job.estimate.check(available_bytes(job.device))
+    with ExitStack() as stack:
+        video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
+        latents = None
+        if options.save_latents:
+            latents = stack.enter_context(latents_beside(job))
+        vae, context, network = load_vae(job), make_context(job), load_network(job)
+        state, frames = DecoderState(), 0
+        chunks = sample(
+            network, context, job.plan, seed=options.seed, initial=job.initial,
+            method=SAMPLERS[options.method], callback=callback,
+        )  # fmt: skip
+        stack.callback(chunks.close)
+        given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)
+        for x0 in chain(given, chunks):
+            pixels = vae.decode(x0.to(job.device, job.dtype), state)
+            video.write(to_frames(pixels))
+            if latents is not None:
+                latents.write(x0)
+            frames += pixels.shape[2]
+            yield frames
+    if options.sheet:
+        contact_sheet(read_frames(options.out), options.sheet)
+
+
+def latents_path(out: Path) -> Path:
+    """Where `--save-latents` writes for a video of this name."""
+    return out.with_suffix(".latents.safetensors")
+
+
+def latents_beside(job: Job) -> LatentWriter:
+    """A writer of the job's latents beside its video."""
+    shape = (job.config.in_dim, job.plan.height, job.plan.width)
+    return LatentWriter(latents_path(job.options.out), shape, job.metadata)

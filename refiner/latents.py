@@ -1,0 +1,87 @@
+"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable whenever it stops."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
+HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed
+
+
+class LatentWriter:
+    """Appends chunks to NAME.partial.safetensors; closing it well renames it to NAME.
+
+    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without.
+    """
+
+    def __init__(self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str]) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.frame_shape = frame_shape
+        self.metadata = metadata
+        self.frames = 0
+        self._header()  # refuses metadata that does not fit before there is a file
+        self.file = open(self.partial, "wb")  # noqa: SIM115, closed by close()
+        self.file.write(self._header())
+        self.file.flush()
+
+    def write(self, latents_BCFhw: Tensor) -> None:
+        """Append a chunk [1, C, F, h, w] and push it to the file system."""
+        frames = latents_BCFhw[0].transpose(0, 1).float().cpu().contiguous()
+        self.file.write(frames.numpy().tobytes())
+        self.file.flush()
+        self.frames += len(frames)
+
+    def __enter__(self) -> "LatentWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(finished=kind is None)
+
+    def close(self, finished: bool) -> Path:
+        """Write the final header; a finished file takes its name, a stopped one stays partial."""
+        self.file.seek(0)
+        self.file.write(self._header())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if not finished:
+            return self.partial
+        os.replace(self.partial, self.path)
+        return self.path
+
+    def _header(self) -> bytes:
+        shape = [self.frames, *self.frame_shape]
+        end = 4 * torch.Size(shape).numel()
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+        text = json.dumps({"__metadata__": self.metadata, KEY: entry}, ensure_ascii=False).encode()
+        if len(text) > HEADER:
+            raise ValueError(f"metadata of {len(text)} bytes is too long for a latents file: shorten the prompt")
+        return struct.pack("<Q", HEADER) + text.ljust(HEADER)
+
+
+def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """Latents [1, C, F, h, w] and metadata of a file by `LatentWriter`, finished, stopped or cut off by a kill.
+
+    Raises ValueError for any other file.
+    """
+    refusal = f"{path} is not a latents file: give one written by --save-latents"
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length)) if length == HEADER else {}
+            body = bytearray(file.read())
+    except (struct.error, ValueError):
+        raise ValueError(refusal) from None
+    if KEY not in header or len(shape := header[KEY]["shape"]) != 4:
+        raise ValueError(refusal)
+    frame = torch.Size(shape[1:])
+    whole = len(body) // (4 * frame.numel())  # a chunk cut off in the middle of a frame loses that frame
+    if not whole:
+        raise ValueError(f"{path} holds no finished chunk: start again without it")
+    flat = torch.frombuffer(body, dtype=torch.float32, count=whole * frame.numel())
+    return flat.reshape(1, whole, *frame).transpose(1, 2), header.get("__metadata__", {})

@@ -1,0 +1,185 @@
+"""What published files call their tensors: kinds, wrappers' prefixes, diffusers' names, and the sizes behind them."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .transformer import HEAD_DIM, WanConfig
+from .weight_file import FLAT
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.", "module.", "")
+VAE_PREFIXES = ("first_stage_model.", "vae.", "model.", "")
+INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+TOP_KEYS = ("generator_ema", "generator", "model", "state_dict", FLAT, "generator_lora")  # the order of preference
+RAW_KEYS = TOP_KEYS[1:]
+# A tensor that only this kind of model has, under the names of this naming.
+ANCHORS = (
+    ("transformer", "wan", PREFIXES, "blocks.0.self_attn.q.weight"),
+    ("transformer", "diffusers", PREFIXES, "blocks.0.attn1.to_q.weight"),
+    ("vae", "wan", VAE_PREFIXES, "decoder.head.0.gamma"),
+    ("vae", "diffusers", VAE_PREFIXES, "decoder.conv_in.weight"),
+    ("text encoder", "hf", ("text_encoder.", ""), "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ("text encoder", "wan", ("text_encoder.", ""), "blocks.0.pos_embedding.embedding.weight"),
+)
+REFINER_PREFIX = "autorefiner."
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+QUANTISED = re.compile(r"(^scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant))$")
+# What to say of a file of this kind where another was wanted.
+INSTEAD = {
+    "lora": "a LoRA: pass it as the LoRA beside its base model",
+    "refiner": "a refiner: pass it as the refiner beside its base model",
+    "vae": "a VAE: pass it as the VAE",
+    "text encoder": "a text encoder: pass it as the text encoder",
+    "transformer": "a video transformer: pass it as the model",
+    "unknown": "no file of a known kind",
+}
+
+DIFFUSERS_TOP = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "scale_shift_table": "head.modulation",
+    "proj_out": "head.head",
+}
+DIFFUSERS_BLOCK = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "norm2": "norm3",  # diffusers numbers the norms in the order they run; Wan calls the only affine one norm3
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+DIFFUSERS_PROJECTIONS = {".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".to_out.0.": ".o."}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a group of tensors is named. `names` maps the bare name (Wan's, for a transformer) to the stored one."""
+
+    kind: str
+    naming: str
+    prefix: str
+    infixes: tuple[str, ...]
+    names: dict[str, str]
+
+
+def read_layout(stored: Collection[str]) -> Layout:
+    """Recognises a group of tensors by its names; the kind is "unknown" when nothing fits."""
+    infixes = tuple(part for part in INFIXES if any(part in name for name in stored))
+    clean = {_without(name, infixes): name for name in stored}
+    if len(clean) < len(stored):
+        raise ValueError(f"two tensors have the same name once {', '.join(infixes)} is removed: the file is damaged")
+    if any(part in name for part in LORA_PARTS for name in clean):
+        kind = "refiner" if any(name.startswith(REFINER_PREFIX) for name in clean) else "lora"
+        return Layout(kind, "lora", "", infixes, clean)
+    for kind, naming, prefixes, anchor in ANCHORS:
+        prefix = next((prefix for prefix in prefixes if prefix + anchor in clean), None)
+        if prefix is not None:
+            rename = wan_name if (kind, naming) == ("transformer", "diffusers") else str
+            names = {rename(name.removeprefix(prefix)): stored_name for name, stored_name in clean.items()}
+            if len(names) < len(clean):
+                raise ValueError(f"two tensors have the same name once {prefix!r} is removed: the file is damaged")
+            return Layout(kind, naming, prefix, infixes, names)
+    return Layout("unknown", "unknown", "", infixes, clean)
+
+
+def _without(name: str, parts: tuple[str, ...]) -> str:
+    for part in parts:
+        name = name.replace(part, "")
+    return name
+
+
+def wan_name(name: str) -> str:
+    """Wan's name of a tensor that diffusers' WanTransformer3DModel calls `name`; unknown names are kept."""
+    block = re.match(r"(blocks\.\d+\.)(.+)", name)
+    start, rest = block.groups() if block else ("", name)
+    for theirs, ours in (DIFFUSERS_BLOCK if block else DIFFUSERS_TOP).items():
+        if rest == theirs or rest.startswith(theirs + "."):
+            rest = ours + rest.removeprefix(theirs)
+            break
+    if block:
+        for theirs, ours in DIFFUSERS_PROJECTIONS.items():
+            rest = rest.replace(theirs, ours)
+    return start + rest
+
+
+def choose_top_key(groups: Collection[str], weights: str, preferred: str | None) -> str:
+    """Which group of a file to use. `weights` is "auto", "ema" (averaged) or "raw" (as trained).
+
+    "auto" takes `preferred` when it is there, then the generic order, then the only group there is.
+    Raises ValueError (without the file's name) when nothing fits.
+    """
+    if weights not in ("auto", "ema", "raw"):
+        raise ValueError(f"weights {weights!r}: use auto, ema or raw")
+    order = {"ema": TOP_KEYS[:1], "raw": RAW_KEYS, "auto": (preferred, *TOP_KEYS)}[weights]
+    found = next((key for key in order if key in groups), None)
+    if found is None and weights == "auto" and len(groups) == 1:
+        found = next(iter(groups))
+    if found is None:
+        held = ", ".join(groups)
+        if weights == "auto":
+            raise ValueError(
+                f"holds {held}, and none of {', '.join(TOP_KEYS[:4])}: save the generator's state dict alone"
+            )
+        raise ValueError(
+            f"has no {weights} weights, only {held}: use weights=auto (on the command line --weights auto)"
+        )
+    return found
+
+
+def read_config(tensors: Mapping[str, Tensor], stated: Mapping[str, object]) -> WanConfig:
+    """Sizes of a transformer from its tensors, by Wan's names.
+
+    Heads are of 128 unless `stated` (metadata `config`'s `transformer`) gives num_heads; it may also give text_len.
+    Raises ValueError (without the file's name) when a tensor that tells a size is missing or odd, or sizes do not fit.
+    """
+    dim = _size(tensors, "head.modulation", 3, -1)
+    blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    heads = _stated(stated, "num_heads", dim // HEAD_DIM)
+    if heads == 0:
+        raise ValueError(f"is {dim} wide, too narrow for heads of {HEAD_DIM}: metadata `config` must give num_heads")
+    return WanConfig(
+        dim=dim,
+        num_heads=heads,
+        ffn_dim=_size(tensors, "blocks.0.ffn.0.weight", 2, 0),
+        num_layers=len(blocks),
+        in_dim=_size(tensors, "patch_embedding.weight", 5, 1),
+        out_dim=_size(tensors, "head.head.weight", 2, 0) // 4,
+        text_dim=_size(tensors, "text_embedding.0.weight", 2, 1),
+        text_len=_stated(stated, "text_len", WanConfig().text_len),
+        freq_dim=_size(tensors, "time_embedding.0.weight", 2, 1),
+    )
+
+
+def _size(tensors: Mapping[str, Tensor], name: str, axes: int, axis: int) -> int:
+    if name not in tensors:
+        raise ValueError(f"lacks {name}, which tells the model's size: the file is not complete")
+    if tensors[name].ndim != axes:
+        raise ValueError(
+            f"has a {name} of shape {list(tensors[name].shape)}, which should have {axes} axes: not Wan2.1"
+        )
+    return tensors[name].shape[axis]
+
+
+def _stated(stated: Mapping[str, object], key: str, default: int) -> int:
+    value = stated.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+
+
+def other_model(config: WanConfig, names: Collection[str]) -> str | None:
+    """What a transformer is when it is not Wan2.1 text-to-video with 16 channels; None when it is."""
+    if (config.in_dim, config.out_dim) == (48, 48):
+        return "Wan2.2 5B (48 latent channels)"
+    if any(name.startswith("vace_") for name in names):
+        return "Wan2.1 VACE"
+    if config.in_dim == 36 or any(
+        name.startswith(("img_emb.", "condition_embedder.image_embedder.")) for name in names
+    ):
+        return "Wan2.1 image-to-video (36 input channels with img_emb)"
+    if (config.in_dim, config.out_dim) != (16, 16):
+        return f"a model of {config.in_dim} input and {config.out_dim} output channels"
+    return None

@@ -1,0 +1,102 @@
+"""LoRA files of a Wan2.1 transformer: read, checked against the model, and merged into its weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .layouts import choose_top_key, read_layout
+from .weight_file import open_weights
+
+KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?:model\.diffusion_model\.|diffusion_model\.|transformer\.|model\.)?"
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$"
+)
+PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
+LINEARS_OF_A_BLOCK = 10  # 4 of self-attention, 4 of cross-attention, 2 of the feed-forward
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """down [rank, in], up [out, rank] as stored; the weight's change is scale · up · down."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] with this LoRA added, in fp32, on the weight's device."""
+        up, down = (part.to(weight.device).float() for part in (self.up, self.down))
+        return weight.float() + self.scale * (up @ down)
+
+
+def lora_modules(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{module: {"down" | "up" | "alpha": stored name}} from a LoRA layout's names.
+
+    Raises ValueError (without the file's name) for a tensor that is no part of a pair.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name, stored in names.items():
+        match = KEY.match(name)
+        if match is None:
+            raise ValueError(f"has {name}, which is no part of a LoRA pair: only plain LoRA files are read")
+        modules.setdefault(match["module"], {})[PARTS[match["part"]]] = stored
+    for module, parts in modules.items():
+        if not {"down", "up"} <= set(parts):
+            raise ValueError(f"has half a pair for {module}: the file is not complete, download it again")
+    return modules
+
+
+def read_lora(path: Path | str) -> dict[str, LoraPair]:
+    """{module: pair} of a LoRA file: PEFT's names, bare or under `generator_lora`, or ComfyUI's. Data stays mapped.
+
+    The scale is alpha / rank where the file has alpha, else 1. Raises ValueError in one line.
+    """
+    file = open_weights(path)
+    try:
+        group = choose_top_key(file.groups, "auto", "generator_lora")
+        layout = read_layout(file.groups[group])
+        if layout.kind != "lora":
+            raise ValueError(f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like")
+        modules = lora_modules(layout.names)
+        pairs = {}
+        for module, parts in modules.items():
+            down, up = file.read(group, parts["down"]), file.read(group, parts["up"])
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+                raise ValueError(
+                    f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
+                )
+            alpha = file.read(group, parts["alpha"]).item() if "alpha" in parts else down.shape[0]
+            pairs[module] = LoraPair(down, up, alpha / down.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return pairs
+
+
+def check_targets(lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raises ValueError in one line unless every pair has a weight of its shape in the model."""
+    lost = [module for module in lora if module + ".weight" not in weights]
+    if lost:
+        raise ValueError(
+            f"{path} has {len(lost)} of {len(lora)} LoRA targets that the model lacks ({', '.join(lost[:3])}): "
+            "pass a LoRA made for this model"
+        )
+    for module, pair in lora.items():
+        shape, made = list(weights[module + ".weight"].shape), [pair.up.shape[0], pair.down.shape[1]]
+        if shape != made:
+            raise ValueError(
+                f"{path} has a LoRA of {made} for {module}, which is {shape}: pass one made for this model"
+            )
+
+
+def looks_like_longlive(lora: Mapping[str, LoraPair], num_layers: int) -> bool:
+    """Whether the LoRA is of LongLive's form: rank 256 on each of the ten linear layers of every block, scale 1."""
+    in_blocks = all(module.startswith("blocks.") for module in lora)
+    right = all((pair.rank, pair.scale) == (256, 1.0) for pair in lora.values())
+    return in_blocks and right and len(lora) == LINEARS_OF_A_BLOCK * num_layers

@@ -1,0 +1,88 @@
+"""Tokens of a prompt, from a tokenizer.json or a sentencepiece model, found beside the encoder or given."""
+
+import hashlib
+import html
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PIP_LINE = 'pip install "transformers>=4.50.3" "sentencepiece>=0.2" (or pip install "autorefiner[umt5]")'
+FILES = ("tokenizer.json", "spiece.model")
+FOLDERS = (".", "google/umt5-xxl", "tokenizer", "../tokenizer")  # Hugging Face, Wan2.1's and diffusers' places
+
+
+def clean(prompt: str) -> str:
+    """The prompt with HTML entities resolved and white space collapsed, as Wan's own tokenizer does it (less ftfy)."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+class Tokenizer:
+    """A tokenizer as the bytes of its file; the library that runs it is imported when the first prompt comes."""
+
+    def __init__(self, data: bytes, source: str) -> None:
+        self.data = data
+        self.source = source
+        self.digest = hashlib.sha256(data).hexdigest()
+
+    def __call__(self, prompt: str, text_len: int) -> tuple[Tensor, int]:
+        """Ids [1, text_len], padded, and how many are true; a prompt too long loses its end but keeps the eos token."""
+        encode, eos, pad = self._parts
+        ids = [*encode(prompt)[: text_len - 1], eos]
+        return torch.tensor([ids + [pad] * (text_len - len(ids))]), len(ids)
+
+    @cached_property
+    def _parts(self):
+        """(text -> ids, eos id, pad id)."""
+        try:
+            parts = self._from_json() if self.data.lstrip()[:1] == b"{" else self._from_sentencepiece()
+        except ImportError as error:
+            raise ValueError(f"the tokenizer needs a library that is missing ({error.name}): {PIP_LINE}") from error
+        except Exception as error:  # both libraries raise bare exceptions
+            raise ValueError(f"{self.source} is not a tokenizer that can be read: pass a tokenizer.json") from error
+        if parts[1] is None or parts[1] < 0:
+            raise ValueError(
+                f"{self.source} has no </s> token, so it is not umT5's: pass google/umt5-xxl's tokenizer.json"
+            )
+        return parts
+
+    def _from_json(self):
+        from tokenizers import Tokenizer as JsonTokenizer
+
+        tokenizer = JsonTokenizer.from_str(self.data.decode("utf-8"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        return encode, tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>") or 0
+
+    def _from_sentencepiece(self):
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_proto=self.data)
+        return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)
+
+
+def find_tokenizer(encoder: Path, given: Path | str | None, embedded: bytes | None) -> Tokenizer:
+    """The tokenizer that was given, else the one inside the encoder's file, else the one beside it.
+
+    Raises ValueError in one line when there is none.
+    """
+    if given is None and embedded is not None:
+        return Tokenizer(embedded, f"the tokenizer in {encoder}")
+    place = Path(given) if given is not None else encoder
+    if given is not None and place.is_file():
+        return Tokenizer(place.read_bytes(), str(place))
+    folder = place if place.is_dir() else place.parent
+    if given is None or place.is_dir():
+        for path in (folder / sub / name for sub in FOLDERS for name in FILES):
+            if path.is_file():
+                return Tokenizer(path.read_bytes(), str(path))
+    raise ValueError(
+        f"{place} has no tokenizer ({' or '.join(FILES)}) in or beside it: "
+        "pass the tokenizer.json of google/umt5-xxl as the tokenizer"
+    )

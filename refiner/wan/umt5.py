@@ -1,0 +1,176 @@
+"""umT5 encoder files in Hugging Face's, ComfyUI's and Wan's own layout: sizes, names, and the model they make."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layouts import INSTEAD, QUANTISED, choose_top_key, read_layout
+from .tokenizer import PIP_LINE
+from .weight_file import WeightFile, choose_dtype, open_weights
+
+WAN_TOP = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+WAN_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+TOKENIZER_TENSOR = "spiece_model"  # ComfyUI's files carry the sentencepiece model as bytes
+ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
+
+
+@dataclass(frozen=True, slots=True)
+class Umt5File:
+    """An umT5 encoder on disk. `names` maps Hugging Face's names to stored ones; `sizes` are UMT5Config's arguments."""
+
+    file: WeightFile
+    group: str
+    names: dict[str, str]
+    sizes: dict[str, Any]
+    tokenizer: bytes | None
+
+    @property
+    def text_dim(self) -> int:
+        return self.sizes["d_model"]
+
+    def choose_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
+        """The dtype to run in: the wanted one, else the stored one, but bf16 for fp8."""
+        group = self.file.groups[self.group]
+        return choose_dtype(wanted, {name: group[stored] for name, stored in self.names.items()}, self.file.path)
+
+    def fingerprint(self) -> str:
+        """sha256 over every tensor's name, shape, dtype and first 64 values: other weights, other fingerprint."""
+        digest = hashlib.sha256(repr(sorted(self.sizes.items())).encode())
+        group = self.file.groups[self.group]
+        for name in sorted(group):
+            digest.update(f"{name} {list(group[name].shape)} {group[name].dtype}".encode())
+            digest.update(_first_bytes(self.file.read(self.group, name)))
+        return digest.hexdigest()
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> torch.nn.Module:
+        """transformers' UMT5EncoderModel with these weights; scaled fp8 is multiplied out."""
+        try:
+            from transformers import UMT5Config, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(f"the umT5 text encoder needs transformers: {PIP_LINE}") from error
+        with torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config(**self.sizes))
+        state = {name: self._read(name, dtype).to(device) for name in self.names}
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        self._require_same(model.state_dict(), state)
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        stored = self.names[name]
+        tensor = self.file.read(self.group, stored)
+        scale_name = stored.removesuffix("weight") + "scale_weight"
+        if scale_name in self.file.groups[self.group]:
+            return (tensor.float() * self.file.read(self.group, scale_name).float()).to(dtype)
+        return tensor.to(dtype)
+
+    def _require_same(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+        for name, tensor in expected.items():
+            if name not in found:
+                raise ValueError(f"{self.file.path} lacks {name}: the file is not complete, download it again")
+            if found[name].shape != tensor.shape:
+                shape, right = list(found[name].shape), list(tensor.shape)
+                raise ValueError(f"{self.file.path} has a {name} of {shape}, which should be {right}: it is damaged")
+        if extra := sorted(set(found) - set(expected)):
+            raise ValueError(f"{self.file.path} has {extra[0]}, which no umT5 encoder has: pass umT5-xxl")
+
+
+def _first_bytes(tensor: Tensor) -> bytes:
+    return tensor.flatten()[:64].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def open_umt5(path: Path | str) -> Umt5File:
+    """Opens an umT5 encoder: a Hugging Face folder or a single weights file. Its weights are not read yet.
+
+    Raises ValueError in one line when it is something else.
+    """
+    path = Path(path)
+    stated = _folder_config(path) if path.is_dir() else {}
+    file = open_weights(path)
+    try:
+        group = choose_top_key(file.groups, "auto", None)
+        layout = read_layout(file.groups[group])
+        if layout.kind != "text encoder":
+            raise ValueError(f"is {INSTEAD[layout.kind]}; the text encoder is umT5-xxl")
+        rename = _hf_name if layout.naming == "wan" else str
+        names = {rename(name): stored for name, stored in layout.names.items()}
+        embedded = names.pop(TOKENIZER_TENSOR, None)
+        names = {name: stored for name, stored in names.items() if _is_weight(name)}
+        sizes = _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    tokenizer = file.read(group, embedded).numpy().tobytes() if embedded else None
+    return Umt5File(file, group, names, sizes, tokenizer)
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a tensor belongs to the encoder, and not to the decoder, a second copy of the embedding or a scale."""
+    return not (name.startswith(("decoder.", "lm_head.", "encoder.embed_tokens.")) or QUANTISED.search(name))
+
+
+def _hf_name(name: str) -> str:
+    block = re.match(r"blocks\.(\d+)\.(.+)\.(weight|scale_weight)$", name)
+    if block and block[2] in WAN_BLOCK:
+        return f"encoder.block.{block[1]}.{WAN_BLOCK[block[2]]}.{block[3]}"
+    return WAN_TOP.get(name, name)
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says beyond what the tensors tell."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no config.json, so it is no encoder folder: pass one, or a weights file"
+        ) from None
+    except ValueError:
+        config = None
+    kind = config.get("model_type") if isinstance(config, dict) else "not readable"
+    if kind != "umt5":
+        raise ValueError(f"{folder} has a config.json whose model_type is {kind}: pass an umT5 encoder's folder (umt5)")
+    return {key: config[key] for key in ("relative_attention_max_distance", "layer_norm_epsilon") if key in config}
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """UMT5Config's arguments from an encoder's tensors. Raises ValueError (without the file's name)."""
+    layers = len({match[1] for name in tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
+    last_bias = ATTENTION.format(layers - 1) + "relative_attention_bias.weight"
+    if layers > 1 and last_bias not in tensors and ATTENTION.format(0) + "relative_attention_bias.weight" in tensors:
+        raise ValueError("is a T5 with one position table for all layers: Wan2.1 needs umT5-xxl, with one in each")
+    vocabulary, width = _shape(tensors, "shared.weight")
+    buckets, heads = _shape(tensors, last_bias)
+    inner, _ = _shape(tensors, ATTENTION.format(0) + "q.weight")
+    hidden, _ = _shape(tensors, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]:
+    if name not in tensors or tensors[name].ndim != 2:
+        raise ValueError(f"lacks {name}, which tells the encoder's size: pass a whole umT5 encoder")
+    rows, columns = tensors[name].shape
+    return rows, columns

@@ -1,0 +1,256 @@
+"""Files of weights as they lie on disk: opened without running code, listed without reading data, written whole or not.
+
+A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only the tensors that are used are ever read;
+of a .safetensors only the header is read. Folders are read by their index of shards.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FLAT = "flat"  # the name of the group when tensors lie at the top of the file
+KNOWN_IN_FOLDERS = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """An open file or folder of weights.
+
+    `groups` maps a top key (`generator_ema`, ...; `flat` when there is none) to {stored name: tensor}. The tensors tell
+    shape and dtype; those of a safetensors file have no data (meta device) until `read`. `others` are the top keys
+    that hold no tensors.
+    """
+
+    path: Path
+    container: str
+    groups: dict[str, dict[str, Tensor]]
+    others: tuple[str, ...]
+    metadata: dict[str, str]
+    readers: dict[str, "_Reader"]
+
+    def read(self, group: str, name: str) -> Tensor:
+        """One tensor as stored, on the CPU and mapped from the file where the container allows it."""
+        reader = self.readers.get(name)
+        return self.groups[group][name] if reader is None else reader.read(name)
+
+
+def open_weights(path: Path | str) -> WeightFile:
+    """Opens a .pt/.pth/.bin, a .safetensors, or a folder with an index of shards, by content and not by suffix.
+
+    Raises ValueError in one line for anything else: missing, empty, text, damaged, or a pickle that would run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened ({error.strerror}): check the path and its permissions") from error
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_pickle(path, zipped=head.startswith(b"PK"))
+    if head[8:9] == b"{":
+        return _open_safetensors(path)
+    raise ValueError(f"{path} {_what_else(head)}")
+
+
+def _what_else(head: bytes) -> str:
+    if not head:
+        return "is empty (0 bytes): download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the weights themselves: run `git lfs pull` in its folder"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file, which is quantised: pass the .safetensors or .pt of the model"
+    if all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        return "is a text file and not weights: pass a .safetensors or .pt (a failed download often leaves a web page)"
+    return "is neither a .safetensors nor a torch .pt file: pass one of these"
+
+
+class _Reader:
+    """The data of a safetensors file, mapped when the first tensor is wanted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _file(self) -> safe_open:
+        try:
+            return safe_open(self.path, framework="pt")
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.path} {_unmapped(self.path)}") from error
+
+    def read(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+def _open_safetensors(path: Path) -> WeightFile:
+    try:
+        # By "numpy" only the header is read; by "pt" torch maps the whole file, which needs as much free memory.
+        header = safe_open(path, framework="numpy")
+        tensors = {}
+        for name in header.keys():  # noqa: SIM118 - safe_open is not a mapping
+            part = header.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise ValueError(f"{path} holds {part.get_dtype()} tensors ({name}), an unknown type: pass a bf16 file")
+            tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        metadata = dict(header.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({_line(error)}): download it again") from error
+    return WeightFile(path, "safetensors", {FLAT: tensors}, (), metadata, dict.fromkeys(tensors, _Reader(path)))
+
+
+def _unmapped(path: Path) -> str:
+    size = path.stat().st_size / 1e9
+    return f"is {size:.1f} GB and this machine's memory cannot map that much: add swap, or allow overcommit"
+
+
+def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
+    if path.suffix == ".safetensors":  # torch.load goes by this suffix
+        raise ValueError(f"{path} is a torch .pt file in spite of its name: rename it to .pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except MemoryError:
+        raise
+    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+        raise ValueError(f"{path} {_refusal(path, error)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__} and not a state dict: pass a model's weights")
+    groups = {str(key): found for key, value in content.items() if (found := _tensors(value))}
+    if flat := _tensors(content):
+        groups[FLAT] = flat
+    if not groups:
+        keys = ", ".join(map(str, list(content)[:4])) or "nothing"
+        raise ValueError(f"{path} holds no tensors, only {keys}: pass a model's weights")
+    others = tuple(str(key) for key, value in content.items() if str(key) not in groups | flat)
+    return WeightFile(path, "pt", groups, others, {}, {})
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    return {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted:
+        return (
+            f"holds more than tensors ({wanted[1]}) and could run code when opened, so it is refused: "
+            "ask its author for a .safetensors"
+        )
+    if "unable to mmap" in str(error):
+        return _unmapped(path)
+    return "is no whole torch file of tensors (cut short, damaged, or another pickle): download it again"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _open_folder(folder: Path) -> WeightFile:
+    known = next((folder / name for name in KNOWN_IN_FOLDERS if (folder / name).is_file()), None)
+    if known is None:
+        found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if _looks_like_weights(path)]
+        inside = [str(path.relative_to(folder)) for path in found]
+        hint = f"pass one of its files ({', '.join(inside[:3])})" if inside else "pass a .safetensors or .pt file"
+        raise ValueError(f"{folder} is a folder without an index of shards: {hint}")
+    return _open_shards(known) if known.suffix == ".json" else open_weights(known)
+
+
+def _looks_like_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.name in KNOWN_IN_FOLDERS
+
+
+def _open_shards(index: Path) -> WeightFile:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(names.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
+    tensors, readers = {}, {}
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index} names a shard outside its folder ({shard}): refused, download it again")
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index.parent} lacks {shard}, one of its {len(shards)} shards: download it")
+        part = open_weights(index.parent / shard)
+        tensors |= part.groups.get(FLAT, {})
+        readers |= part.readers
+    if lost := sorted(set(names) - set(tensors)):
+        raise ValueError(f"{index.parent} lacks {len(lost)} tensors of its index ({lost[0]}): download it again")
+    return WeightFile(index.parent, f"{len(shards)} shards", {FLAT: tensors}, (), {}, readers)
+
+
+def choose_dtype(wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path) -> torch.dtype:
+    """The dtype to run weights in: the wanted one, else the stored one of most bytes, but bf16 for fp8.
+
+    Raises ValueError when the wanted one is too narrow or a tensor is not floating point, as quantised weights are.
+    """
+    if wanted is not None and (not wanted.is_floating_point or wanted.itemsize < 2):
+        raise ValueError(f"dtype {wanted} cannot run a network: use bfloat16, float16 or float32")
+    nbytes: dict[torch.dtype, int] = {}
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{path} has {name} in {tensor.dtype}, so it is quantised: pass the bf16 or fp16 file")
+        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
+    most = max(nbytes, key=lambda dtype: nbytes[dtype])
+    return wanted or (torch.bfloat16 if most.itemsize < 2 else most)
+
+
+def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors that is complete or absent: whatever stood at `path` stays until the new file is on disk.
+
+    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a missing folder.
+    """
+    path = Path(path)
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(
+                f"metadata {key!r} is a {type(value).__name__}, but the format holds strings: use json.dumps"
+            )
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is not a folder: make it before saving {path.name}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata=dict(metadata))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

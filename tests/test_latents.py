@@ -1,0 +1,66 @@
+"""The latents file: grows by chunks, and is readable whenever it stopped."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autorefiner.refiner.latents import LatentWriter, read_latents
+
+
+@pytest.fixture
+def chunks():
+    return [torch.randn(1, 16, frames, 4, 6) for frames in (3, 3, 1)]
+
+
+def write(path, chunks, finished=True):
+    writer = LatentWriter(path, (16, 4, 6), {"prompt": "a star", "seed": "7"})
+    for chunk in chunks:
+        writer.write(chunk)
+    return writer.close(finished)
+
+
+def test_a_finished_file_is_plain_safetensors(tmp_path, chunks) -> None:
+    path = write(tmp_path / "a.safetensors", chunks)
+    whole = torch.cat(chunks, 2)
+    assert torch.equal(load_file(path)["latents"], whole[0].transpose(0, 1))
+    latents, metadata = read_latents(path)
+    assert torch.equal(latents, whole)
+    assert metadata == {"prompt": "a star", "seed": "7"}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_stopped_file_stays_partial_and_leaves_the_old_one(tmp_path, chunks) -> None:
+    old = write(tmp_path / "a.safetensors", chunks[:1])
+    partial = write(tmp_path / "a.safetensors", chunks[1:], finished=False)
+    assert partial.name == "a.partial.safetensors"
+    assert torch.equal(read_latents(old)[0], chunks[0])
+    assert torch.equal(read_latents(partial)[0], torch.cat(chunks[1:], 2))
+    assert load_file(partial)["latents"].shape == (4, 16, 4, 6)
+
+
+@pytest.mark.parametrize(("lost", "frames"), [(0, 6), (1, 5), (4 * 16 * 24, 5)])
+def test_a_file_cut_off_by_a_kill_gives_its_whole_frames(tmp_path, chunks, lost, frames) -> None:
+    writer = LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), {"seed": "7"})
+    for chunk in chunks[:2]:
+        writer.write(chunk)  # and no close: what a kill leaves
+    data = writer.partial.read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(data[: len(data) - lost])
+    latents, metadata = read_latents(cut)
+    assert torch.equal(latents, torch.cat(chunks[:2], 2)[:, :, :frames])
+    assert metadata == {"seed": "7"}
+
+
+def test_other_files_are_refused_in_one_line(tmp_path) -> None:
+    other, text, empty = tmp_path / "model.safetensors", tmp_path / "a.txt", tmp_path / "none.safetensors"
+    save_file({"weight": torch.zeros(3)}, other)
+    text.write_text("hello")
+    for path in (other, text):
+        with pytest.raises(ValueError, match="is not a latents file: give one written by --save-latents"):
+            read_latents(path)
+    write(empty, [])
+    with pytest.raises(ValueError, match="holds no finished chunk"):
+        read_latents(empty)
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        LatentWriter(tmp_path / "b.safetensors", (16, 4, 6), {"prompt": "x" * 20000})
+    assert not list(tmp_path.glob("b*"))

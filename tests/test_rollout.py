@@ -1,0 +1,209 @@
+"""Runs of the whole loop: what must not matter does not, bit for bit where nothing is computed differently."""
+
+import weakref
+
+import pytest
+import torch
+
+from autorefiner.refiner.memory.graph import GraphMemory
+from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.ring import RingMemory
+from autorefiner.refiner.noise.source import Draw, WhiteNoise
+from autorefiner.refiner.rollout import Cut, Flush, PromptSwitch, Rollout
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.samplers import ode, self_forcing
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
+
+from tiny import TINY, tiny_network
+
+SF = PRESETS["self-forcing"]
+FRAMES, HEIGHT, WIDTH = 14, 4, 6
+
+
+def run(network, context, preset=SF, frames=FRAMES, batch=1, keys=None, initial=None, given=0, **options):
+    plan = RunPlan(preset, frames, HEIGHT, WIDTH, batch, given, keys)
+    return torch.cat(list(sample(network, context, plan, initial=initial, **options)), 2)
+
+
+def rollout(network, context, memory=None, frames=6, **options) -> Rollout:
+    memory = memory or RingMemory(MemoryPlan.of(TINY, (1, 16, frames, HEIGHT, WIDTH)))
+    return Rollout(
+        network, network.text(context), memory, WhiteNoise(0), plan_chunks(SF, frames)[1], (1, 16, HEIGHT, WIDTH),
+        torch.device("cpu"), torch.float32, **options,
+    )  # fmt: skip
+
+
+def test_a_window_as_long_as_the_video_is_full_history(network, context) -> None:
+    full = run(network, context)
+    assert torch.equal(run(network, context, SF.changed(window=FRAMES)), full)
+    assert torch.equal(run(network, context, SF.changed(window=FRAMES + 7, sink=3)), full)
+    assert not torch.equal(run(network, context, SF.changed(window=6)), full)
+
+
+@pytest.mark.parametrize("window", [-1, 9, 7])
+def test_raw_keys_equal_rotated_keys(network, context, window) -> None:
+    preset = SF.changed(window=window, sink=0 if window < 0 else 3)
+    assert torch.equal(run(network, context, preset, keys="raw"), run(network, context, preset))
+
+
+@pytest.mark.parametrize("window", [-1, 9])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_run_that_was_stopped_and_continued_equals_one_that_was_not(network, context, chunks, window) -> None:
+    preset = SF.changed(window=window)
+    whole = run(network, context, preset)
+    given = 3 * chunks
+    rest = run(network, context, preset, FRAMES - given, initial=whole[:, :, :given], given=given)
+    assert torch.equal(rest, whole[:, :, given:])
+
+
+def test_memory_of_training_samples_the_same_video(network, context) -> None:
+    plan = MemoryPlan.of(TINY, (1, 16, FRAMES, HEIGHT, WIDTH), window_frames=7, sink_frames=2)
+    with torch.no_grad():
+        ring, graph = (
+            torch.cat(list(self_forcing(rollout(network, context, kind(plan), FRAMES))), 2)
+            for kind in (RingMemory, GraphMemory)
+        )
+    assert (ring - graph).abs().max() < 1e-5
+
+
+def test_a_sample_of_a_batch_equals_the_run_alone(network, context) -> None:
+    both = run(network, context, batch=2)
+    assert (both[:1] - run(network, context)).abs().max() < 1e-5
+    assert (both[0] - both[1]).abs().mean() > 0.1
+
+
+def test_every_prompt_of_a_batch_has_its_own_context(network, context) -> None:
+    contexts = torch.cat((context, -context))
+    both = run(network, contexts, batch=2)
+    assert (both[:1] - run(network, context)).abs().max() < 1e-5
+    assert (both[1:] - run(network, context, batch=2)[1:]).abs().max() > 1e-3
+
+
+def test_bf16_networks_run_and_stay_near(context) -> None:
+    """Latents stay fp32 between passes; weights, activations and memory are bf16."""
+    half = run(tiny_network(dtype=torch.bfloat16), context)
+    assert half.dtype == torch.float32
+    assert (half - run(tiny_network(), context)).abs().mean() < 0.02
+
+
+def test_one_level_makes_the_two_samplers_equal(network, context) -> None:
+    one = SF.changed(steps=(1000,))
+    assert torch.equal(run(network, context, one, method=ode), run(network, context, one))
+    assert not torch.equal(run(network, context, method=ode), run(network, context))
+
+
+@torch.no_grad()
+def test_the_ode_sampler_takes_euler_steps(network, context) -> None:
+    """x + (σ' − σ) v (AutoRefiner eq. 19), integrated here straight from the network's flow."""
+    run_ = rollout(network, context, frames=3)
+    (chunk,) = run_.chunks
+    x = run_.draw(chunk, chunk.levels[0])
+    memory = GraphMemory(run_.memory.plan)
+    sigmas = [level.sigma for level in chunk.levels] + [0.0]
+    for level, below in zip(chunk.levels, sigmas[1:], strict=True):
+        flow = network(x, torch.full((1, 1), level.t), run_.text, memory.view(range(3)))
+        x = x + (below - level.sigma) * flow
+    assert (next(ode(run_)) - x).abs().max() < 1e-5
+
+
+def test_the_last_chunk_is_not_committed_and_each_other_one_once(network, context) -> None:
+    calls = []
+    network.model.patch_embedding.register_forward_hook(lambda *_: calls.append(1))
+    run(network, context, frames=9)
+    assert len(calls) == 3 * 4 + 2
+
+
+@torch.no_grad()
+def test_a_pending_commit_keeps_the_keys_of_the_last_prediction(network, context) -> None:
+    run_ = rollout(network, context)
+    chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
+    run_.predict(run_.draw(chunk, level), level, chunk)
+    before = run_.memory.keys[1].clone()
+    run_.commit_pending()
+    assert torch.equal(run_.memory.keys[1], before)
+    assert [held.frame for held in run_.memory.ledger.held] == [0, 1, 2]
+
+
+def test_closing_the_iterator_frees_the_memory(network, context) -> None:
+    kept = []
+
+    def method(run_):
+        kept.append((run_.memory, weakref.ref(run_.memory.keys[0])))
+        yield from self_forcing(run_)
+
+    iterator = sample(network, context, RunPlan(SF, FRAMES, HEIGHT, WIDTH), method=method)
+    next(iterator)
+    ((memory, buffer),) = kept
+    assert memory.nbytes > 0
+    iterator.close()
+    assert memory.nbytes == 0
+    assert buffer() is None
+
+
+def test_progress_tells_every_prediction(network, context) -> None:
+    told = []
+    run(network, context, frames=6, given=3, initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH), callback=told.append)
+    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [(i, j, 3) for i in (1, 2) for j in range(4)]
+    assert told[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
+
+
+@torch.no_grad()
+def test_forks_draw_their_own_noise_and_the_first_is_the_run_itself(network, context) -> None:
+    run_ = rollout(network, context)
+    chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
+    draws = [fork.draw(chunk, level) for fork in run_.fork(3)]
+    assert torch.equal(draws[0], run_.draw(chunk, level))
+    assert torch.equal(draws[2], WhiteNoise(0)(chunk, Draw(0, candidate=2), (1, 16, 3, HEIGHT, WIDTH)))
+    assert all(fork.memory is run_.memory for fork in run_.fork(2))
+
+
+def test_select_takes_the_best_of_each_sample() -> None:
+    run_ = rollout(tiny_network(), torch.zeros(1, 8, 32))
+    run_.frame_shape = (2, 16, HEIGHT, WIDTH)
+    a, b = torch.zeros(2, 16, 3, 1, 1), torch.ones(2, 16, 3, 1, 1)
+    chosen = run_.select([a, b], torch.tensor([[0.3, 0.1], [0.2, 0.9]]))
+    assert chosen[0].max() == 0
+    assert chosen[1].min() == 1
+    with pytest.raises(ValueError, match="2 candidates, 2 samples"):
+        run_.select([a, b], torch.zeros(2, 1))
+
+
+def with_event(network, context, event, memory_options=None):
+    """Two chunks with an event between them."""
+    plan = MemoryPlan.of(TINY, (1, 16, 6, HEIGHT, WIDTH), **(memory_options or {}))
+    run_ = rollout(network, context, RingMemory(plan))
+    with torch.no_grad():
+        iterator = self_forcing(run_)
+        first = next(iterator)
+        if event is not None:
+            run_.event(event)
+        return first, next(iterator)
+
+
+def test_a_prompt_switch_changes_what_follows(network, context) -> None:
+    plain = with_event(network, context, None)
+    same = with_event(network, context, PromptSwitch(context))
+    other = with_event(network, context, PromptSwitch(-context))
+    assert torch.equal(same[1], plain[1])
+    assert torch.equal(other[0], plain[0])
+    assert (other[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_a_flush_forgets_and_a_cut_moves_away(network, context) -> None:
+    plain = with_event(network, context, None)
+    assert torch.equal(with_event(network, context, Flush(keep_last=3))[1], plain[1])
+    assert (with_event(network, context, Flush(keep_last=0))[1] - plain[1]).abs().max() > 1e-4
+    relative = dict(keys="raw", positions="window")
+    assert torch.equal(with_event(network, context, None, relative)[1], plain[1])
+    assert (with_event(network, context, Cut(45), relative)[1] - plain[1]).abs().max() > 1e-4
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(network, context) -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        RunPlan(SF, 6, 5, 6)
+    with pytest.raises(ValueError, match="at least 1 video"):
+        RunPlan(SF, 6, 4, 6, batch=0)
+    with pytest.raises(ValueError, match=r"the plan expects \(1, 16, 3, 4, 6\)"):
+        run(network, context, frames=3, given=3, initial=torch.zeros(1, 16, 3, 4, 4))
+    with pytest.raises(ValueError, match="latents to start from: none came"):
+        run(network, context, frames=3, given=3)
