@@ -6,13 +6,24 @@ import json
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .bench import SIZES, bench
-from .generate import DTYPES, RANDOM_TINY, GenerateOptions, Job, generate, latents_path, pick_device, pick_dtype, prepare
+from .generate import (
+    DTYPES,
+    RANDOM_TINY,
+    GenerateOptions,
+    Job,
+    generate,
+    latents_path,
+    pick_device,
+    pick_dtype,
+    prepare,
+)
 from .latents import read_latents
 from .rollout import Progress
 from .samplers import SAMPLERS
@@ -26,8 +37,8 @@ Sample a video chunk by chunk and write each chunk to the file as soon as it is 
   autorefiner generate --model self_forcing_dmd.pt --text-encoder umt5-xxl/ --vae Wan2.1_VAE.pth \\
       --prompt "a red fox in the snow" --frames 81 --size 832x480 --out fox.mp4
 
-Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished chunk. With --save-latents the run goes on
-from there: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
+Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished chunk. With --save-latents the run can go
+on: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
 
 
 def steps(text: str) -> tuple[int, ...]:
@@ -44,11 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="autorefiner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
-    command = commands.add_parser("inspect", help="say what a file is", description="Say what a model, LoRA, VAE, video or"
-                                  " latents file is, from its names and metadata alone.")  # fmt: skip
+    about = "Say what a model, LoRA, VAE, video or latents file is, from its names, shapes and metadata."
+    command = commands.add_parser("inspect", help="say what a file is", description=about)
     command.add_argument("file", type=Path)
-    command = commands.add_parser("bench", help="measure speed and memory on this machine",
-                                  description="Sample with random weights of a size and print speed and memory.")  # fmt: skip
+    about = "Sample with random weights of a size and print speed and memory."
+    command = commands.add_parser("bench", help="measure this machine", description=about)
     command.add_argument("--size", choices=SIZES, default="tiny")
     command.add_argument("--chunks", type=int, default=7, help="chunks of 3 latent frames; 7 are 81 frames")
     command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
@@ -57,51 +68,52 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_generate(commands) -> None:
-    command = commands.add_parser("generate", help="prompt to video", description=GENERATE,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "generate", help="prompt to video", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     model = command.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="FILE|NAME",
-                       help=f"a published checkpoint as it is (.pt or .safetensors), or {RANDOM_TINY}: untrained, for a"
-                       " first try without any download")  # fmt: skip
-    model.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to merge on load (LongLive 1 needs its lora.pt)")
+    about = f"a published checkpoint as it is (.pt, .safetensors), or {RANDOM_TINY}: untrained, needs no download"
+    model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
+    model.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to merge on load (LongLive 1 needs its own)")
     model.add_argument("--vae", type=Path, metavar="FILE", help="Wan2.1's VAE")
     model.add_argument("--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file")
-    model.add_argument("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it does not lie beside it")
+    model.add_argument("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, if it does not lie beside it")
     model.add_argument("--context-cache", type=Path, metavar="FOLDER", help="keep encoded prompts here")
     model.add_argument("--context", type=Path, metavar="FILE", help="an encoded prompt instead of a text encoder")
 
     what = command.add_argument_group("video")
-    what.add_argument("--prompt", default="")
+    what.add_argument("--prompt", default="", help="what to show, as the model's authors prompt it")
     what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
     what.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="multiples of 16 (default 832x480)")
-    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same video on any device")
+    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
     what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
     what.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
     what.add_argument("--save-latents", action="store_true", help="write latents beside the video, to go on from later")
     what.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet, too")
 
-    how = command.add_argument_group("sampling", "A preset says how a model was trained to be sampled; the rest overrides it.")
+    about = "A preset says how a model was trained to be sampled; the rest overrides it."
+    how = command.add_argument_group("sampling", about)
     how.add_argument("--preset", choices=PRESETS, help="default: what the file says it is")
     how.add_argument("--steps", type=steps, metavar="N,N,…", help="nominal levels, falling from 1000")
-    how.add_argument("--window", type=int, metavar="FRAMES", help="latent frames held in memory (sink + past + current"
-                     " chunk); -1 holds all. Long videos need one: memory stays the same at any length")  # fmt: skip
+    about = "latent frames held in memory (sink + past + current chunk), -1 all; with one, memory is flat in length"
+    how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
     how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
     how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
     add_machine(how)
 
 
-def add_machine(command) -> None:
+def add_machine(command: argparse._ActionsContainer) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32")
 
 
 def run_generate(args: argparse.Namespace) -> int:
     changes = {"steps": args.steps, "window": args.window, "sink": args.sink}
-    names = {field.name for field in dataclasses.fields(GenerateOptions)} & set(vars(args))
+    named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
     width, height = args.size
-    job = prepare(GenerateOptions(**{n: getattr(args, n) for n in names}, changes=changes, width=width, height=height))
+    job = prepare(GenerateOptions(**named, changes=changes, width=width, height=height))
     print(summary(job), file=sys.stderr)
     if args.dry_run:
         print(job.estimate.lines())
@@ -116,8 +128,8 @@ def summary(job: Job) -> str:
     note = "; random weights: the video is noise" if options.model == RANDOM_TINY else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}, levels"
-        f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device} in"
-        f" {str(job.dtype).removeprefix('torch.')}{note}"
+        f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
+        f" in {str(job.dtype).removeprefix('torch.')}{note}"
     )
 
 
@@ -131,8 +143,9 @@ def stream(job: Job) -> int:
             bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
 
         try:
-            for frames in generate(job, show):
-                bar.update(frames - bar.n)
+            with closing(generate(job, show)) as progress:
+                for frames in progress:
+                    bar.update(frames - bar.n)
         except KeyboardInterrupt:
             bar.close()
             print(f"stopped: {frames} frames are in {partial_path(job.options.out)}{go_on(job)}", file=sys.stderr)

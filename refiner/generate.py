@@ -16,7 +16,7 @@ from .rollout import Progress
 from .sample import RunPlan, sample
 from .samplers import SAMPLERS
 from .schedule import PRESETS, Preset, get_preset, latent_frames
-from .video import VideoWriter, contact_sheet, read_frames, to_frames
+from .video import VideoWriter, check_output, contact_sheet, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import inspect, load_transformer, load_vae_state
 from .wan.text import load_text_encoder
@@ -27,6 +27,7 @@ from .wan.weight_file import open_weights
 RANDOM_TINY = "random-tiny"
 RANDOM_VAE_DIM = 8
 FPS = 16
+SHEET_FRAMES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class GenerateOptions:
     sheet: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 16 or self.height < 16 or self.width % 16 or self.height % 16:
@@ -114,7 +116,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare(options: GenerateOptions) -> Job:
-    """Check a request and count its memory; raises ValueError with what to change. Loads no weights."""
+    """Check a request and count its memory; raises ValueError with what to change. Loads no weights.
+
+    A dry run is not held against the memory that is free.
+    """
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     config, name = identify(options)
@@ -137,6 +142,9 @@ def prepare(options: GenerateOptions) -> Job:
         activations=pass_bytes(config, memory, preset.chunk),
         decode=WanVAE.decode_bytes(vae_dim, options.height, options.width, preset.chunk, dtype),
     )
+    if not options.dry_run:
+        check_output(options.out)
+        estimate.check(available_bytes(device))
     return Job(options, config, preset, name, plan, device, dtype, initial, estimate)
 
 
@@ -197,9 +205,7 @@ def load_network(job: Job) -> CausalWan:
             torch.manual_seed(0)
             model = WanTransformer(job.config)
         return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
-    model, info = load_transformer(
-        Path(job.options.model), lora=job.options.lora, dtype=job.dtype, device=job.device
-    )
+    model, info = load_transformer(Path(job.options.model), lora=job.options.lora, dtype=job.dtype, device=job.device)
     return CausalWan(model, info.config)
 
 
@@ -223,14 +229,11 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
     An error or an interrupt leaves NAME.partial.mp4 (and the partial latents) with every chunk that was finished.
     """
     options = job.options
-    job.estimate.check(available_bytes(job.device))
+    vae, context, network = load_vae(job), make_context(job), load_network(job)
+    state, frames = DecoderState(), 0
     with ExitStack() as stack:
         video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
-        latents = None
-        if options.save_latents:
-            latents = stack.enter_context(latents_beside(job))
-        vae, context, network = load_vae(job), make_context(job), load_network(job)
-        state, frames = DecoderState(), 0
+        latents = stack.enter_context(latents_beside(job)) if options.save_latents else None
         chunks = sample(
             network, context, job.plan, seed=options.seed, initial=job.initial,
             method=SAMPLERS[options.method], callback=callback,
@@ -245,7 +248,7 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
             frames += pixels.shape[2]
             yield frames
     if options.sheet:
-        contact_sheet(read_frames(options.out), options.sheet)
+        contact_sheet(read_frames(options.out, every=max(1, -(-options.frames // SHEET_FRAMES))), options.sheet)
 
 
 def latents_path(out: Path) -> Path:

@@ -80,10 +80,10 @@ def open_weights(path: Path | str) -> WeightFile:
         raise ValueError(f"{path} does not exist: check the path") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}): check the path and its permissions") from error
+    if head[8:9] == b"{":  # first, as the eight bytes before it are a length and can be anything
+        return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, zipped=head.startswith(b"PK"))
-    if head[8:9] == b"{":
-        return _open_safetensors(path)
     raise ValueError(f"{path} {_what_else(head)}")
 
 

@@ -1,0 +1,173 @@
+"""Video files that grow by a chunk at a time, what they say of themselves, and contact sheets of them."""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from torch import Tensor
+
+# One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
+FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
+CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder"}  # the muxer's own
+ENCODER = {"preset": "medium", "crf": "16", "tune": "zerolatency"}
+
+
+def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
+    """Pixels [1, 3, F, H, W] in [-1, 1], clamped, as uint8 frames [F, H, W, 3] on the CPU."""
+    levels = ((pixels_BCFHW[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def partial_path(path: Path) -> Path:
+    """Where a video lies until it is finished."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+class VideoWriter:
+    """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end renames it to NAME.
+
+    Whatever stood at NAME stays until then. Left by an exception, or killed, the partial file holds every chunk that
+    was written. Raises ValueError when the output cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, width: int, height: int, fps: int = 16, metadata: dict[str, str] | None = None
+    ) -> None:
+        self.path, self.partial = Path(path), partial_path(Path(path))
+        self.size, self.fps, self.metadata = (width, height), fps, metadata or {}
+        self.frames = self.chunks = 0
+        check_output(self.path)
+        self.file = open(self.partial, "wb")  # noqa: SIM115, closed by __exit__
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append a chunk of frames [F, H, W, 3], uint8, as one group of pictures, and push it to the file system."""
+        if frames.dtype != np.uint8 or frames.shape[1:] != (self.size[1], self.size[0], 3):
+            raise ValueError(
+                f"frames are {frames.dtype} of {frames.shape[1:]}, this video takes uint8 of"
+                f" ({self.size[1]}, {self.size[0]}, 3)"
+            )
+        keep = (b"moof", b"mdat") if self.chunks else (b"ftyp", b"moov", b"moof", b"mdat")
+        for kind, box in boxes(self._encode(frames)):
+            if kind in keep:
+                self.file.write(numbered(box, self.chunks + 1) if kind == b"moof" else box)
+        self.file.flush()
+        self.frames += len(frames)
+        self.chunks += 1
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None and self.frames:
+            os.replace(self.partial, self.path)
+        elif not self.frames:
+            self.partial.unlink()
+
+    def _encode(self, frames: np.ndarray) -> bytes:
+        """The chunk as a fragmented mp4 of its own whose times go on where the last one ended."""
+        buffer = io.BytesIO()
+        options = {"movflags": FRAGMENTED, "use_editlist": "0", "avoid_negative_ts": "disabled"}
+        with av.open(buffer, "w", format="mp4", options=options) as container:
+            container.metadata.update(self.metadata)
+            stream = container.add_stream("libx264", rate=self.fps, options=ENCODER)
+            stream.width, stream.height = self.size
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.time_base = Fraction(1, self.fps)
+            for index, pixels in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts = self.frames + index
+                frame.time_base = Fraction(1, self.fps)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return buffer.getvalue()
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: give the name of a file")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {path} cannot be written ({error.strerror}): give another folder") from error
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"output {path} cannot be written (no permission): give another name or folder")
+
+
+def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The top-level boxes of an mp4: (kind, whole box)."""
+    start = 0
+    while start < len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, data[start : start + length]
+        start += length
+
+
+def numbered(moof: bytes, sequence: int) -> bytes:
+    """A moof box with this sequence number: every chunk's own muxer starts at 1."""
+    place = moof.index(b"mfhd") + 8  # behind the name, version and flags
+    return moof[:place] + struct.pack(">I", sequence) + moof[place + 4 :]
+
+
+def _open_video(path: Path) -> av.container.InputContainer:
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path} is not a readable video ({error.strerror})") from error
+    if not container.streams.video:
+        raise ValueError(f"{path} holds no video")
+    return container
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a video file says of itself: prompt, seed, preset, model and more, as `VideoWriter` was given them."""
+    with _open_video(path) as container:
+        return {name: value for name, value in container.metadata.items() if name not in CONTAINER_KEYS}
+
+
+def read_frames(path: Path, every: int = 1) -> np.ndarray:
+    """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`."""
+    with _open_video(path) as container:
+        decoded = enumerate(container.decode(video=0))
+        return np.stack([frame.to_ndarray(format="rgb24") for index, frame in decoded if index % every == 0])
+
+
+def contact_sheet(frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2) -> None:
+    """A PNG with the frames [H, W, 3] side by side, in reading order on white."""
+    height, width = frames[0].shape[:2]
+    rows = -(-len(frames) // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for index, frame in enumerate(frames):
+        top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    write_png(sheet, path)
+
+
+def write_png(image: np.ndarray, path: Path) -> None:
+    """An RGB image [H, W, 3], uint8, as a PNG; a file that stood there is replaced whole."""
+    path = Path(path)
+    check_output(path)
+    lines = np.concatenate((np.zeros((len(image), 1), np.uint8), image.reshape(len(image), -1)), axis=1)
+
+    def piece(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + piece(b"IHDR", header)
+        + piece(b"IDAT", zlib.compress(lines.tobytes()))
+        + piece(b"IEND", b"")
+    )
+    os.replace(temporary, path)

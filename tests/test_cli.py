@@ -1,0 +1,175 @@
+"""The command line on real files of a tiny model: what it makes, what a stop leaves, what it says to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autorefiner.refiner.bench import bench
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.latents import read_latents
+from autorefiner.refiner.video import read_frames, read_metadata
+from autorefiner.refiner.wan.vae import WanVAE
+
+from tiny import TINY, tiny_network
+
+FRAMES = 33  # 9 latent frames, 3 chunks
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with a model, a VAE and a context, as a user has them."""
+    folder = tmp_path_factory.mktemp("files")
+    sizes = {"text_len": TINY.text_len}
+    metadata = {
+        "config": json.dumps({"transformer": {"causal_ar": True, **sizes}}),
+        "autorefiner": '{"preset": "self-forcing"}',
+    }
+    save_file(tiny_network().model.state_dict(), folder / "model.safetensors", metadata=metadata)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(WanVAE(4).state_dict(), folder / "vae.safetensors")
+        save_file({"context": torch.randn(5, TINY.text_dim)}, folder / "context.safetensors")
+    lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(2, 128) for part in "AB"}
+    save_file(lora, folder / "lora.safetensors")
+    return folder
+
+
+def command(files: Path, out: Path, *extra: str) -> list[str]:
+    base = {"model": "model", "vae": "vae", "context": "context"}
+    given = [part for name, stem in base.items() for part in (f"--{name}", str(files / f"{stem}.safetensors"))]
+    size = ["--frames", str(FRAMES), "--size", "48x32", "--out", str(out), "--device", "cpu"]
+    return ["generate", *given, "--prompt", "a fox", *size, *extra]
+
+
+def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, capsys) -> None:
+    out, sheet = tmp_path / "new" / "fox.mp4", tmp_path / "fox.png"
+    assert main(command(files, out, "--seed", "7", "--sheet", str(sheet))) == 0
+    assert read_frames(out).shape == (FRAMES, 32, 48, 3)
+    told = read_metadata(out)
+    assert (told["prompt"], told["seed"], told["preset"], told["model"]) == (
+        "a fox",
+        "7",
+        "self-forcing",
+        "model.safetensors",
+    )
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in out.parent.iterdir()] == ["fox.mp4"]
+    assert f"{FRAMES} frames in" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    assert "prompt    a fox" in capsys.readouterr().out
+
+
+def test_extending_saved_latents_gives_the_video_that_was_not_interrupted(files, tmp_path) -> None:
+    whole, first, rest = (tmp_path / f"{name}.mp4" for name in ("whole", "first", "rest"))
+    assert main(command(files, whole, "--save-latents")) == 0
+    assert main(command(files, first, "--save-latents", "--frames", "21")) == 0
+    start = tmp_path / "first.latents.safetensors"
+    assert main(command(files, rest, "--save-latents", "--extend", str(start))) == 0
+    latents = [read_latents(path.with_suffix(".latents.safetensors"))[0] for path in (whole, rest)]
+    assert torch.equal(*latents)
+    assert (read_frames(whole) == read_frames(rest)).all()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, tmp_path, sent, code) -> None:
+    out, partial, latents = (tmp_path / f"fox{end}" for end in (".mp4", ".partial.mp4", ".latents.partial.safetensors"))
+    out.write_bytes(b"old")
+    args = command(files, out, "--save-latents", "--frames", "4001", "--window", "9")
+    run = subprocess.Popen([sys.executable, "-m", "autorefiner.refiner.cli", *args], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 20_000) and run.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(sent)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    frames, kept = len(read_frames(partial)), read_latents(latents)[0]
+    assert frames >= 21
+    assert kept.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), "a chunk may be cut off between the two files"
+    assert out.read_bytes() == b"old"
+    if sent is not signal.SIGKILL:
+        assert f"{frames} frames are in {partial}" in errors.decode()
+    total = 4 * (kept.shape[2] + 3) - 3
+    again = tmp_path / "again.mp4"
+    assert main(command(files, again, "--extend", str(latents), "--frames", str(total), "--window", "9")) == 0
+    assert len(read_frames(again)) == total
+
+
+def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, capsys) -> None:
+    assert main(command(files, tmp_path / "fox.mp4", "--dry-run", "--size", "832x480")) == 0
+    told = capsys.readouterr()
+    assert "K/V memory" in told.out
+    assert "33 frames of 832x480, preset self-forcing" in told.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
+    out = tmp_path / "noise.mp4"
+    assert main(["generate", "--model", "random-tiny", "--frames", "9", "--size", "32x32", "--out", str(out)]) == 0
+    assert "random weights: the video is noise" in capsys.readouterr().err
+    assert len(read_frames(out)) == 9
+
+
+WRONG = {
+    "no such file": (["--model", "none.safetensors"], "none.safetensors"),
+    "a LoRA as the model": (["--model", "{files}/lora.safetensors"], "lora"),
+    "a VAE as the model": (["--model", "{files}/vae.safetensors"], "vae"),
+    "a model as the VAE": (["--vae", "{files}/model.safetensors"], "VAE"),
+    "another text encoder's context": (["--context", "{files}/vae.safetensors"], "prompt_embeds"),
+    "frames": (["--frames", "80"], "the nearest are 77 and 81"),
+    "size": (["--size", "50x32"], "the nearest is 48x32"),
+    "levels": (["--steps", "500,750"], "fall strictly"),
+    "window": (["--window", "4", "--sink", "3"], "use a window of at least 6"),
+    "memory": (["--size", "16384x16384", "--frames", "4001"], "GB are free"),
+    "output": (["--out", "{files}/model.safetensors"], "is not an .mp4"),
+    "output folder": (["--out", "{files}/model.safetensors/fox.mp4"], "cannot be written"),
+    "extend": (["--extend", "{files}/model.safetensors"], "is not a latents file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, capsys, case) -> None:
+    extra, message = WRONG[case]
+    out = tmp_path / "fox.mp4"
+    out.write_bytes(b"old")
+    assert main(command(files, out, *(part.format(files=files) for part in extra))) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("autorefiner: error: ")
+    assert message in told[-1]
+    assert out.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["fox.mp4"]
+
+
+def test_a_pickle_that_runs_code_is_refused(files, tmp_path, capsys) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"generator": Hostile()}, tmp_path / "model.pt")
+    assert main(command(files, tmp_path / "fox.mp4", "--model", str(tmp_path / "model.pt"))) == 2
+    assert "refused" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_does_not_say_its_preset_asks_for_one(files, tmp_path, capsys) -> None:
+    save_file(load_file(files / "model.safetensors"), tmp_path / "model.safetensors")
+    assert main(command(files, tmp_path / "fox.mp4", "--model", str(tmp_path / "model.safetensors"))) == 2
+    assert "pass --preset" in capsys.readouterr().err
+
+
+def test_bench_counts_and_reports(tmp_path, capsys) -> None:
+    report = bench("tiny", torch.device("cpu"), torch.float32, chunks=2)
+    assert report.kv_bytes == 2 * 6 * (6 * 64) * 256 * 4
+    projections, attention = 6 * (6 * 256**2 + 2 * 256 * 1024), 6 * 2 * 256 * (384 + 512)
+    assert report.pass_gflop == pytest.approx(2 * 192 * (projections + attention) / 1e9)
+    assert report.dit_fps == pytest.approx(12 / (report.chunk_ms / 1e3))
+    assert main(["bench", "--chunks", "1"]) == 2
+    assert "give at least 2" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""Streaming video: every chunk is on disk and playable as soon as it is written, and nothing good is overwritten."""
+
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from autorefiner.refiner.video import VideoWriter, contact_sheet, partial_path, read_frames, read_metadata, to_frames
+
+LENGTHS = (9, 12, 12)
+
+
+def smooth(frames: int, start: int = 0) -> np.ndarray:
+    """Frames whose brightness says which they are: 4 levels a frame."""
+    levels = 20 + 4 * (start + np.arange(frames, dtype=np.uint8))
+    return np.broadcast_to(levels[:, None, None, None], (frames, 32, 48, 3)).copy()
+
+
+def write(path, lengths=LENGTHS, **options) -> None:
+    with VideoWriter(path, 48, 32, **options) as video:
+        for index, length in enumerate(lengths):
+            video.write(smooth(length, sum(lengths[:index])))
+
+
+def test_frames_and_times_are_those_written(tmp_path) -> None:
+    path = tmp_path / "a.mp4"
+    write(path)
+    frames = read_frames(path)
+    assert frames.shape == (33, 32, 48, 3)
+    assert np.abs(frames.astype(int) - smooth(33)).max() <= 3
+    with av.open(str(path)) as container:
+        assert container.duration == pytest.approx(33 / 16 * 1e6)
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    with av.open(str(path)) as container:
+        assert [frame.time for frame in container.decode(video=0)] == [index / 16 for index in range(33)]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21], "one GOP a chunk"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_metadata_comes_back_as_it_was(tmp_path) -> None:
+    metadata = {"prompt": 'a "red" fox; 狐狸\nin the snow = cold', "seed": "7", "preset": "self-forcing"}
+    write(tmp_path / "a.mp4", metadata=metadata)
+    assert read_metadata(tmp_path / "a.mp4") == metadata
+
+
+def test_a_killed_run_leaves_every_chunk_that_was_written(tmp_path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    script = (
+        "import os, signal, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from autorefiner.refiner.video import VideoWriter\n"
+        "video = VideoWriter(Path(sys.argv[1]), 48, 32, metadata={'seed': '7'})\n"
+        "for length in (9, 12): video.write(np.full((length, 32, 48, 3), 90, np.uint8))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -9
+    assert read_frames(partial_path(path)).shape[0] == 21
+    assert read_metadata(partial_path(path)) == {"seed": "7"}
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_keeps_the_old_file_and_the_chunks(tmp_path, error) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(error), VideoWriter(path, 48, 32) as video:
+        video.write(smooth(9))
+        raise error
+    assert path.read_bytes() == b"old"
+    assert len(read_frames(partial_path(path))) == 9
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path) -> None:
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 48, 32):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+        VideoWriter(tmp_path, 48, 32)
+    with pytest.raises(ValueError, match="cannot be written"):
+        VideoWriter(tmp_path / "file" / "a.mp4", 48, 32)
+    with (
+        pytest.raises(ValueError, match=r"takes uint8 of \(32, 48, 3\)"),
+        VideoWriter(tmp_path / "a.mp4", 48, 32) as video,
+    ):
+        video.write(np.zeros((3, 48, 32, 3), np.uint8))
+
+
+def test_files_that_are_no_videos_are_refused(tmp_path) -> None:
+    (tmp_path / "a.mp4").write_text("hello")
+    for path in (tmp_path / "a.mp4", tmp_path / "none.mp4"):
+        with pytest.raises(ValueError, match="is not a readable video"):
+            read_metadata(path)
+
+
+def test_pixels_become_frames() -> None:
+    pixels = torch.tensor([-1.5, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 5, 1, 1).expand(1, 3, 5, 1, 2)
+    frames = to_frames(pixels)
+    assert frames.shape == (5, 1, 2, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
+    frames = smooth(5)
+    contact_sheet(frames, tmp_path / "sheet.png", columns=3, gap=2)
+    with av.open(str(tmp_path / "sheet.png")) as container:
+        sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert sheet.shape == (2 * 34 + 2, 3 * 50 + 2, 3)
+    assert np.array_equal(sheet[2:34, 2:50], frames[0])
+    assert np.array_equal(sheet[36:68, 52:100], frames[4])
+    assert (sheet[36:, 104:] == 255).all()

@@ -1,0 +1,415 @@
+"""A small random umT5 gives the context that transformers gives, from every layout and from the cache."""
+
+import io
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from autorefiner.refiner.wan.text import load_text_encoder
+from autorefiner.refiner.wan.tokenizer import PIP_LINE, Tokenizer, clean
+from autorefiner.refiner.wan.umt5 import Umt5File
+
+transformers = pytest.importorskip("transformers", reason=f"the text encoder needs transformers: {PIP_LINE}")
+tokenizers = pytest.importorskip("tokenizers", reason=f"the text encoder needs tokenizers: {PIP_LINE}")
+sentencepiece = pytest.importorskip("sentencepiece", reason=f"the text encoder needs sentencepiece: {PIP_LINE}")
+
+WORDS = ["a", "red", "circle", "moves", "to", "the", "left", "slowly", "&"]
+VOCABULARY = 64
+TEXT_LEN = 12
+PROMPTS = ["a red circle moves", "the circle", ""]
+State = dict[str, Tensor]
+
+
+def make_tokenizer(words: list[str] = WORDS) -> "tokenizers.Tokenizer":
+    ids = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: config.json, model.safetensors, tokenizer.json."""
+    path = tmp_path_factory.mktemp("umt5")
+    config = transformers.UMT5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=3,
+        relative_attention_max_distance=64,
+    )
+    model = transformers.UMT5EncoderModel(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    model.save_pretrained(path)
+    make_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def state(folder: Path) -> State:
+    return load_file(folder / "model.safetensors")
+
+
+def expected(folder: Path, prompts: list[str], text_len: int = TEXT_LEN) -> Tensor:
+    """The context as transformers' own classes make it."""
+    model = transformers.UMT5EncoderModel.from_pretrained(folder).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    rows = []
+    for prompt in prompts:
+        batch = tokenizer(prompt, padding="max_length", max_length=text_len, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            output = model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        rows.append(output * batch.attention_mask[..., None])
+    return torch.cat(rows)
+
+
+def wan_name(name: str) -> str:
+    """Wan's name of a tensor of transformers' encoder, written down apart from the loader's map."""
+    name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm", "norm")
+    name = name.replace("encoder.block", "blocks").replace("layer.0.SelfAttention", "attn")
+    name = name.replace("attn.relative_attention_bias", "pos_embedding.embedding")
+    name = name.replace("layer.0.layer_norm", "norm1").replace("layer.1.layer_norm", "norm2")
+    for theirs, ours in (("wi_0", "gate.0"), ("wi_1", "fc1"), ("wo", "fc2")):
+        name = name.replace(f"layer.1.DenseReluDense.{theirs}", f"ffn.{ours}")
+    return name
+
+
+def error(*args, **options) -> str:
+    """The error of loading an encoder and encoding with it, which must be one line."""
+    with pytest.raises(ValueError) as raised:
+        load_text_encoder(*args, **options).encode(["a red circle"])
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- the context
+
+
+def test_a_hugging_face_folder_gives_what_transformers_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = expected(folder, PROMPTS)
+
+    def no_network(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "socket", no_network)
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    context = encoder.encode(PROMPTS)
+    assert context.shape == (3, encoder.text_len, encoder.text_dim) == (3, TEXT_LEN, 64)
+    assert torch.equal(context, right)
+
+
+def test_prompts_do_not_change_each_other(folder: Path) -> None:
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    together = encoder.encode(PROMPTS)
+    assert torch.equal(together, torch.cat([encoder.encode([prompt]) for prompt in PROMPTS]))
+
+
+def test_behind_the_true_length_are_zeros(folder: Path) -> None:
+    context = load_text_encoder(folder, text_len=TEXT_LEN).encode(["a red circle moves"])[0]
+    assert (context[:5] != 0).all()  # four words and the end
+    assert (context[5:] == 0).all()
+
+
+def test_padding_is_not_attended_to(folder: Path) -> None:
+    short = load_text_encoder(folder, text_len=6).encode(["a red circle"])
+    long = load_text_encoder(folder, text_len=40).encode(["a red circle"])
+    torch.testing.assert_close(long[:, :6], short, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_prompt_loses_its_end_but_keeps_the_eos(folder: Path) -> None:
+    prompt = "a red circle moves to the left slowly"
+    assert torch.equal(load_text_encoder(folder, text_len=5).encode([prompt]), expected(folder, [prompt], 5))
+    ids, count = Tokenizer((folder / "tokenizer.json").read_bytes(), "it")(prompt, 5)
+    assert (ids.tolist(), count) == ([[3, 4, 5, 6, 1]], 5)
+
+
+def test_white_space_and_entities_are_cleaned(folder: Path) -> None:
+    assert clean("  a red\n\tcircle &amp;amp; a\u00a0circle ") == "a red circle & a circle"
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    context = encoder.encode([" a\nred  circle &amp; the", "a red circle & the"])
+    assert torch.equal(context[0], context[1])
+
+
+def test_dtype_and_no_gradient(folder: Path) -> None:
+    context = load_text_encoder(folder, dtype=torch.bfloat16, text_len=TEXT_LEN).encode(["a circle"])
+    assert context.dtype == torch.bfloat16 and not context.requires_grad and not context.is_inference()
+
+
+# ---- layouts
+
+
+def test_every_layout_gives_the_same_context(folder: Path, state: State, tmp_path: Path) -> None:
+    right = expected(folder, PROMPTS)
+    shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    save_file(state, tmp_path / "umt5_xxl.safetensors")
+    save_file(state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()}, tmp_path / "tied.safetensors")
+    torch.save({wan_name(name): tensor for name, tensor in state.items()}, tmp_path / "models_t5_umt5-xxl-enc.pth")
+    whole = state | {"decoder.final_layer_norm.weight": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    for name in ("umt5_xxl.safetensors", "tied.safetensors", "models_t5_umt5-xxl-enc.pth", "pytorch_model.bin"):
+        # These files do not say how far positions reach, which prompts of at most 5 tokens do not feel.
+        context = load_text_encoder(tmp_path / name, text_len=TEXT_LEN).encode(PROMPTS)
+        assert torch.equal(context, right), name
+
+
+def test_the_reach_of_positions_comes_from_config_json(folder: Path, state: State, tmp_path: Path) -> None:
+    prompt = " ".join(WORDS * 9)
+    right = expected(folder, [prompt], 80)
+    assert torch.equal(load_text_encoder(folder, text_len=80).encode([prompt]), right)
+    save_file(state, tmp_path / "umt5.safetensors")
+    alone = load_text_encoder(tmp_path / "umt5.safetensors", folder, text_len=80)
+    assert not torch.equal(alone.encode([prompt]), right)
+
+
+@pytest.mark.parametrize("naming", [str, wan_name])
+def test_scaled_fp8_is_multiplied_out(naming, folder: Path, state: State, tmp_path: Path) -> None:
+    stored, right = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, dict(state)
+    for name, weight in state.items():
+        stored[naming(name)] = weight.to(torch.bfloat16)
+        right[name] = weight.to(torch.bfloat16)
+        if re.search(r"SelfAttention\.[qkvo]|DenseReluDense", name):
+            scale = weight.abs().max() / 448
+            stored[naming(name)] = (weight / scale).to(torch.float8_e4m3fn)
+            stored[naming(name).replace(".weight", ".scale_weight")] = scale
+            right[name] = (stored[naming(name)].to(torch.bfloat16) * scale).to(torch.bfloat16)
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file(right, tmp_path / "right.safetensors")
+    scaled, plain = (
+        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(PROMPTS)
+        for name in ("scaled", "right")
+    )
+    assert scaled.dtype == torch.bfloat16
+    assert torch.equal(scaled, plain)
+
+
+def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> None:
+    low = {name: weight.to(torch.float8_e4m3fn) for name, weight in state.items()}
+    save_file(low, tmp_path / "a.safetensors")
+    save_file({name: weight.to(torch.bfloat16) for name, weight in low.items()}, tmp_path / "b.safetensors")
+    first, second = (
+        load_text_encoder(tmp_path / name, folder, text_len=TEXT_LEN).encode(PROMPTS)
+        for name in ("a.safetensors", "b.safetensors")
+    )
+    assert torch.equal(first, second)
+
+
+# ---- tokenizers
+
+
+@pytest.fixture(scope="module")
+def spiece() -> bytes:
+    """A sentencepiece model with T5's special ids."""
+    model = io.BytesIO()
+    text = iter([" ".join(WORDS)] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=text, model_writer=model, vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def test_a_sentencepiece_model_inside_or_beside_the_file(spiece: bytes, state: State, tmp_path: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    ids, count = Tokenizer(spiece, "it")("a red circle", 40)
+    right = [*processor.encode("a red circle"), 1]
+    assert ids.tolist() == [right + [0] * (40 - len(right))] and count == len(right)
+
+    embedded = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    (tmp_path / "in").mkdir()
+    save_file(state | {"spiece_model": embedded}, tmp_path / "in" / "umt5.safetensors")
+    save_file(state, tmp_path / "umt5.safetensors")
+    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+    (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(spiece)
+    inside = load_text_encoder(tmp_path / "in" / "umt5.safetensors", text_len=40).encode(["a red circle"])
+    beside = load_text_encoder(tmp_path / "umt5.safetensors", text_len=40).encode(["a red circle"])
+    assert torch.equal(inside, beside)
+    assert int((inside[0] != 0).any(1).sum()) == count
+
+
+def test_a_given_tokenizer_wins(spiece: bytes, folder: Path, state: State, tmp_path: Path) -> None:
+    embedded = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    save_file(state | {"spiece_model": embedded}, tmp_path / "umt5.safetensors")
+    right = expected(folder, PROMPTS)
+    for tokenizer in (folder, folder / "tokenizer.json"):
+        encoder = load_text_encoder(tmp_path / "umt5.safetensors", tokenizer, text_len=TEXT_LEN)
+        assert torch.equal(encoder.encode(PROMPTS), right)
+
+
+def test_tokenizers_that_do_not_serve(folder: Path, state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "umt5.safetensors")
+    path = tmp_path / "umt5.safetensors"
+    assert "has no tokenizer (tokenizer.json or spiece.model) in or beside it" in error(path)
+    assert "none.json has no tokenizer" in error(path, tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    assert "bad.json is not a tokenizer that can be read" in error(path, tmp_path / "bad.json")
+    (tmp_path / "bad.model").write_bytes(b"\x00" * 9)
+    assert "bad.model is not a tokenizer that can be read" in error(path, tmp_path / "bad.model")
+    make_tokenizer(["<extra>"] * 1 + [f"w{n}" for n in range(VOCABULARY)] + WORDS).save(str(tmp_path / "large.json"))
+    assert f"but the encoder knows {VOCABULARY}: pass the tokenizer of this" in error(path, tmp_path / "large.json")
+    no_end = (folder / "tokenizer.json").read_text().replace("</s>", "<end>")
+    (tmp_path / "end.json").write_text(no_end)
+    assert "end.json has no </s> token" in error(path, tmp_path / "end.json")
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The encoders whose weights were loaded, in order."""
+    loaded = []
+    load = Umt5File.load
+
+    def counted(self, *args):
+        loaded.append(self.file.path)
+        return load(self, *args)
+
+    monkeypatch.setattr(Umt5File, "load", counted)
+    return loaded
+
+
+def test_cached_prompts_need_no_weights(folder: Path, tmp_path: Path, loads: list[Path]) -> None:
+    def encode(prompts: list[str], **options) -> Tensor:
+        return load_text_encoder(folder, cache_dir=tmp_path / "cache", **{"text_len": TEXT_LEN} | options).encode(
+            prompts
+        )
+
+    first = encode(PROMPTS)
+    assert len(loads) == 1 and torch.equal(first, expected(folder, PROMPTS))
+    assert torch.equal(encode(PROMPTS), first)
+    assert torch.equal(encode([" the\ncircle"]), first[1:2])
+    assert len(loads) == 1
+    encode([*PROMPTS, "a red"])
+    assert len(loads) == 2
+    assert encode(PROMPTS, dtype=torch.bfloat16).dtype == torch.bfloat16
+    encode(PROMPTS, text_len=TEXT_LEN + 1)
+    assert len(loads) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 4 + 3 + 3
+
+
+def test_another_encoder_or_tokenizer_misses_the_cache(
+    folder: Path, state: State, tmp_path: Path, loads: list[Path]
+) -> None:
+    make_tokenizer(WORDS[::-1]).save(str(tmp_path / "other.json"))
+    save_file(state, tmp_path / "a.safetensors")
+    changed = state | {"encoder.block.1.layer.0.SelfAttention.q.weight": state["shared.weight"][:48].clone()}
+    save_file(changed, tmp_path / "b.safetensors")
+    contexts = [
+        load_text_encoder(path, tokenizer, text_len=TEXT_LEN, cache_dir=tmp_path / "cache").encode(["a red circle"])
+        for path, tokenizer in (
+            (tmp_path / "a.safetensors", folder),
+            (tmp_path / "b.safetensors", folder),
+            (tmp_path / "a.safetensors", tmp_path / "other.json"),
+        )
+    ]
+    assert len(loads) == 3
+    assert not torch.equal(contexts[0], contexts[1]) and not torch.equal(contexts[0], contexts[2])
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "width", "dtype", "name", "length", "axes"])
+def test_a_damaged_cache_file_is_written_anew(damage: str, folder: Path, tmp_path: Path, loads: list[Path]) -> None:
+    def encode() -> Tensor:
+        return load_text_encoder(folder, text_len=TEXT_LEN, cache_dir=tmp_path).encode(["a red circle"])
+
+    first = encode()
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    tensor = load_file(path)["context"]
+    if damage in ("cut", "text"):
+        path.write_bytes(whole[:-3] if damage == "cut" else b"no weights at all" * 9)
+    else:
+        wrong = {
+            "width": {"context": tensor[:, :3].clone()},
+            "dtype": {"context": tensor.half()},
+            "name": {"prompt": tensor},
+            "length": {"context": torch.zeros(TEXT_LEN + 1, 64)},
+            "axes": {"context": tensor[0].clone()},
+        }
+        save_file(wrong[damage], path)
+    assert torch.equal(encode(), first)
+    assert len(loads) == 2
+    assert path.read_bytes() == whole
+
+
+def test_release_frees_the_weights_and_encoding_loads_them_again(folder: Path, loads: list[Path]) -> None:
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    assert not loads
+    first = encoder.encode(PROMPTS)
+    encoder.encode(["a"])
+    assert len(loads) == 1
+    encoder.release()
+    assert torch.equal(encoder.encode(PROMPTS), first)
+    assert len(loads) == 2
+
+
+# ---- what is no encoder
+
+
+def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
+    assert f"{tmp_path} has no config.json, so it is no encoder folder" in error(tmp_path)
+    for content, text in (
+        (json.dumps({"model_type": "llama"}), "llama"),
+        ("{", "not readable"),
+        ("[]", "not readable"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert f"whose model_type is {text}: pass an umT5" in error(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    assert "is a folder without an index of shards" in error(tmp_path)
+
+
+def test_files_that_are_no_umt5(folder: Path, state: State, tmp_path: Path) -> None:
+    bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    query = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    gate = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    cases = {
+        "is a video transformer: pass it as the model; the text encoder": {
+            "blocks.0.self_attn.q.weight": torch.zeros(1),
+        },
+        "is no file of a known kind": {"a": torch.zeros(1)},
+        "is a T5 with one position table for all layers": {k: v for k, v in state.items() if k != bias},
+        f"lacks {gate}, which tells the encoder's size": {k: v for k, v in state.items() if k != gate},
+        f"lacks {query}: the file is not complete": {k: v for k, v in state.items() if k != query},
+        f"has a {query} of [2, 64], which should be [48, 64]": state | {query: torch.zeros(2, 64)},
+        "has encoder.extra, which no umT5 encoder has": state | {"encoder.extra": torch.zeros(1)},
+        "in torch.int8, so it is quantised": state | {query: torch.zeros(48, 64, dtype=torch.int8)},
+    }
+    for number, (text, content) in enumerate(cases.items()):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(content, path)
+        assert text in error(path, folder) and str(path) in error(path, folder)
+
+
+def test_wrong_arguments(folder: Path) -> None:
+    assert "text_len 0: a context has at least 1 token" in error(folder, text_len=0)
+    assert "dtype torch.int8 cannot run a network" in error(folder, dtype=torch.int8)
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    for prompts in ("a red circle", [], [1]):
+        with pytest.raises(ValueError, match="give a list of at least one string"):
+            encoder.encode(prompts)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "tokenizers", "sentencepiece"])
+def test_missing_libraries_name_the_pip_line(
+    missing: str, spiece: bytes, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    monkeypatch.setitem(sys.modules, missing, None)
+    text = error(folder, tmp_path if missing == "sentencepiece" else None, text_len=TEXT_LEN)
+    assert 'pip install "transformers>=4.50.3" "sentencepiece>=0.2"' in text

@@ -1,0 +1,137 @@
+"""The VAE: names, streaming in any split, gradients, width from the weights."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from autorefiner.refiner.wan.vae import DecoderState, WanVAE, stacked_conv, volume_conv
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
+
+
+def splits(total: int) -> list[tuple[int, ...]]:
+    """Every way to cut `total` latents into calls."""
+    return [
+        tuple(late - early for early, late in pairwise([0, *(i for i in range(1, total) if cut >> i & 1), total]))
+        for cut in range(0, 1 << total, 2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WanVAE(4)
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(1, 16, 5, 2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_names_and_shapes_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        wide, own = WanVAE(96).state_dict(), WanVAE(8).state_dict()
+    assert len(wide) == 194
+    assert wide["decoder.head.0.gamma"].shape == (96, 1, 1, 1)
+    assert wide["decoder.middle.1.norm.gamma"].shape == (384, 1, 1)
+    with safe_open(GOLDEN, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert {name: tuple(tensor.shape) for name, tensor in own.items()} == stored
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", splits(5), ids=str)
+def test_every_split_decodes_to_the_same_pixels(vae, latents, split) -> None:
+    whole, state = vae.decode(latents), DecoderState()
+    parts = [vae.decode(part, state) for part in latents.split(split, dim=2)]
+    assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
+    assert (torch.cat(parts, 2) - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_long_inputs_go_through_in_pieces_and_give_the_same(vae, latents, monkeypatch) -> None:
+    pixels = torch.rand(1, 3, 17, 16, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole = vae.decode(latents), vae.encode(pixels)
+    monkeypatch.setattr("autorefiner.refiner.wan.vae.PIXELS_AT_ONCE", 1)
+    calls = []
+    vae.decoder.conv1.register_forward_hook(lambda *_: calls.append(1))
+    assert (vae.decode(latents) - whole[0]).abs().max() < 1e-5
+    assert len(calls) == 5
+    assert (vae.encode(pixels) - whole[1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_cloned_state_goes_on_by_itself(vae, latents) -> None:
+    whole, state = vae.decode(latents), DecoderState()
+    vae.decode(latents[:, :, :2], state)
+    fork = state.clone()
+    vae.decode(-latents[:, :, 2:4], fork)
+    rest = vae.decode(latents[:, :, 2:], state)
+    assert (rest - whole[:, :, 5:]).abs().max() < 1e-5
+    assert fork.nbytes == state.nbytes > 0
+
+
+def test_the_state_does_not_grow(vae) -> None:
+    state, sizes = DecoderState(), []
+    with torch.no_grad():
+        for _ in range(4):
+            vae.decode(torch.zeros(1, 16, 3, 2, 4), state)
+            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in state.last.values()))
+    assert len(set(sizes)) == 1
+    assert sizes[0] == state.nbytes
+
+
+def test_gradients_through_a_stream_equal_those_of_the_whole(vae, latents) -> None:
+    gradients = []
+    for split in ((5,), (1, 1, 3)):
+        vae.zero_grad()
+        z, state = latents.clone().requires_grad_(), DecoderState()
+        pixels = torch.cat([vae.decode(part, state) for part in z.split(split, dim=2)], 2)
+        pixels.square().sum().backward()
+        gradients.append((z.grad, vae.decoder.conv1.weight.grad.clone()))
+    for whole, streamed in zip(*gradients, strict=True):
+        assert whole.abs().max() > 0
+        assert torch.allclose(whole, streamed, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+
+
+@torch.no_grad()
+def test_latents_are_normalised_with_wans_statistics(latents) -> None:
+    torch.manual_seed(0)
+    plain = WanVAE(4, latent_mean=0.0, latent_std=1.0)
+    scaled = WanVAE.from_state_dict(plain.state_dict())
+    raw = latents * scaled.latent_std.reshape(1, 16, 1, 1, 1) + scaled.latent_mean.reshape(1, 16, 1, 1, 1)
+    assert torch.allclose(scaled.decode(latents), plain.decode(raw), atol=1e-5)
+    pixels = torch.rand(1, 3, 5, 16, 16)
+    assert torch.allclose(scaled.encode(pixels)[0, 3], (plain.encode(pixels)[0, 3] - 0.1075) / 2.6558, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
+def test_stacked_frames_convolve_as_a_volume(kernel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(2, 6, 5, 8, 8, generator=generator), torch.randn(7, generator=generator)
+    weight = torch.randn(7, 5, *kernel, generator=generator)
+    assert torch.allclose(stacked_conv(x, weight, bias), volume_conv(x, weight, bias), atol=1e-4)
+
+
+def test_the_estimate_covers_the_state(vae, latents) -> None:
+    state = DecoderState()
+    with torch.no_grad():
+        vae.decode(latents, state)
+    assert state.nbytes < WanVAE.decode_bytes(4, 16, 32, 5, torch.float32) < 1e9
+
+
+def test_wrong_input_is_one_clear_line(vae) -> None:
+    with pytest.raises(ValueError, match=r"1 \+ 4n frames and sides that are multiples of 8"):
+        vae.encode(torch.zeros(1, 3, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"expected \[batch, 16"):
+        vae.decode(torch.zeros(1, 4, 3, 2, 2))
+    with pytest.raises(ValueError, match="give the weights of a Wan2.1 VAE"):
+        WanVAE.from_state_dict({"a": torch.zeros(1)})
+    weights = dict(vae.state_dict())
+    del weights["conv1.bias"]
+    with pytest.raises(ValueError, match=r"width 4 has them \(conv1.bias\)"):
+        WanVAE.from_state_dict(weights)

@@ -1,0 +1,213 @@
+"""Files are opened safely, refused in one line, read from shards, and written whole or not at all."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from published import FSDP, State, equal_bits, make_state, message, prefixed, write
+
+from autorefiner.refiner.wan import weight_file
+from autorefiner.refiner.wan.checkpoint import load_transformer, save_safetensors
+from autorefiner.refiner.wan.weight_file import open_weights
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return make_state()
+
+
+def test_legacy_torch_files_load_too(state: State, tmp_path: Path) -> None:
+    torch.save({"generator": prefixed(state, "model.")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert equal_bits(load_transformer(tmp_path / "old.pt")[0].state_dict(), state)
+
+
+def test_parameters_in_a_file_load_as_their_values(state: State, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pt", {name: torch.nn.Parameter(tensor) for name, tensor in state.items()})
+    assert equal_bits(load_transformer(path)[0].state_dict(), state)
+
+
+def test_files_with_the_other_suffix(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "a.safetensors")
+    assert "is a torch .pt file in spite of its name" in message(tmp_path / "a.safetensors")
+    write(tmp_path / "b.safetensors", state).rename(tmp_path / "b.pt")
+    assert equal_bits(load_transformer(tmp_path / "b.pt")[0].state_dict(), state)
+
+
+class Malicious:
+    """Its unpickling would write a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(state: State, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    torch.save({"generator": prefixed(state, "model."), "config": Malicious(mark)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Malicious(mark), protocol=2))
+    (tmp_path / "c.pth").write_bytes(pickle.dumps({"generator": 1}, protocol=2))
+    assert ".system) and could run code when opened, so it is refused" in message(tmp_path / "a.pt")
+    assert ".system) and could run code when opened, so it is refused" in message(tmp_path / "b.pt")
+    assert "is no whole torch file of tensors" in message(tmp_path / "c.pth")
+    assert not mark.exists()
+    pickle.loads((tmp_path / "b.pt").read_bytes())
+    assert mark.exists()  # the file does what it says
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.pt", b"", "is empty (0 bytes)"),
+        ("a.safetensors", b"", "is empty (0 bytes)"),
+        ("a.pt", b"<!DOCTYPE html><html>404</html>" * 9, "is a text file"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        ("a.gguf", b"GGUF\x03\0\0\0" * 9, "is a GGUF file"),
+        ("a.pt", bytes(range(256)), "is neither a .safetensors nor a torch .pt"),
+        ("a.safetensors", b"\xff" * 8 + b'{"a":1}', "is damaged or cut short"),
+    ],
+)
+def test_files_that_are_no_weights(name: str, content: bytes, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert text in message(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("part", [0.999, 0.5, 0.001])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_files_cut_short(kind: str, part: float, state: State, tmp_path: Path) -> None:
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    if kind == "legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        write(path, state)
+    os.truncate(path, int(path.stat().st_size * part))
+    assert "cut short" in message(path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_too_large_to_map(suffix: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / f"a.{suffix}", state)
+    opened = weight_file.safe_open
+
+    def refuse(*_, framework: str = "pt", **__):
+        if framework == "pt":
+            raise RuntimeError("unable to mmap 28577112509 bytes: Cannot allocate memory (12)")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(weight_file, "safe_open", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert "is 0.0 GB and this machine's memory cannot map that much: add swap" in message(path)
+
+
+def test_a_safetensors_file_may_begin_like_a_pickle(tmp_path: Path) -> None:
+    for length in range(64):
+        path = write(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {"pad": "x" * 8 * length})
+        assert torch.equal(open_weights(path).read("flat", "a"), torch.ones(2))
+        if path.read_bytes().startswith(b"\x80"):
+            return
+    raise AssertionError("no header length begins as a pickle does")
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "none.pt")
+    assert "pass a .safetensors or .pt file" in message(tmp_path)
+    write(tmp_path / "sub" / "some.pt", {"a": torch.zeros(1)})
+    assert f"pass one of its files ({Path('sub') / 'some.pt'})" in message(tmp_path)
+
+
+def test_torch_files_without_a_model(tmp_path: Path) -> None:
+    assert "holds a list and not a state dict" in message(write(tmp_path / "a.pt", [1, 2]))
+    assert "holds no tensors, only step, optimizer" in message(write(tmp_path / "b.pt", {"step": 1, "optimizer": {}}))
+    assert "is no file of a known kind" in message(write(tmp_path / "c.pt", {"a": torch.zeros(1)}))
+
+
+# ---- shards
+
+
+def write_shards(folder: Path, state: State, suffix: str = "safetensors") -> Path:
+    stem = "diffusion_pytorch_model" if suffix == "safetensors" else "pytorch_model"
+    where = {name: f"{stem}-0000{1 + number % 2}-of-00002.{suffix}" for number, name in enumerate(state)}
+    for shard in sorted(set(where.values())):
+        write(folder / shard, {name: tensor for name, tensor in state.items() if where[name] == shard})
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_of_shards(suffix: str, state: State, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, state, suffix)
+    model, info = load_transformer(folder)
+    assert equal_bits(model.state_dict(), state)
+    assert (info.container, info.tensors) == ("2 shards", len(state))
+
+
+def test_damaged_folders_of_shards(state: State, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, state)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    right = index.read_text()
+    names = json.loads(right)["weight_map"]
+    shard = names["head.head.bias"]
+    for text, content in {
+        "is not an index of shards": "[]",
+        "names a shard outside its folder (../x.safetensors)": json.dumps({"weight_map": {"a": "../x.safetensors"}}),
+        "lacks 1 tensors of its index (a)": json.dumps({"weight_map": names | {"a": shard}}),
+    }.items():
+        index.write_text(content)
+        assert text in message(folder)
+    index.write_text(right)
+    (folder / shard).unlink()
+    assert f"lacks {shard}, one of its 2 shards" in message(folder)
+
+
+def test_a_folder_with_one_file_of_a_known_name(state: State, tmp_path: Path) -> None:
+    write(tmp_path / "diffusion_pytorch_model.safetensors", state)
+    assert equal_bits(load_transformer(tmp_path)[0].state_dict(), state)
+
+
+# ---- saving
+
+
+def test_saving_is_complete_or_absent(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    metadata = {"config": '{"transformer": {"causal_ar": true}}'}
+    save_safetensors(path, state, metadata)
+    model, info = load_transformer(path)
+    assert equal_bits(model.state_dict(), state) and info.metadata == metadata
+    before = path.read_bytes()
+
+    def full_disk(*_) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_safetensors(path, make_state(1), {})
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_loaded_pt_can_be_saved_over_and_again(state: State, tmp_path: Path) -> None:
+    model, _ = load_transformer(
+        write(tmp_path / "a.pt", {"generator_ema": prefixed(state, FSDP), "generator": {"a": torch.zeros(1)}})
+    )
+    save_safetensors(tmp_path / "a.pt", model.state_dict(), {})
+    assert equal_bits(load_transformer(tmp_path / "a.pt")[0].state_dict(), state)
+
+
+def test_transposed_weights_save_and_load(tmp_path: Path) -> None:
+    wide = torch.arange(6.0).view(2, 3)
+    save_safetensors(tmp_path / "a.safetensors", {"a": wide.t()}, {})
+    file = open_weights(tmp_path / "a.safetensors")
+    assert file.groups["flat"]["a"].is_meta
+    assert torch.equal(file.read("flat", "a"), wide.t())
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metadata 'config' is a dict, but the format holds strings"):
+        save_safetensors(tmp_path / "a.safetensors", {}, {"config": {}})
+    with pytest.raises(ValueError, match="is not a folder: make it before saving"):
+        save_safetensors(tmp_path / "none" / "a.safetensors", {}, {})
