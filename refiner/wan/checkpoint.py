@@ -85,7 +85,7 @@ def load_transformer(
     check_targets(pairs, expected, lora or "")
     state = {}
     for name, stored in layout.names.items():
-        pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        pair = pairs.get(name.removesuffix(".weight"))
         state[name] = _placed(file.read(info.top_key, stored), pair, dtype, device)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), _with_lora(info, pairs)

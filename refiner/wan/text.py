@@ -97,7 +97,6 @@ class TextEncoder:
             return None
         return file.read(FLAT, "context")
 
-    @torch.no_grad()
     def _run(self, prompt: str) -> Tensor:
         ids, count = self._tokenizer(prompt, self.text_len)
         vocabulary = self._source.sizes["vocab_size"]

@@ -121,8 +121,8 @@ def open_umt5(path: Path | str) -> Umt5File:
 
 
 def _is_weight(name: str) -> bool:
-    """Whether a tensor belongs to the encoder, and not to the decoder, a second copy of the embedding or a scale."""
-    return not (name.startswith(("decoder.", "lm_head.", "encoder.embed_tokens.")) or QUANTISED.search(name))
+    """Whether a tensor belongs to the encoder, and is no scale."""
+    return not (name.startswith(("decoder.", "lm_head.")) or QUANTISED.search(name))
 
 
 def _hf_name(name: str) -> str:

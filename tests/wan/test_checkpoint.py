@@ -160,7 +160,9 @@ def test_metadata_gives_heads_text_length_and_preset(state: State, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "config", ["{", "[]", '"x"', '{"transformer": 3}', '{"transformer": {"num_heads": "many"}}', "[" * 100_000]
+    "config",
+    ["{", "[]", '"x"', '{"transformer": 3}', "[" * 100_000]
+    + [json.dumps({"transformer": {"num_heads": heads}}) for heads in ("many", -2, 0, True, 2.5)],
 )
 def test_malformed_metadata_is_ignored(config: str, state: State, tmp_path: Path) -> None:
     info = inspect(write(tmp_path / "a.safetensors", state, {"config": config, "autorefiner": "{"}))
@@ -324,13 +326,16 @@ def test_other_video_models_are_named(state: State, tmp_path: Path) -> None:
         patch = torch.zeros(256, inside, 1, 2, 2)
         return state | {"patch_embedding.weight": patch, "head.head.weight": head, "head.head.bias": head[:, 0]}
 
-    cases = {
-        "Wan2.1 image-to-video": with_channels(36, 16) | {"img_emb.proj.0.weight": torch.zeros(2)},
-        "Wan2.2 5B (48 latent channels)": with_channels(48, 48),
-        "Wan2.1 VACE": state | {"vace_blocks.0.self_attn.q.weight": torch.zeros(2)},
-        "a model of 32 input and 16 output channels": with_channels(32, 16),
-    }
-    for number, (text, content) in enumerate(cases.items()):
+    image = "Wan2.1 image-to-video"
+    cases = [
+        (with_channels(36, 16), image),
+        (state | {"img_emb.proj.0.weight": torch.zeros(2)}, image),
+        (in_diffusers(state) | {"condition_embedder.image_embedder.norm1.weight": torch.zeros(2)}, image),
+        (with_channels(48, 48), "Wan2.2 5B (48 latent channels)"),
+        (state | {"vace_blocks.0.self_attn.q.weight": torch.zeros(2)}, "Wan2.1 VACE"),
+        (with_channels(32, 16), "a model of 32 input and 16 output channels"),
+    ]
+    for number, (content, text) in enumerate(cases):
         path = write(tmp_path / f"self_forcing_{number}.safetensors", content)
         assert f"looks like {text}" in message(path)
         assert inspect(path).preset is None and text in inspect(path).preset_reason

@@ -19,6 +19,9 @@ def state() -> State:
 LINEAR = re.compile(r"(blocks\.\d+\.(?:self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02]))\.weight")
 
 
+OTHER = {"a": torch.zeros(1)}  # what stands beside the LoRA in its file
+
+
 def make_lora(state: State, rank: int, form: str = "base_model.model.{}.lora_{}.weight") -> State:
     generator = torch.Generator().manual_seed(7)
     lora = {}
@@ -40,7 +43,9 @@ def merged(state: State, lora: State, scale: float = 1.0) -> State:
     return {name: with_lora(name, weight) for name, weight in state.items()}
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda lora: {"generator_lora": lora, "critic_lora": lora, "step": 1}])
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda lora: {"generator_lora": lora, "critic_lora": OTHER, "generator": OTHER, "step": 1}]
+)
 def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
     folder = tmp_path / "x" / "y"  # the folder of the test itself says LongLive
     base = write(folder / "base.pt", {"generator": prefixed(state, "model.")})
@@ -51,7 +56,11 @@ def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
     assert (info.merged_lora, info.preset) == (20, "longlive")
     assert "rank 256 on every linear layer" in info.preset_reason
     assert "LoRA      merged into 20 weights" in describe(info)
-    assert inspect(path).kind == "lora" and inspect(path).notes == ("rank 256 on 20 linear layers",)
+
+
+def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
+    info = inspect(write(tmp_path / "lora.pt", {"generator_lora": make_lora(state, 8), "critic_lora": OTHER}))
+    assert (info.kind, info.top_key, info.notes) == ("lora", "generator_lora", ("rank 8 on 20 linear layers",))
 
 
 def test_a_lora_of_zeros_changes_nothing(state: State, tmp_path: Path) -> None:

@@ -251,6 +251,14 @@ def test_a_given_tokenizer_wins(spiece: bytes, folder: Path, state: State, tmp_p
         assert torch.equal(encoder.encode(PROMPTS), right)
 
 
+def test_padding_and_truncation_of_the_tokenizer_file_are_not_used() -> None:
+    stated = make_tokenizer()
+    stated.enable_truncation(2)
+    stated.enable_padding(length=9)
+    given = Tokenizer(stated.to_str().encode(), "it")("a red circle", 6)
+    assert (given[0].tolist(), given[1]) == ([[3, 4, 5, 1, 0, 0]], 4)
+
+
 def test_tokenizers_that_do_not_serve(folder: Path, state: State, tmp_path: Path) -> None:
     save_file(state, tmp_path / "umt5.safetensors")
     path = tmp_path / "umt5.safetensors"
@@ -363,11 +371,7 @@ def test_release_frees_the_weights_and_encoding_loads_them_again(folder: Path, l
 
 def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
     assert f"{tmp_path} has no config.json, so it is no encoder folder" in error(tmp_path)
-    for content, text in (
-        (json.dumps({"model_type": "llama"}), "llama"),
-        ("{", "not readable"),
-        ("[]", "not readable"),
-    ):
+    for content, text in (('{"model_type": "llama"}', "llama"), ("{", "not readable"), ("[]", "not readable")):
         (tmp_path / "config.json").write_text(content)
         assert f"whose model_type is {text}: pass an umT5" in error(tmp_path)
     shutil.copy(folder / "config.json", tmp_path / "config.json")

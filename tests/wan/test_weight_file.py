@@ -26,6 +26,7 @@ def test_legacy_torch_files_load_too(state: State, tmp_path: Path) -> None:
 
 def test_parameters_in_a_file_load_as_their_values(state: State, tmp_path: Path) -> None:
     path = write(tmp_path / "a.pt", {name: torch.nn.Parameter(tensor) for name, tensor in state.items()})
+    assert not any(tensor.requires_grad for tensor in open_weights(path).groups["flat"].values())
     assert equal_bits(load_transformer(path)[0].state_dict(), state)
 
 

@@ -1,0 +1,186 @@
+"""Pixels to blobs: the ground of every frame, and the connected regions of each object colour over it.
+
+F frames, S frame side in pixels, N pixels that belong to a blob, B blobs of all frames together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy import ndarray
+
+from ..palette import GROUND_COLOURS, OBJECT_COLOURS, table
+from ..render import lower_share
+
+CONTRAST = 40  # levels from the ground, over three channels, from which a pixel belongs to an object
+TWO_TONES = 30  # levels between the tones of a ground that has two
+CORE = 8  # pixels of one colour, at 64×64, from which a frame is said to have that colour
+SMALLEST = 14  # pixels at 64×64; what is smaller and touches nothing is no object
+ORDERS = (3, 4, 5)  # angular harmonics that tell the shapes apart
+COLOURS = tuple(OBJECT_COLOURS)
+
+
+@dataclass(frozen=True, slots=True)
+class Backdrop:
+    """The ground as found: its name, where its upper tone ends (in frame sides), and its tones by frame."""
+
+    name: str
+    split: float
+    tones: ndarray  # [F, 2, 3], upper and lower, in 0–255
+
+    def rows(self, size: int) -> ndarray:
+        """Colour by frame and row, float32 [F, size, 3]."""
+        share = lower_share(self.split, size)
+        return (self.tones[:, :1] * (1 - share) + self.tones[:, 1:] * share).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Blobs:
+    """Connected regions of one colour. Lengths are in pixels; `area` weighs pixels by how much is covered."""
+
+    frame: ndarray  # [B]
+    colour: ndarray  # [B], index into COLOURS
+    area: ndarray  # [B]
+    centre: ndarray  # [B, 2], x and y
+    rgb: ndarray  # [B, 3], of the inner pixels
+    spread: ndarray  # [B], second moment over that of a disc of this area, times 1/2
+    harmonics: ndarray  # [B, 3], complex: mean of (z / radius)^k over the region, for k of ORDERS
+    touching: ndarray  # [B], whether a blob of another colour is next to it
+
+
+def find_backdrop(frames: ndarray) -> Backdrop:
+    """The ground, from the frame's outermost two columns and rows, which objects hardly ever reach."""
+    size = frames.shape[1]
+    columns = frames[:, :, (0, 1, -2, -1)]  # [F, S, 4, 3]
+    profile = np.median(columns.reshape(len(frames), size, -1, 3), axis=(0, 2))  # [S, 3]
+    total, places = profile.cumsum(axis=0), np.arange(1, size)
+    above, below = total[:-1] / places[:, None], (total[-1] - total[:-1]) / (size - places)[:, None]
+    between = ((above - below) ** 2).sum(axis=1) * places * (size - places)
+    margin = size // 8
+    place = int(between[margin:-margin].argmax()) + margin + 1
+    ring = frames[:, (0, 1, -2, -1)].reshape(len(frames), 4 * size, 3)
+    upper = np.concatenate([columns[:, : place - 3].reshape(len(frames), -1, 3), ring[:, : 2 * size]], axis=1)
+    lower = np.concatenate([columns[:, place + 3 :].reshape(len(frames), -1, 3), ring[:, 2 * size :]], axis=1)
+    tones = np.stack([np.median(part, axis=1) for part in (upper, lower)], axis=1)
+    top, bottom = np.median(tones, axis=0)
+    step = bottom - top
+    if np.linalg.norm(step) < TWO_TONES:
+        both = np.median(np.concatenate([upper, lower], axis=1), axis=1)
+        return Backdrop(_nearest_tone(np.median(both, axis=0)), 0.5, np.stack([both, both], axis=1))
+    share = np.clip((profile - top) @ step / (step @ step), 0, 1)
+    name = f"{_nearest_tone(top)} over {_nearest_tone(bottom)}"
+    return Backdrop(name, float(1 - share.mean()), tones)
+
+
+def _nearest_tone(rgb: ndarray) -> str:
+    return list(GROUND_COLOURS)[int(((table(GROUND_COLOURS) - rgb) ** 2).sum(axis=1).argmin())]
+
+
+def _next_to(labels: ndarray) -> list[ndarray]:
+    """The labels of the pixels left, right, above and below; 0 outside the frame."""
+    around = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
+    return [around[:, 1:-1, :-2], around[:, 1:-1, 2:], around[:, :-2, 1:-1], around[:, 2:, 1:-1]]
+
+
+def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
+    """Squared distance of each pixel to each colour mixed with its ground, at least 0.1 of the colour: [N, 7]."""
+    step = table(OBJECT_COLOURS)[:, None] - ground  # [7, N, 3]
+    along, length = np.einsum("cnk,nk->cn", step, off_ground), np.einsum("cnk,cnk->cn", step, step)
+    mix = np.clip(along / length, 0.1, 1)
+    return ((off_ground**2).sum(axis=1) - 2 * mix * along + mix**2 * length).T
+
+
+def label_pixels(frames: ndarray, rows: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """Colours by pixel: uint8 [F, S, S] (0 ground, 1 + index of colour), with the rim that the ground mixes into,
+    float [F, 7, 3] the colours as the clip has them, and [F, S, S] the distance from the ground.
+    """
+    count, size = frames.shape[:2]
+    off_ground = frames - rows[:, :, None]
+    distance = np.sqrt(np.einsum("fyxk,fyxk->fyx", off_ground, off_ground))
+    where = np.nonzero(distance > CONTRAST)
+    ground = rows[where[:2]]
+    mismatch = _mismatch(off_ground[where], ground)
+    labels = np.zeros((count, size, size), dtype=np.uint8)
+    labels[where] = mismatch.argmin(axis=1) + 1
+    inner = np.logical_and.reduce([side == labels for side in _next_to(labels)])[where]
+    key = where[0][inner] * len(COLOURS) + labels[where][inner] - 1
+    cores = np.bincount(key, minlength=count * len(COLOURS)).reshape(count, -1)
+    present = cores >= CORE * (size / 64) ** 2
+    mismatch[~present[where[0]]] = np.inf
+    labels[where] = np.where(present.any(axis=1)[where[0]], mismatch.argmin(axis=1) + 1, 0)
+    colours = _colours(frames[where][inner].astype(np.float32), distance[where][inner], key, count)
+    rim = np.maximum.reduce(_next_to(labels))
+    return np.where(labels == 0, rim, labels), colours, off_ground
+
+
+def _colours(pixels: ndarray, weight: ndarray, key: ndarray, count: int) -> ndarray:
+    """Mean colour by frame and label, of the pixels farthest from the ground above all; the palette's where none."""
+    weight = (weight / 255).astype(np.float64) ** 8
+    slots = count * len(COLOURS)
+    total = np.bincount(key, weight, slots)
+    sums = np.stack([np.bincount(key, weight * pixels[:, k], slots) for k in range(3)], axis=1)
+    colours = np.where(
+        total[:, None] > 0, sums / np.maximum(total, 1e-12)[:, None], np.tile(table(OBJECT_COLOURS), (count, 1))
+    )
+    return colours.reshape(count, len(COLOURS), 3).astype(np.float32)
+
+
+def components(labels: ndarray) -> ndarray:
+    """Connected regions (by side) of one label within a frame: int [F, S, S], −1 on the ground."""
+    flat = labels.reshape(-1, labels.shape[-1])
+    starts = np.ones(flat.shape, dtype=bool)
+    starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
+    runs = (starts.cumsum().reshape(labels.shape)) - 1
+    pairs = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] > 0)
+    count = int(runs.max()) + 1
+    edges = np.divmod(np.unique(runs[:, :-1][pairs] * count + runs[:, 1:][pairs]), count)
+    parent = np.arange(count)
+    while True:
+        first, second = parent[edges[0]], parent[edges[1]]
+        if (first == second).all():
+            return np.where(labels > 0, parent[runs], -1)
+        np.minimum.at(parent, np.maximum(first, second), np.minimum(first, second))
+        while (parent[parent] != parent).any():
+            parent = parent[parent]
+
+
+def find_blobs(frames: ndarray, backdrop: Backdrop) -> Blobs:
+    """The blobs of uint8 frames [F, S, S, 3]; parts of one colour that another splits are one blob."""
+    size = frames.shape[1]
+    rows = backdrop.rows(size)
+    labels, colours, off_ground = label_pixels(frames, rows)
+    where = np.nonzero(labels)
+    touch = np.logical_or.reduce([(side != labels) & (side > 0) for side in _next_to(labels)])[where]
+    name, label = components(labels)[where], labels[where].astype(np.int64) - 1
+    touched = np.zeros(name.max(initial=0) + 1, dtype=bool)
+    touched[name[touch]] = True
+    joined = name.max(initial=0) + 1 + where[0] * len(COLOURS) + label
+    _, name = np.unique(np.where(touched[name], joined, name), return_inverse=True)
+    step = colours[where[0], label] - rows[where[:2]]
+    alpha = np.einsum("nk,nk->n", step, off_ground[where]) / np.maximum(np.einsum("nk,nk->n", step, step), 1)
+    blobs = _measure(name, where, np.clip(alpha, 0, 1), label, colours, touch)
+    kept = (blobs.area >= SMALLEST * (size / 64) ** 2) | (blobs.touching & (blobs.area > 2))
+    return Blobs(*(getattr(blobs, field)[kept] for field in Blobs.__slots__))
+
+
+def _measure(
+    name: ndarray, where: tuple[ndarray, ...], alpha: ndarray, label: ndarray, colours: ndarray, touch: ndarray
+) -> Blobs:
+    """Moments of the blobs, from their pixels' blob number, place, cover and label."""
+
+    def total(values: ndarray) -> ndarray:
+        return np.bincount(name, values)
+
+    area = np.maximum(total(alpha), 1e-6)
+    first = np.unique(name, return_index=True)[1]
+    frame, colour = where[0][first], label[first]
+    x, y = where[2] + 0.5, where[1] + 0.5
+    centre = np.stack([total(alpha * x) / area, total(alpha * y) / area], axis=1)
+    z = (x - centre[name, 0]) + 1j * (y - centre[name, 1])
+    z /= np.sqrt(area / np.pi)[name]
+    spread = total(alpha * (z.real**2 + z.imag**2)) / area
+    powers = [alpha * z**3]
+    for _ in ORDERS[1:]:
+        powers.append(powers[-1] * z)
+    harmonics = np.stack([(total(p.real) + 1j * total(p.imag)) / area for p in powers], axis=1)
+    rgb, touching = colours[frame, colour], total(touch.astype(float)) > 0
+    return Blobs(frame, colour, area, centre, rgb, spread, harmonics, touching)

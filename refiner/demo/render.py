@@ -1,0 +1,79 @@
+"""Scenes to pixels: anti-aliased, all frames at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from .captions import Caption
+from .palette import GROUND_COLOURS, OBJECT_COLOURS
+from .shapes import EDGE, cover
+from .world import Scene, check_size, sample_scene
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One object to draw: F frames, lengths in frame sides, the colour in 0–255."""
+
+    shape: str
+    colour: tuple[float, ...] | ndarray  # 3 values
+    position: ndarray  # [F, 2], x and y
+    radius: ndarray  # [F]; 0 where there is nothing
+    angle: ndarray  # [F]
+
+
+def lower_share(split: float, size: int) -> ndarray:
+    """How much of each row of pixels, [size, 1] in 0–1, has the ground's lower tone; its edge is soft."""
+    share = np.clip(0.5 + (np.arange(size) + 0.5 - split * size) / (2 * EDGE), 0, 1)[:, None]
+    return share * share * (3 - 2 * share)
+
+
+def draw_ground(top: Sequence[float], bottom: Sequence[float], split: float, size: int) -> ndarray:
+    """The ground's colour by row, float32 [size, 3] in 0–255; `split` in frame sides."""
+    share = lower_share(split, size)
+    return (np.asarray(top) * (1 - share) + np.asarray(bottom) * share).astype(np.float32)
+
+
+def draw(ground: ndarray, layers: Sequence[Layer], frames: int) -> ndarray:
+    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]."""
+    size = len(ground)
+    rows = np.round(ground).astype(np.uint8)
+    video = np.ascontiguousarray(np.broadcast_to(rows[None, :, None, :], (frames, size, size, 3)))
+    for layer in layers:
+        patch = cover(layer.shape, layer.position, layer.radius, layer.angle, size)
+        under = video[patch.index].astype(np.float32)
+        colour = np.asarray(layer.colour, dtype=np.float32)
+        video[patch.index] = (under + patch.alpha[..., None] * (colour - under) + 0.5).astype(np.uint8)
+    return video
+
+
+def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
+    """The first `frames` frames of a scene: uint8 [F, H, W, 3] at `size`, else at the scene's own."""
+    if frames < 1:
+        raise ValueError(f"{frames} frames: ask for at least 1")
+    size = size or scene.size
+    check_size(size)
+    time = scene.times(frames)
+    layers = []
+    for body in sorted(scene.bodies, key=lambda body: -body.depth):
+        path = body.path(time)
+        colour = OBJECT_COLOURS[body.stated.colour]
+        layers.append(Layer(body.stated.shape, colour, path.position, body.radius * path.scale, path.angle))
+    top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
+    return draw(draw_ground(top, bottom, scene.ground.split, size), layers, frames)
+
+
+def to_pixels(frames: ndarray) -> Tensor:
+    """uint8 frames [F, H, W, 3] to float32 [3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
+
+
+def clip_batch(
+    seeds: Sequence[int], split: str = "train", frames: int = 81, size: int = 64
+) -> tuple[Tensor, list[Caption]]:
+    """Rendered clips of the seeds, float32 [B, 3, F, H, W] in [-1, 1], and their captions."""
+    scenes = [sample_scene(seed, split, size) for seed in seeds]
+    return torch.stack([to_pixels(render(scene, frames)) for scene in scenes]), [scene.caption for scene in scenes]

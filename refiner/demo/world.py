@@ -1,0 +1,319 @@
+"""Scenes of the synthetic world: one integer gives one or two shapes that move over a ground, and a caption of them.
+
+A scene is a closed form of the time: it has no length, and its truth can be asked for any number of frames.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy import ndarray
+from numpy.random import Generator
+
+from .captions import Caption, Stated, write
+from .motion import DIRECTIONS, FPS, RATES, REACH, WALL, Motion, Path, extent, follow
+from .palette import GROUNDS, OBJECT_COLOURS
+from .shapes import SHAPES, cover
+
+SPLITS = ("train", "test", "composition")
+# Pairs that no clip of train or test has, and every clip of composition has at least one of.
+HELD_OUT_LOOKS = frozenset(
+    {("star", "purple"), ("circle", "cyan"), ("square", "yellow"), ("ring", "green"), ("triangle", "white")}
+)
+HELD_OUT_ACTS = frozenset({("yellow", "spin"), ("blue", "orbit"), ("green", "pulse"), ("white", "swing")})
+
+SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.145, 0.160)}  # radii, in frame sides
+PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
+TURN_GAP = 7 / 64  # what swings and orbits stays at least this far from the edges, so that it is no bounce
+OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
+TRIES = 80
+# Drawn unevenly, because what needs more room is refused more often beside another object.
+SHARES = {"bounce": 0.13, "orbit": 0.26, "swing": 0.18, "pulse": 0.17, "spin": 0.26}
+TWO, PASSING, LARGE = 0.62, 0.22, 0.7  # shares of two objects, of those that pass each other, of large ones
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """One object: what it is, its numbers (in frame sides, radians), and its depth (0 is in front)."""
+
+    stated: Stated  # everything that can be seen of it, said in the caption or not
+    radius: float
+    centre: tuple[float, float]  # where a bounce starts, what any other motion goes about
+    angle: float
+    motion: Motion
+    depth: int = 0
+
+    @property
+    def reach(self) -> float:
+        """Circumradius."""
+        return self.radius * SHAPES[self.stated.shape].reach
+
+    @property
+    def extent(self) -> tuple[tuple[float, float], ...]:
+        return extent(self.motion, self.centre, self.reach)
+
+    def path(self, time: ndarray) -> Path:
+        return follow(self.motion, self.centre, self.reach, self.angle, time)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Two tones, which may be the same, and where the upper ends (in frame sides from the top)."""
+
+    name: str
+    split: float
+
+    @property
+    def tones(self) -> tuple[str, str]:
+        return GROUNDS[self.name]
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is there by frame; F frames, N objects in the order of the caption."""
+
+    shape: tuple[str, ...]
+    colour: tuple[str, ...]
+    depth: tuple[int, ...]  # 0 is in front
+    position: ndarray  # [F, N, 2], x and y in frame sides, y down
+    radius: ndarray  # [F, N], in frame sides
+    angle: ndarray  # [F, N], radians, clockwise as seen
+    visible: ndarray  # [F, N], the fraction of the object that no other hides
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A scene: its objects, ground and caption. `size` is the frame side it is rendered at unless told otherwise."""
+
+    seed: int
+    split: str
+    size: int
+    bodies: tuple[Body, ...]
+    ground: Ground
+    caption: Caption
+
+    def times(self, frames: int) -> ndarray:
+        """Seconds of the first `frames` frames."""
+        return np.arange(frames) / FPS
+
+    def truth(self, frames: int) -> Truth:
+        """The truth of the first `frames` frames."""
+        time = self.times(frames)
+        paths = [body.path(time) for body in self.bodies]
+        radii = [body.radius * path.scale for body, path in zip(self.bodies, paths, strict=True)]
+        return Truth(
+            shape=tuple(body.stated.shape for body in self.bodies),
+            colour=tuple(body.stated.colour for body in self.bodies),
+            depth=tuple(body.depth for body in self.bodies),
+            position=np.stack([path.position for path in paths], axis=1),
+            radius=np.stack(radii, axis=1),
+            angle=np.stack([path.angle for path in paths], axis=1),
+            visible=np.stack([self._visible(index, paths) for index in range(len(paths))], axis=1),
+        )
+
+    def _visible(self, index: int, paths: list[Path], size: int = 64) -> ndarray:
+        """The fraction of an object, by frame, that those in front of it leave."""
+        layers = []
+        for body, path in zip(self.bodies, paths, strict=True):
+            patch = cover(body.stated.shape, path.position, body.radius * path.scale, path.angle, size)
+            layers.append(np.zeros((len(path.scale), size, size), dtype=np.float32))
+            layers[-1][patch.index] = patch.alpha
+        seen = layers[index].copy()
+        for body, layer in zip(self.bodies, layers, strict=True):
+            if body.depth < self.bodies[index].depth:
+                seen *= 1 - layer
+        return seen.sum(axis=(1, 2)) / layers[index].sum(axis=(1, 2))
+
+
+def held_out(objects: tuple[Stated, ...]) -> bool:
+    """Whether any of the objects has a pair that is held out of training."""
+    return any(
+        (one.shape, one.colour) in HELD_OUT_LOOKS or (one.colour, one.motion) in HELD_OUT_ACTS for one in objects
+    )
+
+
+def _choose(rng: Generator, options) -> str:
+    options = tuple(options)
+    return options[int(rng.integers(len(options)))]
+
+
+def _moving(rng: Generator, shape: str) -> str:
+    """A motion that can be seen of this shape."""
+    while True:
+        kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+        if kind != "spin" or SHAPES[shape].symmetry:
+            return kind
+
+
+def _complete(stated: Stated, rng: Generator, alone: bool) -> Stated:
+    """The object with all that is left open drawn; of two objects none bounces diagonally."""
+    directions = [name for name in DIRECTIONS[stated.motion] if alone or " " not in name]
+    size = None if stated.motion == "pulse" else "large" if rng.random() < LARGE else "small"
+    return replace(
+        stated,
+        size=stated.size or size,
+        direction=stated.direction or (_choose(rng, directions) if directions else None),
+        speed=stated.speed or (_choose(rng, RATES[stated.motion]) if stated.motion in RATES else None),
+    )
+
+
+def _draw_objects(rng: Generator) -> tuple[tuple[Stated, ...], str | None]:
+    """Shapes, colours and motions of one or two objects, and behind or front where the first passes the second."""
+    count = 1 + int(rng.random() < TWO)
+    shapes = [_choose(rng, SHAPES) for _ in range(count)]
+    colours = [str(name) for name in rng.choice(list(OBJECT_COLOURS), count, replace=False)]
+    motions = [_moving(rng, shape) for shape in shapes]
+    passing = None
+    if count == 2 and rng.random() < PASSING:
+        motions, passing = ["bounce", "still"], _choose(rng, ("behind", "front"))
+    elif count == 2 and rng.random() < 0.5:
+        motions[int(rng.integers(2))] = "still"
+    objects = [Stated(*parts) for parts in zip(shapes, colours, motions, strict=True)]
+    if passing:
+        objects[0] = replace(objects[0], size="small")
+    return tuple(objects), passing
+
+
+def _body(stated: Stated, rng: Generator) -> Body | None:
+    """An object somewhere in the frame; None where it does not fit."""
+    low, high = SIZES[stated.size] if stated.size else PULSE_SIZE
+    radius = float(rng.uniform(low, high))
+    reach = radius * SHAPES[stated.shape].reach
+    rate = float(rng.uniform(*RATES[stated.motion][stated.speed])) if stated.speed else 0.0
+    low, high = REACH.get(stated.motion, (0.0, 0.0))
+    turns = stated.motion in ("orbit", "swing")
+    amplitude = float(rng.uniform(low, min(high, 0.5 - TURN_GAP - reach) if turns else high))
+    phase = float(rng.uniform(0, 2 * np.pi)) if stated.motion in REACH else 0.0
+    if stated.motion == "bounce" and " " in (stated.direction or ""):
+        phase = float(rng.uniform(-0.12, 0.12))
+    motion = Motion(stated.motion, stated.direction, stated.speed, rate, amplitude, phase)
+    centre = []
+    kept = replace(motion, kind="still") if stated.motion == "bounce" else motion  # a bounce may start anywhere
+    for side_low, side_high in extent(kept, (0, 0), reach):
+        gap = TURN_GAP if turns and side_high > reach else WALL
+        if side_high - side_low > 1 - 2 * gap:
+            return None
+        centre.append(float(rng.uniform(gap - side_low, 1 - gap - side_high)))
+    angle = float(rng.uniform(0, 2 * np.pi)) if stated.motion == "spin" else 0.0
+    return Body(stated, radius, (centre[0], centre[1]), angle, motion)
+
+
+def _passing(objects: tuple[Stated, ...], passing: str, rng: Generator) -> tuple[Body, Body] | None:
+    """The first object crosses the second, which stays still, and comes clear of it on both sides."""
+    mover, other = (_body(stated, rng) for stated in objects)
+    if mover is None or other is None:
+        return None
+    along = int(objects[0].direction in ("up", "down"))
+    clear = WALL + 2 * mover.reach + other.reach + 1 / 64
+    low, high = max(mover.reach, other.reach) + WALL + 2 / 64, 1 - max(mover.reach, other.reach) - WALL - 2 / 64
+    if clear > 0.5:
+        return None
+    centre, start = [0.0, 0.0], [0.0, 0.0]
+    centre[along], centre[1 - along] = float(rng.uniform(clear, 1 - clear)), float(rng.uniform(low, high))
+    room = centre[along] if objects[0].direction in ("right", "down") else 1 - centre[along]
+    place = float(rng.uniform(mover.reach + WALL, room - other.reach - mover.reach - 1 / 64))
+    start[along] = place if objects[0].direction in ("right", "down") else 1 - place
+    start[1 - along] = centre[1 - along] + float(rng.uniform(-2, 2)) / 64
+    depth = int(passing == "behind")
+    return (
+        replace(mover, centre=(start[0], start[1]), depth=depth),
+        replace(other, centre=(centre[0], centre[1]), depth=1 - depth),
+    )
+
+
+def relation_of(first: Body, second: Body) -> tuple[str | None, float]:
+    """How the first lies to the second at all times, and the gap between what they ever cover."""
+    (left, right), (top, bottom) = first.extent
+    (other_left, other_right), (other_top, other_bottom) = second.extent
+    gaps = {"left": other_left - right, "right": left - other_right, "above": other_top - bottom}
+    gaps["below"] = top - other_bottom
+    name = max(gaps, key=gaps.__getitem__)
+    return name, gaps[name]
+
+
+def _place(objects: tuple[Stated, ...], relation: str | None, rng: Generator) -> tuple[Body, ...] | None:
+    """The objects in the frame so that the relation holds and none touches another unless it passes it."""
+    if relation in ("behind", "front"):
+        return _passing(objects, relation, rng)
+    bodies = [_body(stated, rng) for stated in objects]
+    if None in bodies:
+        return None
+    if len(bodies) == 2:
+        found, gap = relation_of(*bodies)
+        if gap < OBJECT_GAP or relation not in (None, found):
+            return None
+    return tuple(bodies)
+
+
+def _leave_out(objects: tuple[Stated, ...], rng: Generator) -> tuple[Stated, ...]:
+    """What the caption will say of the objects: always shape, colour and motion, often the rest."""
+    return tuple(
+        replace(
+            stated,
+            size=stated.size if rng.random() < 0.7 else None,
+            direction=stated.direction if rng.random() < 0.85 else None,
+            speed=stated.speed if rng.random() < 0.75 else None,
+        )
+        for stated in objects
+    )
+
+
+def _draw_ground(rng: Generator, name: str | None = None) -> Ground:
+    name = name or _choose(rng, GROUNDS)
+    return Ground(name, float(rng.uniform(0.4, 0.6)))
+
+
+def _stream(seed: int, *labels: str) -> Generator:
+    return np.random.default_rng([zlib.crc32("/".join(labels).encode()), seed])
+
+
+def check_size(size: int) -> None:
+    """Raise ValueError unless the frame side is one the world is drawn at."""
+    if size % 8 or not 32 <= size <= 128:
+        raise ValueError(f"a frame side of {size}: use a multiple of 8 from 32 to 128")
+
+
+def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:
+    """The scene of a seed, the same on every machine; ValueError for an unknown split, a negative seed, a bad size.
+
+    train and test are disjoint streams of one distribution; every scene of composition has a pair of attributes that
+    the others never have.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not known: use one of {', '.join(SPLITS)}")
+    if seed < 0:
+        raise ValueError(f"seed {seed} is negative: give 0 or more")
+    check_size(size)
+    rng = _stream(seed, split)
+    while True:
+        objects, passing = _draw_objects(rng)
+        if held_out(objects) != (split == "composition"):
+            continue
+        for _ in range(TRIES):
+            full = tuple(_complete(stated, rng, alone=len(objects) == 1) for stated in objects)
+            bodies = _place(full, passing, rng)
+            if bodies:
+                ground = _draw_ground(rng)
+                caption = _caption(bodies, passing, ground, rng)
+                return Scene(seed, split, size, bodies, ground, caption)
+
+
+def _caption(bodies: tuple[Body, ...], passing: str | None, ground: Ground, rng: Generator) -> Caption:
+    relation = passing or (relation_of(*bodies)[0] if len(bodies) == 2 and rng.random() < 0.85 else None)
+    said = _leave_out(tuple(body.stated for body in bodies), rng)
+    return write(said, relation, ground.name if rng.random() < 0.75 else None, rng)
+
+
+def realise(caption: Caption, seed: int, size: int = 64) -> Scene:
+    """Another scene that the caption is true of; what the caption leaves open is drawn from the seed.
+
+    ValueError where no scene was found that has it all.
+    """
+    check_size(size)
+    rng = _stream(seed, "caption", repr(caption))
+    for _ in range(200 * TRIES):
+        full = tuple(_complete(stated, rng, alone=len(caption.objects) == 1) for stated in caption.objects)
+        bodies = _place(full, caption.relation, rng)
+        if bodies:
+            return Scene(seed, "caption", size, bodies, _draw_ground(rng, caption.ground), caption)
+    raise ValueError(f"no scene found for {caption.text!r}: its objects do not fit beside each other")
