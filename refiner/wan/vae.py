@@ -288,7 +288,12 @@ class WanVAE(nn.Module):
         return vae
 
     def encode(self, pixels_BCFHW: Tensor) -> Tensor:
-        """Mean latents of pixels; one pass for a short clip, pieces of a long one."""
+        """Normalised mean latents of pixels."""
+        mean = self.moments(pixels_BCFHW)[0].transpose(1, 2)
+        return ((mean - self.latent_mean) / self.latent_std).transpose(1, 2)
+
+    def moments(self, pixels_BCFHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents of pixels, before normalisation; a long clip goes in pieces."""
         frames, height, width = pixels_BCFHW.shape[2:]
         if frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(
@@ -296,9 +301,10 @@ class WanVAE(nn.Module):
             )
         state = StreamState()
         step = 4 * max(1, PIXELS_AT_ONCE // (4 * height * width))
-        pieces = pixels_BCFHW.transpose(1, 2).split([1 + min(step, frames - 1), *_lengths(frames - 1 - step, step)], 1)
+        lengths = [1 + min(step, frames - 1), *_lengths(frames - 1 - step, step)]
+        pieces = pixels_BCFHW.transpose(1, 2).split(lengths, dim=1)
         moments = torch.cat([self.conv1(self.encoder(piece, state), state) for piece in pieces], dim=1)
-        return ((moments[:, :, : self.z_dim] - self.latent_mean) / self.latent_std).transpose(1, 2)
+        return moments.transpose(1, 2).chunk(2, dim=1)
 
     def decode(self, latents_BCFhw: Tensor, state: DecoderState | None = None) -> Tensor:
         """Pixels of the next latents of a video: 1 frame for its first latent, 4 for each later one.

@@ -129,7 +129,7 @@ def test_wrong_input_is_one_clear_line(vae) -> None:
         vae.encode(torch.zeros(1, 3, 4, 16, 16))
     with pytest.raises(ValueError, match=r"expected \[batch, 16"):
         vae.decode(torch.zeros(1, 4, 3, 2, 2))
-    with pytest.raises(ValueError, match="give the weights of a Wan2.1 VAE"):
+    with pytest.raises(ValueError, match=r"give the weights of a Wan2.1 VAE"):
         WanVAE.from_state_dict({"a": torch.zeros(1)})
     weights = dict(vae.state_dict())
     del weights["conv1.bias"]

@@ -1,0 +1,105 @@
+"""The training loop of every stage: seeded, logged, and continued by the same command after any kind of end."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from .curve import draw_curve
+
+RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
+
+
+class Stage(Protocol):
+    """One model in training. A step must depend on nothing but the saved state and its index."""
+
+    def step(self, index: int) -> dict[str, float]:
+        """Take one optimisation step; returns what is logged, `loss` first."""
+        ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def show(self, folder: Path, index: int) -> dict[str, float]:
+        """Write a sample sheet into the run's folder; returns scores to log."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopOptions:
+    """How long, and how often what is written."""
+
+    run: Path
+    steps: int
+    save_every: int = 100
+    show_every: int = 500
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.save_every, self.show_every) < 1:
+            raise ValueError(f"steps {self.steps}, save {self.save_every}, show {self.show_every}: give at least 1")
+
+
+def train(stage: Stage, options: LoopOptions) -> None:
+    """Train to `options.steps`, from where the run in `options.run` stands.
+
+    The folder gets state.pt, log.jsonl (a line a step), loss.png and the stage's sample sheets. Raises ValueError at
+    the first loss that is not finite; what was saved before stays.
+    """
+    options.run.mkdir(parents=True, exist_ok=True)
+    log = options.run / "log.jsonl"
+    start = restore(stage, options.run)
+    lines = _lines_before(log, start)
+    with open(log, "w") as file, tqdm(total=options.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+        file.writelines(lines)
+        for index in range(start, options.steps):
+            began = time.perf_counter()
+            logged = stage.step(index)
+            if not all(map(_finite, logged.values())):
+                raise ValueError(f"step {index} gave {logged}: lower the learning rate; the state before is kept")
+            done = index + 1
+            if done % options.show_every == 0 or done == options.steps:
+                logged |= stage.show(options.run, done)
+            file.write(json.dumps({"step": index, **logged, "seconds": round(time.perf_counter() - began, 3)}) + "\n")
+            file.flush()
+            bar.update()
+            bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logged.items()))
+            if done % options.save_every == 0 or done == options.steps:
+                save(stage, options.run, done)
+                draw_curve(log, options.run / "loss.png")
+
+
+def save(stage: Stage, run: Path, done: int) -> None:
+    """Replace the run's state by the stage's."""
+    temporary = run / ".state.pt.partial"
+    torch.save({"done": done, "stage": stage.state_dict()}, temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, run / "state.pt")
+
+
+def restore(stage: Stage, run: Path) -> int:
+    """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run."""
+    path = run / "state.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    stage.load_state_dict(state["stage"])
+    return state["done"]
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _lines_before(log: Path, step: int) -> list[str]:
+    """Of a log, the whole lines of the steps before `step`: what came after the saved state will come again."""
+    if not log.exists():
+        return []
+    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    return [line for line in whole if json.loads(line)["step"] < step]

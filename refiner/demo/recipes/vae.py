@@ -1,0 +1,123 @@
+"""The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published statistics fit."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...video import contact_sheet, to_frames
+from ...wan.vae import ResidualBlock, WanVAE
+from ..render import render, to_pixels
+from ..world import sample_scene
+
+
+@dataclass(frozen=True, slots=True)
+class VaeOptions:
+    """Of the recipe. Crops first: a quarter of the area holds the same edges and corners."""
+
+    dim: int = 8
+    steps: int = 6000
+    crop_share: float = 0.6  # of the steps, on crops
+    crop: int = 32
+    crop_batch: int = 16
+    crop_frames: int = 9
+    batch: int = 4
+    frames: int = 17
+    learning_rate: float = 2e-3
+    kl: float = 1e-4  # of the mean over latent elements
+    edges: float = 0.5  # of the difference of neighbouring pixels
+    ema: float = 0.998
+    seed: int = 0
+
+
+class VaeStage:
+    """Training state of the VAE: model, average, optimiser."""
+
+    def __init__(self, options: VaeOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.model = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
+        for block in self.model.modules():
+            if isinstance(block, ResidualBlock):  # branches that start at zero learn clearly faster
+                torch.nn.init.zeros_(block.residual[-1].weight)
+                torch.nn.init.zeros_(block.residual[-1].bias)
+        self.model.to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+    def batch(self, index: int) -> Tensor:
+        """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
+        options = self.options
+        crops = index < options.crop_share * options.steps
+        count, frames = (options.crop_batch, options.crop_frames) if crops else (options.batch, options.frames)
+        rng = np.random.default_rng((options.seed, index))
+        clips = []
+        for seed in rng.integers(1 << 40, size=count):
+            clip = render(sample_scene(int(seed)), frames)
+            if crops:
+                top, left = rng.integers(0, clip.shape[1] - options.crop + 1, size=2)
+                clip = clip[:, top : top + options.crop, left : left + options.crop]
+            clips.append(to_pixels(clip))
+        return torch.stack(clips).to(self.device)
+
+    def step(self, index: int) -> dict[str, float]:
+        options = self.options
+        warm = min(1.0, (index + 1) / 100)
+        fall = 0.5 * (1 + np.cos(np.pi * index / options.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * warm * (0.02 + 0.98 * fall)
+        pixels = self.batch(index)
+        generator = torch.Generator(self.device).manual_seed(index)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            mean, log_variance = self.model.moments(pixels)
+            noise = torch.randn(mean.shape, generator=generator, device=self.device)
+            decoded = self.model.decode(mean + (0.5 * log_variance).exp() * noise)
+        decoded, mean, log_variance = decoded.float(), mean.float(), log_variance.float()
+        error = F.l1_loss(decoded, pixels)
+        edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = error + options.edges * edges + options.kl * kl
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(options.ema, (index + 1) / (index + 10))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        return {"loss": loss.item(), "l1": error.item(), "kl": kl.item()}
+
+    def show(self, folder: Path, index: int) -> dict[str, float]:
+        """PSNR of the average model on held-out clips, and truth over reconstruction of one."""
+        scores, shown = [], []
+        for seed in range(8):
+            pixels = to_pixels(render(sample_scene(seed, "test"), 33))[None].to(self.device)
+            decoded = reconstruct(self.average, pixels)
+            scores.append(psnr(decoded, pixels))
+            if seed < 4:
+                shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
+        contact_sheet(shown, folder / f"sheet_{index:06d}.png", columns=8)
+        return {"psnr": float(np.mean(scores))}
+
+
+@torch.no_grad()
+def reconstruct(vae: WanVAE, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] encoded and decoded, in fp32."""
+    return vae.decode(vae.encode(pixels)).clamp(-1, 1)
+
+
+def psnr(decoded: Tensor, pixels: Tensor) -> float:
+    """Peak signal-to-noise ratio of clips in [-1, 1], in dB over all elements."""
+    return (10 * torch.log10(4 / (decoded - pixels).square().mean())).item()
