@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .memory.plan import MemoryPlan
-from .wan.transformer import WanConfig
+from .wan.transformer import WanConfig, WanTransformer
 
 GB = 1e9
 
@@ -21,11 +21,12 @@ class Estimate:
     text_kv: int  # cross-attention keys and values of the prompt
     activations: int  # of one pass over one chunk
     decode: int  # weights, state and activations of the VAE decoder
+    text_encoder: int = 0  # its weights, which are gone before the transformer's are loaded
 
     @property
     def total(self) -> int:
-        """The network's pass and the decoder's do not run at once, so the larger of the two counts."""
-        return self.weights + self.kv + self.text_kv + max(self.activations, self.decode)
+        """What is never alive at once does not add up: the larger counts."""
+        return max(self.text_encoder, self.weights + self.kv + self.text_kv + max(self.activations, self.decode))
 
     def lines(self) -> str:
         """An aligned table."""
@@ -35,24 +36,26 @@ class Estimate:
             "prompt K/V": self.text_kv,
             "activations of a pass": self.activations,
             "VAE decoder": self.decode,
-            "together (the larger of the last two)": self.total,
+            "text encoder, before all these": self.text_encoder,
+            "at most at once": self.total,
         }
-        return "\n".join(f"{name:<38}{size / GB:9.3f} GB" for name, size in rows.items())
+        return "\n".join(f"{name:<32}{size / GB:9.3f} GB" for name, size in rows.items())
 
     def check(self, available: int) -> None:
         """Raise ValueError, with the numbers and what to lower, when this does not fit in `available` bytes."""
         if self.total <= available:
             return
-        largest = max(("kv", "weights", "activations", "decode"), key=lambda name: getattr(self, name))
-        lower = {
-            "kv": "lower --window (or --size, --frames)",
-            "weights": "use a smaller model or --dtype bf16",
-            "activations": "lower --size",
-            "decode": "lower --size",
-        }[largest]
+        causes = {
+            "K/V memory": (self.kv, "lower --window (or --size, --frames)"),
+            "weights": (self.weights, "use a smaller model or --dtype bf16"),
+            "activations": (self.activations, "lower --size"),
+            "VAE decoder": (self.decode, "lower --size"),
+            "text encoder": (self.text_encoder, "encode the prompt elsewhere and give --context or --context-cache"),
+        }
+        name, (size, lower) = max(causes.items(), key=lambda cause: cause[1][0])
         raise ValueError(
-            f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are free; the most is"
-            f" {largest} with {getattr(self, largest) / GB:.1f} GB: {lower}"
+            f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are free; the most is the"
+            f" {name} with {size / GB:.1f} GB: {lower}"
         )
 
 
@@ -62,15 +65,13 @@ def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype
 
 
 def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
-    """Most that is alive at once in a pass over `chunk` frames: the feed-forward's two, or the attention's seven."""
+    """About the most that is alive in a pass over `chunk` frames: in the feed-forward, or in the attention."""
     tokens = plan.batch * chunk * plan.frame_tokens
-    return tokens * max(2 * config.ffn_dim + 3 * config.dim, 7 * config.dim) * plan.dtype.itemsize
+    return tokens * max(2 * config.ffn_dim + 6 * config.dim, 9 * config.dim) * plan.dtype.itemsize
 
 
 def parameter_count(config: WanConfig) -> int:
     """Of a Wan2.1 transformer of these sizes."""
-    from .wan.transformer import WanTransformer
-
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in WanTransformer(config).parameters())
 

@@ -141,6 +141,7 @@ def prepare(options: GenerateOptions) -> Job:
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, preset.chunk),
         decode=WanVAE.decode_bytes(vae_dim, options.height, options.width, preset.chunk, dtype),
+        text_encoder=inspect(options.text_encoder).nbytes if options.text_encoder and not options.context else 0,
     )
     if not options.dry_run:
         check_output(options.out)
@@ -186,8 +187,17 @@ def make_context(job: Job) -> Tensor:
         return read_context(options.context, config)
     if options.text_encoder:
         encoder = load_text_encoder(
-            options.text_encoder, options.tokenizer, job.dtype, job.device, config.text_len, options.context_cache
+            options.text_encoder,
+            options.tokenizer,
+            device=job.device,
+            text_len=config.text_len,
+            cache_dir=options.context_cache,
         )
+        if encoder.text_dim != config.text_dim:
+            raise ValueError(
+                f"{options.text_encoder} gives tokens of {encoder.text_dim}, this model takes {config.text_dim}: use"
+                " the text encoder it was trained with"
+            )
         context = encoder.encode([options.prompt])
         encoder.release()
         return context

@@ -331,7 +331,7 @@ class WanVAE(nn.Module):
         # Two frames before each 3-tap convolution, at 1/8, 1/4, 1/2 and full resolution.
         state = 2 * area * ((16 + 44 * dim) / 64 + 26 * dim / 16 + 12 * dim / 4 + 7 * dim)
         at_once = min(frames, max(1, PIXELS_AT_ONCE // (4 * area)))
-        activations = 7 * dim * area * (4 * at_once + 2)  # the last stage: its input, three stacked, output, shortcut
+        activations = 10 * dim * area * (4 * at_once + 2)  # of the last stage, as measured on the CPU
         return math.ceil((weights + state + activations) * dtype.itemsize)
 
 

@@ -1,6 +1,7 @@
 """A small random umT5 gives the context that transformers gives, from every layout and from the cache."""
 
 import io
+import json
 import re
 import shutil
 import socket
@@ -12,9 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.latents import read_latents
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import get_preset
 from autorefiner.refiner.wan.text import load_text_encoder
 from autorefiner.refiner.wan.tokenizer import PIP_LINE, Tokenizer, clean
+from autorefiner.refiner.wan.transformer import WanConfig
 from autorefiner.refiner.wan.umt5 import Umt5File
+from autorefiner.refiner.wan.vae import WanVAE
+
+from tiny import tiny_network
 
 transformers = pytest.importorskip("transformers", reason=f"the text encoder needs transformers: {PIP_LINE}")
 tokenizers = pytest.importorskip("tokenizers", reason=f"the text encoder needs tokenizers: {PIP_LINE}")
@@ -417,3 +426,25 @@ def test_missing_libraries_name_the_pip_line(
     monkeypatch.setitem(sys.modules, missing, None)
     text = error(folder, tmp_path if missing == "sentencepiece" else None, text_len=TEXT_LEN)
     assert 'pip install "transformers>=4.50.3" "sentencepiece>=0.2"' in text
+
+
+def test_a_prompt_reaches_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """generate --text-encoder samples as the same model does with the encoded prompt."""
+    config = WanConfig(dim=128, num_heads=1, ffn_dim=128, num_layers=1, text_dim=64, text_len=TEXT_LEN)
+    sizes = {"config": json.dumps({"transformer": {"text_len": TEXT_LEN}})}
+    network = tiny_network(config)
+    save_file(network.model.state_dict(), tmp_path / "model.safetensors", metadata=sizes)
+    save_file(WanVAE(4).state_dict(), tmp_path / "vae.safetensors")
+
+    def run(prompt: str) -> Tensor:
+        files = ["--model", str(tmp_path / "model.safetensors"), "--vae", str(tmp_path / "vae.safetensors")]
+        prompt_from = ["--text-encoder", str(folder), "--context-cache", str(tmp_path / "cache"), "--prompt", prompt]
+        what = ["--preset", "self-forcing", "--frames", "9", "--size", "32x32", "--save-latents", "--device", "cpu"]
+        assert main(["generate", *files, *prompt_from, *what, "--out", str(tmp_path / "a.mp4")]) == 0
+        return read_latents(tmp_path / "a.latents.safetensors")[0]
+
+    context = load_text_encoder(folder, text_len=TEXT_LEN).encode(PROMPTS[:1])
+    plan = RunPlan(get_preset("self-forcing"), 3, 4, 4)
+    assert torch.equal(run(PROMPTS[0]), torch.cat(list(sample(network, context, plan)), 2))
+    assert not torch.equal(run(PROMPTS[1]), run(PROMPTS[0]))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
