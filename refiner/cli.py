@@ -1,4 +1,4 @@
-"""The command line: autorefiner generate | inspect | bench."""
+"""The command line: autorefiner generate | inspect | bench | demo."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .bench import SIZES, bench
+from .demo.cli import add_demo, run_demo
 from .generate import (
     DTYPES,
     RANDOM_TINY,
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
+    add_demo(commands)
     return parser
 
 
@@ -183,13 +185,17 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_demo_command(args: argparse.Namespace) -> int:
+    return run_demo(args, pick_device(args.device))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; wrong input is one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args = build_parser().parse_args(argv)
-    command = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench}[args.command]
+    commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "demo": run_demo_command}
     try:
-        return command(args)
+        return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = str(error)
     except torch.OutOfMemoryError as error:

@@ -26,6 +26,7 @@ SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.14
 PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
 TURN_GAP = 7 / 64  # what swings and orbits stays at least this far from the edges, so that it is no bounce
 OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
+PASS_GAP = 4 / 64  # between an object that passes another and that one, at the ends of its way
 TRIES = 80
 # Drawn unevenly, because what needs more room is refused more often beside another object.
 SHARES = {"bounce": 0.13, "orbit": 0.26, "swing": 0.18, "pulse": 0.17, "spin": 0.26}
@@ -204,14 +205,14 @@ def _passing(objects: tuple[Stated, ...], passing: str, rng: Generator) -> tuple
     if mover is None or other is None:
         return None
     along = int(objects[0].direction in ("up", "down"))
-    clear = WALL + 2 * mover.reach + other.reach + 1 / 64
+    clear = WALL + 2 * mover.reach + other.reach + PASS_GAP
     low, high = max(mover.reach, other.reach) + WALL + 2 / 64, 1 - max(mover.reach, other.reach) - WALL - 2 / 64
     if clear > 0.5:
         return None
     centre, start = [0.0, 0.0], [0.0, 0.0]
     centre[along], centre[1 - along] = float(rng.uniform(clear, 1 - clear)), float(rng.uniform(low, high))
     room = centre[along] if objects[0].direction in ("right", "down") else 1 - centre[along]
-    place = float(rng.uniform(mover.reach + WALL, room - other.reach - mover.reach - 1 / 64))
+    place = float(rng.uniform(mover.reach + WALL, room - other.reach - mover.reach - PASS_GAP))
     start[along] = place if objects[0].direction in ("right", "down") else 1 - place
     start[1 - along] = centre[1 - along] + float(rng.uniform(-2, 2)) / 64
     depth = int(passing == "behind")

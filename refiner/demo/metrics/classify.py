@@ -49,7 +49,7 @@ def blur(frames: ndarray, sigma: float) -> ndarray:
 
 @lru_cache(maxsize=1)
 def templates() -> Templates:
-    """Every shape at every radius, with three angles, off the pixel grid, sharp and blurred, as the detector sees it."""
+    """Every shape at every radius, angle and blur, off the pixel grid, as the detector sees it."""
     ground = draw_ground(GROUND_COLOURS["black"], GROUND_COLOURS["black"], 0.5, CANVAS)
     turns = np.array([0.0, 0.3, 0.6])
     radius, angle = (grid.ravel() for grid in np.meshgrid(RADII, turns))

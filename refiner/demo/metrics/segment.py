@@ -14,6 +14,7 @@ from ..render import lower_share
 CONTRAST = 40  # levels from the ground, over three channels, from which a pixel belongs to an object
 TWO_TONES = 30  # levels between the tones of a ground that has two
 CORE = 8  # pixels of one colour, at 64×64, from which a frame is said to have that colour
+SLIVER = 8  # frames
 SMALLEST = 14  # pixels at 64×64; what is smaller and touches nothing is no object
 ORDERS = (3, 4, 5)  # angular harmonics that tell the shapes apart
 COLOURS = tuple(OBJECT_COLOURS)
@@ -89,6 +90,12 @@ def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
     return ((off_ground**2).sum(axis=1) - 2 * mix * along + mix**2 * length).T
 
 
+def _about(present: ndarray) -> ndarray:
+    """What is present within SLIVER frames: [F, 7]. A sliver that sticks out behind another object has no core."""
+    padded = np.pad(present, ((SLIVER, SLIVER), (0, 0)))
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * SLIVER + 1, axis=0).any(axis=-1)
+
+
 def label_pixels(frames: ndarray, rows: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     """Colours by pixel: uint8 [F, S, S] (0 ground, 1 + index of colour), with the rim that the ground mixes into,
     float [F, 7, 3] the colours as the clip has them, and [F, S, S] the distance from the ground.
@@ -104,7 +111,7 @@ def label_pixels(frames: ndarray, rows: ndarray) -> tuple[ndarray, ndarray, ndar
     inner = np.logical_and.reduce([side == labels for side in _next_to(labels)])[where]
     key = where[0][inner] * len(COLOURS) + labels[where][inner] - 1
     cores = np.bincount(key, minlength=count * len(COLOURS)).reshape(count, -1)
-    present = cores >= CORE * (size / 64) ** 2
+    present = _about(cores >= CORE * (size / 64) ** 2)
     mismatch[~present[where[0]]] = np.inf
     labels[where] = np.where(present.any(axis=1)[where[0]], mismatch.argmin(axis=1) + 1, 0)
     colours = _colours(frames[where][inner].astype(np.float32), distance[where][inner], key, count)

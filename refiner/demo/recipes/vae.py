@@ -1,6 +1,5 @@
 """The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published statistics fit."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ...video import contact_sheet, to_frames
 from ...wan.vae import ResidualBlock, WanVAE
 from ..render import render, to_pixels
 from ..world import sample_scene
+from .parts import Learner, noise_stream, stream, warm_cosine
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +46,20 @@ class VaeStage:
             if isinstance(block, ResidualBlock):  # branches that start at zero learn clearly faster
                 torch.nn.init.zeros_(block.residual[-1].weight)
                 torch.nn.init.zeros_(block.residual[-1].bias)
-        self.model.to(device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        self.learner = Learner(self.model.to(device), options.learning_rate, options.ema)
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        return self.learner.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        self.learner.load_state_dict(state)
 
     def batch(self, index: int) -> Tensor:
         """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
         options = self.options
         crops = index < options.crop_share * options.steps
         count, frames = (options.crop_batch, options.crop_frames) if crops else (options.batch, options.frames)
-        rng = np.random.default_rng((options.seed, index))
+        rng = stream(options.seed, index, 0)
         clips = []
         for seed in rng.integers(1 << 40, size=count):
             clip = render(sample_scene(int(seed)), frames)
@@ -76,12 +71,8 @@ class VaeStage:
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        warm = min(1.0, (index + 1) / 100)
-        fall = 0.5 * (1 + np.cos(np.pi * index / options.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * warm * (0.02 + 0.98 * fall)
         pixels = self.batch(index)
-        generator = torch.Generator(self.device).manual_seed(index)
+        generator = noise_stream(self.device, options.seed, index, 1)
         with torch.autocast(self.device.type, torch.bfloat16):
             mean, log_variance = self.model.moments(pixels)
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
@@ -91,12 +82,7 @@ class VaeStage:
         edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = error + options.edges * edges + options.kl * kl
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(options.ema, (index + 1) / (index + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.learner.step(loss, index, warm_cosine(index, options.steps))
         return {"loss": loss.item(), "l1": error.item(), "kl": kl.item()}
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
@@ -104,7 +90,7 @@ class VaeStage:
         scores, shown = [], []
         for seed in range(8):
             pixels = to_pixels(render(sample_scene(seed, "test"), 33))[None].to(self.device)
-            decoded = reconstruct(self.average, pixels)
+            decoded = reconstruct(self.learner.average, pixels)
             scores.append(psnr(decoded, pixels))
             if seed < 4:
                 shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
@@ -121,3 +107,11 @@ def reconstruct(vae: WanVAE, pixels: Tensor) -> Tensor:
 def psnr(decoded: Tensor, pixels: Tensor) -> float:
     """Peak signal-to-noise ratio of clips in [-1, 1], in dB over all elements."""
     return (10 * torch.log10(4 / (decoded - pixels).square().mean())).item()
+
+
+@torch.no_grad()
+def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [16] of the raw latents of training clips."""
+    means = [vae.moments(to_pixels(render(sample_scene(seed), frames))[None])[0] for seed in range(clips)]
+    latents = torch.cat(means)
+    return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))

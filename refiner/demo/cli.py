@@ -1,0 +1,83 @@
+"""autorefiner demo: train the bundled models by their recipes."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, save_model, scaled_vae
+from .recipes.data import Clips, encode_shards
+from .recipes.loop import RUNS, LoopOptions, Stage, train
+from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
+from .recipes.teacher import TeacherOptions, TeacherStage
+from .recipes.text import TextOptions, TextStage
+from .recipes.vae import VaeOptions, VaeStage, latent_statistics
+
+STAGES = ("vae", "text", "clips", "teacher", "init", "student")
+TRAIN = """\
+Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or killed at any time; the
+same command goes on with it. Each stage writes state.pt, log.jsonl, loss.png and sample sheets into RUN/STAGE, and its
+finished model into RUN. Later stages read the models of the earlier ones from there."""
+
+
+def add_demo(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand and its own."""
+    demo = commands.add_parser("demo", help="the sprite world and the models trained on it")
+    actions = demo.add_subparsers(dest="action", required=True)
+    command = actions.add_parser("train", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("stage", choices=(*STAGES, "all"))
+    command.add_argument("--run", type=Path, default=RUNS / "sprites", metavar="FOLDER", help="default %(default)s")
+    command.add_argument("--steps", type=int, help="steps of the stage (of each, with all); default: the recipe's")
+    command.add_argument("--batch", type=int, help="clips a step; default: the recipe's")
+    command.add_argument("--shards", type=int, default=64, help="of 64 clips each, to encode (default %(default)s)")
+    command.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    command.add_argument("--show-every", type=int, default=500, metavar="STEPS")
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+
+
+def run_demo(args: argparse.Namespace, device: torch.device) -> int:
+    """Train what was asked for."""
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        train_stage(stage, args, device)
+    return 0
+
+
+def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> None:
+    """Train one stage to its end and write its model into the run's folder."""
+    run: Path = args.run
+    if name == "clips":
+        encode_shards(load_sprite_vae(run).to(device), run / "clips", args.shards)
+        return
+    stage = make_stage(name, args, device)
+    steps = stage.options.steps
+    print(f"{name}: {steps} steps on {device} in {run / name}")
+    train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
+    told = {"recipe": name, "steps": steps}
+    if name == "vae":
+        vae = stage.learner.average.cpu()
+        save_model(run, "vae", scaled_vae(vae, *latent_statistics(vae)), None, told)
+    elif name == "text":
+        save_model(run, "text", stage.learner.average.encoder, None, told)
+    elif name == "teacher":
+        save_model(run, "teacher", stage.learner.average, stage.network.config, told)
+    else:  # the causal initialisation is what the student starts from, and is replaced by it
+        model = stage.generator.average if name == "student" else stage.learner.average
+        save_model(run, "student", model, stage.network.config, told | {"preset": "self-forcing"})
+
+
+def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Stage:
+    """A stage with the models of the earlier ones, as they lie in the run's folder."""
+    changes = {key: value for key in ("steps", "batch") if (value := getattr(args, key)) is not None}
+    if name == "vae":
+        return VaeStage(VaeOptions(**changes), device)
+    if name == "text":
+        return TextStage(TextOptions(**changes), device)
+    run: Path = args.run
+    clips, text, vae = Clips.read(run / "clips"), load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
+    if name == "teacher":
+        return TeacherStage(TeacherOptions(**changes), clips, text, vae, device)
+    teacher = load_sprite_network("teacher", run, device)
+    if name == "init":
+        return CausalInitStage(InitOptions(**changes), teacher, clips, text, vae)
+    student = load_sprite_network("student", run, device)
+    return DistilStage(DistilOptions(**changes), student, teacher, clips, text, vae)

@@ -1,0 +1,67 @@
+"""Encoded clips of the world on disk: rendered once, encoded once, then read whole into memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ...wan.checkpoint import save_safetensors
+from ...wan.vae import WanVAE
+from ..captions import Caption, write
+from ..render import clip_batch
+from ..world import sample_scene
+
+SHARD = 64  # clips a file
+FRAMES = 81
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"clips_{number:05d}.safetensors"
+
+
+@torch.no_grad()
+def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
+    """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards − 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = vae.conv1.weight.device
+    for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
+        made = []
+        for seed in range(number * SHARD, (number + 1) * SHARD):
+            pixels, _ = clip_batch([seed], "train", FRAMES)
+            made.append(vae.encode(pixels.to(device)).cpu())
+        save_safetensors(shard_path(folder, number), {"latents": torch.cat(made).bfloat16()}, {"frames": str(FRAMES)})
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """Latents [N, 16, F, h, w], bf16 on the CPU, and the caption of each."""
+
+    latents: Tensor
+    captions: list[Caption]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Clips":
+        """All shards of a folder, in order; ValueError when there is none."""
+        paths = sorted(folder.glob("clips_*.safetensors"))
+        if not paths or [shard_path(folder, number) for number in range(len(paths))] != paths:
+            raise ValueError(f"{folder} holds no unbroken run of encoded clips: make them with `demo train clips`")
+        parts = []
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                parts.append(file.get_tensor("latents"))
+        latents = torch.cat(parts)
+        return cls(latents, [sample_scene(seed).caption for seed in range(len(latents))])
+
+    def batch(self, rng: np.random.Generator, count: int, unsaid: float) -> tuple[Tensor, list[str]]:
+        """Latents [B, 16, F, h, w] in fp32, and a text for each: new words for its caption, or none at all."""
+        chosen = rng.integers(len(self.latents), size=count)
+        texts = []
+        for index in chosen:
+            caption = self.captions[index]
+            text = write(caption.objects, caption.relation, caption.ground, rng).text
+            texts.append("" if rng.random() < unsaid else text)
+        return self.latents[torch.from_numpy(chosen)].float(), texts

@@ -1,0 +1,46 @@
+"""The sprites' text encoder: a small transformer over the world's closed vocabulary."""
+
+import torch
+from torch import Tensor, nn
+
+from .captions import vocabulary, words
+
+UNKNOWN = "?"
+
+
+class SpriteTextEncoder(nn.Module):
+    """Captions to context [B, text_len, dim], zeros behind each caption's end, as umT5's output is for Wan2.1."""
+
+    def __init__(self, dim: int = 128, text_len: int = 32, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.text_len, self.text_dim = text_len, dim
+        self.words = (UNKNOWN, *vocabulary())
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+        self.embedding = nn.Embedding(len(self.words), dim)
+        self.position = nn.Parameter(torch.randn(text_len, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Word numbers [B, text_len] and which of them are words; words beyond text_len are cut off."""
+        ids = torch.zeros(len(prompts), self.text_len, dtype=torch.long)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            numbers = [self.numbers.get(word, 0) for word in words(prompt)][: self.text_len]
+            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+            real[row, : len(numbers)] = True
+        return ids, real
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Words of a prompt that the world has no meaning for, in order."""
+        return [word for word in dict.fromkeys(words(prompt)) if word not in self.numbers]
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        ids, real = (part.to(self.position.device) for part in self.tokens(prompts))
+        x = self.embedding(ids) + self.position
+        # An empty prompt attends to its padding, whose output is zeroed with the rest.
+        x = self.layers(x, src_key_padding_mask=~real & real.any(1, keepdim=True))
+        return self.norm(x) * real[..., None]

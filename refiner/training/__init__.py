@@ -1,0 +1,1 @@
+"""Training: objectives and the rollouts that they are computed on."""
