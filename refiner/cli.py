@@ -189,9 +189,14 @@ def run_demo_command(args: argparse.Namespace) -> int:
     return run_demo(args, pick_device(args.device))
 
 
+def interrupt(*_: object) -> None:
+    """End as Ctrl-C does; a process started in the background has that signal ignored, so it is not sent."""
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; wrong input is one line on stderr and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupt)
     args = build_parser().parse_args(argv)
     commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "demo": run_demo_command}
     try:
