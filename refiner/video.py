@@ -15,7 +15,11 @@ from torch import Tensor
 # One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
 CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder"}  # the muxer's own
-ENCODER = {"preset": "medium", "crf": "16", "tune": "zerolatency"}
+# The first of these that this PyAV was built with. No scene cuts: they would start a group of pictures within a chunk.
+ENCODERS = {
+    "libx264": {"preset": "medium", "crf": "16", "tune": "zerolatency", "sc_threshold": "0"},
+    "mpeg4": {"qmin": "2", "qmax": "4", "sc_threshold": "1000000000"},
+}
 
 
 def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
@@ -33,7 +37,8 @@ class VideoWriter:
     """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end renames it to NAME.
 
     Whatever stood at NAME stays until then. Left by an exception, or killed, the partial file holds every chunk that
-    was written. Raises ValueError when the output cannot be written.
+    was written. Raises ValueError or OSError when the output cannot be written, ValueError for a size or name that
+    .mp4 does not take.
     """
 
     def __init__(
@@ -43,34 +48,43 @@ class VideoWriter:
         self.size, self.fps, self.metadata = (width, height), fps, metadata or {}
         self.frames = self.chunks = 0
         check_output(self.path)
+        if self.path.suffix != ".mp4":
+            raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
+        if width % 2 or height % 2 or width < 2 or height < 2:
+            raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
+        self.codec = next(name for name in ENCODERS if name in av.codecs_available)
         self.file = open(self.partial, "wb")  # noqa: SIM115, closed by __exit__
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def write(self, frames: np.ndarray) -> None:
-        """Append a chunk of frames [F, H, W, 3], uint8, as one group of pictures, and push it to the file system."""
-        if frames.dtype != np.uint8 or frames.shape[1:] != (self.size[1], self.size[0], 3):
+    def write(self, frames: np.ndarray | Tensor) -> None:
+        """Append a chunk of frames [F, H, W, 3], uint8 on the CPU, as one group of pictures, and flush it to disk."""
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.shape[1:] != (self.size[1], self.size[0], 3) or not len(frames):
             raise ValueError(
-                f"frames are {frames.dtype} of {frames.shape[1:]}, this video takes uint8 of"
-                f" ({self.size[1]}, {self.size[0]}, 3)"
+                f"frames are {frames.dtype} of {frames.shape}, this video takes uint8 of"
+                f" ({self.size[1]}, {self.size[0]}, 3), one frame or more"
             )
         keep = (b"moof", b"mdat") if self.chunks else (b"ftyp", b"moov", b"moof", b"mdat")
-        for kind, box in boxes(self._encode(frames)):
-            if kind in keep:
-                self.file.write(numbered(box, self.chunks + 1) if kind == b"moof" else box)
-        self.file.flush()
+        found = [(kind, box) for kind, box in boxes(self._encode(frames)) if kind in keep]
+        # In one write, which leaves a kill next to no time to cut a fragment in two.
+        self.file.write(b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found))
+        self._flush()
         self.frames += len(frames)
         self.chunks += 1
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self._flush()
         self.file.close()
         if kind is None and self.frames:
             os.replace(self.partial, self.path)
         elif not self.frames:
             self.partial.unlink()
+
+    def _flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def _encode(self, frames: np.ndarray) -> bytes:
         """The chunk as a fragmented mp4 of its own whose times go on where the last one ended."""
@@ -78,10 +92,11 @@ class VideoWriter:
         options = {"movflags": FRAGMENTED, "use_editlist": "0", "avoid_negative_ts": "disabled"}
         with av.open(buffer, "w", format="mp4", options=options) as container:
             container.metadata.update(self.metadata)
-            stream = container.add_stream("libx264", rate=self.fps, options=ENCODER)
+            stream = container.add_stream(self.codec, rate=self.fps, options=ENCODERS[self.codec])
             stream.width, stream.height = self.size
             stream.pix_fmt = "yuv420p"
             stream.codec_context.time_base = Fraction(1, self.fps)
+            stream.codec_context.gop_size = len(frames)
             for index, pixels in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame.pts = self.frames + index
@@ -136,14 +151,19 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:
-    """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`."""
+    """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`. ValueError for a file that is damaged."""
     with _open_video(path) as container:
         decoded = enumerate(container.decode(video=0))
-        return np.stack([frame.to_ndarray(format="rgb24") for index, frame in decoded if index % every == 0])
+        try:
+            return np.stack([frame.to_ndarray(format="rgb24") for index, frame in decoded if index % every == 0])
+        except av.FFmpegError as error:
+            raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
 
 
 def contact_sheet(frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2) -> None:
     """A PNG with the frames [H, W, 3] side by side, in reading order on white."""
+    if not len(frames) or columns < 1:
+        raise ValueError(f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each")
     height, width = frames[0].shape[:2]
     rows = -(-len(frames) // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)

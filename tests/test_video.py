@@ -40,6 +40,35 @@ def test_frames_and_times_are_those_written(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_cut_within_a_chunk_begins_no_group_of_pictures(tmp_path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
+        for _ in range(2):
+            video.write(noise.repeat(6, axis=0))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 24]
+
+
+def test_without_x264_another_encoder_writes_the_same_frames(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    path = tmp_path / "a.mp4"
+    write(path)
+    assert np.abs(read_frames(path).astype(int) - smooth(33)).max() <= 4
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21]
+
+
+def test_tensors_are_frames_too(tmp_path) -> None:
+    with VideoWriter(tmp_path / "torch.mp4", 48, 32) as video:
+        video.write(torch.from_numpy(smooth(33)))
+    with VideoWriter(tmp_path / "numpy.mp4", 48, 32) as video:
+        video.write(smooth(33))
+    assert (tmp_path / "torch.mp4").read_bytes() == (tmp_path / "numpy.mp4").read_bytes()
+
+
 def test_metadata_comes_back_as_it_was(tmp_path) -> None:
     metadata = {"prompt": 'a "red" fox; 狐狸\nin the snow = cold', "seed": "7", "preset": "self-forcing"}
     write(tmp_path / "a.mp4", metadata=metadata)
@@ -86,11 +115,17 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path) -> None:
         VideoWriter(tmp_path, 48, 32)
     with pytest.raises(ValueError, match="cannot be written"):
         VideoWriter(tmp_path / "file" / "a.mp4", 48, 32)
-    with (
-        pytest.raises(ValueError, match=r"takes uint8 of \(32, 48, 3\)"),
-        VideoWriter(tmp_path / "a.mp4", 48, 32) as video,
-    ):
-        video.write(np.zeros((3, 48, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.avi is not an \.mp4: give a name that ends in \.mp4"):
+        VideoWriter(tmp_path / "a.avi", 48, 32)
+    with pytest.raises(ValueError, match=r"video size 47x32: .* give even sides"):
+        VideoWriter(tmp_path / "a.mp4", 47, 32)
+    for shape in ((3, 48, 32, 3), (0, 32, 48, 3)):
+        with (
+            pytest.raises(ValueError, match=r"takes uint8 of \(32, 48, 3\), one frame or more"),
+            VideoWriter(tmp_path / "a.mp4", 48, 32) as video,
+        ):
+            video.write(np.zeros(shape, np.uint8))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_files_that_are_no_videos_are_refused(tmp_path) -> None:
@@ -98,6 +133,17 @@ def test_files_that_are_no_videos_are_refused(tmp_path) -> None:
     for path in (tmp_path / "a.mp4", tmp_path / "none.mp4"):
         with pytest.raises(ValueError, match="is not a readable video"):
             read_metadata(path)
+
+
+def test_a_chunk_cut_in_two_is_told(tmp_path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
+        for _ in range(2):
+            video.write(noise)
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: -len(data) // 4])
+    with pytest.raises(ValueError, match=r"a\.mp4 is damaged"):
+        read_frames(tmp_path / "a.mp4")
 
 
 def test_pixels_become_frames() -> None:
@@ -116,3 +162,9 @@ def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
     assert np.array_equal(sheet[2:34, 2:50], frames[0])
     assert np.array_equal(sheet[36:68, 52:100], frames[4])
     assert (sheet[36:, 104:] == 255).all()
+
+
+@pytest.mark.parametrize(("count", "columns"), [(0, 3), (2, 0)])
+def test_a_contact_sheet_of_nothing_is_refused(tmp_path, count, columns) -> None:
+    with pytest.raises(ValueError, match="takes at least one of each"):
+        contact_sheet(smooth(count), tmp_path / "sheet.png", columns=columns)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .captions import Caption
 from .palette import GROUND_COLOURS, OBJECT_COLOURS
+from .scene import Scene, check_size
 from .shapes import EDGE, cover
-from .world import Scene, check_size, sample_scene
+from .world import sample_scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +51,25 @@ def draw(ground: ndarray, layers: Sequence[Layer], frames: int) -> ndarray:
     return video
 
 
+def layers(scene: Scene, frames: int) -> list[Layer]:
+    """The objects of a scene to draw, the farthest first."""
+    time = scene.times(frames)
+    drawn = []
+    for body in sorted(scene.bodies, key=lambda body: -body.depth):
+        path = body.path(time)
+        colour = OBJECT_COLOURS[body.stated.colour]
+        drawn.append(Layer(body.stated.shape, colour, path.position, body.radius * path.scale, path.angle))
+    return drawn
+
+
 def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
     """The first `frames` frames of a scene: uint8 [F, H, W, 3] at `size`, else at the scene's own."""
     if frames < 1:
         raise ValueError(f"{frames} frames: ask for at least 1")
     size = size or scene.size
     check_size(size)
-    time = scene.times(frames)
-    layers = []
-    for body in sorted(scene.bodies, key=lambda body: -body.depth):
-        path = body.path(time)
-        colour = OBJECT_COLOURS[body.stated.colour]
-        layers.append(Layer(body.stated.shape, colour, path.position, body.radius * path.scale, path.angle))
     top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
-    return draw(draw_ground(top, bottom, scene.ground.split, size), layers, frames)
+    return draw(draw_ground(top, bottom, scene.ground.split, size), layers(scene, frames), frames)
 
 
 def to_pixels(frames: ndarray) -> Tensor:

@@ -1,19 +1,16 @@
-"""Scenes of the synthetic world: one integer gives one or two shapes that move over a ground, and a caption of them.
-
-A scene is a closed form of the time: it has no length, and its truth can be asked for any number of frames.
-"""
+"""The synthetic world: one integer gives a scene, one or two shapes that move over a ground, and a caption of it."""
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from numpy import ndarray
 from numpy.random import Generator
 
 from .captions import Caption, Stated, write
-from .motion import DIRECTIONS, FPS, RATES, REACH, WALL, Motion, Path, extent, follow
+from .motion import DIRECTIONS, RATES, REACH, WALL, Motion, extent, heading
 from .palette import GROUNDS, OBJECT_COLOURS
-from .shapes import SHAPES, cover
+from .scene import Body, Ground, Scene, check_size
+from .shapes import SHAPES
 
 SPLITS = ("train", "test", "composition")
 # Pairs that no clip of train or test has, and every clip of composition has at least one of.
@@ -26,104 +23,12 @@ SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.14
 PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
 TURN_GAP = 7 / 64  # what swings and orbits stays at least this far from the edges, so that it is no bounce
 OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
+RUN = 10 / 64  # a bounce goes at least this far before it first turns, so that its direction is seen
 PASS_GAP = 4 / 64  # between an object that passes another and that one, at the ends of its way
 TRIES = 80
 # Drawn unevenly, because what needs more room is refused more often beside another object.
 SHARES = {"bounce": 0.13, "orbit": 0.26, "swing": 0.18, "pulse": 0.17, "spin": 0.26}
 TWO, PASSING, LARGE = 0.62, 0.22, 0.7  # shares of two objects, of those that pass each other, of large ones
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """One object: what it is, its numbers (in frame sides, radians), and its depth (0 is in front)."""
-
-    stated: Stated  # everything that can be seen of it, said in the caption or not
-    radius: float
-    centre: tuple[float, float]  # where a bounce starts, what any other motion goes about
-    angle: float
-    motion: Motion
-    depth: int = 0
-
-    @property
-    def reach(self) -> float:
-        """Circumradius."""
-        return self.radius * SHAPES[self.stated.shape].reach
-
-    @property
-    def extent(self) -> tuple[tuple[float, float], ...]:
-        return extent(self.motion, self.centre, self.reach)
-
-    def path(self, time: ndarray) -> Path:
-        return follow(self.motion, self.centre, self.reach, self.angle, time)
-
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """Two tones, which may be the same, and where the upper ends (in frame sides from the top)."""
-
-    name: str
-    split: float
-
-    @property
-    def tones(self) -> tuple[str, str]:
-        return GROUNDS[self.name]
-
-
-@dataclass(frozen=True, slots=True)
-class Truth:
-    """What is there by frame; F frames, N objects in the order of the caption."""
-
-    shape: tuple[str, ...]
-    colour: tuple[str, ...]
-    depth: tuple[int, ...]  # 0 is in front
-    position: ndarray  # [F, N, 2], x and y in frame sides, y down
-    radius: ndarray  # [F, N], in frame sides
-    angle: ndarray  # [F, N], radians, clockwise as seen
-    visible: ndarray  # [F, N], the fraction of the object that no other hides
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A scene: its objects, ground and caption. `size` is the frame side it is rendered at unless told otherwise."""
-
-    seed: int
-    split: str
-    size: int
-    bodies: tuple[Body, ...]
-    ground: Ground
-    caption: Caption
-
-    def times(self, frames: int) -> ndarray:
-        """Seconds of the first `frames` frames."""
-        return np.arange(frames) / FPS
-
-    def truth(self, frames: int) -> Truth:
-        """The truth of the first `frames` frames."""
-        time = self.times(frames)
-        paths = [body.path(time) for body in self.bodies]
-        radii = [body.radius * path.scale for body, path in zip(self.bodies, paths, strict=True)]
-        return Truth(
-            shape=tuple(body.stated.shape for body in self.bodies),
-            colour=tuple(body.stated.colour for body in self.bodies),
-            depth=tuple(body.depth for body in self.bodies),
-            position=np.stack([path.position for path in paths], axis=1),
-            radius=np.stack(radii, axis=1),
-            angle=np.stack([path.angle for path in paths], axis=1),
-            visible=np.stack([self._visible(index, paths) for index in range(len(paths))], axis=1),
-        )
-
-    def _visible(self, index: int, paths: list[Path], size: int = 64) -> ndarray:
-        """The fraction of an object, by frame, that those in front of it leave."""
-        layers = []
-        for body, path in zip(self.bodies, paths, strict=True):
-            patch = cover(body.stated.shape, path.position, body.radius * path.scale, path.angle, size)
-            layers.append(np.zeros((len(path.scale), size, size), dtype=np.float32))
-            layers[-1][patch.index] = patch.alpha
-        seen = layers[index].copy()
-        for body, layer in zip(self.bodies, layers, strict=True):
-            if body.depth < self.bodies[index].depth:
-                seen *= 1 - layer
-        return seen.sum(axis=(1, 2)) / layers[index].sum(axis=(1, 2))
 
 
 def held_out(objects: tuple[Stated, ...]) -> bool:
@@ -188,13 +93,15 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
     if stated.motion == "bounce" and " " in (stated.direction or ""):
         phase = float(rng.uniform(-0.12, 0.12))
     motion = Motion(stated.motion, stated.direction, stated.speed, rate, amplitude, phase)
-    centre = []
+    centre, ahead = [], heading(stated.direction) if stated.motion == "bounce" else (0, 0)
     kept = replace(motion, kind="still") if stated.motion == "bounce" else motion  # a bounce may start anywhere
-    for side_low, side_high in extent(kept, (0, 0), reach):
+    for (side_low, side_high), way in zip(extent(kept, (0, 0), reach), ahead, strict=True):
         gap = TURN_GAP if turns and side_high > reach else WALL
         if side_high - side_low > 1 - 2 * gap:
             return None
-        centre.append(float(rng.uniform(gap - side_low, 1 - gap - side_high)))
+        low, high = gap - side_low, 1 - gap - side_high
+        run = min(RUN, (high - low) / 2)
+        centre.append(float(rng.uniform(low + run * (way < 0), high - run * (way > 0))))
     angle = float(rng.uniform(0, 2 * np.pi)) if stated.motion == "spin" else 0.0
     return Body(stated, radius, (centre[0], centre[1]), angle, motion)
 
@@ -266,12 +173,6 @@ def _draw_ground(rng: Generator, name: str | None = None) -> Ground:
 
 def _stream(seed: int, *labels: str) -> Generator:
     return np.random.default_rng([zlib.crc32("/".join(labels).encode()), seed])
-
-
-def check_size(size: int) -> None:
-    """Raise ValueError unless the frame side is one the world is drawn at."""
-    if size % 8 or not 32 <= size <= 128:
-        raise ValueError(f"a frame side of {size}: use a multiple of 8 from 32 to 128")
 
 
 def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:

@@ -53,6 +53,18 @@ def test_every_split_decodes_to_the_same_pixels(vae, latents, split) -> None:
 
 
 @torch.no_grad()
+def test_a_batch_decodes_and_encodes_as_its_clips_do(vae, latents) -> None:
+    both = torch.cat((latents, -latents))
+    pixels = torch.rand(2, 3, 9, 16, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    for whole, clips in (
+        (vae.decode(both), [vae.decode(clip) for clip in both.split(1)]),
+        (vae.encode(pixels), [vae.encode(clip) for clip in pixels.split(1)]),
+    ):
+        assert (whole - torch.cat(clips)).abs().max() < 1e-5
+        assert (whole[0] - whole[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_long_inputs_go_through_in_pieces_and_give_the_same(vae, latents, monkeypatch) -> None:
     pixels = torch.rand(1, 3, 17, 16, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole = vae.decode(latents), vae.encode(pixels)
@@ -104,6 +116,8 @@ def test_latents_are_normalised_with_wans_statistics(latents) -> None:
     plain = WanVAE(4, latent_mean=0.0, latent_std=1.0)
     scaled = WanVAE.from_state_dict(plain.state_dict())
     raw = latents * scaled.latent_std.reshape(1, 16, 1, 1, 1) + scaled.latent_mean.reshape(1, 16, 1, 1, 1)
+    assert torch.equal(scaled.denormalize(latents), raw)
+    assert torch.allclose(scaled.normalize(raw), latents, atol=1e-5)
     assert torch.allclose(scaled.decode(latents), plain.decode(raw), atol=1e-5)
     pixels = torch.rand(1, 3, 5, 16, 16)
     assert torch.allclose(scaled.encode(pixels)[0, 3], (plain.encode(pixels)[0, 3] - 0.1075) / 2.6558, atol=1e-5)
@@ -127,11 +141,33 @@ def test_the_estimate_covers_the_state(vae, latents) -> None:
 def test_wrong_input_is_one_clear_line(vae) -> None:
     with pytest.raises(ValueError, match=r"1 \+ 4n frames and sides that are multiples of 8"):
         vae.encode(torch.zeros(1, 3, 4, 16, 16))
-    with pytest.raises(ValueError, match=r"expected \[batch, 16"):
-        vae.decode(torch.zeros(1, 4, 3, 2, 2))
+    for shape in ((1, 4, 5, 16, 16), (3, 5, 16, 16), (1, 3, 1, 0, 16)):
+        with pytest.raises(ValueError, match=r"expected \[batch, 3, frames, height, width\]"):
+            vae.encode(torch.zeros(shape))
+    for shape in ((1, 4, 3, 2, 2), (16, 3, 2, 2), (1, 16, 0, 2, 2)):
+        with pytest.raises(ValueError, match=r"expected \[batch, 16"):
+            vae.decode(torch.zeros(shape))
+    with pytest.raises(ValueError, match="latent_std has 3 values: give one, or one a channel, of 16"):
+        WanVAE(4, latent_std=(1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match=r"give the weights of a Wan2.1 VAE"):
         WanVAE.from_state_dict({"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"give the weights of a Wan2.1 VAE"):
+        WanVAE.from_state_dict({**vae.state_dict(), "decoder.head.0.gamma": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"1 tensors are .* width 4 has them \(conv2.weight\)"):
+        WanVAE.from_state_dict({**vae.state_dict(), "conv2.weight": torch.zeros(48, 48, 1, 1, 1)})
     weights = dict(vae.state_dict())
     del weights["conv1.bias"]
     with pytest.raises(ValueError, match=r"width 4 has them \(conv1.bias\)"):
         WanVAE.from_state_dict(weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 16, 1, 2, 4), (1, 16, 1, 4, 2)], ids=["batch", "size"])
+def test_a_state_goes_on_with_its_own_video_only(vae, latents, shape) -> None:
+    state = DecoderState()
+    vae.decode(latents, state)
+    before = dict(state.last)
+    for other, z in ((vae, torch.zeros(shape)), (WanVAE(4), latents)):
+        with pytest.raises(ValueError, match="begin a video with a fresh DecoderState"):
+            other.decode(z, state)
+    assert state.last == before, "the refused call left no trace"

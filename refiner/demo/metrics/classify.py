@@ -13,7 +13,7 @@ from .segment import ORDERS, Blobs, find_backdrop, find_blobs
 
 NAMES = tuple(SHAPES)
 RADII = np.geomspace(4.5, 26, 16)  # pixels
-BLURS = (0.0, 0.7)  # of templates, in pixels: what a VAE's output looks like
+BLURS = (0.0, 0.7, 1.4)  # of templates, in pixels: what a VAE's output looks like
 SCALE = np.array([0.03, 0.05, 0.05, 0.05, 0.08])  # of the features: spread, three harmonics, log of area
 CANVAS = 96
 

@@ -15,6 +15,7 @@ CONTRAST = 40  # levels from the ground, over three channels, from which a pixel
 TWO_TONES = 30  # levels between the tones of a ground that has two
 CORE = 8  # pixels of one colour, at 64×64, from which a frame is said to have that colour
 SLIVER = 8  # frames
+SPECK = 4  # pixels at 64×64: a region of fewer is noise
 SMALLEST = 14  # pixels at 64×64; what is smaller and touches nothing is no object
 ORDERS = (3, 4, 5)  # angular harmonics that tell the shapes apart
 COLOURS = tuple(OBJECT_COLOURS)
@@ -46,6 +47,10 @@ class Blobs:
     spread: ndarray  # [B], second moment over that of a disc of this area, times 1/2
     harmonics: ndarray  # [B, 3], complex: mean of (z / radius)^k over the region, for k of ORDERS
     touching: ndarray  # [B], whether a blob of another colour is next to it
+
+    def pick(self, chosen: ndarray) -> "Blobs":
+        """Those that the index or mask chooses."""
+        return Blobs(*(getattr(self, field)[chosen] for field in self.__slots__))
 
 
 def find_backdrop(frames: ndarray) -> Backdrop:
@@ -96,16 +101,12 @@ def _about(present: ndarray) -> ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, 2 * SLIVER + 1, axis=0).any(axis=-1)
 
 
-def label_pixels(frames: ndarray, rows: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """Colours by pixel: uint8 [F, S, S] (0 ground, 1 + index of colour), with the rim that the ground mixes into,
-    float [F, 7, 3] the colours as the clip has them, and [F, S, S] the distance from the ground.
-    """
+def label_pixels(frames: ndarray, off_ground: ndarray, rows: ndarray) -> tuple[ndarray, ndarray]:
+    """Colours by pixel, uint8 [F, S, S] (0 ground, 1 + index of colour), and as the clip has them, float [F, 7, 3]."""
     count, size = frames.shape[:2]
-    off_ground = frames - rows[:, :, None]
     distance = np.sqrt(np.einsum("fyxk,fyxk->fyx", off_ground, off_ground))
     where = np.nonzero(distance > CONTRAST)
-    ground = rows[where[:2]]
-    mismatch = _mismatch(off_ground[where], ground)
+    mismatch = _mismatch(off_ground[where], rows[where[:2]])
     labels = np.zeros((count, size, size), dtype=np.uint8)
     labels[where] = mismatch.argmin(axis=1) + 1
     inner = np.logical_and.reduce([side == labels for side in _next_to(labels)])[where]
@@ -114,9 +115,7 @@ def label_pixels(frames: ndarray, rows: ndarray) -> tuple[ndarray, ndarray, ndar
     present = _about(cores >= CORE * (size / 64) ** 2)
     mismatch[~present[where[0]]] = np.inf
     labels[where] = np.where(present.any(axis=1)[where[0]], mismatch.argmin(axis=1) + 1, 0)
-    colours = _colours(frames[where][inner].astype(np.float32), distance[where][inner], key, count)
-    rim = np.maximum.reduce(_next_to(labels))
-    return np.where(labels == 0, rim, labels), colours, off_ground
+    return labels, _colours(frames[where][inner].astype(np.float32), distance[where][inner], key, count)
 
 
 def _colours(pixels: ndarray, weight: ndarray, key: ndarray, count: int) -> ndarray:
@@ -150,23 +149,38 @@ def components(labels: ndarray) -> ndarray:
             parent = parent[parent]
 
 
+def _regions(labels: ndarray) -> tuple[ndarray, ndarray]:
+    """Connected regions without specks, with the rim of a pixel that the ground mixes into: numbers [F, S, S], −1 on
+    the ground, and labels.
+    """
+    name = components(labels)
+    pixels = np.bincount(name[name >= 0], minlength=1)
+    name[(name >= 0) & (pixels[name] < SPECK * (labels.shape[1] / 64) ** 2)] = -1
+    colour = np.zeros(len(pixels) + 1, dtype=np.uint8)  # of each region; the last is the ground's
+    colour[name[name >= 0]] = labels[name >= 0]
+    name = np.where(name < 0, np.maximum.reduce(_next_to(name + 1)) - 1, name)
+    return name, colour[name]
+
+
 def find_blobs(frames: ndarray, backdrop: Backdrop) -> Blobs:
     """The blobs of uint8 frames [F, S, S, 3]; parts of one colour that another splits are one blob."""
     size = frames.shape[1]
     rows = backdrop.rows(size)
-    labels, colours, off_ground = label_pixels(frames, rows)
+    off_ground = frames - rows[:, :, None]
+    labels, colours = label_pixels(frames, off_ground, rows)
+    name, labels = _regions(labels)
     where = np.nonzero(labels)
     touch = np.logical_or.reduce([(side != labels) & (side > 0) for side in _next_to(labels)])[where]
-    name, label = components(labels)[where], labels[where].astype(np.int64) - 1
+    name, label = name[where], labels[where].astype(np.int64) - 1
     touched = np.zeros(name.max(initial=0) + 1, dtype=bool)
     touched[name[touch]] = True
-    joined = name.max(initial=0) + 1 + where[0] * len(COLOURS) + label
+    joined = len(touched) + where[0] * len(COLOURS) + label
     _, name = np.unique(np.where(touched[name], joined, name), return_inverse=True)
     step = colours[where[0], label] - rows[where[:2]]
     alpha = np.einsum("nk,nk->n", step, off_ground[where]) / np.maximum(np.einsum("nk,nk->n", step, step), 1)
     blobs = _measure(name, where, np.clip(alpha, 0, 1), label, colours, touch)
     kept = (blobs.area >= SMALLEST * (size / 64) ** 2) | (blobs.touching & (blobs.area > 2))
-    return Blobs(*(getattr(blobs, field)[kept] for field in Blobs.__slots__))
+    return blobs.pick(kept)
 
 
 def _measure(

@@ -6,6 +6,8 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy import ndarray
 
+from ..motion import FPS
+from ..scene import check_size
 from ..shapes import SHAPES
 from .classify import NAMES, angles, shape_distances
 from .segment import COLOURS, Backdrop, Blobs, find_backdrop, find_blobs
@@ -15,6 +17,7 @@ PASSING = 3  # frames: blobs that last no longer are no objects
 BRIEF = 0.05  # of the frames, likewise
 WHOLE = 0.08  # of an object's cover, which a measurement may miss next to another object
 ALIKE = 0.5  # in units of shape_distances
+BLEND = 60  # pixels at 64×64, smaller than the world's smallest object
 HIDES = 0.12  # of an object's cover, lost to the other on average, from which one is behind
 
 
@@ -47,14 +50,18 @@ class Found:
 
 
 def find(frames: ndarray) -> Found:
-    """Ground and objects of uint8 frames [F, S, S, 3]; ValueError for anything else."""
+    """Ground and objects of uint8 frames [F, S, S, 3]; ValueError for anything else, and for less than a second."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] != frames.shape[2]:
         raise ValueError(f"frames {frames.dtype} {list(frames.shape)}: give uint8 [F, S, S, 3] with square frames")
+    if len(frames) < FPS:
+        raise ValueError(f"{len(frames)} frames: motion is judged over at least {FPS}, one second")
+    check_size(frames.shape[1])
     backdrop = find_backdrop(frames)
     blobs = find_blobs(frames, backdrop)
     distances = shape_distances(blobs)
     least = max(PASSING, BRIEF * len(frames))
     chains = [np.array(chain) for chain in link(blobs, frames.shape[1]) if len(chain) > least]
+    chains = [chain for chain in chains if not _blend(blobs, chain, frames.shape[1])]
     tracks = [_track(blobs, distances, chain, len(frames), frames.shape[1]) for chain in chains]
     return Found(len(frames), frames.shape[1], backdrop, tuple(tracks))
 
@@ -84,6 +91,11 @@ def link(blobs: Blobs, size: int) -> list[list[int]]:
                     free.remove(blob)
         chains.extend([blob] for blob in free)
     return chains
+
+
+def _blend(blobs: Blobs, chain: ndarray, size: int) -> bool:
+    """Whether it is only the mixed colour between two objects that a blur makes: small, and never by itself."""
+    return bool(blobs.touching[chain].all() and np.median(blobs.area[chain]) < BLEND * (size / 64) ** 2)
 
 
 def _spread_out(values: ndarray, at: ndarray, frames: int) -> ndarray:
@@ -123,7 +135,7 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
     own = distances[chain[apart], NAMES.index(shape)]
     same[at[apart]] = own <= distances[chain[apart]].min(axis=1) + ALIKE
     good, good_at = chain[whole], at[whole]
-    turned = angles(_pick(blobs, good), shape)
+    turned = angles(blobs.pick(good), shape)
     turned = np.unwrap(turned, period=2 * np.pi / (SHAPES[shape].symmetry or 1))
     votes = np.bincount(blobs.colour[chain], minlength=len(COLOURS))
     return Track(
@@ -140,10 +152,6 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
         same_shape=same,
         lost=lost,
     )
-
-
-def _pick(blobs: Blobs, chosen: ndarray) -> Blobs:
-    return Blobs(*(getattr(blobs, field)[chosen] for field in Blobs.__slots__))
 
 
 def in_front(tracks: tuple[Track, ...]) -> dict[tuple[int, int], int]:

@@ -51,6 +51,8 @@ class VaeStage:
                 # goes wrong on the frames that no training clip reached.
                 with torch.no_grad():
                     module.weight[:, :, :2] = 0
+                    module.weight[:, :, 2] *= 3**0.5
+        torch.nn.init.constant_(self.model.conv1.bias[16:], -4.0)  # little noise on the latents at first
         self.learner = Learner(self.model.to(device), options.learning_rate, options.ema)
 
     def state_dict(self) -> dict:
