@@ -40,6 +40,15 @@ def test_frames_and_times_are_those_written(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_chunk_can_be_read_while_the_next_is_made(tmp_path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 48, 32) as video:
+        for done in (9, 21, 33):
+            video.write(smooth(done - video.frames))
+            assert len(read_frames(partial_path(path))) == done
+        assert not path.exists()
+
+
 def test_a_cut_within_a_chunk_begins_no_group_of_pictures(tmp_path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
     with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
@@ -53,12 +62,12 @@ def test_a_cut_within_a_chunk_begins_no_group_of_pictures(tmp_path) -> None:
 def test_without_x264_another_encoder_writes_the_same_frames(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     path = tmp_path / "a.mp4"
-    write(path)
+    write(path, lengths=(9, 16, 8))
     assert np.abs(read_frames(path).astype(int) - smooth(33)).max() <= 4
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
         packets = [packet for packet in container.demux(video=0) if packet.size]
-    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 25]
 
 
 def test_tensors_are_frames_too(tmp_path) -> None:

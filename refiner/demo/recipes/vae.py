@@ -28,7 +28,7 @@ class VaeOptions:
     batch: int = 2
     frames: int = 33
     learning_rate: float = 2e-3
-    kl: float = 1e-4  # of the mean over latent elements
+    kl: float = 1e-6  # of the mean over latent elements; more, and Adam shuts the latents before they say anything
     edges: float = 0.5  # of the difference of neighbouring pixels
     ema: float = 0.998
     seed: int = 0
