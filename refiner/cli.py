@@ -111,11 +111,16 @@ def add_machine(command: argparse._ActionsContainer) -> None:
     command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32")
 
 
-def run_generate(args: argparse.Namespace) -> int:
+def options_of(args: argparse.Namespace) -> GenerateOptions:
+    """The request that the arguments of `generate` make."""
     changes = {"steps": args.steps, "window": args.window, "sink": args.sink}
     named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
     width, height = args.size
-    job = prepare(GenerateOptions(**named, changes=changes, width=width, height=height))
+    return GenerateOptions(**named, changes=changes, width=width, height=height)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    job = prepare(options_of(args))
     print(summary(job), file=sys.stderr)
     if args.dry_run:
         print(job.estimate.lines())

@@ -125,13 +125,8 @@ def prepare(options: GenerateOptions) -> Job:
     config, name = identify(options)
     preset = get_preset(name).changed(**options.changes)
     total = latent_frames(options.frames)
-    initial = read_latents(options.extend)[0] if options.extend else None
+    initial = read_initial(options, config, total) if options.extend else None
     given = 0 if initial is None else initial.shape[2]
-    if given >= total:
-        raise ValueError(
-            f"{options.extend} holds {given} latent frames and --frames {options.frames} asks for {total} in all: ask"
-            f" for at least {4 * given + 1}"
-        )
     plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
     memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype)
     vae_dim = RANDOM_VAE_DIM if options.model == RANDOM_TINY and not options.vae else 96
@@ -147,6 +142,23 @@ def prepare(options: GenerateOptions) -> Job:
         check_output(options.out)
         estimate.check(available_bytes(device))
     return Job(options, config, preset, name, plan, device, dtype, initial, estimate)
+
+
+def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> Tensor:
+    """Latents of an earlier run [1, C, F, h, w]; ValueError when this run cannot go on from them."""
+    initial, _ = read_latents(options.extend)
+    _, channels, given, height, width = initial.shape
+    if given >= total:
+        raise ValueError(
+            f"{options.extend} holds {given} latent frames and --frames {options.frames} asks for {total} in all: ask"
+            f" for at least {4 * given + 1}"
+        )
+    if (channels, 8 * height, 8 * width) != (config.in_dim, options.height, options.width):
+        raise ValueError(
+            f"{options.extend} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes"
+            f" {config.in_dim} of {options.width}x{options.height}: use its --size and its model"
+        )
+    return initial
 
 
 def identify(options: GenerateOptions) -> tuple[WanConfig, str]:
@@ -250,12 +262,13 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
         )  # fmt: skip
         stack.callback(chunks.close)
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)
+        given_frames = max(0, 4 * job.plan.given - 3)
         for x0 in chain(given, chunks):
             pixels = vae.decode(x0.to(job.device, job.dtype), state)
             video.write(to_frames(pixels))
-            if latents is not None:
-                latents.write(x0)
             frames += pixels.shape[2]
+            if latents is not None and frames > given_frames:
+                latents.write(x0)
             yield frames
     if options.sheet:
         contact_sheet(read_frames(options.out, every=max(1, -(-options.frames // SHEET_FRAMES))), options.sheet)
@@ -269,4 +282,4 @@ def latents_path(out: Path) -> Path:
 def latents_beside(job: Job) -> LatentWriter:
     """A writer of the job's latents beside its video."""
     shape = (job.config.in_dim, job.plan.height, job.plan.width)
-    return LatentWriter(latents_path(job.options.out), shape, job.metadata)
+    return LatentWriter(latents_path(job.options.out), shape, job.metadata, job.initial)

@@ -15,19 +15,26 @@ HEADER = 16384  # bytes, padded with spaces: written again with the final shape 
 class LatentWriter:
     """Appends chunks to NAME.partial.safetensors; closing it well renames it to NAME.
 
-    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without.
+    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without. `given` latents
+    [1, C, F, h, w] stand in it from the start, so a run may go on from the partial file that it is about to write.
     """
 
-    def __init__(self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str], given: Tensor | None = None
+    ) -> None:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.frame_shape = frame_shape
         self.metadata = metadata
         self.frames = 0
         self._header()  # refuses metadata that does not fit before there is a file
-        self.file = open(self.partial, "wb")  # noqa: SIM115, closed by close()
+        begun = self.partial.with_name(f".{self.partial.name}")
+        self.file = open(begun, "wb")  # noqa: SIM115, closed by close()
         self.file.write(self._header())
+        if given is not None:
+            self.write(given)
         self.file.flush()
+        os.replace(begun, self.partial)
 
     def write(self, latents_BCFhw: Tensor) -> None:
         """Append a chunk [1, C, F, h, w] and push it to the file system."""

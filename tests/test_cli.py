@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autorefiner.refiner.bench import bench
-from autorefiner.refiner.cli import main
-from autorefiner.refiner.latents import HEADER, read_latents
+from autorefiner.refiner.cli import build_parser, main, options_of
+from autorefiner.refiner.generate import generate, prepare
+from autorefiner.refiner.latents import HEADER, LatentWriter, read_latents
 from autorefiner.refiner.video import read_frames, read_metadata
 from autorefiner.refiner.wan.vae import WanVAE
 
@@ -39,6 +40,8 @@ def files(tmp_path_factory) -> Path:
         save_file({"context": torch.randn(5, TINY.text_dim)}, folder / "context.safetensors")
     lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(2, 128) for part in "AB"}
     save_file(lora, folder / "lora.safetensors")
+    with LatentWriter(folder / "six.safetensors", (16, 8, 8), {}) as latents:
+        latents.write(torch.zeros(1, 16, 6, 8, 8))
     return folder
 
 
@@ -47,6 +50,10 @@ def command(files: Path, out: Path, *extra: str) -> list[str]:
     given = [part for name, stem in base.items() for part in (f"--{name}", str(files / f"{stem}.safetensors"))]
     size = ["--frames", str(FRAMES), "--size", "48x32", "--out", str(out), "--device", "cpu"]
     return ["generate", *given, "--prompt", "a fox", *size, *extra]
+
+
+def parse(arguments: list[str]):
+    return options_of(build_parser().parse_args(arguments))
 
 
 def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, capsys) -> None:
@@ -76,6 +83,22 @@ def test_extending_saved_latents_gives_the_video_that_was_not_interrupted(files,
     latents = [read_latents(path.with_suffix(".latents.safetensors"))[0] for path in (whole, rest)]
     assert torch.equal(*latents)
     assert (read_frames(whole) == read_frames(rest)).all()
+
+
+def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -> None:
+    """The given latents stand in the new partial file before anything is made: a second stop loses nothing."""
+    out = tmp_path / "fox.mp4"
+    job = prepare(parse(command(files, out, "--save-latents")))
+    iterator = generate(job)
+    next(iterator), next(iterator)
+    iterator.close()
+    partial = tmp_path / "fox.latents.partial.safetensors"
+    kept = read_latents(partial)[0]
+    iterator = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
+    next(iterator)
+    assert torch.equal(read_latents(partial)[0], kept)
+    assert list(iterator) == [21, FRAMES]
+    assert torch.equal(read_latents(tmp_path / "fox.latents.safetensors")[0][:, :, :6], kept)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
@@ -136,6 +159,8 @@ WRONG = {
     "output": (["--out", "{files}/model.safetensors"], "is not an .mp4"),
     "output folder": (["--out", "{files}/model.safetensors/fox.mp4"], "cannot be written"),
     "extend": (["--extend", "{files}/model.safetensors"], "is not a latents file"),
+    "extend size": (["--extend", "{files}/six.safetensors"], "16 channels of 64x64 pixels, this run makes 16 of 48x32"),
+    "extend length": (["--extend", "{files}/six.safetensors", "--frames", "21"], "ask for at least 25"),
 }
 
 
