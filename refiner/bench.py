@@ -100,11 +100,11 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_gflops(linear: Callable[[Tensor], Tensor], rows: int, dim: int, device, dtype) -> float:
-    """Best of five of a matrix product [rows, dim] x [dim, dim]."""
-    x = torch.randn(rows, dim, device=device, dtype=dtype)
+def matmul_gflops(linear: Callable[[Tensor], Tensor], side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Best of five of a product of square matrices, large enough that the launch does not count."""
+    x = torch.randn(side, side, device=device, dtype=dtype)
     linear(x)
-    return 2 * rows * dim * dim / min(clock(lambda: linear(x), device) for _ in range(5)) / 1e9
+    return 2 * side**3 / min(clock(lambda: linear(x), device) for _ in range(5)) / 1e9
 
 
 def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanTransformer:
@@ -136,6 +136,7 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
         decode=vae_bytes,
     ).check(available_bytes(device))
 
+    side = 8192 if device.type == "cuda" else 2048
     with torch.no_grad():
         network = CausalWan(random_model(config, device, dtype), config)
         context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
@@ -146,13 +147,14 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
         pass_times, chunk_times, latents = measure_sampling(rollout, device)
         vae = WanVAE(case.vae_dim).to(device, dtype).requires_grad_(False)
         decode_fps = measure_decode(vae, latents, device)
-        rows = preset.chunk * plan.frame_tokens
-        layer = Linear(config.dim, config.dim, device=device, dtype=dtype)
-        ours = matmul_gflops(layer, rows, config.dim, device, dtype)
-        theirs = matmul_gflops(lambda x: F.linear(x, layer.weight, layer.bias), rows, config.dim, device, dtype)
+        layer = Linear(side, side, device=device, dtype=dtype)
+        ours = matmul_gflops(layer, side, device, dtype)
+        theirs = matmul_gflops(lambda x: F.linear(x, layer.weight, layer.bias), side, device, dtype)
 
     pass_seconds, chunk_seconds = statistics.median(pass_times), statistics.median(chunk_times)
-    flops = pass_flops(config, rows, plan.window_frames * plan.frame_tokens, config.text_len)
+    flops = pass_flops(
+        config, preset.chunk * plan.frame_tokens, plan.window_frames * plan.frame_tokens, config.text_len
+    )
     return BenchReport(
         size=size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

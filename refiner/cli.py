@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -25,13 +26,15 @@ from .generate import (
     pick_dtype,
     prepare,
 )
-from .latents import read_latents
+from .latents import is_latents, read_latents
 from .rollout import Progress
 from .samplers import SAMPLERS
-from .schedule import PRESETS
-from .video import partial_path, read_metadata
+from .schedule import PRESETS, STEPS
+from .video import check_output, count_frames, partial_path, read_metadata
 from .wan.checkpoint import describe, inspect
 
+ERROR = "autorefiner: error: "
+INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
 
@@ -42,18 +45,32 @@ Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished c
 on: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{ERROR}{message}; see {self.prog} --help\n")
+
+
 def steps(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    """Nominal levels, from pure noise down."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or int(numbers[0]) != STEPS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give levels that fall from {STEPS}, like 1000,750,500,250")
+    return tuple(int(number) for number in numbers)
 
 
 def size(text: str) -> tuple[int, int]:
-    width, height = text.lower().split("x")
-    return int(width), int(height)
+    """Width and height in pixels."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT in pixels, like 832x480")
+    return int(sides[0]), int(sides[1])
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand."""
-    parser = argparse.ArgumentParser(prog="autorefiner", description=__doc__)
+    parser = Parser(prog="autorefiner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
     about = "Say what a model, LoRA, VAE, video or latents file is, from its names, shapes and metadata."
@@ -77,6 +94,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     model = command.add_argument_group("model")
     about = f"a published checkpoint as it is (.pt, .safetensors), or {RANDOM_TINY}: untrained, needs no download"
     model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
+    about = "where a file holds both: averaged (ema) or last (raw); default: what its authors sample with"
+    model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=about)
     model.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to merge on load (LongLive 1 needs its own)")
     model.add_argument("--vae", type=Path, metavar="FILE", help="Wan2.1's VAE")
     model.add_argument("--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file")
@@ -134,7 +153,8 @@ def summary(job: Job) -> str:
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
     note = "; random weights: the video is noise" if options.model == RANDOM_TINY else ""
     return (
-        f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}, levels"
+        f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
+        f" ({job.preset_reason}), levels"
         f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
         f" in {str(job.dtype).removeprefix('torch.')}{note}"
     )
@@ -142,7 +162,7 @@ def summary(job: Job) -> str:
 
 def stream(job: Job) -> int:
     """Generate with a progress bar; an interrupt ends it with what is there."""
-    start, frames = time.perf_counter(), 0
+    start = time.perf_counter()
     with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
 
         def show(progress: Progress) -> None:
@@ -155,34 +175,42 @@ def stream(job: Job) -> int:
                     bar.update(frames - bar.n)
         except KeyboardInterrupt:
             bar.close()
-            print(f"stopped: {frames} frames are in {partial_path(job.options.out)}{go_on(job)}", file=sys.stderr)
-            return 130
+            print(what_is_there(job), file=sys.stderr)
+            return INTERRUPTED
     seconds = time.perf_counter() - start
+    frames = job.options.frames
     print(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included")
     return 0
 
 
-def go_on(job: Job) -> str:
-    if not job.options.save_latents:
-        return ""
-    path = latents_path(job.options.out)
-    return f"; go on with --extend {path.with_name(path.stem + '.partial' + path.suffix)}"
+def what_is_there(job: Job) -> str:
+    """What a run that was stopped has left, and how to go on from it."""
+    video, latents = partial_path(job.options.out), partial_path(latents_path(job.options.out))
+    if not video.exists():
+        return "stopped: no chunk was finished"
+    told = f"stopped: {count_frames(video)} frames are in {video}"
+    return told + (f"; go on with --extend {latents}" if job.options.save_latents else "")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    if args.file.suffix == ".mp4":
-        print("\n".join(f"{name:<10}{value}" for name, value in read_metadata(args.file).items()))
+    path: Path = args.file
+    if path.suffix == ".mp4":
+        rows = {"kind": "video", "made": f"{count_frames(path)} frames"} | read_metadata(path)
+    elif is_latents(path):
+        latents, metadata = read_latents(path)
+        frames = latents.shape[2]
+        rows = {"kind": "latents", "made": f"{frames} latent frames, {4 * frames - 3} pixel"} | metadata
+    else:
+        print(describe(inspect(path)))
         return 0
-    info = inspect(args.file)
-    if info.kind == "latents":
-        latents, _ = read_latents(args.file)
-        print(f"{'frames':<10}{latents.shape[2]} latent, {4 * latents.shape[2] - 3} pixel")
-    print(describe(info))
+    print("\n".join(f"{name:<10}{' '.join(value.split())}" for name, value in rows.items()))
     return 0
 
 
 def run_bench(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
+    if args.json:
+        check_output(args.json)
     report = bench(args.size, device, pick_dtype(args.dtype, device), args.chunks, args.window)
     print(report.table())
     if args.json:
@@ -208,9 +236,14 @@ def main(argv: list[str] | None = None) -> int:
         return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = str(error)
-    except torch.OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except RuntimeError as error:  # torch's own for a GPU, a plain one for a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         message = f"out of memory ({str(error).splitlines()[0]}): lower --size or --window, or use --dtype bf16"
-    print(f"autorefiner: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{ERROR}{' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

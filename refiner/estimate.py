@@ -67,7 +67,9 @@ def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype
 def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
     """About the most that is alive in a pass over `chunk` frames: in the feed-forward, or in the attention."""
     tokens = plan.batch * chunk * plan.frame_tokens
-    return tokens * max(2 * config.ffn_dim + 6 * config.dim, 9 * config.dim) * plan.dtype.itemsize
+    values = tokens * max(2 * config.ffn_dim + 12 * config.dim, 18 * config.dim)
+    turned = plan.batch * plan.window_frames * plan.frame_tokens * config.dim if plan.keys == "raw" else 0
+    return values * plan.dtype.itemsize + 8 * turned  # raw keys are turned in fp32: they and the result
 
 
 def parameter_count(config: WanConfig) -> int:

@@ -18,7 +18,7 @@ from .samplers import SAMPLERS
 from .schedule import PRESETS, Preset, get_preset, latent_frames
 from .video import VideoWriter, check_output, contact_sheet, read_frames, to_frames
 from .wan.causal import CausalWan
-from .wan.checkpoint import inspect, load_transformer, load_vae_state
+from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
 from .wan.text import load_text_encoder
 from .wan.transformer import WAN_TINY, WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
@@ -39,6 +39,7 @@ class GenerateOptions:
     prompt: str = ""
     preset: str | None = None
     changes: dict = field(default_factory=dict)  # of the preset: steps, window, sink, chunk
+    weights: str = "auto"
     lora: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
@@ -63,6 +64,8 @@ class GenerateOptions:
             raise ValueError(f"size {self.width}x{self.height}: both must be multiples of 16, the nearest is {near}")
         if self.out.suffix != ".mp4":
             raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Job:
     config: WanConfig
     preset: Preset
     preset_name: str
+    preset_reason: str
     plan: RunPlan
     device: torch.device
     dtype: torch.dtype
@@ -92,6 +96,9 @@ class Job:
             "method": options.method,
             "frames": str(options.frames),
             "size": f"{options.width}x{options.height}",
+            "window": f"{self.preset.window}, sink {self.preset.sink}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **({"lora": options.lora.name} if options.lora else {}),
         }
 
 
@@ -99,7 +106,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is not known: use cpu, cuda, cuda:1 or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name} is not here: this torch has no Apple GPU, use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} is not here: this torch sees no GPU, use --device cpu")
     return device
@@ -122,26 +136,54 @@ def prepare(options: GenerateOptions) -> Job:
     """
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    config, name = identify(options)
+    config, name, told = identify(options)
     preset = get_preset(name).changed(**options.changes)
     total = latent_frames(options.frames)
     initial = read_initial(options, config, total) if options.extend else None
     given = 0 if initial is None else initial.shape[2]
     plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
     memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype)
-    vae_dim = RANDOM_VAE_DIM if options.model == RANDOM_TINY and not options.vae else 96
     estimate = Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         kv=memory.nbytes,
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, preset.chunk),
-        decode=WanVAE.decode_bytes(vae_dim, options.height, options.width, preset.chunk, dtype),
-        text_encoder=inspect(options.text_encoder).nbytes if options.text_encoder and not options.context else 0,
+        decode=WanVAE.decode_bytes(vae_width(options), options.height, options.width, preset.chunk, dtype),
+        text_encoder=text_encoder_bytes(options),
     )
+    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate)
     if not options.dry_run:
-        check_output(options.out)
+        check_outputs(job)
         estimate.check(available_bytes(device))
-    return Job(options, config, preset, name, plan, device, dtype, initial, estimate)
+    return job
+
+
+def check_outputs(job: Job) -> None:
+    """Raise ValueError when a file that this run will write at its end cannot be written."""
+    options = job.options
+    check_output(options.out)
+    if options.sheet:
+        if options.sheet.suffix != ".png":
+            raise ValueError(f"contact sheet {options.sheet} is not a .png: give a name that ends in .png")
+        check_output(options.sheet)
+    if options.save_latents:
+        check_output(latents_path(options.out))
+        LatentWriter.check(job.metadata)
+
+
+def vae_width(options: GenerateOptions) -> int:
+    """Base width of the VAE that will decode; the published one's where none is named yet."""
+    if options.vae:
+        return len(load_vae_state(options.vae)["decoder.head.0.gamma"])  # mapped from the file, not read
+    return RANDOM_VAE_DIM if options.model == RANDOM_TINY else 96
+
+
+def text_encoder_bytes(options: GenerateOptions) -> int:
+    """Of the text encoder's weights as they run, 0 where none will be loaded; fp8 runs in bf16."""
+    if options.context or not options.text_encoder or options.context_cache:
+        return 0
+    info = inspect(options.text_encoder)
+    return info.nbytes * (2 if info.dtypes[0].startswith("float8") else 1)
 
 
 def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> Tensor:
@@ -161,15 +203,17 @@ def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> Ten
     return initial
 
 
-def identify(options: GenerateOptions) -> tuple[WanConfig, str]:
-    """Sizes of the model and the name of the preset it is sampled with."""
+def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:
+    """Sizes of the model, the name of the preset it is sampled with, and how that is known."""
     if options.model == RANDOM_TINY:
-        return WAN_TINY, options.preset or "self-forcing"
+        return WAN_TINY, options.preset or "self-forcing", "untrained"
     info = inspect(Path(options.model))
     if info.kind != "transformer" or info.config is None:
-        raise ValueError(f"{options.model} is a {info.kind} file: --model takes a Wan2.1 text-to-video transformer")
-    if options.preset or info.preset:
-        return info.config, options.preset or info.preset
+        raise ValueError(f"{options.model} is {INSTEAD[info.kind]}; --model takes a Wan2.1 text-to-video transformer")
+    if options.preset:
+        return info.config, options.preset, "as asked for"
+    if info.preset:
+        return info.config, info.preset, info.preset_reason
     raise ValueError(f"{options.model}: {info.preset_reason}; the presets are {', '.join(PRESETS)}")
 
 
@@ -186,7 +230,10 @@ def read_context(path: Path, config: WanConfig) -> Tensor:
         raise ValueError(
             f"{path} holds {found}: a context file has `prompt_embeds` or `context` of [1, tokens, {config.text_dim}]"
         )
-    context = file.read("flat", key).float().reshape(-1, config.text_dim)
+    context = file.read("flat", key).float()
+    if context.ndim == 3 and len(context) != 1:
+        raise ValueError(f"{path} holds {len(context)} prompts: give the context of one")
+    context = context.reshape(-1, config.text_dim)
     if len(context) > config.text_len:
         raise ValueError(f"{path} has {len(context)} tokens, this model takes at most {config.text_len}: shorten it")
     return torch.nn.functional.pad(context, (0, 0, 0, config.text_len - len(context)))[None]
@@ -227,7 +274,10 @@ def load_network(job: Job) -> CausalWan:
             torch.manual_seed(0)
             model = WanTransformer(job.config)
         return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
-    model, info = load_transformer(Path(job.options.model), lora=job.options.lora, dtype=job.dtype, device=job.device)
+    options = job.options
+    model, info = load_transformer(
+        Path(options.model), lora=options.lora, dtype=job.dtype, device=job.device, weights=options.weights
+    )
     return CausalWan(model, info.config)
 
 
@@ -265,10 +315,10 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
         given_frames = max(0, 4 * job.plan.given - 3)
         for x0 in chain(given, chunks):
             pixels = vae.decode(x0.to(job.device, job.dtype), state)
-            video.write(to_frames(pixels))
             frames += pixels.shape[2]
             if latents is not None and frames > given_frames:
-                latents.write(x0)
+                latents.write(x0)  # first: a stop between the two leaves latents to go on from
+            video.write(to_frames(pixels))
             yield frames
     if options.sheet:
         contact_sheet(read_frames(options.out, every=max(1, -(-options.frames // SHEET_FRAMES))), options.sheet)

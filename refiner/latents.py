@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ class LatentWriter:
     [1, C, F, h, w] stand in it from the start, so a run may go on from the partial file that it is about to write.
     """
 
+    @staticmethod
+    def check(metadata: dict[str, str]) -> None:
+        """Raise ValueError when metadata does not fit into the header."""
+        size = len(json.dumps(metadata, ensure_ascii=False).encode())
+        if size > HEADER - 256:
+            raise ValueError(f"metadata of {size} bytes is too long for a latents file: shorten the prompt")
+
     def __init__(
         self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str], given: Tensor | None = None
     ) -> None:
@@ -27,7 +35,7 @@ class LatentWriter:
         self.frame_shape = frame_shape
         self.metadata = metadata
         self.frames = 0
-        self._header()  # refuses metadata that does not fit before there is a file
+        self.check(metadata)
         begun = self.partial.with_name(f".{self.partial.name}")
         self.file = open(begun, "wb")  # noqa: SIM115, closed by close()
         self.file.write(self._header())
@@ -57,6 +65,8 @@ class LatentWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         if not finished:
+            if not self.frames:
+                self.partial.unlink()
             return self.partial
         os.replace(self.partial, self.path)
         return self.path
@@ -66,8 +76,6 @@ class LatentWriter:
         end = 4 * torch.Size(shape).numel()
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
         text = json.dumps({"__metadata__": self.metadata, KEY: entry}, ensure_ascii=False).encode()
-        if len(text) > HEADER:
-            raise ValueError(f"metadata of {len(text)} bytes is too long for a latents file: shorten the prompt")
         return struct.pack("<Q", HEADER) + text.ljust(HEADER)
 
 
@@ -76,19 +84,36 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
 
     Raises ValueError for any other file.
     """
-    refusal = f"{path} is not a latents file: give one written by --save-latents"
     try:
         with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length)) if length == HEADER else {}
+            frame, metadata = _read_header(file)
             body = bytearray(file.read())
-    except (struct.error, ValueError):
-        raise ValueError(refusal) from None
-    if KEY not in header or len(shape := header[KEY]["shape"]) != 4:
-        raise ValueError(refusal)
-    frame = torch.Size(shape[1:])
+    except (OSError, struct.error, ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not a latents file: give one written by --save-latents") from None
     whole = len(body) // (4 * frame.numel())  # a chunk cut off in the middle of a frame loses that frame
     if not whole:
         raise ValueError(f"{path} holds no finished chunk: start again without it")
     flat = torch.frombuffer(body, dtype=torch.float32, count=whole * frame.numel())
-    return flat.reshape(1, whole, *frame).transpose(1, 2), header.get("__metadata__", {})
+    return flat.reshape(1, whole, *frame).transpose(1, 2), metadata
+
+
+def is_latents(path: Path) -> bool:
+    """Whether a file is one by `LatentWriter`, from its header alone."""
+    try:
+        with open(path, "rb") as file:
+            _read_header(file)
+    except (OSError, struct.error, ValueError, TypeError, KeyError):
+        return False
+    return True
+
+
+def _read_header(file: BinaryIO) -> tuple[torch.Size, dict[str, str]]:
+    """Shape [C, h, w] of a frame, and metadata; raises one of several errors for a file of another kind."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length != HEADER:
+        raise ValueError
+    header = json.loads(file.read(length))
+    frame = torch.Size(header[KEY]["shape"][1:])
+    if len(frame) != 3 or min(frame) < 1:
+        raise ValueError
+    return frame, header.get("__metadata__", {})

@@ -127,7 +127,7 @@ class Rollout:
 
         Each prediction overwrites the chunk's place in memory, so commit the one that is chosen.
         """
-        return [replace(self, candidate=self.candidate + i) for i in range(n)]
+        return [replace(self, candidate=self.candidate * n + i) for i in range(n)]
 
     def select(self, candidates: Sequence[Tensor], scores: Tensor) -> Tensor:
         """Of each sample the candidate with the highest score; `scores` is [candidates, B]."""

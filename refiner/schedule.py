@@ -71,10 +71,12 @@ class Preset:
     def __post_init__(self) -> None:
         for steps in (self.steps, self.first_steps or self.steps):
             check_steps(steps)
-        if self.shift <= 0:
+        if not self.shift > 0:
             raise ValueError(f"shift {self.shift} is not positive: Wan models use 3 to 8")
         if self.chunk < 1:
             raise ValueError(f"{self.chunk} frames a chunk: give at least 1")
+        if self.sink < 0 or self.window < -1:
+            raise ValueError(f"window {self.window}, sink {self.sink}: frames are not negative, a window of -1 is all")
         if self.window >= 0 and self.window < self.sink + self.chunk:
             raise ValueError(
                 f"window of {self.window} frames is smaller than sink {self.sink} + chunk {self.chunk}: use a window of"

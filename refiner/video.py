@@ -1,5 +1,6 @@
 """Video files that grow by a chunk at a time, what they say of themselves, and contact sheets of them."""
 
+import errno
 import io
 import os
 import struct
@@ -11,6 +12,11 @@ from pathlib import Path
 import av
 import numpy as np
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
@@ -46,14 +52,14 @@ class VideoWriter:
     ) -> None:
         self.path, self.partial = Path(path), partial_path(Path(path))
         self.size, self.fps, self.metadata = (width, height), fps, metadata or {}
-        self.frames = self.chunks = 0
+        self.frames = self.chunks = self.finished = 0  # the last one in bytes
         check_output(self.path)
         if self.path.suffix != ".mp4":
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
-        self.file = open(self.partial, "wb")  # noqa: SIM115, closed by __exit__
+        self.file = open_exclusive(self.partial)
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -69,22 +75,22 @@ class VideoWriter:
         keep = (b"moof", b"mdat") if self.chunks else (b"ftyp", b"moov", b"moof", b"mdat")
         found = [(kind, box) for kind, box in boxes(self._encode(frames)) if kind in keep]
         # In one write, which leaves a kill next to no time to cut a fragment in two.
-        self.file.write(b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found))
-        self._flush()
+        data = b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found)
+        if self.file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, f"the disk is full, {self.partial} has {self.frames} frames")
+        os.fsync(self.file.fileno())
+        self.finished = self.file.tell()
         self.frames += len(frames)
         self.chunks += 1
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._flush()
-        self.file.close()
+        os.ftruncate(self.file.fileno(), self.finished)  # what a full disk or a signal cut off goes
+        os.fsync(self.file.fileno())
         if kind is None and self.frames:
             os.replace(self.partial, self.path)
         elif not self.frames:
             self.partial.unlink()
-
-    def _flush(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.file.close()  # last, because it lets go of the lock
 
     def _encode(self, frames: np.ndarray) -> bytes:
         """The chunk as a fragmented mp4 of its own whose times go on where the last one ended."""
@@ -104,6 +110,19 @@ class VideoWriter:
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return buffer.getvalue()
+
+
+def open_exclusive(path: Path) -> io.FileIO:
+    """An empty file to write that no other run writes; ValueError when one does."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115, the caller closes it
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"another run is writing {path}: give another --out, or wait") from None
+    file.truncate(0)
+    return file
 
 
 def check_output(path: Path) -> None:
@@ -148,6 +167,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What a video file says of itself: prompt, seed, preset, model and more, as `VideoWriter` was given them."""
     with _open_video(path) as container:
         return {name: value for name, value in container.metadata.items() if name not in CONTAINER_KEYS}
+
+
+def count_frames(path: Path) -> int:
+    """Frames in a video, without decoding them."""
+    with _open_video(path) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.ring import RingMemory
-from autorefiner.refiner.wan.causal import CausalWan, Host
-from autorefiner.refiner.wan.rope import axis_pairs, rotation_table
-from autorefiner.refiner.wan.transformer import WAN_1_3B, WAN_14B, WanConfig, WanTransformer
+from autorefiner.refiner.rollout import predict_x0
+from autorefiner.refiner.wan.causal import CausalWan, Host, timestep_features
+from autorefiner.refiner.wan.rope import axis_pairs, rotate, rotation_table
+from autorefiner.refiner.wan.transformer import WAN_1_3B, WAN_14B, RMSNorm, WanConfig, WanTransformer
 
 from tiny import TINY, tiny_network
 
@@ -145,6 +146,30 @@ def test_positions_beyond_published_tables_are_exact() -> None:
     far, near = (rotation_table((start, start + 7), 1, 1, 128, like=like) for start in (100_000, 3))
     assert torch.allclose(far[1] / far[0], near[1] / near[0], atol=1e-9)
     assert axis_pairs(128) == (22, 21, 21)
+
+
+def test_a_table_made_while_sampling_serves_in_training() -> None:
+    """ComfyUI samples under inference_mode, whose tensors cannot be saved for backward."""
+    like = torch.empty(0)
+    with torch.inference_mode():
+        rotation_table((77, 78), 2, 3, 128, like)
+    x = torch.randn(1, 12, 1, 128, requires_grad=True)
+    rotate(x, rotation_table((77, 78), 2, 3, 128, like)).sum().backward()
+    assert x.grad is not None
+
+
+def test_half_precision_keeps_its_norms_and_timesteps_in_full() -> None:
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).bfloat16() * 30
+    norm = RMSNorm(512).bfloat16()
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(norm(x), exact.bfloat16()), "rounded once, at the end"
+    angle = torch.tensor(999.0, dtype=torch.float64)
+    assert timestep_features(angle.float(), 256)[0] == torch.cos(angle)
+
+
+def test_x0_is_computed_in_float64() -> None:
+    x, flow = torch.tensor([1e8]), torch.tensor([1e8 - 8.0])
+    assert predict_x0(x, flow, 1 - 2**-40).item() == pytest.approx(8.0, rel=1e-3)
 
 
 def test_wrong_shapes_are_one_clear_line(network, context) -> None:

@@ -16,7 +16,11 @@ from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import build_parser, main, options_of
 from autorefiner.refiner.generate import generate, prepare
 from autorefiner.refiner.latents import HEADER, LatentWriter, read_latents
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import get_preset
 from autorefiner.refiner.video import read_frames, read_metadata
+from autorefiner.refiner.wan.causal import CausalWan
+from autorefiner.refiner.wan.checkpoint import load_transformer
 from autorefiner.refiner.wan.vae import WanVAE
 
 from tiny import TINY, tiny_network
@@ -38,8 +42,11 @@ def files(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         save_file(WanVAE(4).state_dict(), folder / "vae.safetensors")
         save_file({"context": torch.randn(5, TINY.text_dim)}, folder / "context.safetensors")
-    lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(2, 128) for part in "AB"}
+    shapes = {"A": (2, 128), "B": (128, 2)}
+    lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(shape) for part, shape in shapes.items()}
     save_file(lora, folder / "lora.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in lora.items()}, folder / "live.safetensors")
+    save_file({"prompt_embeds": torch.zeros(2, 5, TINY.text_dim)}, folder / "two.safetensors")
     with LatentWriter(folder / "six.safetensors", (16, 8, 8), {}) as latents:
         latents.write(torch.zeros(1, 16, 6, 8, 8))
     return folder
@@ -71,7 +78,45 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     assert [file.name for file in out.parent.iterdir()] == ["fox.mp4"]
     assert f"{FRAMES} frames in" in capsys.readouterr().out
     assert main(["inspect", str(out)]) == 0
-    assert "prompt    a fox" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "prompt    a fox" in told
+    assert f"made      {FRAMES} frames" in told
+
+
+def latents_of(files: Path, out: Path, *extra: str) -> torch.Tensor:
+    assert main(command(files, out, "--save-latents", "--frames", "9", *extra)) == 0
+    return read_latents(out.with_suffix(".latents.safetensors"))[0]
+
+
+def test_what_is_asked_for_reaches_the_sampler(files, tmp_path) -> None:
+    """Seed, method, levels, LoRA and the end of a short context; the run equals the library's."""
+    model, info = load_transformer(files / "model.safetensors")
+    context = torch.zeros(1, TINY.text_len, TINY.text_dim)
+    context[0, :5] = load_file(files / "context.safetensors")["context"]
+    plan = RunPlan(get_preset("self-forcing"), 3, 4, 6)
+    expected = torch.cat(list(sample(CausalWan(model, info.config), context, plan, seed=3)), 2)
+    base = latents_of(files, tmp_path / "a.mp4", "--seed", "3")
+    assert torch.equal(base, expected)
+    for extra in (
+        ["--seed", "4"],
+        ["--method", "ode"],
+        ["--steps", "1000,500"],
+        ["--lora", str(files / "live.safetensors")],
+    ):
+        assert not torch.equal(latents_of(files, tmp_path / "b.mp4", "--seed", "3", *extra), base), extra
+
+
+def test_inspect_knows_latents_finished_or_not(files, tmp_path, capsys) -> None:
+    latents_of(files, tmp_path / "a.mp4")
+    for name in ("a.latents.safetensors", "cut.latents.safetensors"):
+        path = tmp_path / name
+        if not path.exists():
+            path.write_bytes((tmp_path / "a.latents.safetensors").read_bytes()[:-10])
+        capsys.readouterr()
+        assert main(["inspect", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert "kind      latents" in told
+        assert "prompt    a fox" in told
 
 
 def test_extending_saved_latents_gives_the_video_that_was_not_interrupted(files, tmp_path) -> None:
@@ -130,6 +175,17 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, t
     assert len(read_frames(again)) == total
 
 
+def test_a_stop_before_the_first_chunk_leaves_nothing(files, tmp_path, capsys, monkeypatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("load_network", "sample", "inspect"):
+        monkeypatch.setattr(f"autorefiner.refiner.generate.{place}", stop)
+        assert main(command(files, tmp_path / "fox.mp4", "--save-latents")) == 130
+        assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, capsys) -> None:
     assert main(command(files, tmp_path / "fox.mp4", "--dry-run", "--size", "832x480")) == 0
     told = capsys.readouterr()
@@ -146,6 +202,14 @@ def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
 
 
 WRONG = {
+    "size text": (["--size", "abc"], "give WIDTHxHEIGHT in pixels, like 832x480"),
+    "levels text": (["--steps", "900,500"], "levels that fall from 1000"),
+    "preset": (["--preset", "nope"], "invalid choice: 'nope'"),
+    "seed": (["--seed", "99999999999999999999"], "give one from 0 to"),
+    "device": (["--device", "foo"], "use cpu, cuda, cuda:1 or mps"),
+    "two prompts": (["--context", "{files}/two.safetensors"], "holds 2 prompts"),
+    "sheet": (["--sheet", "{files}/sheet.txt"], "is not a .png"),
+    "prompt": (["--save-latents", "--prompt", "x" * 20000], "shorten the prompt"),
     "no such file": (["--model", "none.safetensors"], "none.safetensors"),
     "a LoRA as the model": (["--model", "{files}/lora.safetensors"], "lora"),
     "a VAE as the model": (["--model", "{files}/vae.safetensors"], "vae"),
@@ -153,7 +217,7 @@ WRONG = {
     "another text encoder's context": (["--context", "{files}/vae.safetensors"], "prompt_embeds"),
     "frames": (["--frames", "80"], "the nearest are 77 and 81"),
     "size": (["--size", "50x32"], "the nearest is 48x32"),
-    "levels": (["--steps", "500,750"], "fall strictly"),
+    "levels": (["--steps", "1000,500,750"], "fall strictly"),
     "window": (["--window", "4", "--sink", "3"], "use a window of at least 6"),
     "memory": (["--size", "16384x16384", "--frames", "4001"], "GB are free"),
     "output": (["--out", "{files}/model.safetensors"], "is not an .mp4"),
@@ -169,7 +233,10 @@ def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, caps
     extra, message = WRONG[case]
     out = tmp_path / "fox.mp4"
     out.write_bytes(b"old")
-    assert main(command(files, out, *(part.format(files=files) for part in extra))) == 2
+    try:
+        assert main(command(files, out, *(part.format(files=files) for part in extra))) == 2
+    except SystemExit as end:  # argparse's own way
+        assert end.code == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("autorefiner: error: ")
     assert message in told[-1]
@@ -200,5 +267,8 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
     projections, attention = 6 * (6 * 256**2 + 2 * 256 * 1024), 6 * 2 * 256 * (384 + 512)
     assert report.pass_gflop == pytest.approx(2 * 192 * (projections + attention) / 1e9)
     assert report.dit_fps == pytest.approx(12 / (report.chunk_ms / 1e3))
+    assert report.peak_share == pytest.approx(report.pass_gflop / report.pass_ms * 1e3 / report.matmul_gflops, rel=1)
+    assert main(["bench", "--chunks", "2", "--json", str(tmp_path / "new" / "b.json")]) == 0
+    assert json.loads((tmp_path / "new" / "b.json").read_text())["size"] == "tiny"
     assert main(["bench", "--chunks", "1"]) == 2
     assert "give at least 2" in capsys.readouterr().err

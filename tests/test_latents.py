@@ -1,10 +1,12 @@
 """The latents file: grows by chunks, and is readable whenever it stopped."""
 
+import struct
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autorefiner.refiner.latents import LatentWriter, read_latents
+from autorefiner.refiner.latents import HEADER, LatentWriter, is_latents, read_latents
 
 
 @pytest.fixture
@@ -61,6 +63,11 @@ def test_other_files_are_refused_in_one_line(tmp_path) -> None:
     write(empty, [])
     with pytest.raises(ValueError, match="holds no finished chunk"):
         read_latents(empty)
+    for header in (b"[]", b'{"latents": 3}', b'{"latents": {"shape": [1, 0, 4, 6]}}', b"\xff"):
+        text.write_bytes(struct.pack("<Q", HEADER) + header.ljust(HEADER))
+        assert not is_latents(text)
+        with pytest.raises(ValueError, match="is not a latents file"):
+            read_latents(text)
     with pytest.raises(ValueError, match="shorten the prompt"):
         LatentWriter(tmp_path / "b.safetensors", (16, 4, 6), {"prompt": "x" * 20000})
     assert not list(tmp_path.glob("b*"))

@@ -40,6 +40,13 @@ def test_a_window_as_long_as_the_video_is_full_history(network, context) -> None
     assert not torch.equal(run(network, context, SF.changed(window=6)), full)
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+def test_a_video_shorter_than_its_window_and_sink_is_full_history(network, context, frames) -> None:
+    full = run(network, context, frames=frames)
+    assert torch.equal(run(network, context, PRESETS["longlive"], frames=frames), full)
+    assert torch.equal(run(network, context, SF.changed(window=9, sink=3), frames=frames), full)
+
+
 @pytest.mark.parametrize("window", [-1, 9, 7])
 def test_raw_keys_equal_rotated_keys(network, context, window) -> None:
     preset = SF.changed(window=window, sink=0 if window < 0 else 3)
@@ -155,6 +162,8 @@ def test_forks_draw_their_own_noise_and_the_first_is_the_run_itself(network, con
     assert torch.equal(draws[0], run_.draw(chunk, level))
     assert torch.equal(draws[2], WhiteNoise(0)(chunk, Draw(0, candidate=2), (1, 16, 3, HEIGHT, WIDTH)))
     assert all(fork.memory is run_.memory for fork in run_.fork(2))
+    nested = [second.candidate for first in run_.fork(2) for second in first.fork(2)]
+    assert len(set(nested)) == 4, "candidates of candidates draw noise of their own"
 
 
 def test_select_takes_the_best_of_each_sample() -> None:

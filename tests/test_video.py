@@ -112,6 +112,24 @@ def test_an_exception_keeps_the_old_file_and_the_chunks(tmp_path, error) -> None
     assert len(read_frames(partial_path(path))) == 9
 
 
+def test_what_was_cut_off_is_cut_away(tmp_path) -> None:
+    """A full disk ends a write in its middle."""
+    with pytest.raises(OSError), VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
+        video.write(smooth(9))
+        video.file.write(b"\0\0\x10\0moof and then nothing")
+        raise OSError
+    assert len(read_frames(partial_path(tmp_path / "a.mp4"))) == 9
+
+
+def test_two_runs_do_not_write_one_video(tmp_path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
+        video.write(smooth(9))
+        with pytest.raises(ValueError, match="another run is writing"):
+            VideoWriter(tmp_path / "a.mp4", 48, 32)
+        video.write(smooth(3, 9))
+    assert len(read_frames(tmp_path / "a.mp4")) == 12
+
+
 def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path) -> None:
     with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 48, 32):
         raise RuntimeError

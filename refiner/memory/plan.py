@@ -59,10 +59,11 @@ class MemoryPlan:
     ) -> "MemoryPlan":
         """For latents of `shape` [B, C, F, h, w], F being every frame that is read or made; -1 is full history."""
         batch, _, frames, height, width = shape
-        window = frames if window_frames < 0 else min(window_frames, frames)
+        if window_frames < 0 or window_frames >= frames:  # nothing is ever evicted, so there is nothing to protect
+            window_frames, sink_frames = frames, 0
         return cls(
             config.num_layers, config.num_heads, config.head_dim, batch, height // PATCH[1], width // PATCH[2],
-            max(window, 1), min(sink_frames, max(window, 1) - 1), keys, positions, dtype,
+            window_frames, sink_frames, keys, positions, dtype,
         )  # fmt: skip
 
     @property

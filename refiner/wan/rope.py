@@ -15,7 +15,8 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a table that was cached while sampling may be asked for in training
 def rotations(
     frames: tuple[int, ...], height: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

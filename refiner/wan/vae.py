@@ -37,7 +37,7 @@ class StreamState:
 
     def clone(self) -> "StreamState":
         """An independent state at the same place in the video."""
-        return StreamState(dict(self.last))
+        return type(self)(dict(self.last))
 
     @property
     def nbytes(self) -> int:
@@ -46,9 +46,6 @@ class StreamState:
 
 class DecoderState(StreamState):
     """State of a streaming decode; a fresh one stands at the start of a video."""
-
-    def clone(self) -> "DecoderState":
-        return DecoderState(dict(self.last))
 
 
 def stacked_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
