@@ -95,7 +95,7 @@ class VideoWriter:
     def _encode(self, frames: np.ndarray) -> bytes:
         """The chunk as a fragmented mp4 of its own whose times go on where the last one ended."""
         buffer = io.BytesIO()
-        options = {"movflags": FRAGMENTED, "use_editlist": "0", "avoid_negative_ts": "disabled"}
+        options = {"movflags": FRAGMENTED, "avoid_negative_ts": "disabled"}
         with av.open(buffer, "w", format="mp4", options=options) as container:
             container.metadata.update(self.metadata)
             stream = container.add_stream(self.codec, rate=self.fps, options=ENCODERS[self.codec])

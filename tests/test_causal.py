@@ -141,6 +141,16 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(context) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_recomputation_does_not_replace_what_the_graph_holds(context) -> None:
+    network = tiny_network(checkpointing=True)
+    view = GraphMemory(memory_plan((1, 16, 1, 2, 2))).view([0])
+    x = latents((1, 16, 1, 2, 2)).requires_grad_()
+    flow = network(x, torch.zeros(1, 1), network.text(context), view)
+    written = view.new[0].key
+    flow.sum().backward()
+    assert view.new[0].key is written
+
+
 def test_positions_beyond_published_tables_are_exact() -> None:
     like = torch.empty(0, dtype=torch.float64)
     far, near = (rotation_table((start, start + 7), 1, 1, 128, like=like) for start in (100_000, 3))

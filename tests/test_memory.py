@@ -130,6 +130,8 @@ def test_a_cut_moves_the_next_chunk_alone() -> None:
     assert memory.view(span(0, 3)).positions == (45, 46, 47)
     memory.commit()
     assert memory.view(span(3, 3)).positions == (3, 4, 5)
+    memory.ledger.cut(45)
+    assert memory.view(span(3, 3)).positions == (45, 46, 47), "also of a chunk that was already begun"
     with pytest.raises(ValueError, match="positions='window'"):
         make(RingMemory).ledger.cut(45)
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.video import VideoWriter, contact_sheet, partial_path, read_frames, read_metadata, to_frames
+from autorefiner.refiner.video import (
+    VideoWriter,
+    boxes,
+    contact_sheet,
+    partial_path,
+    read_frames,
+    read_metadata,
+    to_frames,
+)
 
 LENGTHS = (9, 12, 12)
 
@@ -38,6 +46,8 @@ def test_frames_and_times_are_those_written(tmp_path) -> None:
         assert [frame.time for frame in container.decode(video=0)] == [index / 16 for index in range(33)]
     assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21], "one GOP a chunk"
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    moofs = [box for kind, box in boxes(path.read_bytes()) if kind == b"moof"]
+    assert [int.from_bytes(box[20:24], "big") for box in moofs] == [1, 2, 3], "fragments are numbered in turn"
 
 
 def test_a_chunk_can_be_read_while_the_next_is_made(tmp_path) -> None:
