@@ -157,14 +157,14 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, t
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN),
     )
-    three_chunks = HEADER + 9 * 16 * 4 * 6 * 4  # of latents, which are written after the chunk's pixels
+    three_chunks = HEADER + 9 * 16 * 4 * 6 * 4  # of latents, which are written before the chunk's pixels
     while not (latents.exists() and latents.stat().st_size > three_chunks) and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(sent)
     _, errors = run.communicate()
     assert run.returncode == code
     frames, kept = len(read_frames(partial)), read_latents(latents)[0]
-    assert frames >= 33
+    assert frames >= 21, "the third chunk's pixels come after its latents"
     assert kept.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), "a chunk may be cut off between the two files"
     assert out.read_bytes() == b"old"
     if sent is not signal.SIGKILL:
