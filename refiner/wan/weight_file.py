@@ -247,7 +247,10 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own; the library makes files that only their owner reads
         save_file(whole, temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

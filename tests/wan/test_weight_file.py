@@ -212,3 +212,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         save_safetensors(tmp_path / "a.safetensors", {}, {"config": {}})
     with pytest.raises(ValueError, match="is not a folder: make it before saving"):
         save_safetensors(tmp_path / "none" / "a.safetensors", {}, {})
+
+
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
