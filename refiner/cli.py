@@ -132,10 +132,9 @@ def add_machine(command: argparse._ActionsContainer) -> None:
 
 def options_of(args: argparse.Namespace) -> GenerateOptions:
     """The request that the arguments of `generate` make."""
-    changes = {"steps": args.steps, "window": args.window, "sink": args.sink}
     named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
     width, height = args.size
-    return GenerateOptions(**named, changes=changes, width=width, height=height)
+    return GenerateOptions(**named, width=width, height=height)
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -38,7 +38,9 @@ class GenerateOptions:
     out: Path
     prompt: str = ""
     preset: str | None = None
-    changes: dict = field(default_factory=dict)  # of the preset: steps, window, sink, chunk
+    steps: tuple[int, ...] | None = None  # None here and in the next two: the preset's
+    window: int | None = None
+    sink: int | None = None
     weights: str = "auto"
     lora: Path | None = None
     text_encoder: Path | None = None
@@ -137,7 +139,7 @@ def prepare(options: GenerateOptions) -> Job:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     config, name, told = identify(options)
-    preset = get_preset(name).changed(**options.changes)
+    preset = get_preset(name).changed(steps=options.steps, window=options.window, sink=options.sink)
     total = latent_frames(options.frames)
     initial = read_initial(options, config, total) if options.extend else None
     given = 0 if initial is None else initial.shape[2]
@@ -179,7 +181,7 @@ def vae_width(options: GenerateOptions) -> int:
 
 
 def text_encoder_bytes(options: GenerateOptions) -> int:
-    """Of the text encoder's weights as they run, 0 where none will be loaded; fp8 runs in bf16."""
+    """Of the text encoder's weights as they run; fp8 runs in bf16. Not counted where a cache may hold the prompt."""
     if options.context or not options.text_encoder or options.context_cache:
         return 0
     info = inspect(options.text_encoder)

@@ -9,6 +9,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .video import partial_path
+
 KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
 HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed
 
@@ -31,7 +33,7 @@ class LatentWriter:
         self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str], given: Tensor | None = None
     ) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.partial = partial_path(self.path)
         self.frame_shape = frame_shape
         self.metadata = metadata
         self.frames = 0

@@ -43,6 +43,18 @@ class Learner:
             getattr(self, name).load_state_dict(part)
 
 
+class LearnerStage:
+    """A stage whose whole state is one learner."""
+
+    learner: Learner
+
+    def state_dict(self) -> dict:
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.learner.load_state_dict(state)
+
+
 def stream(*key: int) -> np.random.Generator:
     """Random numbers that belong to these integers (seed, step, use) and to nothing else."""
     return np.random.default_rng(key)

@@ -26,7 +26,7 @@ from ...wan.vae import WanVAE
 from ..text_encoder import SpriteTextEncoder
 from ..world import sample_scene
 from .data import Clips
-from .parts import Learner, noise_stream, stream, warm_cosine
+from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from .teacher import write_sheet
 
 PRESET = PRESETS["self-forcing"]
@@ -70,7 +70,7 @@ def graph_memory(network: CausalWan, shape: torch.Size) -> GraphMemory:
     return GraphMemory(MemoryPlan.of(network.config, tuple(shape)))
 
 
-class CausalInitStage:
+class CausalInitStage(LearnerStage):
     """Training state of the causal initialisation."""
 
     def __init__(
@@ -81,12 +81,6 @@ class CausalInitStage:
         self.network = CausalWan(self.learner.model, teacher.config)
         self.average = CausalWan(self.learner.average, teacher.config)
         self.device = next(self.learner.model.parameters()).device
-
-    def state_dict(self) -> dict:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.learner.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options

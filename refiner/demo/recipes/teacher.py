@@ -19,7 +19,7 @@ from ...wan.vae import WanVAE
 from ..text_encoder import SpriteTextEncoder
 from ..world import sample_scene
 from .data import Clips
-from .parts import Learner, noise_stream, stream, warm_cosine
+from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
 
 WIDTHS = {128: dict(num_heads=4, ffn_dim=512, num_layers=8), 256: dict(num_heads=2, ffn_dim=1024, num_layers=5)}
 
@@ -43,7 +43,7 @@ class TeacherOptions:
     seed: int = 0
 
 
-class TeacherStage:
+class TeacherStage(LearnerStage):
     """Training state of the teacher."""
 
     def __init__(
@@ -58,12 +58,6 @@ class TeacherStage:
         torch.nn.init.zeros_(model.head.head.bias)
         self.learner = Learner(model, options.learning_rate, options.ema, decay=0.01)
         self.network, self.average = CausalWan(model, config), CausalWan(self.learner.average, config)
-
-    def state_dict(self) -> dict:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.learner.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options

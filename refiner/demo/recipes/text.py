@@ -13,7 +13,7 @@ from ..palette import GROUNDS, OBJECT_COLOURS
 from ..shapes import SHAPES
 from ..text_encoder import SpriteTextEncoder
 from ..world import SIZES, sample_scene
-from .parts import Learner, stream, warm_cosine
+from .parts import Learner, LearnerStage, stream, warm_cosine
 
 # What each of the two objects has, and what the caption has once; the first answer is that it is not said.
 OF_OBJECT: dict[str, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ class Reader(nn.Module):
         return [head(pooled) for head in self.heads]
 
 
-class TextStage:
+class TextStage(LearnerStage):
     """Training state of the text encoder."""
 
     def __init__(self, options: TextOptions, device: torch.device) -> None:
@@ -77,12 +77,6 @@ class TextStage:
             torch.manual_seed(options.seed)
             model = Reader(options).to(device)
         self.learner = Learner(model, options.learning_rate, options.ema)
-
-    def state_dict(self) -> dict:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.learner.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
         seeds = stream(self.options.seed, index).integers(1 << 40, size=self.options.batch)

@@ -12,7 +12,7 @@ from ...video import contact_sheet, to_frames
 from ...wan.vae import ResidualBlock, WanVAE
 from ..render import render, to_pixels
 from ..world import sample_scene
-from .parts import Learner, noise_stream, stream, warm_cosine
+from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class VaeOptions:
     seed: int = 0
 
 
-class VaeStage:
+class VaeStage(LearnerStage):
     """Training state of the VAE: model, average, optimiser."""
 
     def __init__(self, options: VaeOptions, device: torch.device) -> None:
@@ -47,12 +47,6 @@ class VaeStage:
                 torch.nn.init.zeros_(module.residual[-1].weight)
                 torch.nn.init.zeros_(module.residual[-1].bias)
         self.learner = Learner(self.model.to(device), options.learning_rate, options.ema)
-
-    def state_dict(self) -> dict:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.learner.load_state_dict(state)
 
     def batch(self, index: int) -> Tensor:
         """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
