@@ -68,15 +68,18 @@ def sample(
     initial: Tensor | None = None,
     method: Sampler = self_forcing,
     callback: Callable[[Progress], None] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
 
     `context` is [1 or B, L, text_dim]; `initial` holds the `plan.given` clean latents [B, C, given, h, w] to go on
-    from; `noise` replaces the seed's white noise. Closing the iterator frees the memory. Raises ValueError when
-    `initial` does not fit the plan.
+    from; `noise` replaces the seed's white noise. Device and dtype of a pass are those of the weights, unless a host
+    that keeps its weights elsewhere (offloaded, quantised) says where and in what it computes. Closing the iterator
+    frees the memory. Raises ValueError when `initial` does not fit the plan.
     """
     parameter = next(network.model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device, dtype = device or parameter.device, dtype or parameter.dtype
     shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
     if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):
         came = "none" if initial is None else str(tuple(initial.shape))

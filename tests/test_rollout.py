@@ -13,6 +13,7 @@ from autorefiner.refiner.rollout import Cut, Flush, PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import ode, self_forcing
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.wan.causal import Host
 
 from tiny import TINY, tiny_network
 
@@ -91,6 +92,16 @@ def test_bf16_networks_run_and_stay_near(context) -> None:
     half = run(tiny_network(dtype=torch.bfloat16), context)
     assert half.dtype == torch.float32
     assert (half - run(tiny_network(), context)).abs().mean() < 0.02
+
+
+def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
+    stored = tiny_network().model.patch_embedding
+    mixed = tiny_network(dtype=torch.bfloat16, host=Host(embed=lambda module, x: module(x.float()).to(x.dtype)))
+    mixed.model.patch_embedding = stored  # in fp32, as ComfyUI keeps it
+    expected = run(tiny_network(dtype=torch.bfloat16), context)
+    torch.testing.assert_close(run(mixed, context, dtype=torch.bfloat16), expected, atol=0.1, rtol=0.1)
+    widened = run(tiny_network(), context.bfloat16(), device=torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(widened, run(tiny_network(), context.bfloat16().float()))
 
 
 def test_one_level_makes_the_two_samplers_equal(network, context) -> None:

@@ -54,12 +54,19 @@ def cast(parameter: Tensor, like: Tensor) -> Tensor:
     return parameter.to(like)
 
 
+def embed(patch_embedding: nn.Module, x: Tensor) -> Tensor:
+    """Latents [B, C, F, h, w] to patches [B, M, F, h/2, w/2], in the dtype of x."""
+    return patch_embedding(x)
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie."""
+    """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie, and in what
+    dtype patches are embedded (ComfyUI keeps those weights in fp32)."""
 
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
     cast: Callable[[Tensor, Tensor], Tensor] = cast
+    embed: Callable[[nn.Module, Tensor], Tensor] = embed
 
 
 class Modulation(NamedTuple):
@@ -179,7 +186,7 @@ class CausalWan:
             raise ValueError(f"{frames} latent frames came with {len(view.positions)} positions: give one for each")
         model, heads = self.model, self.config.num_heads
         grid = (height // PATCH[1], width // PATCH[2])
-        tokens = model.patch_embedding(x).flatten(2).transpose(1, 2)
+        tokens = self.host.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
         e = model.time_embedding(timestep_features(t, self.config.freq_dim).to(tokens))
         e0 = model.time_projection(e).unflatten(-1, (6, -1))
         table = rotation_table(view.positions, *grid, self.config.head_dim, like=tokens)

@@ -17,7 +17,15 @@ from .lora import LoraPair, check_targets, looks_like_longlive, lora_modules, re
 from .transformer import WanConfig, WanTransformer
 from .weight_file import WeightFile, choose_dtype, open_weights, save_safetensors
 
-__all__ = ["CheckpointInfo", "describe", "inspect", "load_transformer", "load_vae_state", "save_safetensors"]
+__all__ = [
+    "CheckpointInfo",
+    "describe",
+    "inspect",
+    "load_transformer",
+    "load_vae_state",
+    "read_transformer",
+    "save_safetensors",
+]
 
 VAE_CHANNELS = 16
 
@@ -89,6 +97,23 @@ def load_transformer(
         state[name] = _placed(file.read(info.top_key, stored), pair, dtype, device)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), _with_lora(info, pairs)
+
+
+def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """Weights of a file as stored (quantised ones too), mapped, in Wan's names, for a host with modules of its own.
+
+    Raises ValueError in one line when the file is something else or not complete.
+    """
+    file = open_weights(path)
+    info, layout = _survey(file, weights)
+    tensors = _tensors(file, info, layout)
+    _require_kind(info, tensors)
+    with torch.device("meta"):
+        expected = WanTransformer(info.config).state_dict()
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(_incomplete(info.path, missing))
+    return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}, info
 
 
 def _placed(tensor: Tensor, pair: LoraPair | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -215,11 +240,15 @@ def _json_of(metadata: dict[str, str], key: str) -> tuple[dict, tuple[str, ...]]
 
 
 def _require_text_to_video(info: CheckpointInfo, tensors: dict[str, Tensor]) -> WanConfig:
+    quantised = [name for name in tensors if QUANTISED.search(name)]
+    if info.kind == "transformer" and quantised:
+        raise ValueError(f"{info.path} has scaled, quantised weights ({quantised[0]}): pass the bf16 or fp16 file")
+    return _require_kind(info, tensors)
+
+
+def _require_kind(info: CheckpointInfo, tensors: dict[str, Tensor]) -> WanConfig:
     if info.kind != "transformer":
         raise ValueError(f"{info.path} is {INSTEAD[info.kind]}; a model file holds a Wan2.1 transformer")
-    quantised = [name for name in tensors if QUANTISED.search(name)]
-    if quantised:
-        raise ValueError(f"{info.path} has scaled, quantised weights ({quantised[0]}): pass the bf16 or fp16 file")
     if info.config is None:
         raise ValueError(f"{info.path}: {info.notes[-1]}")
     if other := other_model(info.config, tensors):
@@ -231,9 +260,7 @@ def _require_same(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} tensors ({_few(missing)}): the file is not complete, download it again"
-        )
+        raise ValueError(_incomplete(path, missing))
     if extra:
         raise ValueError(f"{path} has {len(extra)} tensors that Wan2.1 has not ({_few(extra)}): it is another model")
     for name, tensor in expected.items():
@@ -242,6 +269,10 @@ def _require_same(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
             raise ValueError(
                 f"{path} has a {name} of {shape}, which should be {right}: the file is damaged or another model"
             )
+
+
+def _incomplete(path: Path, missing: list[str]) -> str:
+    return f"{path} lacks {len(missing)} tensors ({_few(missing)}): the file is not complete, download it again"
 
 
 def _few(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from published import CONFIG, FSDP, State, equal_bits, make_state, message, pref
 from safetensors.torch import load_file
 
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, load_vae_state
+from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, load_vae_state, read_transformer
 from autorefiner.refiner.wan.identify import NAME_HINTS, PUBLISHED_KEY
 from autorefiner.refiner.wan.layouts import INSTEAD
 from autorefiner.refiner.wan.transformer import WAN_14B, WanConfig, WanTransformer
@@ -287,6 +287,20 @@ def test_quantised_files_are_refused(state: State, tmp_path: Path) -> None:
     path = write(tmp_path / "b.safetensors", whole)
     assert "blocks.0.ffn.0.weight in torch.int8" in message(path)
     assert "blocks.0.ffn.0.weight in torch.int8" in message(path, dtype=torch.float32)
+
+
+def test_a_host_with_modules_of_its_own_reads_quantised_files_as_stored(state: State, tmp_path: Path) -> None:
+    key = "blocks.0.ffn.0.scale_weight"
+    path = write(
+        tmp_path / "a.safetensors",
+        {"model." + name: tensor for name, tensor in state.items()} | {"model." + key: torch.ones(1)},
+    )
+    weights, info = read_transformer(path)
+    assert set(weights) == {*state, key} and info.config.num_layers == 2
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+    del state["head.head.bias"]
+    with pytest.raises(ValueError, match=r"lacks 1 tensors \(head.head.bias\)"):
+        read_transformer(write(tmp_path / "b.safetensors", state))
 
 
 def test_changing_loaded_weights_leaves_the_file_alone(state: State, tmp_path: Path) -> None:
