@@ -18,10 +18,13 @@ from .demo.cli import add_demo, run_demo
 from .generate import (
     DTYPES,
     RANDOM_TINY,
+    SPRITES,
+    SPRITES_SIZE,
     GenerateOptions,
     Job,
     generate,
     latents_path,
+    notes,
     pick_device,
     pick_dtype,
     prepare,
@@ -38,6 +41,7 @@ INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
 
+  autorefiner generate --model sprites --prompt "a red star circles on a navy ground" --out star.mp4
   autorefiner generate --model self_forcing_dmd.pt --text-encoder umt5-xxl/ --vae Wan2.1_VAE.pth \\
       --prompt "a red fox in the snow" --frames 81 --size 832x480 --out fox.mp4
 
@@ -92,7 +96,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "generate", help="prompt to video", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = command.add_argument_group("model")
-    about = f"a published checkpoint as it is (.pt, .safetensors), or {RANDOM_TINY}: untrained, needs no download"
+    about = f"a checkpoint as published (.pt, .safetensors), or one of our own: {SPRITES}, the demo; {RANDOM_TINY}"
     model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
     about = "where a file holds both: averaged (ema) or last (raw); default: what its authors sample with"
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=about)
@@ -106,7 +110,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     what = command.add_argument_group("video")
     what.add_argument("--prompt", default="", help="what to show, as the model's authors prompt it")
     what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
-    what.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="multiples of 16 (default 832x480)")
+    about = "multiples of 16 (default 832x480; sprites 64x64)"
+    what.add_argument("--size", type=size, metavar="WxH", help=about)
     what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
     what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
     what.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
@@ -133,13 +138,13 @@ def add_machine(command: argparse._ActionsContainer) -> None:
 def options_of(args: argparse.Namespace) -> GenerateOptions:
     """The request that the arguments of `generate` make."""
     named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
-    width, height = args.size
+    width, height = args.size or (SPRITES_SIZE if args.model == SPRITES else (832, 480))
     return GenerateOptions(**named, width=width, height=height)
 
 
 def run_generate(args: argparse.Namespace) -> int:
     job = prepare(options_of(args))
-    print(summary(job), file=sys.stderr)
+    print("\n".join([summary(job), *notes(job.options)]), file=sys.stderr)
     if args.dry_run:
         print(job.estimate.lines())
         return 0
@@ -150,12 +155,11 @@ def summary(job: Job) -> str:
     """One line: what will be made, and how."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
-    note = "; random weights: the video is noise" if options.model == RANDOM_TINY else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels"
         f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
-        f" in {str(job.dtype).removeprefix('torch.')}{note}"
+        f" in {str(job.dtype).removeprefix('torch.')}"
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .demo.bundle import FILES, WEIGHTS, load_sprite_text
+from .demo.captions import unknown_words
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, read_latents
 from .rollout import Progress
@@ -25,6 +27,8 @@ from .wan.vae import DecoderState, WanVAE
 from .wan.weight_file import open_weights
 
 RANDOM_TINY = "random-tiny"
+SPRITES = "sprites"  # the bundled demo
+SPRITES_SIZE = (64, 64)
 RANDOM_VAE_DIM = 8
 FPS = 16
 SHEET_FRAMES = 24
@@ -68,6 +72,20 @@ class GenerateOptions:
             raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
+
+
+def notes(options: GenerateOptions) -> list[str]:
+    """What a user should know of the request before it runs, a line each."""
+    if options.model == RANDOM_TINY:
+        return ["random weights: the video is noise"]
+    if options.model != SPRITES or options.context:
+        return []
+    told = []
+    if unknown := unknown_words(options.prompt):
+        told.append(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}: what they do know is in the README")
+    if (options.width, options.height) != SPRITES_SIZE:
+        told.append("the sprites were trained at {}x{}: other sizes look wrong".format(*SPRITES_SIZE))
+    return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +191,21 @@ def check_outputs(job: Job) -> None:
         LatentWriter.check(job.metadata)
 
 
+def model_path(options: GenerateOptions) -> Path:
+    """The transformer's file."""
+    return WEIGHTS / FILES["student"] if options.model == SPRITES else Path(options.model)
+
+
+def vae_path(options: GenerateOptions) -> Path | None:
+    """The VAE's file, if there is one yet."""
+    return WEIGHTS / FILES["vae"] if options.model == SPRITES and not options.vae else options.vae
+
+
 def vae_width(options: GenerateOptions) -> int:
     """Base width of the VAE that will decode; the published one's where none is named yet."""
-    if options.vae:
-        return len(load_vae_state(options.vae)["decoder.head.0.gamma"])  # mapped from the file, not read
+    path = vae_path(options)
+    if path:
+        return len(load_vae_state(path)["decoder.head.0.gamma"])  # mapped from the file, not read
     return RANDOM_VAE_DIM if options.model == RANDOM_TINY else 96
 
 
@@ -209,7 +238,7 @@ def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:
     """Sizes of the model, the name of the preset it is sampled with, and how that is known."""
     if options.model == RANDOM_TINY:
         return WAN_TINY, options.preset or "self-forcing", "untrained"
-    info = inspect(Path(options.model))
+    info = inspect(model_path(options))
     if info.kind != "transformer" or info.config is None:
         raise ValueError(f"{options.model} is {INSTEAD[info.kind]}; --model takes a Wan2.1 text-to-video transformer")
     if options.preset:
@@ -262,6 +291,8 @@ def make_context(job: Job) -> Tensor:
         context = encoder.encode([options.prompt])
         encoder.release()
         return context
+    if options.model == SPRITES:
+        return load_sprite_text()([options.prompt])
     if options.model == RANDOM_TINY:
         digest = hashlib.blake2b(options.prompt.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
@@ -278,15 +309,16 @@ def load_network(job: Job) -> CausalWan:
         return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
     options = job.options
     model, info = load_transformer(
-        Path(options.model), lora=options.lora, dtype=job.dtype, device=job.device, weights=options.weights
+        model_path(options), lora=options.lora, dtype=job.dtype, device=job.device, weights=options.weights
     )
     return CausalWan(model, info.config)
 
 
 def load_vae(job: Job) -> WanVAE:
     """The decoder, on the device and in the dtype of the job."""
-    if job.options.vae:
-        vae = WanVAE.from_state_dict(load_vae_state(job.options.vae))
+    path = vae_path(job.options)
+    if path:
+        vae = WanVAE.from_state_dict(load_vae_state(path))
     elif job.options.model == RANDOM_TINY:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -64,3 +64,8 @@ def load_sprite_network(name: str, folder: Path = WEIGHTS, device: torch.device 
     """The bundled teacher or student, fp32."""
     model, info = load_transformer(folder / FILES[name], dtype=torch.float32, device=device)
     return CausalWan(model, info.config)
+
+
+def told_of(name: str, folder: Path = WEIGHTS) -> dict:
+    """What a file of the bundle says of itself: recipe, steps, scores."""
+    return json.loads(open_weights(folder / FILES[name]).metadata.get("autorefiner", "{}"))

@@ -96,6 +96,12 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in _phrases((*TABLES, GROUND_WORDS, GLUE)) for word in words(phrase)})
 
 
+def unknown_words(text: str) -> list[str]:
+    """Words of a text that the world has no meaning for, in order."""
+    known = set(vocabulary())
+    return [word for word in dict.fromkeys(words(text)) if word not in known]
+
+
 def _pick(rng: Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 

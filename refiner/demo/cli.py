@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, save_model, scaled_vae
+from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model
+from .evaluation import EvaluateOptions, evaluate, write_section
 from .recipes.data import Clips, encode_shards
-from .recipes.loop import RUNS, LoopOptions, Stage, train
+from .recipes.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
-from .recipes.vae import VaeOptions, VaeStage, latent_statistics
+from .recipes.vae import VaeOptions, VaeStage
 
 STAGES = ("vae", "text", "clips", "teacher", "init", "student")
 TRAIN = """\
@@ -29,14 +30,32 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--run", type=Path, default=RUNS / "sprites", metavar="FOLDER", help="default %(default)s")
     command.add_argument("--steps", type=int, help="steps of the stage (of each, with all); default: the recipe's")
     command.add_argument("--batch", type=int, help="clips a step; default: the recipe's")
+    about = "held-out captions of each sample sheet's scores, of teacher, init and student; default: the recipe's"
+    command.add_argument("--shown", type=int, help=about)
     command.add_argument("--shards", type=int, default=64, help="of 64 clips each, to encode (default %(default)s)")
     command.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     command.add_argument("--show-every", type=int, default=500, metavar="STEPS")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
 
+    about = "Score the bundled models on held-out captions and write the table into a Markdown file."
+    command = actions.add_parser("evaluate", help="the results table", description=about)
+    command.add_argument("--models", type=Path, default=WEIGHTS, metavar="FOLDER", help="default: the bundle")
+    command.add_argument("--captions", type=int, default=256)
+    command.add_argument("--long-captions", type=int, default=32, help="of clips four times as long")
+    command.add_argument("--pairs", type=int, default=64, help="captions of which two seeds are compared")
+    command.add_argument("--teacher-steps", type=int, default=50)
+    command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+
 
 def run_demo(args: argparse.Namespace, device: torch.device) -> int:
-    """Train what was asked for."""
+    """Do what was asked for."""
+    if args.action == "evaluate":
+        options = EvaluateOptions(args.captions, args.long_captions, args.pairs, args.teacher_steps)
+        body = evaluate(args.models, options, device)
+        write_section(args.out, "The bundled models", body)
+        print(body)
+        return 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         train_stage(stage, args, device)
     return 0
@@ -44,6 +63,8 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
 
 def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> None:
     """Train one stage to its end and write its model into the run's folder."""
+    if device.type == "cpu":
+        keep_freed_memory()
     run: Path = args.run
     if name == "clips":
         encode_shards(load_sprite_vae(run).to(device), run / "clips", args.shards)
@@ -54,8 +75,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
     told = {"recipe": name, "steps": steps}
     if name == "vae":
-        vae = stage.learner.average.cpu()
-        save_model(run, "vae", scaled_vae(vae, *latent_statistics(vae)), None, told)
+        save_model(run, "vae", stage.finished(), None, told)
     elif name == "text":
         save_model(run, "text", stage.learner.average.encoder, None, told)
     elif name == "teacher":
@@ -74,6 +94,8 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
         return TextStage(TextOptions(**changes), device)
     run: Path = args.run
     clips, text, vae = Clips.read(run / "clips"), load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
+    if args.shown is not None:
+        changes["shown"] = args.shown
     if name == "teacher":
         return TeacherStage(TeacherOptions(**changes), clips, text, vae, device)
     teacher = load_sprite_network("teacher", run, device)

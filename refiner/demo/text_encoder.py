@@ -34,10 +34,6 @@ class SpriteTextEncoder(nn.Module):
             real[row, : len(numbers)] = True
         return ids, real
 
-    def unknown(self, prompt: str) -> list[str]:
-        """Words of a prompt that the world has no meaning for, in order."""
-        return [word for word in dict.fromkeys(words(prompt)) if word not in self.numbers]
-
     def forward(self, prompts: list[str]) -> Tensor:
         ids, real = (part.to(self.position.device) for part in self.tokens(prompts))
         x = self.embedding(ids) + self.position

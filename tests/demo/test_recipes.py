@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae
-from autorefiner.refiner.demo.captions import Caption, Stated
+from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words
 from autorefiner.refiner.demo.recipes.data import Clips
 from autorefiner.refiner.demo.recipes.loop import LoopOptions, restore, save, train
 from autorefiner.refiner.demo.recipes.text import QUESTIONS, TextOptions, TextStage, answers
@@ -32,8 +32,9 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
-        steps = ["--steps", "2", "--batch", "2", "--shards", "1", "--save-every", "1", "--show-every", "2"]
-        assert main(["demo", "train", "all", "--run", str(folder), "--device", "cpu", *steps]) == 0
+        size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
+        kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
+        assert main(["demo", "train", "all", "--run", str(folder), *size, *kept]) == 0
     return folder
 
 
@@ -163,5 +164,5 @@ def test_the_text_encoder_ends_in_zeros_and_says_what_it_does_not_know() -> None
     assert context[0, :3].abs().min(dim=-1).values.max() > 0
     assert not context[0, 3:].any()
     assert not context[1].any()
-    assert encoder.unknown("a red dragon on a blue ground") == ["dragon"]
+    assert unknown_words("a red dragon on a blue ground") == ["dragon"]
     assert torch.allclose(encoder(["a red star"])[0], context[0], atol=1e-6)

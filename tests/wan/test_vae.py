@@ -49,7 +49,7 @@ def test_every_split_decodes_to_the_same_pixels(vae, latents, split) -> None:
     whole, state = vae.decode(latents), DecoderState()
     parts = [vae.decode(part, state) for part in latents.split(split, dim=2)]
     assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
-    assert (torch.cat(parts, 2) - whole).abs().max() < 1e-5
+    assert (torch.cat(parts, 2) - whole).abs().max() < 3e-5
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_a_batch_decodes_and_encodes_as_its_clips_do(vae, latents) -> None:
         (vae.decode(both), [vae.decode(clip) for clip in both.split(1)]),
         (vae.encode(pixels), [vae.encode(clip) for clip in pixels.split(1)]),
     ):
-        assert (whole - torch.cat(clips)).abs().max() < 1e-5
+        assert (whole - torch.cat(clips)).abs().max() < 3e-5
         assert (whole[0] - whole[1]).abs().max() > 1e-3
 
 
@@ -83,9 +83,9 @@ def test_long_inputs_go_through_in_pieces_and_give_the_same(vae, latents, monkey
     monkeypatch.setattr("autorefiner.refiner.wan.vae.PIXELS_AT_ONCE", 1)
     calls = []
     vae.decoder.conv1.register_forward_hook(lambda *_: calls.append(1))
-    assert (vae.decode(latents) - whole[0]).abs().max() < 1e-5
+    assert (vae.decode(latents) - whole[0]).abs().max() < 3e-5
     assert len(calls) == 5
-    assert (vae.encode(pixels) - whole[1]).abs().max() < 1e-5
+    assert (vae.encode(pixels) - whole[1]).abs().max() < 3e-5
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_a_cloned_state_goes_on_by_itself(vae, latents) -> None:
     fork = state.clone()
     vae.decode(-latents[:, :, 2:4], fork)
     rest = vae.decode(latents[:, :, 2:], state)
-    assert (rest - whole[:, :, 5:]).abs().max() < 1e-5
+    assert (rest - whole[:, :, 5:]).abs().max() < 3e-5
     assert fork.nbytes == state.nbytes > 0
 
 

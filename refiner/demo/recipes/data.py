@@ -14,8 +14,10 @@ from ...wan.vae import WanVAE
 from ..captions import Caption, write
 from ..render import clip_batch
 from ..world import sample_scene
+from .parts import mixed_precision
 
 SHARD = 64  # clips a file
+AT_ONCE = 4  # clips in one pass of the encoder
 FRAMES = 81
 
 
@@ -30,9 +32,11 @@ def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
     device = vae.conv1.weight.device
     for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
         made = []
-        for seed in range(number * SHARD, (number + 1) * SHARD):
-            pixels, _ = clip_batch([seed], "train", FRAMES)
-            made.append(vae.encode(pixels.to(device)).cpu())
+        seeds = range(number * SHARD, (number + 1) * SHARD)
+        for start in range(0, SHARD, AT_ONCE):
+            pixels, _ = clip_batch(seeds[start : start + AT_ONCE], "train", FRAMES)
+            with mixed_precision(device):
+                made.append(vae.encode(pixels.to(device)).cpu())
         save_safetensors(shard_path(folder, number), {"latents": torch.cat(made).bfloat16()}, {"frames": str(FRAMES)})
 
 

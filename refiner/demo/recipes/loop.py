@@ -1,7 +1,9 @@
 """The training loop of every stage: seeded, logged, and continued by the same command after any kind of end."""
 
+import ctypes
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,19 @@ from tqdm import tqdm
 from .curve import draw_curve
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse big blocks of this process instead of returning each to the kernel.
+
+    Fetching them anew, page by page, takes up to half of the time of a CPU training. Nothing is done elsewhere.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            never_mapped, never_trimmed = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(*never_mapped)
+            mallopt(*never_trimmed)
 
 
 class Stage(Protocol):

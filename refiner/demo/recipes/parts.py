@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ...wan.causal import Host
 
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
@@ -14,20 +16,92 @@ def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) ->
     return min(1.0, (index + 1) / warm) * (floor + (1 - floor) * fall)
 
 
-class Learner:
-    """A model, its AdamW and its running average: all the state of a training that is not data."""
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 for the products, fp32 for the rest: as good here, and two to three times as fast, on the CPU too."""
+    return torch.autocast(device.type, torch.bfloat16)
 
-    def __init__(self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0) -> None:
+
+def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v [B, N, H·D] by two products: in bf16 on the CPU four times as fast as the fused kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+def training_host(device: torch.device) -> Host:
+    """How attention is computed in training: on the CPU by products, else by the fused kernel."""
+    return Host(attention=explicit_attention) if device.type == "cpu" else Host()
+
+
+class MuonAdamW:
+    """Muon on weight matrices and convolution kernels, AdamW on all else; behaves as one optimiser.
+
+    Muon (Jordan et al. 2024; torch.optim.Muon) steps along the orthogonalised momentum. It takes matrices only, so a
+    kernel goes in as a view [out, in * taps] of itself. `rate` is AdamW's; Muon's is `muon` times the same factor.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, muon: float, betas: tuple[float, float], decay: float) -> None:
+        self.kernels = [p for p in model.parameters() if p.ndim > 1 and len(p) > 1 and p[0].numel() > 1]
+        others = [p for p in model.parameters() if all(p is not kernel for kernel in self.kernels)]
+        self.matrices = [nn.Parameter(kernel.data.flatten(1)) for kernel in self.kernels]  # of the same memory
+        self.muon = torch.optim.Muon(self.matrices, muon, weight_decay=decay)
+        self.adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.0)
+        self.rates = ((self.muon, muon), (self.adamw, rate))
+
+    def set_factor(self, factor: float) -> None:
+        for optimizer, rate in self.rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+
+    def step(self) -> None:
+        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+class AdamW:
+    """AdamW alone, with the interface of the above."""
+
+    def __init__(self, model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> None:
+        self.adamw = torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=decay)
+        self.rate = rate
+        self.step, self.state_dict, self.load_state_dict = (
+            self.adamw.step, self.adamw.state_dict, self.adamw.load_state_dict,
+        )  # fmt: skip
+
+    def set_factor(self, factor: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = self.rate * factor
+
+
+class Learner:
+    """A model, its optimiser and its running average: all the state of a training that is not data.
+
+    With `muon`, its learning rate, matrices and kernels are trained by Muon; without, everything by AdamW.
+    """
+
+    def __init__(
+        self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0, muon: float = 0.0
+    ) -> None:
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
-        self.learning_rate, self.keep = learning_rate, average
-        self.optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=betas, weight_decay=decay)
+        self.keep = average
+        self.optimizer = (
+            MuonAdamW(model, learning_rate, muon, betas, decay) if muon else AdamW(model, learning_rate, betas, decay)
+        )
 
     def step(self, loss: torch.Tensor, index: int, factor: float, clip: float = 1.0) -> None:
         """One optimisation step on `loss` at `factor` times the learning rate; then the average follows."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_factor(factor)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()

@@ -16,21 +16,16 @@ from ...memory.graph import GraphMemory
 from ...memory.plan import MemoryPlan
 from ...noise.source import WhiteNoise
 from ...rollout import Rollout, add_noise
-from ...sample import RunPlan, sample
-from ...schedule import PRESETS, plan_chunks
+from ...schedule import plan_chunks
 from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
 from ...wan.transformer import WanTransformer
 from ...wan.vae import WanVAE
+from ..clips import PRESET, held_out, show_clips, student_clips
 from ..text_encoder import SpriteTextEncoder
-from ..world import sample_scene
 from .data import Clips
-from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
-from .teacher import write_sheet
-
-PRESET = PRESETS["self-forcing"]
-LATENT_FRAMES = 21
+from .parts import Learner, LearnerStage, mixed_precision, noise_stream, stream, training_host, warm_cosine
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +35,9 @@ class InitOptions:
     steps: int = 4000
     batch: int = 16
     learning_rate: float = 5e-4
+    muon: float = 5e-3
     ema: float = 0.995
+    shown: int = 32  # held-out captions of a sample sheet's scores
     at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
     seed: int = 0
 
@@ -55,6 +52,7 @@ class DistilOptions:
     critic_rate: float = 1e-4
     ema: float = 0.99
     ratio: int = 5
+    shown: int = 32
     dmd: DmdOptions = field(default_factory=DmdOptions)
     seed: int = 0
 
@@ -77,10 +75,11 @@ class CausalInitStage(LearnerStage):
         self, options: InitOptions, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder, vae: WanVAE
     ) -> None:
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
-        self.learner = Learner(twin(teacher), options.learning_rate, options.ema)
-        self.network = CausalWan(self.learner.model, teacher.config)
+        self.device = next(teacher.model.parameters()).device
+        self.learner = Learner(twin(teacher), options.learning_rate, options.ema, muon=options.muon)
+        host = training_host(self.device)
+        self.network = CausalWan(self.learner.model, teacher.config, host)
         self.average = CausalWan(self.learner.average, teacher.config)
-        self.device = next(self.learner.model.parameters()).device
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
@@ -88,7 +87,8 @@ class CausalInitStage(LearnerStage):
         generator = noise_stream(self.device, options.seed, index, 1)
         with torch.no_grad():
             context = self.text(prompts)
-        losses = list(self._chunk_losses(clean.to(self.device), self.network.text(context), generator))
+        with mixed_precision(self.device):
+            losses = list(self._chunk_losses(clean.to(self.device), self.network.text(context), generator))
         loss = torch.stack(losses).mean()
         self.learner.step(loss, index, warm_cosine(index, options.steps))
         return {"loss": loss.item()}
@@ -103,7 +103,7 @@ class CausalInitStage(LearnerStage):
             sigma = self._levels(len(clean), generator)
             noisy = add_noise(part, noise, column(sigma))
             flow = self.network(noisy, 1000 * sigma[:, None], text, memory.view(chunk.frames))
-            yield F.mse_loss(flow, noise - part)
+            yield F.mse_loss(flow.float(), noise - part)
             if chunk is not chunks[-1]:
                 zero = torch.zeros(1, 1, device=self.device)
                 self.network(part, zero, text, memory.view(chunk.frames), keys_only=True)
@@ -117,7 +117,8 @@ class CausalInitStage(LearnerStage):
         return torch.where(u[0] < self.options.at_levels, chosen, shifted(u[2], PRESET.shift))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        return show_student(self.average, self.text, self.vae, folder, index)
+        captions = held_out(self.options.shown)
+        return show_clips(student_clips(self.average, self.text, self.vae, captions), captions, folder, index)
 
 
 class DistilStage:
@@ -127,14 +128,16 @@ class DistilStage:
         self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
         vae: WanVAE,
     ) -> None:  # fmt: skip
-        self.options, self.clips, self.text, self.vae, self.teacher = options, clips, text, vae, teacher
+        self.options, self.clips, self.text, self.vae = options, clips, text, vae
         betas = (0.0, 0.999)
         self.generator = Learner(twin(student), options.learning_rate, options.ema, betas, decay=0.01)
         self.critic = Learner(twin(teacher), options.critic_rate, 0.0, betas, decay=0.01)
-        self.network = CausalWan(self.generator.model, student.config)
-        self.average = CausalWan(self.generator.average, student.config)
-        self.fake = CausalWan(self.critic.model, teacher.config)
         self.device = next(self.generator.model.parameters()).device
+        host = training_host(self.device)
+        self.network = CausalWan(self.generator.model, student.config, host)
+        self.average = CausalWan(self.generator.average, student.config)
+        self.fake = CausalWan(self.critic.model, teacher.config, host)
+        self.teacher = CausalWan(teacher.model, teacher.config, host)
 
     def state_dict(self) -> dict:
         return {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
@@ -150,20 +153,24 @@ class DistilStage:
         return logged
 
     def _teach_critic(self, index: int) -> float:
-        with torch.no_grad():
-            clean, context, generator = self._rollout(index, use=0)
-            noise, sigma = self._noise(clean, generator)
-        loss = critic_loss(self.fake, clean, noise, sigma, self.fake.text(context))
+        with mixed_precision(self.device):
+            with torch.no_grad():
+                clean, context, generator = self._rollout(index, use=0)
+                noise, sigma = self._noise(clean, generator)
+            loss = critic_loss(self.fake, clean, noise, sigma, self.fake.text(context))
         self.critic.step(loss, index, 1.0, clip=10.0)
         return loss.item()
 
     def _teach_generator(self, index: int) -> float:
-        clean, context, generator = self._rollout(index, use=1)
-        noise, sigma = self._noise(clean, generator)
-        with torch.no_grad():
-            nothing = self.text([""] * len(clean))
-            texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
-        gradient = dmd_gradient(clean.detach(), noise, sigma, self.teacher, self.fake, texts, self.options.dmd.guidance)
+        with mixed_precision(self.device):
+            clean, context, generator = self._rollout(index, use=1)
+            noise, sigma = self._noise(clean, generator)
+            with torch.no_grad():
+                nothing = self.text([""] * len(clean))
+                texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
+            gradient = dmd_gradient(
+                clean.detach(), noise, sigma, self.teacher, self.fake, texts, self.options.dmd.guidance
+            )
         loss = dmd_loss(clean, gradient)
         self.generator.step(loss, index // self.options.ratio, 1.0, clip=10.0)
         return gradient.abs().mean().item()
@@ -193,17 +200,5 @@ class DistilStage:
         return noise, draw_sigma(len(clean), self.options.dmd, generator)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        return show_student(self.average, self.text, self.vae, folder, index)
-
-
-def show_student(
-    network: CausalWan, text: SpriteTextEncoder, vae: WanVAE, folder: Path, index: int
-) -> dict[str, float]:
-    """A sheet of four held-out captions, sampled as a user samples."""
-    captions = [sample_scene(seed, "test").caption.text for seed in range(4)]
-    plan = RunPlan(PRESET, LATENT_FRAMES, 8, 8, batch=len(captions))
-    with torch.no_grad():
-        context = text(captions)
-    write_sheet(vae, torch.cat(list(sample(network, context, plan)), 2), folder / f"sheet_{index:06d}.png")
-    (folder / f"sheet_{index:06d}.txt").write_text("\n".join(captions) + "\n")
-    return {}
+        captions = held_out(self.options.shown)
+        return show_clips(student_clips(self.average, self.text, self.vae, captions), captions, folder, index)

@@ -1,25 +1,20 @@
 """The bidirectional teacher: flow matching on whole clips, sampled with many steps and guidance."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ...memory.whole import WholeClip
 from ...rollout import add_noise
 from ...training.dmd import column, shifted, whole_flow
-from ...video import contact_sheet, to_frames
 from ...wan.causal import CausalWan
 from ...wan.transformer import WanConfig, WanTransformer
 from ...wan.vae import WanVAE
+from ..clips import held_out, show_clips, teacher_clips
 from ..text_encoder import SpriteTextEncoder
-from ..world import sample_scene
 from .data import Clips
-from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from .parts import Learner, LearnerStage, mixed_precision, noise_stream, stream, training_host, warm_cosine
 
 WIDTHS = {128: dict(num_heads=4, ffn_dim=512, num_layers=8), 256: dict(num_heads=2, ffn_dim=1024, num_layers=5)}
 
@@ -34,12 +29,14 @@ class TeacherOptions:
     """Of the recipe."""
 
     width: int = 128
-    steps: int = 20000
+    steps: int = 5000
     batch: int = 16
     learning_rate: float = 1e-3
+    muon: float = 5e-2
     ema: float = 0.999
     shift: float = 3.0  # of the training noise levels
     unsaid: float = 0.1  # share of clips without a prompt, for guidance
+    shown: int = 32  # held-out captions of a sample sheet's scores
     seed: int = 0
 
 
@@ -56,8 +53,9 @@ class TeacherStage(LearnerStage):
             model = WanTransformer(config).to(device)
         torch.nn.init.zeros_(model.head.head.weight)
         torch.nn.init.zeros_(model.head.head.bias)
-        self.learner = Learner(model, options.learning_rate, options.ema, decay=0.01)
-        self.network, self.average = CausalWan(model, config), CausalWan(self.learner.average, config)
+        self.learner = Learner(model, options.learning_rate, options.ema, decay=0.01, muon=options.muon)
+        host = training_host(device)
+        self.network, self.average = CausalWan(model, config, host), CausalWan(self.learner.average, config, host)
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
@@ -68,43 +66,14 @@ class TeacherStage(LearnerStage):
         sigma = shifted(torch.rand(len(clean), generator=generator, device=self.device), options.shift)
         with torch.no_grad():
             context = self.text(prompts)
-        flow = whole_flow(self.network, add_noise(clean, noise, column(sigma)), sigma, self.network.text(context))
+        with mixed_precision(self.device):
+            flow = whole_flow(self.network, add_noise(clean, noise, column(sigma)), sigma, self.network.text(context))
         loss = F.mse_loss(flow, noise - clean)
         self.learner.step(loss, index, warm_cosine(index, options.steps))
         return {"loss": loss.item()}
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """A sheet of four held-out captions, eight frames each."""
-        captions = [sample_scene(seed, "test").caption.text for seed in range(4)]
-        latents = sample_teacher(self.average, self.text, captions, frames=21, steps=25)
-        write_sheet(self.vae, latents, folder / f"sheet_{index:06d}.png")
-        (folder / f"sheet_{index:06d}.txt").write_text("\n".join(captions) + "\n")
-        return {}
-
-
-@torch.no_grad()
-def sample_teacher(
-    network: CausalWan, text: SpriteTextEncoder, prompts: Sequence[str], frames: int, *, steps: int = 50,
-    guidance: float = 3.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
-) -> Tensor:  # fmt: skip
-    """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond − uncond)`."""
-    device = next(network.model.parameters()).device
-    generator = noise_stream(device, seed)
-    x = torch.randn(len(prompts), network.config.in_dim, frames, *size, generator=generator, device=device)
-    texts = [network.text(text([*prompts])), network.text(text([""] * len(prompts)))]
-    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
-    for sigma, below in pairwise(sigmas):
-        t = torch.full((1, 1), 1000 * sigma, dtype=torch.float64)
-        with_prompt, without = (network(x, t, each, WholeClip(frames)) for each in texts)
-        x = x + (below - sigma) * (with_prompt + guidance * (with_prompt - without))
-    return x
-
-
-@torch.no_grad()
-def write_sheet(vae: WanVAE, latents: Tensor, path: Path) -> None:
-    """A row of eight frames for each clip of latents [B, 16, F, h, w]."""
-    shown = []
-    for clip in latents.split(1):
-        frames = to_frames(vae.decode(clip))
-        shown += [*frames[:: max(1, len(frames) // 7)][:8]]
-    contact_sheet(shown, path)
+        """A sheet and scores of held-out captions, with half the steps of a final sample."""
+        captions = held_out(self.options.shown)
+        clips = teacher_clips(self.average, self.text, self.vae, captions, steps=25)
+        return show_clips(clips, captions, folder, index)

@@ -1,15 +1,18 @@
 """The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published statistics fit."""
 
+import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...video import contact_sheet, to_frames
-from ...wan.vae import ResidualBlock, WanVAE
+from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
+from ..bundle import scaled_vae
 from ..render import render, to_pixels
 from ..world import sample_scene
 from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
@@ -17,18 +20,22 @@ from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
 
 @dataclass(frozen=True, slots=True)
 class VaeOptions:
-    """Of the recipe. Crops first: a quarter of the area holds the same edges and corners."""
+    """Of the recipe. Crops first: a quarter of the area holds the same edges and corners.
+
+    Steps take short and long crops in turn, then whole frames: what was trained on 9 frames alone drifts over 33.
+    """
 
     dim: int = 8
-    steps: int = 6000
-    crop_share: float = 0.4  # of the steps, on crops
+    steps: int = 3000
+    crop_share: float = 0.6  # of the steps, on crops
     crop: int = 32
-    crop_batch: int = 16
-    crop_frames: int = 9
-    batch: int = 2
+    crop_frames: tuple[int, int] = (9, 33)
+    batch: int = 2  # whole clips; a crop step takes about as many pixels
     frames: int = 33
-    learning_rate: float = 2e-3
-    kl: float = 1e-4  # of the mean over latent elements
+    learning_rate: float = 4e-3
+    muon: float = 1e-2
+    noise: float = 0.15  # standard deviation of what is added to the latents: the VAE's constant posterior
+    kl: float = 1e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
     ema: float = 0.998
     seed: int = 0
@@ -42,17 +49,17 @@ class VaeStage(LearnerStage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
-        for module in self.model.modules():
-            if isinstance(module, ResidualBlock):  # branches that start at zero learn clearly faster
-                torch.nn.init.zeros_(module.residual[-1].weight)
-                torch.nn.init.zeros_(module.residual[-1].bias)
-        self.learner = Learner(self.model.to(device), options.learning_rate, options.ema)
+            start_linear(self.model)
+        self.learner = Learner(self.model.to(device), options.learning_rate, options.ema, muon=options.muon)
 
     def batch(self, index: int) -> Tensor:
         """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
         options = self.options
         crops = index < options.crop_share * options.steps
-        count, frames = (options.crop_batch, options.crop_frames) if crops else (options.batch, options.frames)
+        frames = options.crop_frames[index % 2] if crops else options.frames
+        count = options.batch
+        if crops:
+            count = max(1, 2 * options.batch * options.frames // frames)
         rng = stream(options.seed, index, 0)
         clips = []
         for seed in rng.integers(1 << 40, size=count):
@@ -68,16 +75,24 @@ class VaeStage(LearnerStage):
         pixels = self.batch(index)
         generator = noise_stream(self.device, options.seed, index, 1)
         with torch.autocast(self.device.type, torch.bfloat16):
-            mean, log_variance = self.model.moments(pixels)
+            mean = self.model.moments(pixels)[0]
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
-            decoded = self.model.decode(mean + (0.5 * log_variance).exp() * noise)
-        decoded, mean, log_variance = decoded.float(), mean.float(), log_variance.float()
-        error = F.l1_loss(decoded, pixels)
+            decoded = self.model.decode(mean + options.noise * noise)
+        decoded, mean = decoded.float(), mean.float()
+        error = F.mse_loss(decoded, pixels)
         edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = error + options.edges * edges + options.kl * kl
+        kl = 0.5 * mean.square().mean()
+        loss = 3 * error + options.edges * edges + options.kl * kl
         self.learner.step(loss, index, warm_cosine(index, options.steps))
-        return {"loss": loss.item(), "l1": error.item(), "kl": kl.item()}
+        return {"loss": loss.item(), "dB": 10 * math.log10(4 / error.item()), "kl": kl.item()}
+
+    def finished(self) -> WanVAE:
+        """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
+        vae = copy.deepcopy(self.learner.average).cpu()
+        with torch.no_grad():
+            vae.conv1.weight[vae.z_dim :] = 0
+            vae.conv1.bias[vae.z_dim :] = 2 * math.log(self.options.noise)
+        return scaled_vae(vae, *latent_statistics(vae))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         """PSNR of the average model on held-out clips, and truth over reconstruction of one."""
@@ -90,6 +105,33 @@ class VaeStage(LearnerStage):
                 shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
         contact_sheet(shown, folder / f"sheet_{index:06d}.png", columns=8)
         return {"psnr": float(np.mean(scores))}
+
+
+@torch.no_grad()
+def start_linear(vae: WanVAE) -> None:
+    """Initialise so that pixels come through at once: branches at zero, a trunk that keeps variance, no biases.
+
+    PyTorch's default shrinks the trunk's signal below its biases, and the decoder then stays at one colour for hundreds
+    of steps. Over time the trunk starts with the mean of two frames on the way in and the same frame twice on the way
+    out.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.residual[-1].weight)
+        elif isinstance(module, FrameAttention):
+            nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            weight = module.time_conv.weight[..., 0, 0]
+            same = torch.eye(weight.shape[1])
+            weight.zero_()
+            if isinstance(module, Downsample):
+                weight[..., 1] = weight[..., 2] = same / 2
+            else:
+                weight[..., 2] = torch.cat((same, same))
 
 
 @torch.no_grad()

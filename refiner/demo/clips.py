@@ -1,0 +1,127 @@
+"""Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+
+import torch
+from numpy import ndarray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..memory.whole import WholeClip
+from ..rollout import Sampler
+from ..sample import RunPlan, sample
+from ..samplers import self_forcing
+from ..schedule import PRESETS, Preset
+from ..training.dmd import shifted
+from ..video import contact_sheet, to_frames
+from ..wan.causal import CausalWan
+from ..wan.vae import WanVAE
+from .captions import Caption
+from .metrics.evaluate import ClipScores, evaluate_clip
+from .metrics.table import summarise
+from .recipes.parts import mixed_precision, noise_stream
+from .render import clip_batch, render
+from .text_encoder import SpriteTextEncoder
+from .world import sample_scene
+
+PRESET = PRESETS["self-forcing"]
+LATENT_FRAMES, SIDE = 21, 8  # 81 frames of 64x64
+BATCH = 16
+DECODED_AT_ONCE = 4
+
+
+def held_out(count: int, split: str = "test") -> list[Caption]:
+    """The captions of the first scenes of a split that no model was trained on."""
+    return [sample_scene(seed, split).caption for seed in range(count)]
+
+
+def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str]]:
+    """Their texts, `size` at a time."""
+    rest = iter(captions)
+    while texts := [caption.text for caption in islice(rest, size)]:
+        yield texts
+
+
+@torch.no_grad()
+def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
+    """uint8 clips [F, H, W, 3] of latents [B, 16, F, h, w]."""
+    for part in latents.split(DECODED_AT_ONCE):
+        yield from (to_frames(pixels[None]) for pixels in vae.decode(part))
+
+
+@torch.no_grad()
+def student_clips(
+    student: CausalWan, text: SpriteTextEncoder, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
+    method: Sampler = self_forcing, preset: Preset = PRESET, frames: int = LATENT_FRAMES,
+) -> Iterator[ndarray]:  # fmt: skip
+    """A clip of each caption. The same captions, seed and lengths have the same noise whatever the method."""
+    for number, texts in enumerate(batched(captions)):
+        plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))
+        chunks = sample(student, text(texts), plan, seed=seed * 1_000_003 + number, method=method)
+        yield from decoded(vae, torch.cat(list(chunks), dim=2))
+
+
+@torch.no_grad()
+def teacher_clips(
+    teacher: CausalWan, text: SpriteTextEncoder, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
+    steps: int = 50,
+) -> Iterator[ndarray]:  # fmt: skip
+    """A clip of each caption."""
+    device = next(teacher.model.parameters()).device
+    for number, texts in enumerate(batched(captions)):
+        with mixed_precision(device):
+            latents = sample_teacher(
+                teacher, text, texts, LATENT_FRAMES, steps=steps, seed=seed * 1_000_003 + number, size=(SIDE, SIDE)
+            )
+        yield from decoded(vae, latents.float())
+
+
+def truth_clips(captions: Sequence[Caption], frames: int = 81, split: str = "test") -> Iterator[ndarray]:
+    """What the world itself shows of the first scenes of a split."""
+    return (render(sample_scene(seed, split), frames) for seed in range(len(captions)))
+
+
+@torch.no_grad()
+def returned_clips(vae: WanVAE, captions: Sequence[Caption], frames: int = 81) -> Iterator[ndarray]:
+    """The same through the VAE and back: the ceiling of whatever is decoded by it."""
+    device = vae.conv1.weight.device
+    for seed in range(len(captions)):
+        pixels, _ = clip_batch([seed], "test", frames)
+        yield from decoded(vae, vae.encode(pixels.to(device)))
+
+
+def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "") -> list[ClipScores]:
+    """Scores of each clip against its caption."""
+    pairs = zip(clips, captions, strict=True)
+    bar = tqdm(pairs, total=len(captions), desc=told, unit="clip", disable=not told, dynamic_ncols=True)
+    return [evaluate_clip(clip, caption) for clip, caption in bar]
+
+
+def show_clips(clips: Iterable[ndarray], captions: Sequence[Caption], folder: Path, index: int) -> dict[str, float]:
+    """Score clips, and write a sheet of the first four, eight frames each, with their captions beside it."""
+    clips = list(clips)
+    frames = [frame for clip in clips[:4] for frame in clip[:: len(clip) // 8][:8]]
+    contact_sheet(frames, folder / f"sheet_{index:06d}.png")
+    (folder / f"sheet_{index:06d}.txt").write_text("\n".join(caption.text for caption in captions[:4]) + "\n")
+    found = summarise(score(clips, captions))
+    return {name: found[name].mean for name in ("object", "colour", "action", "quality", "total")}
+
+
+@torch.no_grad()
+def sample_teacher(
+    network: CausalWan, text: SpriteTextEncoder, prompts: Sequence[str], frames: int, *, steps: int = 50,
+    guidance: float = 3.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
+) -> Tensor:  # fmt: skip
+    """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond − uncond)`."""
+    device = next(network.model.parameters()).device
+    generator = noise_stream(device, seed)
+    x = torch.randn(len(prompts), network.config.in_dim, frames, *size, generator=generator, device=device)
+    texts = [network.text(text([*prompts])), network.text(text([""] * len(prompts)))]
+    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for sigma, below in pairwise(sigmas):
+        t = torch.full((1, 1), 1000 * sigma, dtype=torch.float64)
+        with_prompt, without = (network(x, t, each, WholeClip(frames)) for each in texts)
+        x = x + (below - sigma) * (with_prompt + guidance * (with_prompt - without))
+    return x

@@ -1,0 +1,127 @@
+"""The bundled models against held-out captions: clips, their scores, and the table of `autorefiner demo evaluate`."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from numpy import ndarray
+
+from ..samplers import ode
+from ..wan.causal import CausalWan
+from ..wan.vae import WanVAE
+from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, told_of
+from .captions import Caption
+from .clips import LATENT_FRAMES, PRESET, held_out, returned_clips, score, student_clips, teacher_clips, truth_clips
+from .metrics.diversity import diversity
+from .metrics.evaluate import ClipScores
+from .metrics.table import format_table, paired_difference, summarise
+from .text_encoder import SpriteTextEncoder
+
+LONG_FRAMES = 4 * LATENT_FRAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """The models of a bundle."""
+
+    text: SpriteTextEncoder
+    vae: WanVAE
+    teacher: CausalWan
+    student: CausalWan
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Demo":
+        """The models in a folder, on a device."""
+        return cls(
+            load_sprite_text(folder).to(device),
+            load_sprite_vae(folder).to(device),
+            load_sprite_network("teacher", folder, device),
+            load_sprite_network("student", folder, device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """How much is measured."""
+
+    captions: int = 256
+    long_captions: int = 32  # of clips of four times the trained length
+    pairs: int = 64  # captions of which two seeds are compared, for diversity
+    steps: int = 50  # of the teacher
+
+
+def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> str:
+    """The results of a bundle, as a section of RESULTS.md without its heading."""
+    demo = Demo.load(folder, device)
+    captions = held_out(options.captions)
+    rare = held_out(options.captions, "composition")
+    models = demo.student, demo.text, demo.vae
+    kept: list[ndarray] = []
+
+    def first_kept(clips: Iterable[ndarray]) -> Iterator[ndarray]:
+        for number, clip in enumerate(clips):
+            if number < options.pairs:
+                kept.append(clip)
+            yield clip
+
+    columns: dict[str, Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]] = {
+        "truth": lambda: (truth_clips(captions), captions),
+        "truth through the VAE": lambda: (returned_clips(demo.vae, captions), captions),
+        f"teacher, {options.steps} steps": lambda: (
+            teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps), captions,
+        ),
+        "student": lambda: (first_kept(student_clips(*models, captions)), captions),
+        "student, ODE": lambda: (student_clips(*models, captions, method=ode), captions),
+        "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
+        "student, 4 times as long": lambda: (
+            student_clips(
+                *models, captions[: options.long_captions], frames=LONG_FRAMES,
+                preset=replace(PRESET, window=LATENT_FRAMES, relative=True),
+            ), captions[: options.long_captions],
+        ),
+    }  # fmt: skip
+    scores = {name: score(*make(), told=name) for name, make in columns.items()}
+    pairs = captions[: options.pairs]
+    again = list(student_clips(*models, pairs, seed=1))
+    differ = diversity(kept + again, [*pairs, *pairs])
+    lines = [
+        f"{len(captions)} held-out captions, one clip of 81 frames of 64x64 each; every row is 0–100, higher is",
+        f"better, with its 95 % bootstrap interval over captions. Models: {told_models(folder)}.",
+        f"Four times as long: {options.long_captions} captions, 321 frames, memory of {LATENT_FRAMES} latent frames.",
+        f"Diversity of the student (two seeds of {len(pairs)} captions, against the world's own): {differ:.1f}.",
+        "",
+        format_table({name: summarise(rows) for name, rows in scores.items()}),
+        "",
+        "Paired by caption, the difference of the totals:",
+        "",
+        *differences(scores, f"teacher, {options.steps} steps"),
+    ]
+    return "\n".join(lines)
+
+
+def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
+    """Lines of a list: student against teacher, and without fresh noise against with it."""
+    lines = []
+    for name, baseline in (("student", teacher), ("student, ODE", "student")):
+        found = paired_difference(scores[name], scores[baseline])
+        lines.append(f"- {name} less {baseline}: {found['total']}")
+    return lines
+
+
+def told_models(folder: Path) -> str:
+    """The recipes and steps that the bundle's files tell."""
+    return ", ".join(
+        f"{name} {told_of(name, folder).get('steps', '?')} steps" for name in ("vae", "teacher", "student")
+    )
+
+
+def write_section(path: Path, title: str, body: str) -> None:
+    """Put a `## title` section into a Markdown file: in the place of the one it had, else at the end."""
+    text = path.read_text() if path.exists() else "# Results\n"
+    head, *sections = text.split("\n## ")
+    kept = {section.split("\n", 1)[0]: section for section in sections}
+    kept[title] = f"{title}\n\n{body.strip()}\n"
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("\n## ".join([head, *kept.values()]))
+    temporary.replace(path)
