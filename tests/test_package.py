@@ -10,7 +10,9 @@ import autorefiner
 
 ROOT = Path(autorefiner.__file__).parent
 SOURCES = sorted((ROOT / "refiner").rglob("*.py"))
-FOREIGN = ("comfy", "comfy_api", "comfy_extras", "folder_paths", "server", "nodes", "autorefiner", "refiner")
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
+COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "server")
+FOREIGN = (*COMFYUI, "nodes", "autorefiner", "refiner")
 # A room, and the rooms of refiner/ that it may not know.
 LOWER_ROOMS = {
     "wan": ("memory", "noise", "samplers", "training", "demo", "rollout", "schedule", "sample", "generate"),
@@ -35,7 +37,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
 def test_every_folder_of_the_package_is_installed() -> None:
     listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     names = set(re.findall(r'"([\w.]+)"', listed[1]))
-    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.name == "__init__.py"}
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES + NODES if path.name == "__init__.py"}
     assert names == {"autorefiner", *(".".join(("autorefiner", *folder.parts)) for folder in folders)}
 
 
@@ -47,3 +49,11 @@ def test_the_core_imports_neither_a_host_nor_a_room_above(path: Path) -> None:
     above = LOWER_ROOMS.get(parts[0], ())
     upward = [module for level, module in found if level == len(parts) and module.split(".")[0] in above]
     assert not upward
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_its_host_imports_comfyui_and_nodes_import_relatively(path: Path) -> None:
+    absolute = [module.split(".")[0] for level, module in imports(path) if level == 0]
+    assert not {"nodes", "autorefiner", "refiner"} & set(absolute)
+    if path.relative_to(ROOT).parts != ("nodes", "hosts", "comfy.py"):
+        assert not set(COMFYUI) & set(absolute)

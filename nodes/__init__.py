@@ -1,0 +1,1 @@
+"""The pack's nodes for ComfyUI, and the command that runs their workflows without it."""

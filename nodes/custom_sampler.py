@@ -1,0 +1,50 @@
+"""Pathwise Refined SAMPLER: the same for SamplerCustomAdvanced."""
+
+from ..refiner.samplers import SAMPLERS
+from .cache import ReflectiveCacheType
+from .chunk_schedule import ChunkScheduleType
+from .guided import FRESH_NOISE, SamplerOptions
+from .hosts import host, io
+from .load import CATEGORY
+
+
+class PathwiseRefinedCustomSampler(io.ComfyNode):
+    """A SAMPLER; NOISE, SIGMAS and GUIDER rule."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerCustomSampler",
+            display_name="Pathwise Refined SAMPLER",
+            category=CATEGORY,
+            description="Chunk-by-chunk sampling for SamplerCustomAdvanced. NOISE, SIGMAS and GUIDER rule; chunk size"
+            " and window come from the model's preset.",
+            search_aliases=["SamplerARVideo", "custom sampler"],
+            inputs=[
+                io.Combo.Input(
+                    "method", options=list(SAMPLERS), default="self-forcing",
+                    tooltip="self-forcing: fresh noise between levels, as the models are trained.",
+                ),
+                io.Combo.Input(
+                    "fresh_noise", options=list(FRESH_NOISE), default=FRESH_NOISE[0],
+                    tooltip="Noise between levels: the same on every device, or the very numbers of ComfyUI's own"
+                    " SamplerARVideo, to repeat its results.",
+                ),
+                io.Latent.Input(
+                    "start", optional=True,
+                    tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
+                ),
+                ChunkScheduleType.Input(
+                    "chunk_schedule", optional=True, tooltip="Chunk size; levels that contradict SIGMAS are an error.",
+                ),
+                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, method: str, fresh_noise: str, start=None, chunk_schedule=None, reflective_cache=None
+    ) -> io.NodeOutput:
+        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start)
+        return io.NodeOutput(host.make_sampler(options))

@@ -1,0 +1,81 @@
+"""VAE Decode Chunks, to images or straight to a file: a few frames at a time, so that length costs no memory."""
+
+import torch
+
+from ..refiner.video import VideoWriter, to_frames
+from .hosts import host, io
+from .load import CATEGORY
+from .run import video_latents
+
+WAN_VAE = "Wan2.1's VAE, or the demo's. For another kind use VAE Decode."
+
+
+class DecodeChunks(io.ComfyNode):
+    """LATENT to IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerDecodeChunks",
+            display_name="VAE Decode Chunks",
+            category=CATEGORY,
+            description="Decodes a video a few frames at a time: the pixels of VAE Decode, with the decoder's memory of"
+            " a few frames instead of the whole clip.",
+            search_aliases=["vae decode", "streaming decode"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The clip to decode."),
+                io.Vae.Input("vae", tooltip=WAN_VAE),
+            ],
+            outputs=[io.Image.Output(tooltip="All frames; clips of a batch one after the other.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, vae) -> io.NodeOutput:
+        latents = video_latents(samples, "samples")
+        batch, _, frames, height, width = latents.shape
+        images = torch.empty(batch * (4 * frames - 3), 8 * height, 8 * width, 3)
+        done = 0
+        for clip in latents.split(1):
+            for pixels in host.decode(vae, clip):
+                images[done : done + len(pixels)] = pixels
+                done += len(pixels)
+        return io.NodeOutput(images)
+
+
+class DecodeToVideo(io.ComfyNode):
+    """LATENT to a video file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerDecodeToVideo",
+            display_name="VAE Decode Chunks to Video",
+            category=CATEGORY,
+            description="Decodes straight into an .mp4 in the output folder, so that not even the images of a long"
+            " video must fit in memory. Stopped, it leaves NAME.partial.mp4 with what is finished.",
+            search_aliases=["vae decode", "save video", "streaming decode"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The clip to decode, one video."),
+                io.Vae.Input("vae", tooltip=WAN_VAE),
+                io.Int.Input("fps", default=16, min=1, max=120, tooltip="Frames a second; Wan2.1's models make 16."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/AutoRefiner",
+                    tooltip="Folder and beginning of the name, inside the output folder.",
+                ),
+            ],
+            outputs=[io.Video.Output(tooltip="The file, for nodes that take a VIDEO.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, vae, fps: int, filename_prefix: str) -> io.NodeOutput:
+        latents = video_latents(samples, "samples")
+        if len(latents) > 1:
+            raise ValueError(f"samples hold {len(latents)} videos and a file takes one: use LatentFromBatch before it")
+        height, width = (8 * side for side in latents.shape[3:])
+        path = host.output_path(filename_prefix, ".mp4", width, height)
+        with VideoWriter(path, width, height, fps) as writer:
+            for pixels in host.decode(vae, latents):
+                writer.write(to_frames(pixels.permute(3, 0, 1, 2)[None] * 2 - 1))
+        return io.NodeOutput(host.video_file(path), ui=host.show_video(path))

@@ -1,0 +1,110 @@
+"""A run inside SamplerCustomAdvanced, where NOISE, SIGMAS and GUIDER rule."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
+from ..refiner.schedule import STEPS, Chunk, Level, Preset
+from .options import ChunkSchedule, ReflectiveCache, preset_for
+from .run import Run, begun_from, plan_run, video_latents
+
+SAME_SIGMA = 2e-3  # two sigmas nearer than this are one level written down twice
+SEEDS = 1 << 63  # our noise's; NOISE may have twice as many
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLevels(Preset):
+    """A preset whose levels are those of SIGMAS."""
+
+    given: tuple[Level, ...] = ()
+
+    def levels(self, first: bool = False) -> tuple[Level, ...]:
+        return self.given
+
+
+def levels_of(sigmas: Tensor) -> tuple[Level, ...]:
+    """Levels of SIGMAS, which fall from 1 to 0; ValueError for others."""
+    values = [float(sigma) for sigma in sigmas]
+    falling = all(above - below > 1e-3 for above, below in pairwise(values))
+    if len(values) < 2 or not falling or abs(values[0] - 1) > SAME_SIGMA or values[-1] != 0:
+        listed = ", ".join(f"{value:.4g}" for value in values[:8]) or "nothing"
+        raise ValueError(
+            f"SIGMAS are {listed}: every chunk goes from pure noise to clean latents, so give sigmas that fall from 1"
+            " to 0 by more than 0.001 each (shift 5 and 4 simple steps are Self-Forcing's)"
+        )
+    return tuple(Level(max(1, round(STEPS * sigma)), STEPS * sigma, sigma) for sigma in values[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class GuiderNoise:
+    """A chunk begins from its part of NOISE [B, C, F, h, w]; later levels draw from another source."""
+
+    first: Tensor
+    later: NoiseSource
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        if draw.level:
+            return self.later(chunk, draw, shape)
+        return self.first[:, :, chunk.start : chunk.start + chunk.length]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreNoise:
+    """The noise that ComfyUI's SamplerARVideo draws between levels: another on every kind of device."""
+
+    seed: int
+    device: torch.device
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed + 1000 * chunk.index + draw.level - 1)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+
+FRESH_NOISE = ("per chunk and level", "as SamplerARVideo")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOptions:
+    """What a SAMPLER was given; the rest of its run comes from NOISE, SIGMAS and GUIDER."""
+
+    method: str
+    fresh_noise: str = FRESH_NOISE[0]
+    schedule: ChunkSchedule | None = None
+    cache: ReflectiveCache | None = None
+    start: dict | None = None
+
+    def run(self, preset_name: str | None, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
+        """The run over NOISE [B, C, F, h, w] along SIGMAS; ValueError where CHUNK_SCHEDULE contradicts them."""
+        preset = preset_for(preset_name, self.schedule, self.cache)
+        levels = levels_of(sigmas)
+        if self.schedule is not None:
+            check_agreement(preset, self.schedule, levels)
+        steps = tuple(level.step for level in levels)
+        named = {field: getattr(preset, field) for field in Preset.__dataclass_fields__}
+        preset = GivenLevels(**{**named, "steps": steps, "first_steps": ()}, given=levels)
+        samples = video_latents({"samples": noise}, "latent_image")
+        shape = (samples.shape[0], *samples.shape[2:])
+        initial = begun_from(self.start, shape)
+        as_core = self.fresh_noise == FRESH_NOISE[1]
+        later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
+        return Run(plan_run(preset, shape, initial), seed, self.method, initial, GuiderNoise(samples, later))
+
+
+def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level, ...]) -> None:
+    """Raise ValueError when a connected CHUNK_SCHEDULE says other levels than SIGMAS."""
+    if not (schedule.preset or schedule.levels or schedule.first_levels):
+        return
+    for first in (False, True):
+        own = [level.sigma for level in preset.levels(first)]
+        if len(own) != len(levels) or any(abs(a - b.sigma) > SAME_SIGMA for a, b in zip(own, levels, strict=True)):
+            said, came = (
+                ", ".join(f"{s:.4f}" for s in [*side, 0]) for side in (own, [level.sigma for level in levels])
+            )
+            where = " for the first chunk" if first else ""
+            raise ValueError(
+                f"CHUNK_SCHEDULE says sigmas {said}{where} and SIGMAS are {came}: make them agree, or leave the"
+                " schedule's levels to SIGMAS (no preset, no levels)"
+            )

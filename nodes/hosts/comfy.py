@@ -1,0 +1,352 @@
+"""The nodes' surroundings in ComfyUI: its loaders, model management, attention, progress, previews and folders."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.ldm.wan.model
+import comfy.ldm.wan.vae
+import comfy.model_management as management
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import ComfyExtension, InputImpl, io, ui
+from comfy_execution.utils import get_executing_context
+from torch import Tensor, nn
+
+from ...refiner.rollout import Progress
+from ...refiner.schedule import PRESETS
+from ...refiner.wan.causal import CausalWan, Host
+from ...refiner.wan.transformer import WanConfig
+from ..guided import SamplerOptions
+from ..run import CHANNELS, ModelFacts, Run, kv_bytes, steps_of
+
+PRESET = "autorefiner.preset"  # the attachment of a MODEL that names how it is sampled
+RESERVE = "autorefiner.kv"
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+
+
+def extension(nodes: Sequence[type[io.ComfyNode]]) -> ComfyExtension:
+    """What ComfyUI asks a pack for."""
+
+    class AutoRefiner(ComfyExtension):
+        async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            return list(nodes)
+
+    return AutoRefiner()
+
+
+def list_files(folder: str) -> list[str]:
+    """Names of the files in one of ComfyUI's model folders."""
+    return folder_paths.get_filename_list(folder)
+
+
+def find_file(folder: str, name: str) -> Path:
+    """A file by the name that `list_files` gives it; ValueError for any other."""
+    if name not in list_files(folder):
+        raise ValueError(f"{name!r} is not in models/{folder}: put the file there and refresh")
+    return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """A causal Wan2.1 ModelPatcher of a published file; ComfyUI may call this again for an untouched copy."""
+    from ...refiner.wan.checkpoint import read_transformer
+
+    state, info = read_transformer(path, weights=weights)
+    metadata = {**info.metadata, "config": json.dumps({"transformer": {**asdict(info.config), "causal_ar": True}})}
+    options = {"dtype": DTYPES[dtype]} if dtype in DTYPES else {}
+    loaded = comfy.sd.load_diffusion_model_state_dict(
+        state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    if loaded is None:
+        raise ValueError(f"{path} is no model that this ComfyUI knows: update ComfyUI, or use the bf16 file")
+    loaded.cached_patcher_init = (load_patcher, (path, dtype, weights))
+    return loaded
+
+
+def load_model(path: Path, preset: str, dtype: str, weights: str) -> ModelPatcher:
+    """A MODEL of a file with its preset attached."""
+    loaded = load_patcher(str(path), dtype, weights)
+    loaded.set_attachments(PRESET, preset)
+    return loaded
+
+
+def load_demo() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """The bundle, as ComfyUI's own nodes take it."""
+    from ...refiner.demo import bundle
+    from ...refiner.wan.checkpoint import inspect, load_vae_state
+    from ..options import FALLBACK
+
+    student, vae = (bundle.WEIGHTS / bundle.FILES[name] for name in ("student", "vae"))
+    model = load_model(student, inspect(student).preset or FALLBACK, "fp32", "auto")
+    weights = {name: tensor.float() for name, tensor in load_vae_state(vae).items()}
+    return model, sprite_clip(bundle.load_sprite_text(bundle.WEIGHTS)), comfy.sd.VAE(sd=weights, dtype=torch.float32)
+
+
+class SpriteText(nn.Module):
+    """The sprites' text encoder with the methods that comfy.sd.CLIP calls."""
+
+    disable_offload = True  # half a megabyte of plain torch modules
+
+    def __init__(self, encoder: nn.Module, **_: object) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dtypes = {torch.float32}
+
+    def set_clip_options(self, options: dict) -> None:
+        """None that it has."""
+
+    def reset_clip_options(self) -> None:
+        """None that it has."""
+
+    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None]:
+        """(context [1, text_len, text_dim], no pooled output)."""
+        return self.encoder(tokens["sprites"]).float().to(management.intermediate_device()), None
+
+
+class SpriteTokenizer:
+    """Hands the prompt on: the encoder knows its words."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> dict[str, list[str]]:
+        from ...refiner.demo.captions import unknown_words
+
+        if unknown := unknown_words(text):
+            notice(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}")
+        return {"sprites": [text]}
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def sprite_clip(encoder: nn.Module) -> comfy.sd.CLIP:
+    """A CLIP of the sprites' text encoder."""
+
+    class Target:
+        params: dict = {}  # noqa: RUF012, ComfyUI copies it
+        clip = partial(SpriteText, encoder)
+        tokenizer = SpriteTokenizer
+
+    return comfy.sd.CLIP(Target, parameters=sum(parameter.numel() for parameter in encoder.parameters()))
+
+
+def network_of(model: ModelPatcher) -> nn.Module:
+    """The Wan2.1 text-to-video module tree of a MODEL; ValueError for another model."""
+    network = model.model.diffusion_model
+    kind = type(model.model).__name__
+    causal = isinstance(network, comfy.ldm.wan.model.WanModel) and network.in_dim == CHANNELS
+    if not causal or network.model_type != "t2v" or hasattr(network, "vace_blocks"):
+        raise ValueError(f"MODEL is a {kind} and not Wan2.1 text-to-video: use Load AR-VDM with an AR model's file")
+    return network
+
+
+def facts(model: ModelPatcher) -> ModelFacts:
+    """What a MODEL is; ValueError for one that is no Wan2.1 text-to-video."""
+    network = network_of(model)
+    config = WanConfig(**{name: getattr(network, name) for name in WanConfig.__dataclass_fields__})
+    preset = model.get_attachment(PRESET)
+    memory = int(management.get_total_memory(model.load_device))
+    return ModelFacts(config, model.model.get_dtype_inference(), preset if preset in PRESETS else None, memory)
+
+
+def attend(transformer_options: dict, heads: int, q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    """Attention by whatever ComfyUI, or an override on the MODEL, computes it with."""
+    flat = (x.flatten(2) for x in (q_BNHD, k_BTHD, v_BTHD))
+    return optimized_attention(*flat, heads=heads, transformer_options=transformer_options)
+
+
+def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
+    """The causal forward over the loaded modules."""
+    config = facts(model).config
+    host = Host(
+        attention=partial(attend, transformer_options, config.num_heads),
+        cast=lambda parameter, like: management.cast_to(parameter, dtype=like.dtype, device=like.device),
+        embed=lambda patches, x: patches(x.float()).to(x.dtype),  # those weights stay in fp32
+    )
+    return CausalWan(network_of(model), config, host)
+
+
+def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
+    """The context [B, L, text_dim] of a guider's one prompt; ValueError when it does more than that."""
+    if guider.cfg != 1:
+        raise ValueError(f"the guider has cfg {guider.cfg:g}: AR models are distilled, use BasicGuider or a cfg of 1")
+    positive = guider.conds.get("positive", [])
+    if len(positive) != 1:
+        raise ValueError(f"positive has {len(positive)} entries: the models take one prompt, so connect one")
+    context = positive[0].get("model_conds", {}).get("c_crossattn")
+    if context is None:
+        raise ValueError("positive holds no text: connect CLIP Text Encode")
+    return context.cond
+
+
+class PathwiseSampler(comfy.samplers.Sampler):
+    """Runs the core's loop inside a guider, which loads and patches the model, prepares the prompt and cleans up."""
+
+    def __init__(self, make_run: Callable[[str | None, Tensor, Tensor, int], Run], reserved: bool) -> None:
+        self.make_run = make_run  # of the preset's name, NOISE, SIGMAS and the seed
+        self.reserved = reserved  # whether the memory that was asked for at loading holds the K/V
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ) -> Tensor:
+        """Normalised latents of the whole clip [B, C, F, h, w]."""
+        if denoise_mask is not None:
+            raise ValueError("the latent has a noise mask, which AR models cannot follow: remove it")
+        model = guider.model_patcher
+        told = facts(model)
+        run = self.make_run(told.preset, noise, sigmas, extra_args.get("seed") or 0)
+        if not self.reserved:
+            make_room(model, kv_bytes(run.plan, told))
+        network = causal_network(model, extra_args["model_options"].get("transformer_options", {}))
+        report = reporter(model, run, callback)
+        clip = run.clip(network, prompt_of(guider), model.load_device, told.dtype, report).to(noise.device)
+        if callback is not None:  # what SamplerCustomAdvanced calls its denoised output
+            total = steps_of(run)
+            callback(total - 1, clip, clip, total)
+        return clip
+
+
+def make_room(model: ModelPatcher, nbytes: int) -> None:
+    """Free memory on the device for keys and values: other models first, then a part of this one."""
+    device = model.load_device
+    if management.is_device_cpu(device):
+        return
+    own = [loaded for loaded in management.current_loaded_models if loaded.model is model]
+    management.free_memory(nbytes, device, keep_loaded=own)
+    lacking = nbytes - management.get_free_memory(device)
+    if lacking > 0:
+        model.partially_unload(model.offload_device, lacking)
+
+
+def reporter(model: ModelPatcher, run: Run, callback: Callable | None) -> Callable[[Progress], None]:
+    """Progress of every prediction, with a preview of the newest frame; interrupts end the run here."""
+    total, done = steps_of(run), 0
+    bar = comfy.utils.ProgressBar(total) if callback is None else None
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format) if bar else None
+
+    def report(progress: Progress) -> None:
+        nonlocal done
+        management.throw_exception_if_processing_interrupted()
+        done += 1
+        newest = progress.x0[:, :, -1:]
+        if callback is not None:
+            callback(done - 1, newest, newest, total)
+            return
+        image = previewer.decode_latent_to_preview_image("JPEG", newest) if previewer else None
+        bar.update_absolute(done, total, image)
+
+    return report
+
+
+def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
+    """A clone of the MODEL that asks for the memory of one chunk and of the keys and values when it is loaded."""
+    model = model.clone()
+    nbytes, chunk = kv_bytes(run.plan, facts(model)), run.plan.preset.chunk
+
+    def prepare(executor, patcher, noise_shape, conds, *args, **options):
+        batch, channels, frames, *size = noise_shape
+        one = [batch, channels, min(chunk, frames), *size]
+        area = patcher.model.memory_required([batch, channels, 1, *size])  # bytes of a frame; they grow with the area
+        more = -(-nbytes // max(1, int(area)))
+        return executor(patcher, [*one[:2], one[2] + more, *size], conds, *args, **options)
+
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, RESERVE, prepare)
+    return model
+
+
+def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
+    """The raw latents [B, C, F, h, w] of a run, on ComfyUI's device for such."""
+    guider = comfy.samplers.CFGGuider(reserving(model, run))
+    guider.inner_set_conds({"positive": positive})
+    empty = torch.zeros(run.shape)
+    sampler = PathwiseSampler(lambda *_: run, reserved=True)
+    try:
+        clip = guider.sample(empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=run.seed, disable_pbar=True)
+    finally:
+        management.soft_empty_cache()
+    return clip.to(management.intermediate_device())
+
+
+def make_sampler(options: SamplerOptions) -> PathwiseSampler:
+    """A SAMPLER."""
+    return PathwiseSampler(options.run, reserved=False)
+
+
+def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
+    """Frames [f, H, W, 3] in [0, 1], fp32 on the CPU, of one latent, then of two at a time.
+
+    A later call of one latent is only right on the last one: the decoder's cache then lacks a frame (ComfyUI 0.18 on).
+    """
+    model = vae.first_stage_model
+    if not isinstance(model, comfy.ldm.wan.vae.WanVAE):
+        raise ValueError(f"vae is a {type(model).__name__} and not Wan2.1's: use VAE Decode")
+    shape = (1, CHANNELS, min(3, raw_1CFhw.shape[2]), *raw_1CFhw.shape[3:])
+    management.load_models_gpu([vae.patcher], memory_required=vae.memory_used_decode(shape, vae.vae_dtype))
+    z = model.conv2(raw_1CFhw.to(vae.device, vae.vae_dtype))
+    pieces = [z[:, :, :1], *z[:, :, 1:].split(2, dim=2)] if z.shape[2] > 1 else [z]
+    cache: list = [None] * cache_layers(model.decoder)
+    bar = comfy.utils.ProgressBar(len(pieces))
+    for piece in pieces:
+        management.throw_exception_if_processing_interrupted()
+        made = model.decoder(piece, feat_cache=cache, feat_idx=[0])
+        pixels = torch.cat(made, dim=2) if isinstance(made, list) else made
+        yield vae.process_output(pixels[0].float()).permute(1, 2, 3, 0).cpu()
+        bar.update(1)
+
+
+def cache_layers(decoder: nn.Module) -> int:
+    """Places that a Wan decoder keeps frames in between calls; the function's name changed in ComfyUI 0.18."""
+    counts = ("count_cache_layers", "count_conv3d")
+    return next(getattr(comfy.ldm.wan.vae, name) for name in counts if hasattr(comfy.ldm.wan.vae, name))(decoder)
+
+
+def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
+    """A new path in the output folder: PREFIX_00001_.mp4, counted on; ComfyUI refuses a prefix that leaves it."""
+    root = folder_paths.get_output_directory()
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def video_file(path: Path) -> InputImpl.VideoFromFile:
+    """A VIDEO of a file."""
+    return InputImpl.VideoFromFile(str(path))
+
+
+def show_video(path: Path) -> ui.PreviewVideo:
+    """The video, played on the node."""
+    folder = os.path.relpath(path.parent, folder_paths.get_output_directory())
+    return ui.PreviewVideo([ui.SavedResult(path.name, "" if folder == "." else folder, io.FolderType.output)])
+
+
+def show(text: str) -> ui.PreviewText:
+    """A line of text on the node that is running."""
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+    return ui.PreviewText(text)
+
+
+def notice(text: str) -> None:
+    """Something to know that is no error: in the log, and on the node."""
+    logging.warning("AutoRefiner: %s", text)
+    show(text)

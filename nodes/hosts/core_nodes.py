@@ -1,0 +1,218 @@
+"""The nodes of ComfyUI itself that a workflow may have and still run without it; inputs as ComfyUI names them."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...refiner.video import VideoWriter, read_frames, to_frames, write_png
+from ...refiner.wan.vae import WanVAE
+from ..run import video_latents
+from . import schema as io
+from . import standalone as host
+from .standalone import Clip, VideoFile
+
+MOST_PIXELS = 16384 * 16384  # of an image that is read
+SCALINGS = ("nearest-exact", "bilinear", "area", "bicubic")
+
+
+def as_bytes(images_FHWC: Tensor) -> np.ndarray:
+    """Frames [F, H, W, 3] in [0, 1] as uint8."""
+    return to_frames(images_FHWC[..., :3].permute(3, 0, 1, 2)[None] * 2 - 1)
+
+
+def as_images(frames: np.ndarray) -> Tensor:
+    """uint8 frames [F, H, W, 3] as an IMAGE in [0, 1]."""
+    return torch.from_numpy(frames).float() / 255
+
+
+class CLIPTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.String.Input("text"), io.Clip.Input("clip")]
+        return io.Schema("CLIPTextEncode", inputs=inputs, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, text: str, clip: Clip) -> io.NodeOutput:
+        return io.NodeOutput([[clip.context(text), {}]])
+
+
+class CLIPLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = io.Combo.Input("clip_name", options=host.list_files("text_encoders"))
+        inputs = [files, io.Combo.Input("type", options=("wan",)), io.String.Input("device", optional=True)]
+        return io.Schema("CLIPLoader", inputs=inputs, outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls, clip_name: str, type: str, device: str = "default") -> io.NodeOutput:
+        return io.NodeOutput(host.load_clip(host.find_file("text_encoders", clip_name)))
+
+
+class VAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Combo.Input("vae_name", options=host.list_files("vae"))]
+        return io.Schema("VAELoader", inputs=inputs, outputs=[io.Vae.Output()])
+
+    @classmethod
+    def execute(cls, vae_name: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_vae(host.find_file("vae", vae_name)))
+
+
+class LoadImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema("LoadImage", inputs=[io.String.Input("image")], outputs=[io.Image.Output(), io.Mask.Output()])
+
+    @classmethod
+    def execute(cls, image: str) -> io.NodeOutput:
+        path = host.input_path(image)
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                if stream.width * stream.height > MOST_PIXELS:
+                    raise ValueError(f"image {image!r} has {stream.width}x{stream.height} pixels: scale it down first")
+                pixels = next(container.decode(stream)).to_ndarray(format="rgb24")
+        except (av.FFmpegError, StopIteration, IndexError) as error:
+            raise ValueError(f"image {image!r} is not a readable picture: give a .png, .jpg or .webp") from error
+        images = as_images(pixels[None])
+        return io.NodeOutput(images, torch.zeros(images.shape[:3]))
+
+
+class ImageScale(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Image.Input("image"),
+            io.Combo.Input("upscale_method", options=SCALINGS),
+            io.Int.Input("width", min=1, max=16384),
+            io.Int.Input("height", min=1, max=16384),
+            io.Combo.Input("crop", options=("disabled", "center")),
+        ]
+        return io.Schema("ImageScale", inputs=inputs, outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, image: Tensor, upscale_method: str, width: int, height: int, crop: str) -> io.NodeOutput:
+        pixels = image.movedim(-1, 1)
+        if crop == "center":
+            old_height, old_width = pixels.shape[2:]
+            keep_width = min(old_width, round(old_height * width / height))
+            keep_height = min(old_height, round(old_width * height / width))
+            left, top = (old_width - keep_width) // 2, (old_height - keep_height) // 2
+            pixels = pixels[:, :, top : top + keep_height, left : left + keep_width]
+        scaled = F.interpolate(pixels, size=(height, width), mode=upscale_method)
+        return io.NodeOutput(scaled.movedim(1, -1))
+
+
+class VAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Image.Input("pixels"), io.Vae.Input("vae")]
+        return io.Schema("VAEEncode", inputs=inputs, outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, pixels: Tensor, vae: WanVAE) -> io.NodeOutput:
+        return io.NodeOutput({"samples": host.encode(vae, pixels)})
+
+
+class VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Latent.Input("samples"), io.Vae.Input("vae")]
+        return io.Schema("VAEDecode", inputs=inputs, outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, samples: dict, vae: WanVAE) -> io.NodeOutput:
+        clips = video_latents(samples, "samples").split(1)
+        return io.NodeOutput(torch.cat([piece for clip in clips for piece in host.decode(vae, clip)]))
+
+
+class CreateVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Image.Input("images"), io.Float.Input("fps", default=30.0, min=1, max=120)]
+        return io.Schema("CreateVideo", inputs=inputs, outputs=[io.Video.Output()])
+
+    @classmethod
+    def execute(cls, images: Tensor, fps: float) -> io.NodeOutput:
+        return io.NodeOutput(VideoFile(fps, images))
+
+
+class SaveVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Video.Input("video"),
+            io.String.Input("filename_prefix", default="video/ComfyUI"),
+            io.Combo.Input("format", options=("auto", "mp4"), default="auto"),
+            io.Combo.Input("codec", options=("auto", "h264"), default="auto"),
+        ]
+        return io.Schema("SaveVideo", inputs=inputs, outputs=[io.Video.Output()], is_output_node=True)
+
+    @classmethod
+    def execute(cls, video: VideoFile, filename_prefix: str, format: str, codec: str) -> io.NodeOutput:
+        path = host.output_path(filename_prefix, ".mp4")
+        frames = read_frames(video.path) if video.frames is None else as_bytes(video.frames)
+        with VideoWriter(path, frames.shape[2], frames.shape[1], round(video.fps)) as writer:
+            writer.write(frames)
+        return io.NodeOutput(video, ui=path)
+
+
+class SaveAnimatedWEBP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Image.Input("images"),
+            io.String.Input("filename_prefix", default="ComfyUI"),
+            io.Float.Input("fps", default=6.0, min=0.01, max=1000),
+            io.Boolean.Input("lossless", default=True),
+            io.Int.Input("quality", default=80, min=0, max=100),
+            io.Combo.Input("method", options=("default", "fastest", "slowest"), default="default"),
+        ]
+        return io.Schema("SaveAnimatedWEBP", inputs=inputs, is_output_node=True)
+
+    @classmethod
+    def execute(
+        cls, images: Tensor, filename_prefix: str, fps: float, lossless: bool, quality: int, method: str
+    ) -> io.NodeOutput:
+        path = host.output_path(filename_prefix, ".webp")
+        effort = {"fastest": 0, "slowest": 6, "default": 4}[method]
+        options = {
+            "lossless": str(int(lossless)),
+            "quality": str(quality),
+            "compression_level": str(effort),
+            "loop": "0",
+        }
+        with av.open(str(path), "w", format="webp", options={"loop": "0"}) as container:
+            stream = container.add_stream("libwebp_anim", rate=Fraction(fps).limit_denominator(1000), options=options)
+            stream.height, stream.width = images.shape[1:3]
+            stream.pix_fmt = "bgra" if lossless else "yuv420p"
+            for pixels in as_bytes(images):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        return io.NodeOutput(ui=path)
+
+
+class SaveImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Image.Input("images"), io.String.Input("filename_prefix", default="ComfyUI")]
+        return io.Schema("SaveImage", inputs=inputs, is_output_node=True)
+
+    @classmethod
+    def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:
+        paths = []
+        for pixels in as_bytes(images):
+            paths.append(host.output_path(filename_prefix, ".png"))
+            write_png(pixels, paths[-1])
+        return io.NodeOutput(ui=paths)
+
+
+CORE_NODES = (
+    CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, VAEEncode, VAEDecode, CreateVideo, SaveVideo,
+    SaveAnimatedWEBP, SaveImage,
+)  # fmt: skip

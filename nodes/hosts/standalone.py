@@ -1,0 +1,239 @@
+"""The nodes' surroundings without ComfyUI: models and folders in its layout, this machine's device, a progress bar."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...refiner.demo import bundle
+from ...refiner.demo.captions import unknown_words
+from ...refiner.estimate import available_bytes
+from ...refiner.generate import FPS, pick_device, pick_dtype
+from ...refiner.rollout import Progress
+from ...refiner.wan.causal import CausalWan
+from ...refiner.wan.checkpoint import load_transformer, load_vae_state
+from ...refiner.wan.text import load_text_encoder
+from ...refiner.wan.vae import DecoderState, WanVAE
+from ..run import ModelFacts, Run, normalized, raw_latents, steps_of
+from . import schema as io
+
+__all__ = ["io"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+FOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+CHUNK = 3  # latent frames decoded at once
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a workflow runs: ComfyUI's folders `models` and `input` under `base`, the folder that it writes into."""
+
+    base: Path = Path(".")
+    outputs: Path = Path("output")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+_place = Place()
+
+
+@contextmanager
+def running_at(place: Place) -> Iterator[None]:
+    """Let nodes run at a place."""
+    global _place
+    before, _place = _place, place
+    try:
+        yield
+    finally:
+        _place = before
+
+
+def place_of(base: Path, outputs: Path | None, device: str) -> Place:
+    """A place under `base`; ValueError when the device is not here or the base is no folder."""
+    if not base.is_dir():
+        raise ValueError(f"base {base} is not a folder: give the one that holds models/ and input/, as ComfyUI's does")
+    return Place(base, outputs or base / "output", pick_device(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A MODEL: the network, and the name of its preset."""
+
+    network: CausalWan
+    preset: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A CLIP: a text encoder, called with prompts, and whether it only knows the sprites' words."""
+
+    encode: nn.Module
+    sprites: bool
+
+    def context(self, text: str) -> Tensor:
+        """[1, text_len, text_dim] of a prompt, fp32 on the CPU."""
+        if self.sprites and (unknown := unknown_words(text)):
+            notice(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}")
+        return self.encode([text]).float().cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFile:
+    """A VIDEO: frames [F, H, W, 3] in [0, 1] or the file that holds them, and their rate."""
+
+    fps: float = FPS
+    frames: Tensor | None = None
+    path: Path | None = None
+
+
+def _folders(folder: str) -> list[Path]:
+    return [_place.base / "models" / name for name in FOLDERS.get(folder, (folder,))]
+
+
+def list_files(folder: str) -> list[str]:
+    """Weight files under models/`folder`, as paths inside it."""
+    found = {}
+    for root in _folders(folder):
+        for path in sorted(root.rglob("*")) if root.is_dir() else ():
+            if path.suffix in SUFFIXES and path.is_file():
+                found.setdefault(path.relative_to(root).as_posix(), path)
+    return list(found)
+
+
+def find_file(folder: str, name: str) -> Path:
+    """A file by the name that `list_files` gives it; ValueError for any other."""
+    if name not in list_files(folder):
+        raise ValueError(f"{name!r} is not in {_folders(folder)[0]}: put the file there")
+    return next(root / name for root in _folders(folder) if (root / name).is_file())
+
+
+def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
+    """A MODEL of a file, in a dtype of Load AR-VDM's."""
+    if dtype.startswith("fp8"):
+        raise ValueError(f"dtype {dtype} needs ComfyUI, which computes with such weights: use bf16 or auto")
+    device = _place.device
+    model, info = load_transformer(path, dtype=pick_dtype(dtype, device), device=device, weights=weights)
+    return Model(CausalWan(model, info.config), preset)
+
+
+def load_demo() -> tuple[Model, Clip, WanVAE]:
+    """The bundle, in fp32."""
+    folder, device = bundle.WEIGHTS, _place.device
+    model = Model(bundle.load_sprite_network("student", folder, device), demo_preset())
+    text = bundle.load_sprite_text(folder).to(device)
+    return model, Clip(text, sprites=True), bundle.load_sprite_vae(folder).to(device)
+
+
+def demo_preset() -> str:
+    """The preset of the bundled model: what its file says, else Self-Forcing's, which it is trained like."""
+    from ...refiner.wan.checkpoint import inspect
+    from ..options import FALLBACK
+
+    return inspect(bundle.WEIGHTS / bundle.FILES["student"]).preset or FALLBACK
+
+
+def load_clip(path: Path) -> Clip:
+    """A CLIP of a umT5 file as ComfyUI takes it."""
+    return Clip(load_text_encoder(path, device=_place.device).encode, sprites=False)
+
+
+def load_vae(path: Path) -> WanVAE:
+    """A VAE of a Wan2.1 file."""
+    vae = WanVAE.from_state_dict(load_vae_state(path))
+    return vae.to(_place.device, pick_dtype("auto", _place.device)).requires_grad_(False)
+
+
+def facts(model: Model) -> ModelFacts:
+    """What a MODEL is."""
+    parameter = next(model.network.model.parameters())
+    return ModelFacts(model.network.config, parameter.dtype, model.preset, available_bytes(parameter.device))
+
+
+def sample(model: Model, positive: list, run: Run) -> Tensor:
+    """The raw latents [B, C, F, h, w] of a run; `positive` is a CONDITIONING of one entry."""
+    if len(positive) != 1:
+        raise ValueError(f"positive has {len(positive)} entries: the models take one prompt, so connect one")
+    parameter = next(model.network.model.parameters())
+    with tqdm(total=steps_of(run), unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def step(progress: Progress) -> None:
+            level = progress.chunk.levels[progress.level].step
+            bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
+            bar.update()
+
+        clip = run.clip(model.network, positive[0][0], parameter.device, parameter.dtype, step)
+    return raw_latents(clip)
+
+
+def make_sampler(options: object) -> None:
+    """A SAMPLER is ComfyUI's, so there is none here."""
+    raise ValueError("a SAMPLER needs ComfyUI: use the Pathwise Refined Sampler, which also runs without it")
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, images_FHWC: Tensor) -> Tensor:
+    """Raw latents [1, 16, f, h, w] of frames in [0, 1]."""
+    weight = next(vae.parameters())
+    pixels = images_FHWC[..., :3].permute(3, 0, 1, 2)[None].to(weight) * 2 - 1
+    return raw_latents(vae.encode(pixels)).float().cpu()
+
+
+@torch.no_grad()
+def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
+    """Frames [f, H, W, 3] in [0, 1], fp32 on the CPU, a few latents at a time."""
+    state, weight = DecoderState(), next(vae.parameters())
+    for piece in normalized(raw_1CFhw).split(CHUNK, dim=2):
+        pixels = vae.decode(piece.to(weight), state)
+        yield ((pixels[0].permute(1, 2, 3, 0).float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """A path by a name that a workflow gives, which must stay in `root`; ValueError for one that leaves it."""
+    if name and "\0" not in name:
+        path = (root / name).resolve()
+        if path.is_relative_to(root.resolve()):
+            return path
+    raise ValueError(f"{what} {name!r} leaves {root}: give a name inside it")
+
+
+def input_path(name: str) -> Path:
+    """A file of the input folder."""
+    path = inside(_place.base / "input", name, "input")
+    if not path.is_file():
+        raise ValueError(f"{name!r} is not in {_place.base / 'input'}: put the file there")
+    return path
+
+
+def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
+    """A new path in the output folder: PREFIX_00001_.mp4, counted on."""
+    stem = inside(_place.outputs, prefix, "filename_prefix")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    counter = 1
+    while (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}")).exists():
+        counter += 1
+    return path
+
+
+def video_file(path: Path) -> VideoFile:
+    """A VIDEO of a file."""
+    return VideoFile(path=path)
+
+
+def show(text: str) -> str:
+    """What a page would show on the node."""
+    notice(text)
+    return text
+
+
+def show_video(path: Path) -> Path:
+    """What was written, for the command to name."""
+    return path
+
+
+def notice(text: str) -> None:
+    """Something to know that is no error."""
+    tqdm.write(f"autorefiner: {text}", file=sys.stderr)

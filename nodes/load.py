@@ -1,0 +1,93 @@
+"""Load AR-VDM and Load AR-VDM Demo."""
+
+from ..refiner.schedule import PRESETS
+from .hosts import host, io
+
+AUTO = "auto"
+DTYPES = (AUTO, "bf16", "fp16", "fp32", "fp8_e4m3fn")
+CATEGORY = "AutoRefiner"
+
+
+def choose_preset(choice: str, info) -> str:
+    """The preset's name: the choice, or what the file says; ValueError when the file does not say."""
+    if choice != AUTO:
+        return choice
+    if info.preset is None:
+        reason = info.preset_reason.replace("pass --preset", "choose the preset")
+        raise ValueError(f"preset of {info.path.name}: {reason}; they are {', '.join(PRESETS)}")
+    return info.preset
+
+
+class LoadARVDM(io.ComfyNode):
+    """A MODEL from a file as its authors published it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerLoadARVDM",
+            display_name="Load AR-VDM",
+            category=CATEGORY,
+            description="Loads an autoregressive video model (Self-Forcing, CausVid, LongLive, Causal-Forcing, Krea)"
+            " as published, .pt files too, and how it is sampled with it.",
+            search_aliases=["self forcing", "causvid", "longlive", "causal forcing", "autoregressive video"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.list_files("diffusion_models"),
+                    tooltip="A file in models/diffusion_models: a .pt or .safetensors as published, no conversion.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTO, *PRESETS],
+                    default=AUTO,
+                    tooltip="How the model was trained to be sampled; auto is what the file's name or metadata says.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=AUTO,
+                    tooltip="In what the weights are kept. auto is ComfyUI's choice for the device.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    options=[AUTO, "ema", "raw"],
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="Where a file holds both averaged (ema) and last (raw) weights. auto: its authors' choice.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, with its preset attached; LoRAs and patches apply as usual.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str, preset: str, dtype: str, weights: str) -> io.NodeOutput:
+        from ..refiner.wan.checkpoint import inspect
+
+        path = host.find_file("diffusion_models", file)
+        name = choose_preset(preset, inspect(path, weights=weights))
+        return io.NodeOutput(host.load_model(path, name, dtype, weights))
+
+
+class LoadDemo(io.ComfyNode):
+    """The bundled sprite models as MODEL, CLIP and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerLoadDemo",
+            display_name="Load AR-VDM Demo",
+            category=CATEGORY,
+            description="The small models that come with this pack: coloured shapes that move as their caption says,"
+            " at 64x64. Nothing to download, runs on a CPU.",
+            search_aliases=["sprites", "demo"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(tooltip="The sprites' video model, for the Pathwise Refined Sampler."),
+                io.Clip.Output(tooltip="The sprites' text encoder, for CLIP Text Encode."),
+                io.Vae.Output(tooltip="The sprites' VAE, for VAE Encode, VAE Decode and VAE Decode Chunks."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*host.load_demo())

@@ -1,0 +1,19 @@
+"""Every node of the pack."""
+
+from .cache import ReflectiveCacheNode
+from .chunk_schedule import ChunkScheduleNode
+from .custom_sampler import PathwiseRefinedCustomSampler
+from .decode import DecodeChunks, DecodeToVideo
+from .load import LoadARVDM, LoadDemo
+from .sampler import PathwiseRefinedSampler
+
+NODES = (
+    LoadARVDM,
+    LoadDemo,
+    ReflectiveCacheNode,
+    ChunkScheduleNode,
+    PathwiseRefinedSampler,
+    PathwiseRefinedCustomSampler,
+    DecodeChunks,
+    DecodeToVideo,
+)

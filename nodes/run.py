@@ -1,0 +1,143 @@
+"""A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done chunk by chunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..refiner.noise.source import NoiseSource
+from ..refiner.rollout import Progress
+from ..refiner.sample import RunPlan, sample
+from ..refiner.samplers import SAMPLERS
+from ..refiner.schedule import Preset, latent_frames, plan_chunks
+from ..refiner.wan.causal import CausalWan
+from ..refiner.wan.transformer import WanConfig
+from ..refiner.wan.vae import LATENT_MEAN, LATENT_STD
+
+CHANNELS = len(LATENT_MEAN)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its device's whole memory."""
+
+    config: WanConfig
+    dtype: torch.dtype
+    preset: str | None
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on from."""
+
+    plan: RunPlan
+    seed: int
+    method: str
+    initial: Tensor | None = None
+    noise: NoiseSource | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole clip, given frames included: [B, C, F, h, w]."""
+        plan = self.plan
+        return (plan.batch, CHANNELS, plan.given + plan.frames, plan.height, plan.width)
+
+    def clip(
+        self,
+        network: CausalWan,
+        context: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on the device."""
+        chunks = sample(
+            network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
+            method=SAMPLERS[self.method], callback=callback, device=device, dtype=dtype,
+        )  # fmt: skip
+        begun = [] if self.initial is None else [self.initial.float().cpu()]
+        return torch.cat([*begun, *(chunk.float().cpu() for chunk in chunks)], dim=2)
+
+
+def steps_of(run: Run) -> int:
+    """Predictions of a whole run, for a progress bar."""
+    return sum(len(chunk.levels) for chunk in plan_chunks(run.plan.preset, run.plan.frames, run.plan.given)[1])
+
+
+def normalized(raw_BCFhw: Tensor) -> Tensor:
+    """The pack's latents of a LATENT's, which are the VAE's raw ones."""
+    mean, std = (torch.tensor(column).view(-1, 1, 1, 1).to(raw_BCFhw) for column in (LATENT_MEAN, LATENT_STD))
+    return (raw_BCFhw - mean) / std
+
+
+def raw_latents(latents_BCFhw: Tensor) -> Tensor:
+    """A LATENT's of the pack's."""
+    mean, std = (torch.tensor(column).view(-1, 1, 1, 1).to(latents_BCFhw) for column in (LATENT_MEAN, LATENT_STD))
+    return latents_BCFhw * std + mean
+
+
+def video_latents(latent: dict, name: str) -> Tensor:
+    """The tensor [B, 16, F, h, w] of a LATENT; ValueError, with the input's name, when it is of something else."""
+    samples = latent.get("samples")
+    shape = tuple(samples.shape) if isinstance(samples, Tensor) and not samples.is_nested else ()
+    if len(shape) != 5 or shape[1] != CHANNELS or 0 in shape:
+        raise ValueError(
+            f"{name} has latents of shape {shape}, expected [batch, {CHANNELS}, frames, height/8, width/8]: encode"
+            " with Wan2.1's VAE, or use EmptyARVideoLatent or Empty HunyuanVideo Latent"
+        )
+    return samples
+
+
+def clip_shape(latent: dict | None, width: int, height: int, length: int, batch: int) -> tuple[int, int, int, int]:
+    """(batch, latent frames, height, width) of the clip: those of `latent` where it is connected, else the widgets'."""
+    if latent is not None:
+        samples = video_latents(latent, "latent")
+        return (samples.shape[0], *samples.shape[2:])
+    if width % 16 or height % 16:
+        near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
+        raise ValueError(f"width {width}, height {height}: both must be multiples of 16, the nearest is {near}")
+    return batch, latent_frames(length), height // 8, width // 8
+
+
+def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """The normalised latents that a clip of `shape` goes on from; ValueError when it cannot."""
+    if start is None:
+        return None
+    batch, frames, height, width = shape
+    samples = video_latents(start, "start")
+    if samples.shape[3:] != (height, width):
+        came, wanted = (f"{8 * w}x{8 * h}" for h, w in (samples.shape[3:], (height, width)))
+        raise ValueError(f"start is of {came} pixels and the clip of {wanted}: scale the image before it is encoded")
+    if len(samples) not in (1, batch):
+        raise ValueError(f"start holds {len(samples)} clips and the batch {batch}: give 1 or {batch}")
+    if samples.shape[2] >= frames:
+        raise ValueError(
+            f"start holds {samples.shape[2]} latent frames and the clip has {frames} in all, start included: set a"
+            f" length of at least {4 * samples.shape[2] + 1}"
+        )
+    return normalized(samples.float()).expand(batch, -1, -1, -1, -1).contiguous()
+
+
+def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor | None) -> RunPlan:
+    """The plan of a clip of `shape` (batch, frames, height, width); ValueError where it does not fit the chunks."""
+    batch, frames, height, width = shape
+    given = 0 if initial is None else initial.shape[2]
+    return RunPlan(preset, frames - given, height, width, batch, given)
+
+
+def kv_bytes(plan: RunPlan, facts: ModelFacts) -> int:
+    """Of the keys and values that a run holds."""
+    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype).nbytes
+
+
+def check_memory(plan: RunPlan, facts: ModelFacts) -> None:
+    """Raise ValueError when the keys and values of a run are more than the whole device holds."""
+    nbytes = kv_bytes(plan, facts)
+    if nbytes > facts.device_bytes:
+        raise ValueError(
+            f"the keys and values of this clip take {nbytes / 1e9:.2f} GB and the device has"
+            f" {facts.device_bytes / 1e9:.2f} GB: connect a Reflective Cache with a smaller window, or make the clip"
+            " smaller or shorter"
+        )

@@ -1,0 +1,82 @@
+"""Pathwise Refined Sampler: a clip, chunk by chunk."""
+
+from ..refiner.samplers import SAMPLERS
+from ..refiner.schedule import latent_frames
+from .cache import ReflectiveCacheType
+from .chunk_schedule import ChunkScheduleType
+from .hosts import host, io
+from .load import CATEGORY
+from .options import FALLBACK, preset_for
+from .run import Run, begun_from, check_memory, clip_shape, plan_run
+
+LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
+
+
+class PathwiseRefinedSampler(io.ComfyNode):
+    """Samples with the preset that came with the MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AutoRefinerSampler",
+            display_name="Pathwise Refined Sampler",
+            category=CATEGORY,
+            description="Samples a video chunk by chunk, each chunk finished before the next one starts.",
+            search_aliases=["self forcing", "causal", "autoregressive", "ar video"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load AR-VDM, with its preset. Others get Self-Forcing's."),
+                io.Conditioning.Input("positive", tooltip="The prompt. These models take no negative one (cfg 1)."),
+                io.Int.Input("width", default=832, min=16, max=WIDEST, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=WIDEST, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "length", default=81, min=1, max=LONGEST, step=4,
+                    tooltip="Pixel frames of the whole clip, start included: 1 + 4n. 81 are 5 s at 16 frames/s.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos at once, each of its own noise."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=(1 << 63) - 1, control_after_generate=True,
+                    tooltip="The same seed gives the same noise on any device, at any batch size and length.",
+                ),
+                io.Combo.Input(
+                    "method", options=list(SAMPLERS), default="self-forcing",
+                    tooltip="self-forcing: fresh noise between levels, as the models are trained. The help page"
+                    " tells of the others.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True,
+                    tooltip="An empty latent whose size, length and batch are used instead of the widgets.",
+                ),
+                io.Latent.Input(
+                    "start", optional=True,
+                    tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
+                ),
+                ChunkScheduleType.Input("chunk_schedule", optional=True, tooltip="Levels and chunks of your own."),
+                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
+            ],
+            outputs=[io.Latent.Output(tooltip="The whole clip, start included, for VAE Decode or VAE Decode Chunks.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, length: int = 1) -> bool | str:
+        if not 1 <= length <= LONGEST:
+            return f"length {length}: a clip has 1 to {LONGEST} pixel frames"
+        try:
+            latent_frames(length)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model, positive, width: int, height: int, length: int, batch_size: int, seed: int, method: str,
+        latent=None, start=None, chunk_schedule=None, reflective_cache=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        facts = host.facts(model)
+        if facts.preset is None:
+            host.notice(f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is taken")
+        preset = preset_for(facts.preset, chunk_schedule, reflective_cache)
+        shape = clip_shape(latent, width, height, length, batch_size)
+        initial = begun_from(start, shape)
+        run = Run(plan_run(preset, shape, initial), seed, method, initial)
+        check_memory(run.plan, facts)
+        return io.NodeOutput({"samples": host.sample(model, positive, run)})

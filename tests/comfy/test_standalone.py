@@ -1,0 +1,326 @@
+"""Workflows without ComfyUI: what they make, and what wrong ones are told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from demo_files import STAND_IN, VAE_DIM, write_demo_files
+
+import autorefiner
+from autorefiner.nodes import workflow
+from autorefiner.nodes.cli import main
+from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.registry import NODES
+from autorefiner.refiner.demo import bundle
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.video import count_frames, read_frames, write_png
+
+API = Path(autorefiner.__file__).parent / "workflows" / "api"
+NEED_COMFYUI = {"sampler_custom_advanced"}
+SMALL = {"AutoRefinerSampler": {"width": 64, "height": 64}, "ImageScale": {"width": 64, "height": 64}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A folder as ComfyUI's, with the published names; the bundle is a stand-in."""
+    monkeypatch.setattr(bundle, "WEIGHTS", files)
+    for folder, name, kind in (
+        ("diffusion_models", "self_forcing_dmd.pt", "student"),
+        ("vae", "wan_2.1_vae.safetensors", "vae"),
+    ):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        shutil.copy(files / bundle.FILES[kind], tmp_path / "models" / folder / name)
+    (tmp_path / "input").mkdir()
+    write_png(
+        np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8), tmp_path / "input" / "example.png"
+    )
+    return tmp_path
+
+
+def small(name: str) -> dict:
+    """A workflow of the pack at 64x64, with the demo's text encoder where it has umT5."""
+    graph = json.loads((API / f"{name}.json").read_text())
+    for node in graph.values():
+        node["inputs"] |= SMALL.get(node["class_type"], {})
+        if node["class_type"] == "CLIPLoader":
+            node |= {"class_type": "AutoRefinerLoadDemo", "inputs": {}}
+    for node in graph.values():
+        source = graph.get(str((node["inputs"].get("clip") or [""])[0]), {})
+        if source.get("class_type") == "AutoRefinerLoadDemo":
+            node["inputs"]["clip"][1] = 1
+    return graph
+
+
+def execute(graph: dict, base: Path, **place) -> dict[str, list]:
+    """What each node gave."""
+    path = base / "graph.json"
+    path.write_text(json.dumps(graph))
+    with standalone.running_at(standalone.place_of(base, None, "cpu")):
+        results = workflow.execute(workflow.read_workflow(path))
+    return {key: output.args for key, output in results.items()}
+
+
+def refusal(graph: dict, base: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        execute(graph, base)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in API.glob("*.json")} - NEED_COMFYUI))
+def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, capsys) -> None:
+    graph = small(name)
+    sampler = [node for node in graph.values() if node["class_type"] == "AutoRefinerSampler"][-1]
+    (base / "graph.json").write_text(json.dumps(graph))
+    assert main(["run", str(base / "graph.json"), "--base", str(base), "--out", str(base / "out")]) == 0
+    path = base / "out" / "video" / f"{name}_00001_.mp4"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert count_frames(path) == sampler["inputs"]["length"]
+    assert read_frames(path).shape[1:] == (64, 64, 3)
+
+
+def test_a_workflow_samples_what_the_core_does(base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"length": 21, "seed": 5}
+    raw = execute(graph, base)["3"][0]["samples"]
+    network = bundle.load_sprite_network("student", bundle.WEIGHTS)
+    context = bundle.load_sprite_text(bundle.WEIGHTS)([graph["2"]["inputs"]["text"]])
+    plan = RunPlan(PRESETS["self-forcing"], 6, 8, 8)
+    expected = torch.cat(list(sample(network, context, plan, seed=5)), 2)
+    assert torch.equal(raw, standalone.raw_latents(expected))
+
+
+def test_a_clip_that_goes_on_equals_the_long_one(base: Path) -> None:
+    graph = small("extend_a_clip")
+    extended = execute(graph, base)["6"][0]["samples"]
+    del graph["6"]["inputs"]["start"]
+    whole = execute(graph, base)["6"][0]["samples"]
+    torch.testing.assert_close(extended, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_holds_the_video_of_its_seed_first(base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"length": 9}
+    one = execute(graph, base)["3"][0]["samples"]
+    graph["3"]["inputs"]["batch_size"] = 2
+    results = execute(graph, base)
+    two, images = results["3"][0]["samples"], results["4"][0]
+    torch.testing.assert_close(two[:1], one, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(two[:1], two[1:]) and len(images) == 18
+
+
+def test_decoding_in_chunks_equals_decoding_at_once(base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"length": 25}
+    results = execute(graph, base)
+    vae, raw = results["1"][2], results["3"][0]["samples"]
+    whole = vae.decode(standalone.normalized(raw))[0].permute(1, 2, 3, 0)
+    torch.testing.assert_close(results["4"][0], ((whole + 1) / 2).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_latent_gives_the_size_instead_of_the_widgets(base: Path) -> None:
+    graph = small("extend_a_clip")
+    graph["6"]["inputs"] |= {"latent": ["4", 0], "width": 96, "length": 5}
+    del graph["6"]["inputs"]["start"]
+    assert execute(graph, base)["6"][0]["samples"].shape == (1, 16, 18, 8, 8)
+
+
+def test_reflective_cache_tells_its_bytes(base: Path, capsys) -> None:
+    graph = small("self_forcing")
+    graph["5"]["inputs"] |= {"window": 6, "sink": 1, "latent": ["8", 0]}
+    graph["8"] = graph["6"] | {"inputs": {**graph["6"]["inputs"], "length": 9}}
+    del graph["8"]["inputs"]["reflective_cache"]
+    graph["6"]["inputs"]["length"] = 9
+    execute(graph, base)
+    nbytes = 2 * STAND_IN.num_layers * 3 * 16 * STAND_IN.dim * 4  # a window longer than the clip's 3 frames is the clip
+    assert f"6 latent frames, of them 1 sink: {nbytes / 1e6:,.1f} MB" in capsys.readouterr().err
+    assert VAE_DIM  # the same files decode
+
+
+def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
+    (base / "graph.json").write_text(json.dumps(small("quickstart")))
+    values = ["--set", "3.length=5", "--set", "Save Video.filename_prefix=a/b", "--set", "Create Video.fps=8"]
+    assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
+    assert count_frames(base / "output" / "a" / "b_00001_.mp4") == 5
+    for wrong, told in (
+        ("3.lenght=5", "no input 'lenght', only batch_size"),
+        ("9.length=5", "0 nodes are '9'; the nodes are 1 (Load AR-VDM Demo)"),
+        ("length", "give node.input=value"),
+        ("3.length=many", "node 3 (Pathwise Refined Sampler), input length: 'many' is not INT"),
+    ):
+        assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_images_and_webp_are_written(base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"]["length"] = 5
+    graph["6"] = {
+        "class_type": "SaveAnimatedWEBP",
+        "inputs": {"images": ["4", 0], "filename_prefix": "w", "fps": 8.0, "lossless": True, "quality": 80,
+                   "method": "default"},
+    }  # fmt: skip
+    graph["7"] = {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "i"}}
+    execute(graph, base)
+    assert (base / "output" / "w_00001_.webp").read_bytes()[:4] == b"RIFF"
+    assert len(list((base / "output").glob("i_*_.png"))) == 5
+
+
+def test_a_workflow_of_other_nodes_needs_comfyui(base: Path) -> None:
+    graph = small("sampler_custom_advanced")
+    told = refusal(graph, base)
+    assert "node 3 (Shift of Self-Forcing) of class ModelSamplingSD3" in told and "needs ComfyUI" in told
+
+
+SAMPLER = "node 3 (Pathwise Refined Sampler)"
+WRONG = {
+    "length": (
+        {"3": {"length": 20}},
+        f"{SAMPLER}: 20 frames: a clip has 1 + 4n pixel frames, the nearest are 17 and",
+    ),
+    "size": (
+        {"3": {"width": 72}},
+        f"{SAMPLER}: width 72, height 64: both must be multiples of 16, the nearest is 6",
+    ),
+    "most": ({"3": {"width": 99999}}, f"{SAMPLER}, input width: 99999 is bigger than the most, 8192"),
+    "long": ({"3": {"length": 99997}}, f"{SAMPLER}, input length: 99997 is bigger than the most, 16381"),
+    "method": ({"3": {"method": "self-forcin"}}, "'self-forcin' is not one of the"),
+    "seed": ({"3": {"seed": -1}}, "input seed: -1 is smaller than the least, 0"),
+    "type": ({"3": {"model": ["2", 0]}}, "input model: it takes MODEL and node 2 (Prompt) gives CONDITIONING"),
+    "lost": ({"3": {"model": ["12", 0]}}, "input model: it is linked to node 12, which is not there"),
+    "output": ({"3": {"model": ["1", 7]}}, "node 1 (Load AR-VDM Demo) has 3 outputs and none of number 7"),
+    "value": ({"3": {"model": "x"}}, "input model: it takes a link to MODEL and not 'x'"),
+    "circle": ({"2": {"clip": ["3", 0]}}, "the nodes go round in a circle"),
+    "outside": ({"6": {"filename_prefix": "../../x"}}, "filename_prefix '../../x' leaves"),
+    "absolute": ({"6": {"filename_prefix": "/tmp/x"}}, "filename_prefix '/tmp/x' leaves"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_with_its_node_and_what_to_do(case: str, base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"]["length"] = 5
+    changes, told = WRONG[case]
+    for key, inputs in changes.items():
+        graph[key]["inputs"] |= inputs
+    assert told in refusal(graph, base)
+
+
+def test_a_missing_input_is_told(base: Path) -> None:
+    graph = small("quickstart")
+    del graph["3"]["inputs"]["positive"]
+    assert "input positive: it is missing" in refusal(graph, base)
+
+
+def test_start_latents_that_do_not_fit_are_told(base: Path) -> None:
+    graph = small("start_image")
+    graph["6"]["inputs"]["width"] = 96
+    assert "start is of 96x64 pixels and the clip of 64x64" in refusal(graph, base)
+    graph = small("extend_a_clip")
+    graph["6"]["inputs"]["length"] = 69
+    assert "start holds 18 latent frames and the clip has 18 in all" in refusal(graph, base)
+    graph["4"]["inputs"]["length"], graph["6"]["inputs"]["length"] = 17, 69
+    assert "5 latent frames to start from: give 1, a multiple of 3" in refusal(graph, base)
+
+
+def test_options_of_a_refiner_are_refused_without_one(base: Path) -> None:
+    for name in ("history", "previous_x0"):
+        graph = small("extend_a_clip")
+        graph["3"]["inputs"][name] = "none"
+        assert f"{name} of REFLECTIVE_CACHE is 'none', which says what a refiner does" in refusal(graph, base)
+
+
+def test_own_windows_and_levels_that_do_not_fit_are_told(base: Path) -> None:
+    graph = small("extend_a_clip")
+    graph["3"]["inputs"] |= {"window": 5, "sink": 3}
+    assert "window of 5 frames is smaller than sink 3 + chunk 3" in refusal(graph, base)
+    graph["3"]["inputs"] |= {"window": 2}
+    assert "use a window of at least 4" in refusal(graph, base)
+    schedule = {
+        "preset": "the model's",
+        "levels": "1000, 500",
+        "frames_per_chunk": 1,
+        "first_levels": "",
+        "refined_levels": "",
+    }
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"chunk_schedule": ["9", 0], "length": 9}
+    graph["9"] = {"class_type": "AutoRefinerChunkSchedule", "inputs": schedule}
+    assert execute(graph, base)["3"][0]["samples"].shape[2] == 3
+    for change, told in (
+        ({"levels": "500, 1000"}, "levels: levels 500,1000: give steps that fall strictly"),
+        ({"levels": "900, 500"}, "begin with 1000"),
+        ({"first_levels": "a"}, "first_levels 'a': give whole numbers"),
+        ({"refined_levels": "500"}, "refined_levels of CHUNK_SCHEDULE is '500'"),
+    ):
+        graph["9"]["inputs"] = schedule | change
+        assert told in refusal(graph, base)
+
+
+def test_untrusted_files_are_refused(base: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (base / "owned",))
+
+    torch.save({"generator": Evil()}, base / "models" / "diffusion_models" / "evil.pt")
+    graph = small("self_forcing")
+    graph["1"]["inputs"]["file"] = "evil.pt"
+    assert "could run code" in refusal(graph, base)
+    assert not (base / "owned").exists()
+    (base / "secret.safetensors").touch()
+    graph["1"]["inputs"]["file"] = "../../secret.safetensors"
+    assert "is not one of the 2 there are, the nearest" in refusal(graph, base)
+    graph = small("start_image")
+    for name in ("../graph.json", "/etc/hostname", "", "a\0b"):
+        graph["5"]["inputs"]["image"] = name
+        assert "leaves" in refusal(graph, base)
+    (base / "input" / "text.png").write_text("no picture")
+    graph["5"]["inputs"]["image"] = "text.png"
+    assert "is not a readable picture" in refusal(graph, base)
+
+
+def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
+    path = base / "graph.json"
+    for text, told in (
+        ("{", "is not JSON"),
+        ("[]", "is not a workflow in API format"),
+        ('{"nodes": [], "links": []}', "is a workflow of the page"),
+        ('{"1": {"class_type": "AutoRefinerLoadDemo", "inputs": {}}}', "no node that saves anything"),
+    ):
+        path.write_text(text)
+        assert main(["run", str(path), "--base", str(base)]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["run", str(base / "none.json")]) == 2
+    assert main(["run", str(path), "--base", str(base / "none")]) == 2
+
+
+def test_a_file_that_does_not_say_its_preset_is_told_how(base: Path) -> None:
+    weights = base / "models" / "diffusion_models"
+    network = bundle.load_sprite_network("student", bundle.WEIGHTS).model
+    torch.save(
+        {"generator": {"model." + name: tensor for name, tensor in network.state_dict().items()}}, weights / "model.pt"
+    )
+    graph = small("self_forcing")
+    graph["1"]["inputs"]["file"] = "model.pt"
+    assert "preset of model.pt: its keys cannot tell CausVid" in refusal(graph, base)
+    graph["1"]["inputs"] |= {"file": "self_forcing_dmd.pt", "preset": "krea"}
+    assert "'krea' is not one of the 9 there are, the nearest: 'krea-14b'" in refusal(graph, base)
+
+
+def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() -> None:
+    import inspect
+
+    for node in NODES:
+        schema = node.define_schema()
+        assert schema.description and schema.category == "AutoRefiner"
+        assert all(socket.tooltip for socket in schema.inputs)
+        assert len(inspect.getsource(node.execute).splitlines()) <= 40
