@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .memory.frames import FrameLedger
+from .noise.refiner import Refiner
 from .noise.source import Draw, NoiseSource
 from .schedule import Chunk, Level
 from .wan.causal import CausalWan, KeyValue, View
@@ -88,13 +89,25 @@ class Rollout:
     callback: Callable[[Progress], None] | None = None
     total: int = 0  # chunks in all, given ones included, for progress
     candidate: int = 0
+    refiner: Refiner | None = None
+    refiner_text: list[KeyValue] | None = None
 
-    def draw(self, chunk: Chunk, level: Level, repeat: int = 0) -> Tensor:
-        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts from)."""
+    def draw(self, chunk: Chunk, level: Level, repeat: int = 0, x0: Tensor | None = None) -> Tensor:
+        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts from).
+
+        It is the source's, plus the refiner's residual where the level is refined; `x0` is the prediction before it.
+        """
         batch, channels, height, width = self.frame_shape
         draw = Draw(chunk.levels.index(level), repeat, self.candidate)
         noise = self.noise(chunk, draw, (batch, channels, chunk.length, height, width))
-        return noise.to(self.device, self.dtype, non_blocking=True)
+        noise = noise.to(self.device, self.dtype, non_blocking=True)
+        if self.refiner is None or not self.refiner.at(level):
+            return noise
+        return noise + self.residual(noise, x0, level, chunk)
+
+    def residual(self, noise: Tensor, x0: Tensor | None, level: Level, chunk: Chunk) -> Tensor:
+        """What the refiner adds to a noise."""
+        return self.refiner.residual(noise, x0, level, chunk, self.memory, self.refiner_text, self.network_dtype)
 
     def predict(self, x: Tensor, level: Level, chunk: Chunk) -> Tensor:
         """x0 of the chunk at this level; its keys and values stand in memory as pending."""
@@ -106,7 +119,7 @@ class Rollout:
 
     def renoise(self, x0: Tensor, level: Level, chunk: Chunk, repeat: int = 0) -> Tensor:
         """x0 taken to `level` with fresh noise from the noise path."""
-        return add_noise(x0, self.draw(chunk, level, repeat), level.sigma)
+        return add_noise(x0, self.draw(chunk, level, repeat, x0), level.sigma)
 
     def commit(self, x0: Tensor, chunk: Chunk) -> None:
         """Make the chunk history: one pass over its clean latents at t = 0 that writes their keys and values.
@@ -143,7 +156,9 @@ class Rollout:
         """Something that happens between two chunks: a prompt switch, a flush of the past, a cut."""
         match event:
             case PromptSwitch(context):
-                self.text = self.network.text(context.to(self.device, self.network_dtype))
+                context = context.to(self.device, self.network_dtype)
+                self.text = self.network.text(context)
+                self.refiner_text = self.refiner.text(context) if self.refiner else None
             case Flush(keep_last):
                 self.memory.flush(keep_last)
             case Cut(position):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .memory.plan import Keys, MemoryPlan
 from .memory.ring import RingMemory
+from .noise.refiner import Refiner
 from .noise.source import NoiseSource, WhiteNoise
 from .rollout import Progress, Rollout, Sampler
 from .samplers import self_forcing
@@ -40,8 +41,8 @@ class RunPlan:
             raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
         plan_chunks(self.preset, self.frames, self.given)
 
-    def memory(self, network: CausalWan, dtype: torch.dtype) -> MemoryPlan:
-        """The K/V memory of this run; its `nbytes` is what will be allocated."""
+    def memory(self, network: CausalWan, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
+        """The K/V memory of this run; its `nbytes` is what will be allocated. A refiner needs a chunk more."""
         relative = self.preset.relative
         plan = MemoryPlan.of(
             network.config,
@@ -51,6 +52,7 @@ class RunPlan:
             keys=self.keys or ("raw" if relative else "rotated"),
             positions="window" if relative else "absolute",
             dtype=dtype,
+            spare_frames=self.preset.chunk if refined else 0,
         )
         given, new = plan_chunks(self.preset, self.frames, self.given)
         plan.check_chunk(max(chunk.length for chunk in given + new))
@@ -67,6 +69,7 @@ def sample(
     noise: NoiseSource | None = None,
     initial: Tensor | None = None,
     method: Sampler = self_forcing,
+    refiner: Refiner | None = None,
     callback: Callable[[Progress], None] | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -74,9 +77,9 @@ def sample(
     """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
 
     `context` is [1 or B, L, text_dim]; `initial` holds the `plan.given` clean latents [B, C, given, h, w] to go on
-    from; `noise` replaces the seed's white noise. Device and dtype of a pass are those of the weights, unless a host
-    that keeps its weights elsewhere (offloaded, quantised) says where and in what it computes. Closing the iterator
-    frees the memory. Raises ValueError when `initial` does not fit the plan.
+    from; `noise` replaces the seed's white noise; `refiner` works on whatever noise that is. Device and dtype of a
+    pass are those of the weights, unless a host that keeps its weights elsewhere (offloaded, quantised) says where and
+    in what it computes. Closing the iterator frees the memory. Raises ValueError when `initial` does not fit the plan.
     """
     parameter = next(network.model.parameters())
     device, dtype = device or parameter.device, dtype or parameter.dtype
@@ -85,10 +88,11 @@ def sample(
         came = "none" if initial is None else str(tuple(initial.shape))
         raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
     given, new = plan_chunks(plan.preset, plan.frames, plan.given)
-    memory = RingMemory(plan.memory(network, dtype), device)
+    memory = RingMemory(plan.memory(network, dtype, refined=refiner is not None), device)
+    context = context.to(device, dtype)
     rollout = Rollout(
         network=network,
-        text=network.text(context.to(device, dtype)),
+        text=network.text(context),
         memory=memory,
         noise=noise or WhiteNoise(seed),
         chunks=new,
@@ -96,6 +100,8 @@ def sample(
         device=device,
         network_dtype=dtype,
         callback=callback,
+        refiner=refiner,
+        refiner_text=refiner.text(context) if refiner else None,
         total=len(given) + len(new),
     )
     try:

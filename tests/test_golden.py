@@ -48,7 +48,7 @@ class Recorder:
     """A view of an empty past that keeps each layer's new keys (after RoPE) and values."""
 
     def __init__(self, start: int, frames: int) -> None:
-        self.positions = tuple(range(start, start + frames))
+        self.positions, self.first = tuple(range(start, start + frames)), 0
         self.layers: list[KeyValue] = []
 
     def extend(self, layer, raw_key, value, table) -> KeyValue:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model
 from .evaluation import EvaluateOptions, evaluate, write_section
 from .recipes.data import Clips, encode_shards
-from .recipes.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage

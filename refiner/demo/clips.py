@@ -15,13 +15,14 @@ from ..sample import RunPlan, sample
 from ..samplers import self_forcing
 from ..schedule import PRESETS, Preset
 from ..training.dmd import shifted
+from ..training.learner import noise_stream
+from ..training.precision import mixed_precision
 from ..video import contact_sheet, to_frames
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
 from .captions import Caption
 from .metrics.evaluate import ClipScores, evaluate_clip
 from .metrics.table import summarise
-from .recipes.parts import mixed_precision, noise_stream
 from .render import clip_batch, render
 from .text_encoder import SpriteTextEncoder
 from .world import sample_scene

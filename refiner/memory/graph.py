@@ -74,6 +74,8 @@ def _join(old: KeyValue, new: KeyValue) -> KeyValue:
 class GraphView:
     """One pass over one chunk: what it saw is fixed when the view is made, what it wrote is kept for a commit."""
 
+    first = 0
+
     def __init__(self, memory: GraphMemory, frames: tuple[int, ...]) -> None:
         self.plan = memory.plan
         self.frames = frames

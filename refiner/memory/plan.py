@@ -33,6 +33,7 @@ class MemoryPlan:
     keys: Keys = "rotated"
     positions: Positions = "absolute"
     dtype: torch.dtype = torch.float32
+    spare_frames: int = 0  # places behind the window for what a refine pass writes and nothing keeps
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
@@ -56,6 +57,7 @@ class MemoryPlan:
         keys: Keys = "rotated",
         positions: Positions = "absolute",
         dtype: torch.dtype = torch.float32,
+        spare_frames: int = 0,
     ) -> "MemoryPlan":
         """For latents of `shape` [B, C, F, h, w], F being every frame that is read or made; -1 is full history."""
         batch, _, frames, height, width = shape
@@ -63,7 +65,7 @@ class MemoryPlan:
             window_frames, sink_frames = frames, 0
         return cls(
             config.num_layers, config.num_heads, config.head_dim, batch, height // PATCH[1], width // PATCH[2],
-            window_frames, sink_frames, keys, positions, dtype,
+            window_frames, sink_frames, keys, positions, dtype, spare_frames,
         )  # fmt: skip
 
     @property
@@ -76,9 +78,14 @@ class MemoryPlan:
         return self.window_frames - self.sink_frames
 
     @property
+    def held_frames(self) -> int:
+        """Frames that there is room for."""
+        return self.window_frames + self.spare_frames
+
+    @property
     def layer_bytes(self) -> int:
         """Of the keys (or values) of one layer."""
-        return self.batch * self.window_frames * self.frame_tokens * self.heads * self.head_dim * self.dtype.itemsize
+        return self.batch * self.held_frames * self.frame_tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:

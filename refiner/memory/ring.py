@@ -33,7 +33,7 @@ class RingMemory:
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.ledger = FrameLedger(plan)
-        shape = (plan.batch, plan.window_frames * plan.frame_tokens, plan.heads, plan.head_dim)
+        shape = (plan.batch, plan.held_frames * plan.frame_tokens, plan.heads, plan.head_dim)
         layers = range(plan.layers)
         self.keys = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
@@ -76,6 +76,8 @@ class RingMemory:
 class RingView:
     """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one before."""
 
+    first = 0
+
     def __init__(self, memory: RingMemory, frames: tuple[int, ...]) -> None:
         self.memory = memory
         self.frames = frames
@@ -91,19 +93,35 @@ class RingView:
 
     def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
         """See `refiner.wan.causal.View`. Writes in place: not for passes whose graph is kept."""
+        self.write(layer, self.stored(raw_key, table), value)
+        return self.read(layer, self.used, self.slot_positions)
+
+    def stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
+        """A key as this memory keeps it."""
+        return raw_key if self.memory.rotated is not None else rotate(raw_key, table)
+
+    def write(self, layer: int, stored_key: Tensor, value: Tensor) -> None:
+        """Put the chunk's keys and values into its place."""
         memory, size = self.memory, self.memory.plan.frame_tokens
         keys, values = memory.keys[layer], memory.values[layer]
-        raw = memory.rotated is not None
-        stored = raw_key if raw else rotate(raw_key, table)
         for slot, frame, length in self.pieces:
             place, source = slice(slot * size, (slot + length) * size), slice(frame * size, (frame + length) * size)
-            keys[:, place] = stored[:, source]
+            keys[:, place] = stored_key[:, source]
             values[:, place] = value[:, source]
-        seen = KeyValue(keys[:, : self.used], values[:, : self.used])
-        return KeyValue(self._rotated(seen.key), seen.value) if raw else seen
 
-    def _rotated(self, raw_key: Tensor) -> Tensor:
-        plan = self.memory.plan
-        table = rotation_table(self.slot_positions, plan.height, plan.width, plan.head_dim, like=raw_key)
-        rotated = self.memory.rotated[:, : self.used]
-        return rotated.copy_(rotate(raw_key, table))
+    def own(self, layer: int) -> KeyValue:
+        """What stands in the chunk's place."""
+        memory, size = self.memory, self.memory.plan.frame_tokens
+        places = [slice(slot * size, (slot + length) * size) for slot, _, length in self.pieces]
+        keys, values = ([x[layer][:, place] for place in places] for x in (memory.keys, memory.values))
+        return KeyValue(torch.cat(keys, 1), torch.cat(values, 1)) if len(places) > 1 else KeyValue(keys[0], values[0])
+
+    def read(self, layer: int, tokens: int, positions: Sequence[int]) -> KeyValue:
+        """The first `tokens` of a layer, keys rotated; `positions` are those of their frames, for raw keys."""
+        memory = self.memory
+        seen = KeyValue(memory.keys[layer][:, :tokens], memory.values[layer][:, :tokens])
+        if memory.rotated is None:
+            return seen
+        plan = memory.plan
+        table = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=seen.key)
+        return KeyValue(memory.rotated[:, :tokens].copy_(rotate(seen.key, table)), seen.value)

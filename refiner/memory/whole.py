@@ -9,6 +9,8 @@ from ..wan.rope import rotate, span
 class WholeClip:
     """A view (see refiner.wan.causal.View) of a clip of this many frames without a past; it keeps nothing."""
 
+    first = 0
+
     def __init__(self, frames: int) -> None:
         self.positions = span(0, frames)
 

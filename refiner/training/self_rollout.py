@@ -1,4 +1,4 @@
-"""The sampler's own rollout with a graph behind one level of every chunk, as Self-Forcing trains."""
+"""The sampler's own rollout with a graph behind one level of every chunk, as Self-Forcing and AutoRefiner train."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,22 @@ from torch import Tensor
 from ..rollout import Rollout
 
 
-def self_rollout(rollout: Rollout, exit_level: int) -> Tensor:
+def self_rollout(rollout: Rollout, exit_level: int, grad_level: int | None = None) -> Tensor:
     """Sample every chunk down to `exit_level` (an index into its levels) and stop there; [B, C, F, h, w].
 
-    Only the last prediction of each chunk has a graph; history is detached, as latents and as keys and values. The
-    rollout's memory must be a GraphMemory.
+    The noise of `grad_level` (default: the exit level, as AutoRefiner's Algorithm 1 has it), its refinement and every
+    prediction from there on have a graph; history is detached, as latents and as keys and values, and so is the
+    prediction before. The rollout's memory must be a GraphMemory.
     """
+    grad_level = exit_level if grad_level is None else grad_level
     made = []
     for chunk in rollout.chunks:
-        level, *below = chunk.levels[: exit_level + 1]
-        x = rollout.draw(chunk, level)
-        with torch.no_grad():
-            for following in below:
+        levels = chunk.levels[: exit_level + 1]
+        x0: Tensor | None = None
+        for index, level in enumerate(levels):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= grad_level):
+                x = rollout.draw(chunk, level) if x0 is None else rollout.renoise(x0, level, chunk)
                 x0 = rollout.predict(x, level, chunk)
-                x, level = rollout.renoise(x0, following, chunk), following
-        x0 = rollout.predict(x, level, chunk)
         with torch.no_grad():
             rollout.commit(x0.detach(), chunk)
         made.append(x0)

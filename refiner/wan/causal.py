@@ -33,6 +33,7 @@ class View(Protocol):
     """What one forward sees of the past, and where its own keys and values go."""
 
     positions: Sequence[int]  # temporal RoPE position of each frame of the call
+    first: int  # tokens at the call's start that do not see the rest of it; 0 where all see all
 
     def extend(self, layer: int, raw_key_BNHD: Tensor, value_BNHD: Tensor, table: Tensor) -> KeyValue:
         """Take the call's keys (before RoPE) and values; return all that its queries attend to, keys rotated.
@@ -118,9 +119,19 @@ def new_keys(block: nn.Module, h_BNM: Tensor, table: Tensor, heads: int, extend:
     return extend(key, attn.v(h_BNM).unflatten(-1, (heads, -1)), table)
 
 
+def attend(query_BNHD: Tensor, seen: KeyValue, first: int, host: Host) -> Tensor:
+    """Self-attention of a call; its `first` tokens do not see those behind them, in two calls and without a mask."""
+    if not first:
+        return host.attention(query_BNHD, seen.key, seen.value)
+    known = seen.key.shape[1] - (query_BNHD.shape[1] - first)
+    before = host.attention(query_BNHD[:, :first], seen.key[:, :known], seen.value[:, :known])
+    return torch.cat((before, host.attention(query_BNHD[:, first:], seen.key, seen.value)), dim=1)
+
+
 def run_block(
-    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, text: KeyValue, heads: int, extend: Extend, host: Host
-) -> Tensor:
+    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, text: KeyValue, heads: int, extend: Extend,
+    first: int, host: Host,
+) -> Tensor:  # fmt: skip
     """One transformer block (reference order: modulated self-attention, cross-attention, modulated feed-forward)."""
     attn_mod, ffn_mod = block_modulation(block, e0, host)
 
@@ -128,7 +139,7 @@ def run_block(
     attn = block.self_attn
     query = rotate(attn.norm_q(attn.q(h)).unflatten(-1, (heads, -1)), table)
     seen = new_keys(block, h, table, heads, extend)
-    x = gated_add(x_BNM, attn.o(host.attention(query, seen.key, seen.value)), attn_mod.gate)
+    x = gated_add(x_BNM, attn.o(attend(query, seen, first, host)), attn_mod.gate)
 
     cross = block.cross_attn
     query = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (heads, -1))
@@ -199,7 +210,7 @@ class CausalWan:
                 mod, _ = block_modulation(block, e0, self.host)
                 new_keys(block, modulated_norm(tokens, mod.shift, mod.scale), table, heads, extend)
                 return None
-            arguments = (block, tokens, e0, table, text[layer], heads, extend, self.host)
+            arguments = (block, tokens, e0, table, text[layer], heads, extend, view.first, self.host)
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(run_block, *arguments, use_reentrant=False)
             else:

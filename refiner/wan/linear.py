@@ -46,6 +46,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, by oneDNN for fp32 on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim > 1:
+        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim > 1
+        if _HAS_ONEDNN and plain and not torch.is_autocast_enabled("cpu"):
             return onednn_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

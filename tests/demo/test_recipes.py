@@ -15,11 +15,11 @@ from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words
 from autorefiner.refiner.demo.recipes.data import Clips
-from autorefiner.refiner.demo.recipes.loop import LoopOptions, restore, save, train
 from autorefiner.refiner.demo.recipes.text import QUESTIONS, TextOptions, TextStage, answers
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.demo.world import sample_scene
+from autorefiner.refiner.training.loop import LoopOptions, restore, save, train
 from autorefiner.refiner.wan.checkpoint import inspect
 from autorefiner.refiner.wan.vae import LATENT_STD, WanVAE
 

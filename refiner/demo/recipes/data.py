@@ -9,12 +9,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ...training.precision import mixed_precision
 from ...wan.checkpoint import save_safetensors
 from ...wan.vae import WanVAE
 from ..captions import Caption, write
 from ..render import clip_batch
 from ..world import sample_scene
-from .parts import mixed_precision
 
 SHARD = 64  # clips a file
 AT_ONCE = 4  # clips in one pass of the encoder

@@ -18,6 +18,8 @@ from ...noise.source import WhiteNoise
 from ...rollout import Rollout, add_noise
 from ...schedule import plan_chunks
 from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
+from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.precision import mixed_precision, training_host
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
 from ...wan.transformer import WanTransformer
@@ -25,7 +27,6 @@ from ...wan.vae import WanVAE
 from ..clips import PRESET, held_out, show_clips, student_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
-from .parts import Learner, LearnerStage, mixed_precision, noise_stream, stream, training_host, warm_cosine
 
 
 @dataclass(frozen=True, slots=True)

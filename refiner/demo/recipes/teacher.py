@@ -8,13 +8,14 @@ import torch.nn.functional as F
 
 from ...rollout import add_noise
 from ...training.dmd import column, shifted, whole_flow
+from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.precision import mixed_precision, training_host
 from ...wan.causal import CausalWan
 from ...wan.transformer import WanConfig, WanTransformer
 from ...wan.vae import WanVAE
 from ..clips import held_out, show_clips, teacher_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
-from .parts import Learner, LearnerStage, mixed_precision, noise_stream, stream, training_host, warm_cosine
 
 WIDTHS = {128: dict(num_heads=4, ffn_dim=512, num_layers=8), 256: dict(num_heads=2, ffn_dim=1024, num_layers=5)}
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...training.learner import Learner, LearnerStage, stream, warm_cosine
 from ..captions import RELATIONS, Caption, Stated
 from ..motion import DIRECTIONS, RATES
 from ..palette import GROUNDS, OBJECT_COLOURS
 from ..shapes import SHAPES
 from ..text_encoder import SpriteTextEncoder
 from ..world import SIZES, sample_scene
-from .parts import Learner, LearnerStage, stream, warm_cosine
 
 # What each of the two objects has, and what the caption has once; the first answer is that it is not said.
 OF_OBJECT: dict[str, tuple[str, ...]] = {

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...video import contact_sheet, to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
 from ..render import render, to_pixels
 from ..world import sample_scene
-from .parts import Learner, LearnerStage, noise_stream, stream, warm_cosine
 
 
 @dataclass(frozen=True, slots=True)

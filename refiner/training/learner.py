@@ -1,36 +1,17 @@
-"""What the stages share: learning-rate curve, optimiser with a running average, random streams by step."""
+"""What trainings share: learning-rate curve, optimiser with a running average, random streams by step."""
 
 import copy
 import math
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from ...wan.causal import Host
+from torch import nn
 
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
     """Factor on the learning rate: up over `warm` steps, then down a half cosine to `floor`."""
     fall = 0.5 * (1 + math.cos(math.pi * min(index / steps, 1)))
     return min(1.0, (index + 1) / warm) * (floor + (1 - floor) * fall)
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bf16 for the products, fp32 for the rest: as good here, and two to three times as fast, on the CPU too."""
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v [B, N, H·D] by two products: in bf16 on the CPU four times as fast as the fused kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-
-
-def training_host(device: torch.device) -> Host:
-    """How attention is computed in training: on the CPU by products, else by the fused kernel."""
-    return Host(attention=explicit_attention) if device.type == "cpu" else Host()
 
 
 class MuonAdamW:

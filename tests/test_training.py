@@ -1,0 +1,147 @@
+"""Training a refiner: what gets gradients, what is retained, and that training samples as sampling does."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from autorefiner.refiner.memory.graph import GraphMemory
+from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.reflect import ReflectiveCache
+from autorefiner.refiner.noise.refiner import HEAD, Refiner, merged, target_modules
+from autorefiner.refiner.noise.source import WhiteNoise
+from autorefiner.refiner.rollout import Rollout
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, load_pairs, pairs_of
+from autorefiner.refiner.training.self_rollout import self_rollout
+from autorefiner.refiner.wan.causal import CausalWan
+
+from tiny import TINY, tiny_network
+
+pytest.importorskip("peft")
+
+FRAMES, RANK = 7, 4
+SHAPE = (2, 16, FRAMES, 4, 4)
+PRESET = PRESETS["self-forcing"]
+CONTEXT = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+JOINT = ReflectiveCache("shared", "joint")
+
+
+def rollout_of(base: CausalWan, refiner: Refiner | None, seed: int = 3) -> Rollout:
+    return Rollout(
+        network=base,
+        text=base.text(CONTEXT),
+        memory=GraphMemory(MemoryPlan.of(base.config, SHAPE)),
+        noise=WhiteNoise(seed),
+        chunks=plan_chunks(PRESET, FRAMES)[1],
+        frame_shape=(2, 16, 4, 4),
+        device=torch.device("cpu"),
+        network_dtype=torch.float32,
+        refiner=refiner,
+        refiner_text=refiner.text(CONTEXT) if refiner else None,
+    )
+
+
+def sampled(base: CausalWan, refiner: Refiner | None = None) -> Tensor:
+    return torch.cat(list(sample(base, CONTEXT, RunPlan(PRESET, FRAMES, 4, 4, batch=2), seed=3, refiner=refiner)), 2)
+
+
+def shaken(network: CausalWan) -> CausalWan:
+    """The same tree with B factors that say something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in branch_parameters(network).values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@pytest.mark.parametrize("previous", ["pending", "joint", "none"])
+def test_training_samples_what_sampling_samples(previous) -> None:
+    base, cache = tiny_network(), ReflectiveCache("shared", previous)
+    tree = shaken(attach_branches(base, RANK, silent_head=True))
+    made = self_rollout(rollout_of(base, Refiner(tree, cache)), exit_level=3)
+    assert (made - sampled(base, Refiner(merged(base, pairs_of(tree)), cache))).abs().max() < 1e-4
+    assert torch.allclose(self_rollout(rollout_of(base, None), exit_level=3), sampled(base), atol=1e-5)
+
+
+def test_a_fresh_tree_changes_no_bit_and_the_base_never_knows() -> None:
+    base = tiny_network()
+    before = sampled(base)
+    tree = attach_branches(base, RANK, silent_head=True)
+    assert torch.equal(sampled(base, Refiner(tree)), before)
+    shaken(tree)
+    assert not torch.equal(sampled(base, Refiner(tree)), before)
+    assert torch.equal(sampled(base), before)
+    assert {id(p) for p in base.model.parameters()} & {id(p) for p in tree.model.parameters()}
+
+
+@pytest.mark.parametrize("cache", [ReflectiveCache(), JOINT], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_after_a_step_gradients_reach_every_factor_and_nothing_else(cache, checkpointing) -> None:
+    base = tiny_network(checkpointing=checkpointing)
+    tree = attach_branches(base, RANK, silent_head=True)
+    factors = branch_parameters(tree)
+    assert len(factors) == 2 * len(target_modules(base.model))
+    optimizer = torch.optim.AdamW(factors.values(), 1e-3)
+
+    def step() -> set[str]:
+        optimizer.zero_grad()
+        self_rollout(rollout_of(base, Refiner(tree, cache)), exit_level=2).square().mean().backward()
+        assert all(factor.grad is not None for factor in factors.values())
+        return {name for name, factor in factors.items() if factor.grad.any()}
+
+    assert step() == {f"{HEAD}.lora_B.default.weight"}
+    optimizer.step()
+    assert step() == {name for name in factors if "lora_B" in name or HEAD in name}  # an A speaks through its B
+    optimizer.step()
+    assert step() == set(factors)
+    assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointing in (False, True):
+        base = tiny_network(checkpointing=checkpointing)
+        tree = shaken(attach_branches(base, RANK, silent_head=True))
+        self_rollout(rollout_of(base, Refiner(tree, JOINT)), exit_level=1).square().mean().backward()
+        found.append({name: factor.grad for name, factor in branch_parameters(tree).items()})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-7), name
+
+
+def test_nothing_of_the_graph_is_retained_over_fifty_steps() -> None:
+    base = tiny_network()
+    tree = shaken(attach_branches(base, RANK, silent_head=True))
+    optimizer = torch.optim.AdamW(branch_parameters(tree).values(), 1e-4)
+    alive = []
+    for index in range(50):
+        optimizer.zero_grad(set_to_none=True)
+        self_rollout(rollout_of(base, Refiner(tree), seed=index), exit_level=1).square().mean().backward()
+        optimizer.step()
+        if index in (4, 49):
+            gc.collect()
+            alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+    assert alive[0] == alive[1]
+
+
+def test_factors_come_out_and_go_in_again() -> None:
+    base = tiny_network()
+    tree = shaken(attach_branches(base, RANK, silent_head=True))
+    other = attach_branches(base, RANK, silent_head=True, seed=7)
+    load_pairs(other, pairs_of(tree), base)
+    assert torch.equal(sampled(base, Refiner(other)), sampled(base, Refiner(tree)))
+    with pytest.raises(ValueError, match="rank"):
+        load_pairs(attach_branches(base, RANK + 1, silent_head=True), pairs_of(tree), base)
+    with pytest.raises(ValueError, match="give at least 1"):
+        attach_branches(base, 0, silent_head=True)
+
+
+def test_a_residual_is_watched_with_its_graph() -> None:
+    base = tiny_network()
+    tree = shaken(attach_branches(base, RANK, silent_head=True))
+    seen: list[tuple[bool, int]] = []
+    refiner = Refiner(tree, watch=lambda residual, level: seen.append((residual.requires_grad, level.step)))
+    self_rollout(rollout_of(base, refiner), exit_level=2)
+    assert seen == [(False, 750), (True, 500)] * 3
