@@ -59,10 +59,6 @@ def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
                "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(8, 4)}, lora)  # fmt: skip
     with pytest.raises(ValueError, match="is a LoRA: pass it as the LoRA"):
         load_refiner(lora)
-    tensors = {
-        f"autorefiner.{HEAD}.lora_A.weight": torch.ones(4, 8),
-        f"autorefiner.{HEAD}.lora_B.weight": torch.ones(8, 4),
-    }
     bare = tmp_path / "bare.safetensors"
     save_file(PAIR, bare)
     with pytest.raises(ValueError, match="does not say how it was trained"):
@@ -81,10 +77,6 @@ def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
 )
 def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
     told = {"rank": 4, "levels": [750], "history": "shared", "previous": "none"} | change
-    tensors = {
-        f"autorefiner.{HEAD}.lora_A.weight": torch.ones(4, 8),
-        f"autorefiner.{HEAD}.lora_B.weight": torch.ones(8, 4),
-    }
     path = tmp_path / "x.refiner.safetensors"
     save_file(PAIR, path, metadata={"autorefiner": json.dumps(told)})
     with pytest.raises(ValueError, match=said):

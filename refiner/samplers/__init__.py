@@ -1,8 +1,11 @@
 """Sampling methods: one a file, each a short generator over the verbs of a rollout that yields every chunk's x0."""
 
 from .ode import ode
+from .search import BestOfN, SearchOverPath
 from .self_forcing import self_forcing
+from .self_refine import SelfRefine
 
-SAMPLERS = {"self-forcing": self_forcing, "ode": ode}
+# Those that need no verifier, by the name that users give.
+SAMPLERS = {"self-forcing": self_forcing, "ode": ode, "self-refine": SelfRefine()}
 
-__all__ = ["SAMPLERS", "ode", "self_forcing"]
+__all__ = ["SAMPLERS", "BestOfN", "SearchOverPath", "SelfRefine", "ode", "self_forcing"]

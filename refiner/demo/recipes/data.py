@@ -60,12 +60,15 @@ class Clips:
         latents = torch.cat(parts)
         return cls(latents, [sample_scene(seed).caption for seed in range(len(latents))])
 
-    def batch(self, rng: np.random.Generator, count: int, unsaid: float) -> tuple[Tensor, list[str]]:
-        """Latents [B, 16, F, h, w] in fp32, and a text for each: new words for its caption, or none at all."""
+    def batch(
+        self, rng: np.random.Generator, count: int, unsaid: float, frames: int | None = None
+    ) -> tuple[Tensor, list[str]]:
+        """Latents [B, 16, F, h, w] in fp32, of the first `frames` or all, and a text for each: new words for its
+        caption, or none at all."""
         chosen = rng.integers(len(self.latents), size=count)
         texts = []
         for index in chosen:
             caption = self.captions[index]
             text = write(caption.objects, caption.relation, caption.ground, rng).text
             texts.append("" if rng.random() < unsaid else text)
-        return self.latents[torch.from_numpy(chosen)].float(), texts
+        return self.latents[torch.from_numpy(chosen), :, :frames].float(), texts

@@ -26,16 +26,18 @@ class VaeOptions:
     """
 
     dim: int = 8
-    steps: int = 3000
-    crop_share: float = 0.6  # of the steps, on crops
+    steps: int = 1600
+    crop_share: float = 0.5  # of the steps, on crops; over them the noise grows to its full size
     crop: int = 32
     crop_frames: tuple[int, int] = (9, 33)
     batch: int = 2  # whole clips; a crop step takes about as many pixels
     frames: int = 33
     learning_rate: float = 4e-3
     muon: float = 1e-2
-    noise: float = 0.15  # standard deviation of what is added to the latents: the VAE's constant posterior
-    kl: float = 1e-3  # of half the mean square of the latents, the part of the KL that the mean has
+    # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large, so that latents a
+    # little beside the truth, as a small model makes them, still decode to a picture like it.
+    noise: float = 0.5
+    kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
     ema: float = 0.998
     seed: int = 0
@@ -77,7 +79,8 @@ class VaeStage(LearnerStage):
         with torch.autocast(self.device.type, torch.bfloat16):
             mean = self.model.moments(pixels)[0]
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
-            decoded = self.model.decode(mean + options.noise * noise)
+            grown = min(1.0, index / (options.crop_share * options.steps))
+            decoded = self.model.decode(mean + options.noise * grown * noise)
         decoded, mean = decoded.float(), mean.float()
         error = F.mse_loss(decoded, pixels)
         edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2

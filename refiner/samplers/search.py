@@ -1,0 +1,82 @@
+"""Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2).
+
+A verifier scores latents x0 [B, C, F, h, w] of a chunk, one number a sample [B], higher is better. It may decode them;
+`VerifierCalls` in the results tables counts how often.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rollout import Rollout
+from ..schedule import Chunk
+
+Verifier = Callable[[Tensor, Chunk], Tensor]
+
+
+def check_candidates(candidates: int) -> None:
+    """Raise ValueError for fewer than two."""
+    if candidates < 2:
+        raise ValueError(f"{candidates} candidates: a search compares at least 2")
+
+
+@dataclass(frozen=True, slots=True)
+class BestOfN:
+    """Every chunk is sampled N times from its own noise; the best one becomes history (Best-of-N)."""
+
+    verifier: Verifier
+    candidates: int = 5
+
+    def __post_init__(self) -> None:
+        check_candidates(self.candidates)
+
+    def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
+        """Yield the x0 [B, C, F, h, w] of each chunk."""
+        for chunk in rollout.chunks:
+            made = [self._chunk(fork, chunk) for fork in rollout.fork(self.candidates)]
+            x0 = rollout.select(made, torch.stack([self.verifier(one, chunk) for one in made]))
+            rollout.commit(x0, chunk)
+            yield x0
+
+    @staticmethod
+    def _chunk(rollout: Rollout, chunk: Chunk) -> Tensor:
+        first, *rest = chunk.levels
+        x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+        for level in rest:
+            x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
+        return x0
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOverPath:
+    """At every level several noises are tried, and the best prediction goes on (Search over Path; Ma et al. 2025).
+
+    It does not go together with a refiner that reads pending keys: those in memory are the last candidate's.
+    """
+
+    verifier: Verifier
+    candidates: int = 5
+
+    def __post_init__(self) -> None:
+        check_candidates(self.candidates)
+
+    def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
+        """Yield the x0 [B, C, F, h, w] of each chunk."""
+        if rollout.refiner is not None and rollout.refiner.cache.previous == "pending":
+            raise ValueError(
+                "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
+                " trained with the joint cache"
+            )
+        forks = rollout.fork(self.candidates)
+        for chunk in rollout.chunks:
+            x0: Tensor | None = None
+            for level in chunk.levels:
+                made = []
+                for fork in forks:
+                    x = fork.draw(chunk, level) if x0 is None else fork.renoise(x0, level, chunk)
+                    made.append(fork.predict(x, level, chunk))
+                x0 = rollout.select(made, torch.stack([self.verifier(one, chunk) for one in made]))
+            rollout.commit(x0, chunk)
+            yield x0

@@ -1,0 +1,119 @@
+"""Search and self-refinement: the base where they change nothing, the better one where they choose."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from autorefiner.refiner.memory.reflect import ReflectiveCache
+from autorefiner.refiner.noise.refiner import Refiner, merged, target_modules
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.wan.causal import CausalWan
+from autorefiner.refiner.wan.lora import LoraPair
+
+from tiny import TINY, tiny_network
+
+PRESET = PRESETS["self-forcing"]
+PLAN = RunPlan(PRESET, 7, 4, 4, batch=2)
+CONTEXT = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+
+
+def run(network: CausalWan, **options) -> Tensor:
+    return torch.cat(list(sample(network, CONTEXT, PLAN, seed=3, **options)), dim=2)
+
+
+def indifferent(x0: Tensor, chunk) -> Tensor:
+    return torch.zeros(len(x0))
+
+
+def brightness(x0: Tensor, chunk) -> Tensor:
+    return x0.mean(dim=(1, 2, 3, 4))
+
+
+def counted(network: CausalWan) -> list[float]:
+    """The timestep of every pass from now on."""
+    calls: list[float] = []
+    network.model.time_embedding.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    return calls
+
+
+def refiner_of(network: CausalWan, previous: str = "pending") -> Refiner:
+    generator = torch.Generator().manual_seed(1)
+    pairs = {}
+    for name, module in target_modules(network.model).items():
+        out, into = module.weight.shape
+        down, up = (0.1 * torch.randn(*shape, generator=generator) for shape in ((4, into), (out, 4)))
+        pairs[name] = LoraPair(down, up, 1.0)
+    return Refiner(merged(network, pairs), ReflectiveCache("shared", previous))
+
+
+IDLE = [SelfRefine({}), SelfRefine(threshold=float("inf")), BestOfN(indifferent, 3), SearchOverPath(indifferent, 3)]
+
+
+@pytest.mark.parametrize("method", IDLE, ids=lambda method: type(method).__name__)
+def test_what_changes_nothing_is_the_base_bit_for_bit(method) -> None:
+    network = tiny_network()
+    assert torch.equal(run(network, method=method), run(network))
+
+
+def test_passes_are_what_the_method_says() -> None:
+    network = tiny_network()
+    calls = counted(network)
+
+    def passes(method) -> int:
+        calls.clear()
+        run(network, method=method)
+        return len(calls)
+
+    commits, chunks, levels = 2, 3, 4
+    assert passes(SelfRefine({750: 2, 500: 1}, threshold=0.0)) == chunks * (levels + 3) + commits
+    assert passes(SelfRefine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits  # certain at once
+    assert passes(BestOfN(brightness, 5)) == chunks * levels * 5 + commits
+    assert passes(SearchOverPath(brightness, 5)) == chunks * levels * 5 + commits
+
+
+@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
+    network = tiny_network()
+    plan = RunPlan(PRESET, 3, 4, 4, batch=2)
+
+    def first_chunk(method=None) -> Tensor:
+        return next(iter(sample(network, CONTEXT, plan, seed=3, **({"method": method} if method else {}))))
+
+    best = brightness(first_chunk(kind(brightness, 4)), None)
+    worst = brightness(first_chunk(kind(lambda x0, chunk: -brightness(x0, chunk), 4)), None)
+    base = brightness(first_chunk(), None)
+    assert (best >= base).all()
+    assert (worst <= base).all()
+    assert (best > worst).all()
+
+
+def test_a_place_that_is_certain_keeps_its_first_answer() -> None:
+    network = tiny_network()
+    base, some, none = (run(network, method=SelfRefine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0))
+    first = slice(0, 3)  # later chunks have another history
+    kept = (some == base)[:, :, first].all(dim=1)
+    assert 0 < kept.float().mean() < 1
+    changed = torch.where(kept[:, None], base[:, :, first], none[:, :, first])
+    assert torch.equal(some[:, :, first], changed)
+
+
+def test_self_refinement_goes_on_top_of_a_refiner_and_search_says_where_it_does_not() -> None:
+    network = tiny_network()
+    refined = run(network, refiner=refiner_of(network))
+    both = run(network, refiner=refiner_of(network), method=SelfRefine(threshold=0.0))
+    assert not torch.equal(both, refined)
+    assert torch.equal(run(network, refiner=refiner_of(network), method=SelfRefine({})), refined)
+    assert torch.equal(run(network, refiner=refiner_of(network), method=BestOfN(indifferent, 2)), refined)
+    joint = refiner_of(network, "joint")
+    assert torch.equal(run(network, refiner=joint, method=SearchOverPath(indifferent, 2)), run(network, refiner=joint))
+    with pytest.raises(ValueError, match="use Best-of-N"):
+        run(network, refiner=refiner_of(network), method=SearchOverPath(indifferent, 2))
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        BestOfN(indifferent, 1)
+    with pytest.raises(ValueError, match="within"):
+        SelfRefine(enough=0.0)
