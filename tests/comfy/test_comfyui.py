@@ -1,0 +1,351 @@
+"""The pack in a real ComfyUI: pytest -m comfyui, with ComfyUI at COMFYUI_PATH, ~/ComfyUI or ~/comfy/ComfyUI.
+
+Its interpreter is COMFYUI_PYTHON, or that of the checkout's .venv.
+"""
+
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_graphs import API, NAMES, NEED_COMFYUI, WORKFLOWS, node, of_kind, small
+from comfy_page import to_api, to_page
+from comfy_server import Refused, Server, find_comfyui, install_pack
+from demo_files import STAND_IN, write_base, write_demo_files
+from safetensors.torch import load_file, save_file
+
+from autorefiner.nodes import workflow
+from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.registry import NODES
+from autorefiner.refiner.demo import bundle
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.video import count_frames, read_frames
+from autorefiner.refiner.wan.causal import CausalWan
+from autorefiner.refiner.wan.checkpoint import load_transformer
+
+pytestmark = pytest.mark.comfyui
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
+    """One server for the module; its models are the stand-ins."""
+    found = find_comfyui()
+    if found is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH and COMFYUI_PYTHON")
+    base = tmp_path_factory.mktemp("comfyui")
+    write_base(base, weights)
+    install_pack(base, weights)
+    running = Server.start(*found, base)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(weights: Path, monkeypatch) -> None:
+    """The standalone host has the same bundle as the server."""
+    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+
+
+def keeping(graph: dict, key: str, name: str) -> dict:
+    """The graph with a node's LATENT saved under a name."""
+    return {**graph, "90": node("SaveLatent", samples=[key, 0], filename_prefix=f"latents/{name}")}
+
+
+def latents(server: Server, name: str) -> torch.Tensor:
+    """What the newest run saved under that name."""
+    path = sorted((server.base / "output" / "latents").glob(f"{name}_*.latent"))[-1]
+    return load_file(path)["latent_tensor"]
+
+
+def sampled(server: Server, graph: dict, name: str, key: str | None = None) -> torch.Tensor:
+    """The latents of a graph's last sampler, run by ComfyUI."""
+    server.run(keeping(graph, key or of_kind(graph, "AutoRefinerSampler"), name))
+    return latents(server, name)
+
+
+def alone(server: Server, graph: dict) -> torch.Tensor:
+    """The same as `autorefiner run` makes it."""
+    path = server.base / "graph.json"
+    path.write_text(json.dumps(graph))
+    with standalone.running_at(standalone.place_of(server.base, server.base / "alone", "cpu")):
+        results = workflow.execute(workflow.read_workflow(path))
+    return results[of_kind(graph, "AutoRefinerSampler")].args[0]["samples"]
+
+
+def short(length: int = 21, **inputs: object) -> dict:
+    """The quickstart, short."""
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"length": length, **inputs}
+    return graph
+
+
+def told(server: Server, graph: dict) -> str:
+    """The messages of a prompt that is refused."""
+    with pytest.raises(Refused) as refused:
+        server.queue(graph)
+    errors = refused.value.answer["node_errors"]
+    return json.dumps([[key, error] for key, found in errors.items() for error in found["errors"]])
+
+
+def test_the_pack_is_imported_without_a_delay(server: Server) -> None:
+    seconds = re.search(r"([\d.]+) seconds: \S*/custom_nodes/autorefiner", server.log())
+    assert seconds and float(seconds[1]) < 1
+    assert "IMPORT FAILED" not in server.log()
+    assert {node.define_schema().node_id for node in NODES} <= set(server.get("/object_info"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str, server: Server) -> None:
+    graph = small(name)
+    sampler = "SamplerCustomAdvanced" if name in NEED_COMFYUI else "AutoRefinerSampler"
+    made = sampled(server, graph, name, of_kind(graph, sampler))
+    frames = made.shape[2] * 4 - 3
+    assert count_frames(sorted((server.base / "output" / "video").glob(f"{name}_*.mp4"))[-1]) == frames
+    if name not in NEED_COMFYUI:
+        torch.testing.assert_close(made, alone(server, graph), **NEAR)
+
+
+def test_a_second_run_is_taken_from_the_cache(server: Server) -> None:
+    graph = keeping(short(seed=11), "3", "cached")
+    first = server.run(graph)
+    graph["90"]["inputs"]["filename_prefix"] = "latents/again"
+    second = server.run(graph)
+    cached = next(data["nodes"] for event, data in second["status"]["messages"] if event == "execution_cached")
+    assert {"1", "2", "3"} <= set(cached) and first["outputs"]
+    assert torch.equal(latents(server, "cached"), latents(server, "again"))
+
+
+def memory_of(server: Server) -> int:
+    """Resident bytes of the server's process."""
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("no /proc: the memory of a process is not told")
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024
+
+
+def test_an_interrupted_run_gives_its_memory_back_and_the_next_one_is_good(server: Server) -> None:
+    expected = sampled(server, short(seed=3), "before")
+    memory = memory_of(server)
+    long = short(length=401, width=512, height=512)
+    prompt = server.queue(long)
+    end = time.monotonic() + 60
+    while memory_of(server) < memory + 300e6 and time.monotonic() < end:  # keys and values of 101 frames are 420 MB
+        time.sleep(0.2)
+    server.post("/interrupt", {})
+    ended = server.wait(prompt)
+    assert "execution_interrupted" in [event for event, _ in ended["status"]["messages"]]
+    graph = short(seed=3)
+    graph["2"]["inputs"]["text"] += " "  # not from the cache
+    assert torch.equal(sampled(server, graph, "after"), expected)
+    assert memory_of(server) < memory + 150e6
+
+
+def test_two_queued_prompts_each_make_their_own(server: Server) -> None:
+    graphs = [keeping(short(seed=seed), "3", f"seed{seed}") for seed in (21, 22)]
+    prompts = [server.queue(graph) for graph in graphs]
+    assert all(server.wait(prompt)["status"]["status_str"] == "success" for prompt in prompts)
+    for seed in (21, 22):
+        torch.testing.assert_close(latents(server, f"seed{seed}"), alone(server, short(seed=seed)), **NEAR)
+
+
+def test_a_batch_begins_with_the_single_video(server: Server) -> None:
+    one, two = (sampled(server, short(seed=4, batch_size=batch), f"batch{batch}") for batch in (1, 2))
+    torch.testing.assert_close(two[:1], one, **NEAR)
+    assert len(two) == 2 and not torch.allclose(two[:1], two[1:])
+
+
+def test_a_user_lora_works_on_the_base(server: Server, weights: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pair = {part: torch.randn(shape, generator=generator) for part, shape in (("A", (4, 128)), ("B", (128, 4)))}
+    module = "diffusion_model.blocks.0.self_attn.v"
+    path = server.base / "models" / "loras" / "own.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file({f"{module}.lora_{part}.weight": 0.2 * tensor for part, tensor in pair.items()}, path)
+    graph = short(seed=6)
+    graph["80"] = node("LoraLoaderModelOnly", model=["1", 0], lora_name="own.safetensors", strength_model=1.0)
+    base = sampled(server, graph, "base")
+    graph["3"]["inputs"]["model"] = ["80", 0]
+    made = sampled(server, graph, "lora")
+
+    model, info = load_transformer(weights / bundle.FILES["student"], lora=path, dtype=torch.float32)
+    context = bundle.load_sprite_text(weights)([graph["2"]["inputs"]["text"]])
+    chunks = sample(CausalWan(model, info.config), context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=6)
+    torch.testing.assert_close(made, standalone.raw_latents(torch.cat(list(chunks), 2)), **NEAR)
+    assert (made - base).abs().max() > 0.01
+    graph["3"]["inputs"]["model"] = ["1", 0]
+    graph["2"]["inputs"]["text"] += " "
+    assert torch.equal(sampled(server, graph, "base_again"), base)
+
+
+def custom(**inputs: object) -> dict:
+    """The SamplerCustomAdvanced workflow, short, for the sampler to be changed."""
+    graph = small("sampler_custom_advanced")
+    graph["7"]["inputs"]["length"] = 29
+    graph["8"]["inputs"] |= inputs
+    return graph
+
+
+def test_without_a_refiner_it_equals_comfyuis_own_sampler(server: Server) -> None:
+    ours = sampled(server, custom(fresh_noise="as SamplerARVideo"), "ours", "9")
+    graph = custom()
+    graph["8"] = node("SamplerARVideo", num_frame_per_block=3)
+    core = sampled(server, graph, "core", "9")
+    assert ours.shape == core.shape == (1, 16, 8, 8, 8)
+    assert (ours - core).abs().max() < 1e-4
+    assert not torch.allclose(sampled(server, custom(), "fresh", "9"), core)
+
+
+def test_what_the_custom_sampler_calls_denoised_is_the_clip(server: Server) -> None:
+    graph = custom()
+    graph["91"] = node("SaveLatent", samples=["9", 1], filename_prefix="latents/denoised")
+    torch.testing.assert_close(sampled(server, graph, "output", "9"), latents(server, "denoised"))
+
+
+def test_narrow_weights_are_computed_with_as_comfyui_does(server: Server) -> None:
+    graph = small("self_forcing")
+    graph["6"]["inputs"]["length"] = 9
+    wide = sampled(server, graph, "wide")
+    graph["1"]["inputs"]["dtype"] = "bf16"  # as the file has them; a CPU computes in fp32 with them
+    assert torch.equal(sampled(server, graph, "bf16"), wide)
+    graph["1"]["inputs"]["dtype"] = "fp8_e4m3fn"
+    narrow = sampled(server, graph, "fp8")
+    assert narrow.isfinite().all() and not torch.equal(narrow, wide)
+    assert torch.corrcoef(torch.stack((narrow.flatten(), wide.flatten())))[0, 1] > 0.98
+
+
+def test_a_model_of_comfyuis_own_loader_is_sampled_as_self_forcing(server: Server, weights: Path) -> None:
+    path = server.base / "models" / "diffusion_models" / "stock.safetensors"
+    path.write_bytes((weights / bundle.FILES["student"]).read_bytes())
+    graph = short(seed=8)
+    graph["80"] = node("UNETLoader", unet_name="stock.safetensors", weight_dtype="default")
+    graph["3"]["inputs"]["model"] = ["80", 0]
+    torch.testing.assert_close(sampled(server, graph, "stock"), alone(server, short(seed=8)), **NEAR)
+    assert "self-forcing's preset is taken" in server.log()
+
+
+@pytest.mark.parametrize("length", [1, 5, 9, 29])
+def test_decoding_in_chunks_equals_comfyuis_decode(length: int, server: Server) -> None:
+    graph = short(length)
+    graph["70"] = node("VAEDecode", samples=["3", 0], vae=["1", 2])
+    for name, source in (("chunks", "4"), ("whole", "70")):
+        graph[f"9{source}"] = node("SaveImage", images=[source, 0], filename_prefix=f"{name}{length}/frame")
+    server.run(graph)
+    chunks, whole = (sorted((server.base / "output" / f"{name}{length}").iterdir()) for name in ("chunks", "whole"))
+    assert len(chunks) == len(whole) == length
+    for ours, theirs in zip(chunks, whole, strict=True):
+        assert abs(read_frames(ours).astype(int) - read_frames(theirs).astype(int)).max() <= 1
+
+
+def test_reflective_cache_shows_its_bytes(server: Server) -> None:
+    graph = short(9)
+    graph["60"] = node("EmptyARVideoLatent", width=64, height=64, length=9, batch_size=1)
+    cache = {"positions": "the model's", "history": "as trained", "previous_x0": "as trained"}
+    graph["61"] = node("AutoRefinerReflectiveCache", window=-1, sink=0, **cache, model=["1", 0], latent=["60", 0])
+    graph["3"]["inputs"] |= {"reflective_cache": ["61", 0], "latent": ["60", 0]}
+    nbytes = 2 * STAND_IN.num_layers * 3 * 16 * STAND_IN.dim * 4
+    assert server.run(graph)["outputs"]["61"]["text"] == [f"all frames: {nbytes / 1e6:,.1f} MB of keys and values"]
+
+
+def test_prompts_that_cannot_run_are_refused_with_what_to_do(server: Server) -> None:
+    assert "the nearest are 17 and 21" in told(server, short(20))
+    assert "a clip has 1 to 16381 pixel frames" in told(server, short(99997))
+    assert "value_not_in_list" in told(server, short(method="none"))
+    assert "value_bigger_than_max" in told(server, short(width=99999))
+    graph = small("self_forcing")
+    graph["1"]["inputs"]["file"] = "../../secret.pt"
+    assert "value_not_in_list" in told(server, graph)
+    graph = short()
+    graph["60"] = node(
+        "AutoRefinerChunkSchedule", preset="the model's", levels="500, 1000", frames_per_chunk=0, first_levels="",
+        refined_levels="",
+    )  # fmt: skip
+    graph["3"]["inputs"]["chunk_schedule"] = ["60", 0]
+    assert "give steps that fall strictly" in told(server, graph)
+
+
+def failing(change: str) -> tuple[dict, str, str]:
+    """(graph, the node that fails, what its message says)."""
+    graph = short(9)
+    if change == "size":
+        graph["3"]["inputs"]["width"] = 72
+        return graph, "3", "both must be multiples of 16, the nearest is 64x64"
+    if change == "latent":
+        graph["60"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+        graph["3"]["inputs"]["latent"] = ["60", 0]
+        return graph, "3", "latent has latents of shape (1, 4, 8, 8), expected [batch, 16, frames"
+    if change == "outside":
+        graph["60"] = node(
+            "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix="../../x"
+        )
+        return graph, "60", "outside the output folder"
+    if change == "two":
+        graph["60"] = node("ConditioningCombine", conditioning_1=["2", 0], conditioning_2=["2", 0])
+        graph["3"]["inputs"]["positive"] = ["60", 0]
+        return graph, "3", "positive has 2 entries: the models take one prompt"
+    graph = custom()
+    if change == "cfg":
+        graph["5"] = node("CFGGuider", model=["3", 0], positive=["2", 0], negative=["2", 0], cfg=3.0)
+        return graph, "9", "the guider has cfg 3: AR models are distilled"
+    if change == "sigmas":
+        graph["4"]["inputs"]["denoise"] = 0.5
+        return graph, "9", "give sigmas that fall from 1 to 0"
+    graph["60"] = node(
+        "AutoRefinerChunkSchedule", preset="causvid", levels="", frames_per_chunk=0, first_levels="", refined_levels=""
+    )
+    graph["8"]["inputs"]["chunk_schedule"] = ["60", 0]
+    return graph, "9", "CHUNK_SCHEDULE says sigmas 1.0000, 0.7568"
+
+
+@pytest.mark.parametrize("change", ["size", "latent", "outside", "two", "cfg", "sigmas", "schedule"])
+def test_what_fails_while_it_runs_says_what_to_do(change: str, server: Server) -> None:
+    graph, key, message = failing(change)
+    error = server.error(graph)
+    assert error["node_id"] == key
+    assert message in error["exception_message"]
+    assert not (server.base.parent / "x_00001_.mp4").exists()
+
+
+def test_a_pickle_that_would_run_code_is_refused(server: Server) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (server.base / "owned",))
+
+    torch.save({"generator": Evil()}, server.base / "models" / "diffusion_models" / "self_forcing_evil.pt")
+    graph = small("self_forcing")
+    graph["1"]["inputs"]["file"] = "self_forcing_evil.pt"
+    assert "could run code when opened" in server.error(graph)["exception_message"]
+    assert not (server.base / "owned").exists()
+
+
+def test_help_and_locales_are_served(server: Server) -> None:
+    for kind in (found.define_schema().node_id for found in NODES):
+        for page in (f"{kind}.md", f"{kind}/zh.md"):
+            address = f"http://127.0.0.1:{server.port}/extensions/autorefiner/docs/{page}"
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                assert answer.read().startswith(b"# ")
+    names = server.get("/i18n")
+    assert all(set(names[locale]["nodeDefs"]) >= {"AutoRefinerSampler"} for locale in ("en", "zh"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server) -> None:
+    page = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    info = server.get("/object_info")
+    graph = to_api(page, info)
+    given = json.loads((API / f"{name}.json").read_text())
+    assert {
+        key: found | {"inputs": {**graph[key]["inputs"], **found["inputs"]}} for key, found in given.items()
+    } == graph
+    assert page == to_page(given, info), "write it again: python tests/comfy_page.py URL"
+    assert {found["type"] for found in page["nodes"]} <= set(info)

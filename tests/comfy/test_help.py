@@ -1,0 +1,50 @@
+"""Help pages and locales say something of every node and input, and the English ones what the nodes themselves say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import autorefiner
+from autorefiner.nodes.registry import NODES
+
+ROOT = Path(autorefiner.__file__).parent
+SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
+
+
+def locale(name: str) -> dict:
+    return json.loads((ROOT / "locales" / name / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def english() -> dict:
+    """What ComfyUI's English locale file of these nodes is."""
+    return {
+        kind: {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": {socket.id: {"name": socket.id, "tooltip": socket.tooltip} for socket in schema.inputs},
+        }
+        for kind, schema in SCHEMAS.items()
+    }
+
+
+def test_the_english_locale_is_what_the_nodes_say() -> None:
+    assert locale("en") == english(), "write english() of this file into locales/en/nodeDefs.json"
+
+
+def test_the_chinese_locale_has_every_node_and_input() -> None:
+    found = locale("zh")
+    assert set(found) == set(SCHEMAS)
+    for kind, schema in SCHEMAS.items():
+        assert found[kind]["display_name"] and found[kind]["description"]
+        assert set(found[kind]["inputs"]) == {socket.id for socket in schema.inputs}
+        assert all(told["name"] and told["tooltip"] for told in found[kind]["inputs"].values())
+
+
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
+def test_every_node_has_a_help_page(page: str) -> None:
+    names = {locale("zh")[kind]["display_name"] if "zh" in page else SCHEMAS[kind].display_name for kind in SCHEMAS}
+    pages = [(ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8") for kind in SCHEMAS]
+    assert {text.splitlines()[0] for text in pages} == {f"# {name}" for name in names}
+    folder = ROOT / "web" / "docs"
+    assert {path.name for path in folder.iterdir()} == {*SCHEMAS, *(f"{kind}.md" for kind in SCHEMAS)}

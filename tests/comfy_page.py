@@ -1,0 +1,112 @@
+"""Workflows from API format to the page's and back, by the node definitions of a running ComfyUI.
+
+python tests/comfy_page.py URL writes workflows/NAME.json for every workflows/api/NAME.json.
+"""
+
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+
+from comfy_graphs import API, WORKFLOWS
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+COLUMN, ROW, GAP = 400, 26, 60  # pixels of the page
+
+
+def is_link(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def inputs_of(definition: dict) -> Iterator[tuple[str, str, dict, bool]]:
+    """(name, type, options, whether it is a widget) of a node's inputs in their order."""
+    for part in ("required", "optional"):
+        for name, told in definition["input"].get(part, {}).items():
+            kind, options = told[0], told[1] if len(told) > 1 else {}
+            kind = "COMBO" if isinstance(kind, list) else kind
+            yield name, kind, options, kind in WIDGETS and not options.get("forceInput")
+
+
+def after_widget(name: str, options: dict) -> list[str]:
+    """Values of the widgets that the page puts behind one of its own accord."""
+    if options.get("control_after_generate"):
+        return ["fixed"]
+    return ["image"] if options.get("image_upload") else []
+
+
+def depths(graph: dict) -> dict[str, int]:
+    """Column of each node: one behind the last of those that it needs."""
+    found: dict[str, int] = {}
+
+    def depth(key: str) -> int:
+        if key not in found:
+            before = [depth(value[0]) for value in graph[key]["inputs"].values() if is_link(value)]
+            found[key] = 1 + max(before, default=-1)
+        return found[key]
+
+    return {key: depth(key) for key in graph}
+
+
+def to_page(graph: dict, info: dict) -> dict:
+    """A workflow as the page saves it."""
+    links, nodes, heights = [], [], {}
+    columns = depths(graph)
+    for order, key in enumerate(sorted(graph, key=lambda key: (columns[key], int(key)))):
+        node, definition = graph[key], info[graph[key]["class_type"]]
+        sockets, values = [], []
+        for name, kind, options, widget in inputs_of(definition):
+            value = node["inputs"].get(name, options.get("default"))
+            if widget:
+                values += [value, *after_widget(name, options)]
+                continue
+            sockets.append({"name": name, "type": kind, "link": None})
+            if is_link(value):
+                links.append([len(links) + 1, int(value[0]), value[1], int(key), len(sockets) - 1, kind])
+                sockets[-1]["link"] = len(links)
+        outputs = [
+            {"name": name, "type": kind, "links": [], "slot_index": slot}
+            for slot, (name, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))
+        ]
+        tall = any(options.get("multiline") for _, _, options, _ in inputs_of(definition))
+        height = 40 + ROW * (max(len(sockets), len(outputs)) + len(values)) + (100 if tall else 0)
+        top = heights.get(columns[key], GAP)
+        heights[columns[key]] = top + height + GAP
+        nodes.append(
+            {
+                "id": int(key), "type": node["class_type"], "pos": [GAP + COLUMN * columns[key], top],
+                "size": [COLUMN - 80, height], "flags": {}, "order": order, "mode": 0, "inputs": sockets,
+                "outputs": outputs, "title": node["_meta"]["title"],
+                "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": values,
+            }
+        )  # fmt: skip
+    by_id = {node["id"]: node for node in nodes}
+    for number, source, slot, *_ in links:
+        by_id[source]["outputs"][slot]["links"].append(number)
+    last = {"last_node_id": max(by_id), "last_link_id": len(links)}
+    return {**last, "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+
+
+def to_api(page: dict, info: dict) -> dict:
+    """What the page sends to the queue for a workflow."""
+    ends = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
+    graph = {}
+    for node in sorted(page["nodes"], key=lambda node: node["id"]):
+        sockets = {socket["name"]: ends[socket["link"]] for socket in node["inputs"] if socket["link"]}
+        values, inputs = list(node["widgets_values"]), {}
+        for name, _, options, widget in inputs_of(info[node["type"]]):
+            if widget:
+                inputs[name] = values.pop(0)
+                del values[: len(after_widget(name, options))]
+            elif name in sockets:
+                inputs[name] = sockets[name]
+        assert not values, f"{node['type']} has widget values too many: {values}"
+        graph[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": node["title"]}}
+    return graph
+
+
+if __name__ == "__main__":
+    with urllib.request.urlopen(sys.argv[1] + "/object_info") as answer:
+        definitions = json.loads(answer.read())
+    for path in API.glob("*.json"):
+        text = json.dumps(to_page(json.loads(path.read_text()), definitions), indent=1, ensure_ascii=False)
+        (WORKFLOWS / path.name).write_text(text + "\n")
