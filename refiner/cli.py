@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +31,7 @@ from .generate import (
     prepare,
 )
 from .latents import is_latents, read_latents
+from .refined import FORMS
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
@@ -61,6 +63,14 @@ def steps(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or int(numbers[0]) != STEPS:
         raise argparse.ArgumentTypeError(f"{text!r}: give levels that fall from {STEPS}, like 1000,750,500,250")
+    return tuple(int(number) for number in numbers)
+
+
+def levels(text: str) -> tuple[int, ...]:
+    """Nominal levels in any order."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: give nominal levels, like 750,500")
     return tuple(int(number) for number in numbers)
 
 
@@ -126,6 +136,13 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
     how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
+    about = f"a refiner's file, or {SPRITES}: refines the noise between levels, for a pass a level more"
+    how.add_argument("--refiner", metavar="FILE|NAME", help=about)
+    how.add_argument("--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)")
+    about = "nominal levels whose noise is refined; default: those it was trained for"
+    how.add_argument("--refined-levels", type=levels, metavar="N,N,…", help=about)
+    about = "merged is faster and takes a second copy of the weights; auto: merged where it fits"
+    how.add_argument("--refiner-form", choices=FORMS, default="auto", help=about)
     how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
     add_machine(how)
 
@@ -155,11 +172,12 @@ def summary(job: Job) -> str:
     """One line: what will be made, and how."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
+    refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels"
         f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
-        f" in {str(job.dtype).removeprefix('torch.')}"
+        f" in {str(job.dtype).removeprefix('torch.')}{refined}"
     )
 
 
@@ -233,6 +251,7 @@ def interrupt(*_: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; wrong input is one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, interrupt)
+    warnings.showwarning = lambda message, *_, **__: print(f"autorefiner: warning: {message}", file=sys.stderr)
     args = build_parser().parse_args(argv)
     commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "demo": run_demo_command}
     try:

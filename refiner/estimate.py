@@ -21,17 +21,21 @@ class Estimate:
     text_kv: int  # cross-attention keys and values of the prompt
     activations: int  # of one pass over one chunk
     decode: int  # weights, state and activations of the VAE decoder
+    refiner: int = 0  # its branches, or a merged second copy of the weights that they change
     text_encoder: int = 0  # its weights, which are gone before the transformer's are loaded
 
     @property
     def total(self) -> int:
         """What is never alive at once does not add up: the larger counts."""
-        return max(self.text_encoder, self.weights + self.kv + self.text_kv + max(self.activations, self.decode))
+        return max(
+            self.text_encoder, self.weights + self.refiner + self.kv + self.text_kv + max(self.activations, self.decode)
+        )
 
     def lines(self) -> str:
         """An aligned table."""
         rows = {
             "transformer weights": self.weights,
+            "refiner": self.refiner,
             "K/V memory": self.kv,
             "prompt K/V": self.text_kv,
             "activations of a pass": self.activations,
@@ -48,6 +52,7 @@ class Estimate:
         causes = {
             "K/V memory": (self.kv, "lower --window (or --size, --frames)"),
             "weights": (self.weights, "use a smaller model or --dtype bf16"),
+            "refiner": (self.refiner, "use --refiner-form branches"),
             "activations": (self.activations, "lower --size"),
             "VAE decoder": (self.decode, "lower --size"),
             "text encoder": (self.text_encoder, "encode the prompt elsewhere and give --context or --context-cache"),

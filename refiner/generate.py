@@ -1,19 +1,21 @@
 """From a prompt to a video file: everything between the command line and the sampler."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .demo.bundle import FILES, WEIGHTS, load_sprite_text
+from .demo.bundle import FILES, REFINER_FILE, WEIGHTS, load_sprite_text
 from .demo.captions import unknown_words
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, read_latents
+from .refined import Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, sample
 from .samplers import SAMPLERS
@@ -57,6 +59,10 @@ class GenerateOptions:
     height: int = 480
     seed: int = 0
     method: str = "self-forcing"
+    refiner: str | None = None
+    refiner_strength: float = 1.0
+    refined_levels: tuple[int, ...] | None = None  # None: those it was trained for
+    refiner_form: Form = "auto"
     extend: Path | None = None
     save_latents: bool = False
     sheet: Path | None = None
@@ -70,6 +76,8 @@ class GenerateOptions:
             raise ValueError(f"size {self.width}x{self.height}: both must be multiples of 16, the nearest is {near}")
         if self.out.suffix != ".mp4":
             raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
+        if not -100 <= self.refiner_strength <= 100:
+            raise ValueError(f"strength {self.refiner_strength}: give a number from -100 to 100, 0 is the base")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
 
@@ -102,6 +110,7 @@ class Job:
     dtype: torch.dtype
     initial: Tensor | None
     estimate: Estimate
+    refiner: RefinerPlan | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -119,6 +128,7 @@ class Job:
             "window": f"{self.preset.window}, sink {self.preset.sink}",
             "dtype": str(self.dtype).removeprefix("torch."),
             **({"lora": options.lora.name} if options.lora else {}),
+            **({"refiner": self.refiner.describe()} if self.refiner else {}),
         }
 
 
@@ -162,20 +172,34 @@ def prepare(options: GenerateOptions) -> Job:
     initial = read_initial(options, config, total) if options.extend else None
     given = 0 if initial is None else initial.shape[2]
     plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
-    memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype)
+    refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
+    memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype, refined=refiner is not None)
     estimate = Estimate(
         weights=parameter_count(config) * dtype.itemsize,
+        refiner=refiner.nbytes if refiner else 0,
         kv=memory.nbytes,
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, preset.chunk),
         decode=WanVAE.decode_bytes(vae_width(options), options.height, options.width, preset.chunk, dtype),
         text_encoder=text_encoder_bytes(options),
     )
-    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate)
+    if refiner and refiner.form == "auto":
+        refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
+        estimate = replace(estimate, refiner=refiner.nbytes)
+    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate, refiner)
     if not options.dry_run:
         check_outputs(job)
         estimate.check(available_bytes(device))
     return job
+
+
+def plan_refiner(options: GenerateOptions, config: WanConfig, preset: Preset, dtype: torch.dtype) -> RefinerPlan:
+    """The refiner that was asked for, read and checked, not yet on a device."""
+    path = WEIGHTS / REFINER_FILE if options.refiner == SPRITES else Path(options.refiner)
+    return RefinerPlan.read(
+        path, config, preset.steps, dtype,
+        form=options.refiner_form, strength=options.refiner_strength, levels=options.refined_levels,
+    )  # fmt: skip
 
 
 def check_outputs(job: Job) -> None:
@@ -336,6 +360,8 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
     """
     options = job.options
     vae, context, network = load_vae(job), make_context(job), load_network(job)
+    if told := job.refiner and job.refiner.warning(network):
+        warnings.warn(told, stacklevel=2)
     state, frames = DecoderState(), 0
     with ExitStack() as stack:
         video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
@@ -343,6 +369,7 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
         chunks = sample(
             network, context, job.plan, seed=options.seed, initial=job.initial,
             method=SAMPLERS[options.method], callback=callback,
+            refiner=job.refiner.attach(network) if job.refiner else None,
         )  # fmt: skip
         stack.callback(chunks.close)
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)

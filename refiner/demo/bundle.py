@@ -15,6 +15,7 @@ from ..wan.weight_file import FLAT, open_weights
 from .text_encoder import SpriteTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
+REFINER_FILE = "sprites.refiner.safetensors"
 FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student")}
 
 
