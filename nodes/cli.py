@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -18,36 +17,32 @@ VAEDecode, CreateVideo, SaveVideo, SaveAnimatedWEBP and SaveImage. Models lie as
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`run` here, every other command in refiner/cli.py; wrong input is one line on stderr and exit status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run(argv[1:]) if argv[:1] == ["run"] else cli.main(argv)
+    """Run the command line; wrong input is one line on stderr and exit status 2."""
+    return cli.main(argv, {"run": (add_run, run)})
 
 
-def run(argv: list[str]) -> int:
-    """Execute a workflow and name the files that it wrote."""
-    parser = cli.Parser(prog="autorefiner run", description=RUN, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workflow", type=Path, metavar="FILE.json")
+def add_run(commands: argparse._SubParsersAction) -> None:
+    """The subcommand `run`."""
+    command = commands.add_parser(
+        "run", help="workflow to video", description=RUN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("workflow", type=Path, metavar="FILE.json")
     about = "give an input another value, the node by id or title; may be repeated"
-    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help=about)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="what is written lies here (default BASE/output)")
+    command.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help=about)
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="what is written lies here (default BASE/output)")
     about = "the folder with models/ and input/ (default: COMFYUI_PATH, else this folder)"
     base = Path(os.environ.get("COMFYUI_PATH", "."))
-    parser.add_argument("--base", type=Path, default=base, metavar="FOLDER", help=about)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, cli.interrupt)
+    command.add_argument("--base", type=Path, default=base, metavar="FOLDER", help=about)
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Execute a workflow and name the files that it wrote."""
     from .hosts import standalone
     from .workflow import execute, read_workflow, with_values, written
 
-    try:
-        with standalone.running_at(standalone.place_of(args.base, args.out, args.device)):
-            results = execute(with_values(read_workflow(args.workflow), args.set))
-    except (ValueError, OSError) as error:
-        print(f"{cli.ERROR}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return cli.INTERRUPTED
+    with standalone.running_at(standalone.place_of(args.base, args.out, args.device)):
+        results = execute(with_values(read_workflow(args.workflow), args.set))
     for path in written(results):
         print(path)
     return 0

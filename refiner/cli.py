@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -39,6 +41,8 @@ from .video import check_output, count_frames, partial_path, read_metadata
 from .wan.checkpoint import describe, inspect
 
 ERROR = "autorefiner: error: "
+AddCommand = Callable[[argparse._SubParsersAction], None]
+RunCommand = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
@@ -82,8 +86,8 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every subcommand."""
+def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
+    """The parser of every subcommand; `more` add those of the rooms above."""
     parser = Parser(prog="autorefiner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
@@ -98,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
     add_demo(commands)
+    for add in more:
+        add(commands)
     return parser
 
 
@@ -248,12 +254,18 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; wrong input is one line on stderr and exit status 2."""
+def main(
+    argv: list[str] | None = None, more: Mapping[str, tuple[AddCommand, RunCommand]] = MappingProxyType({})
+) -> int:
+    """Run the command line; wrong input is one line on stderr and exit status 2.
+
+    `more` are subcommands of the rooms above by name: what adds one to the parser, and what runs it.
+    """
     signal.signal(signal.SIGTERM, interrupt)
     warnings.showwarning = lambda message, *_, **__: print(f"autorefiner: warning: {message}", file=sys.stderr)
-    args = build_parser().parse_args(argv)
+    args = build_parser([add for add, _ in more.values()]).parse_args(argv)
     commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "demo": run_demo_command}
+    commands |= {name: run for name, (_, run) in more.items()}
     try:
         return commands[args.command](args)
     except (ValueError, OSError) as error:
