@@ -1,11 +1,13 @@
 """A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done chunk by chunk."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..refiner.estimate import available_bytes
 from ..refiner.noise.source import NoiseSource
 from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, sample
@@ -132,9 +134,22 @@ def kv_bytes(plan: RunPlan, facts: ModelFacts) -> int:
     return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype).nbytes
 
 
-def check_memory(plan: RunPlan, facts: ModelFacts) -> None:
-    """Raise ValueError when the keys and values of a run are more than the whole device holds."""
-    nbytes = kv_bytes(plan, facts)
+def told(run: Run, facts: ModelFacts) -> str:
+    """One line: what a run makes, and the bytes of its keys and values."""
+    plan = run.plan
+    chunks = len(plan_chunks(plan.preset, plan.frames, plan.given)[1])
+    held = kv_bytes(plan, facts) / 1e6
+    return f"{plan.frames} latent frames in {chunks} chunks, {held:,.1f} MB of keys and values"
+
+
+def check_memory(run: Run, facts: ModelFacts) -> None:
+    """Raise ValueError when the keys and values of a run, or its latents, are more than there is memory."""
+    nbytes, latents = kv_bytes(run.plan, facts), 4 * math.prod(run.shape)
+    if latents > (free := available_bytes(torch.device("cpu"))):
+        raise ValueError(
+            f"the latents of this clip take {latents / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: make it"
+            " smaller, shorter, or the batch smaller"
+        )
     if nbytes > facts.device_bytes:
         raise ValueError(
             f"the keys and values of this clip take {nbytes / 1e9:.2f} GB and the device has"

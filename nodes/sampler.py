@@ -7,7 +7,7 @@ from .chunk_schedule import ChunkScheduleType
 from .hosts import host, io
 from .load import CATEGORY
 from .options import FALLBACK, preset_for
-from .run import Run, begun_from, check_memory, clip_shape, plan_run
+from .run import Run, begun_from, check_memory, clip_shape, plan_run, told
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
 
@@ -78,5 +78,6 @@ class PathwiseRefinedSampler(io.ComfyNode):
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start, shape)
         run = Run(plan_run(preset, shape, initial), seed, method, initial)
-        check_memory(run.plan, facts)
-        return io.NodeOutput({"samples": host.sample(model, positive, run)})
+        check_memory(run, facts)
+        shown = host.show(told(run, facts))
+        return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)

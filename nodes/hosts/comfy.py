@@ -80,7 +80,7 @@ def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = Fa
     return loaded
 
 
-def load_model(path: Path, preset: str, dtype: str, weights: str) -> ModelPatcher:
+def load_model(path: Path, preset: str | None, dtype: str, weights: str) -> ModelPatcher:
     """A MODEL of a file with its preset attached."""
     loaded = load_patcher(str(path), dtype, weights)
     loaded.set_attachments(PRESET, preset)
@@ -90,12 +90,11 @@ def load_model(path: Path, preset: str, dtype: str, weights: str) -> ModelPatche
 def load_demo() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """The bundle, as ComfyUI's own nodes take it."""
     from ...refiner.demo import bundle
-    from ...refiner.wan.checkpoint import inspect, load_vae_state
-    from ..options import FALLBACK
+    from ...refiner.wan.checkpoint import load_vae_state
+    from ..sprites import sprite_file, sprite_preset
 
-    student, vae = (bundle.WEIGHTS / bundle.FILES[name] for name in ("student", "vae"))
-    model = load_model(student, inspect(student).preset or FALLBACK, "fp32", "auto")
-    weights = {name: tensor.float() for name, tensor in load_vae_state(vae).items()}
+    model = load_model(sprite_file("student"), sprite_preset(), "fp32", "auto")
+    weights = {name: tensor.float() for name, tensor in load_vae_state(sprite_file("vae")).items()}
     return model, sprite_clip(bundle.load_sprite_text(bundle.WEIGHTS)), comfy.sd.VAE(sd=weights, dtype=torch.float32)
 
 
@@ -127,10 +126,10 @@ class SpriteTokenizer:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> dict[str, list[str]]:
-        from ...refiner.demo.captions import unknown_words
+        from ..sprites import unknown_told
 
-        if unknown := unknown_words(text):
-            notice(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}")
+        if told := unknown_told(text):
+            notice(told)
         return {"sprites": [text]}
 
     def state_dict(self) -> dict:

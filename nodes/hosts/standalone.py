@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...refiner.demo import bundle
-from ...refiner.demo.captions import unknown_words
 from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.rollout import Progress
@@ -20,6 +19,7 @@ from ...refiner.wan.checkpoint import load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
 from ..run import ModelFacts, Run, normalized, raw_latents, steps_of
+from ..sprites import sprite_preset, unknown_told
 from . import schema as io
 
 __all__ = ["io"]
@@ -76,8 +76,8 @@ class Clip:
 
     def context(self, text: str) -> Tensor:
         """[1, text_len, text_dim] of a prompt, fp32 on the CPU."""
-        if self.sprites and (unknown := unknown_words(text)):
-            notice(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}")
+        if self.sprites and (told := unknown_told(text)):
+            notice(told)
         return self.encode([text]).float().cpu()
 
 
@@ -123,17 +123,9 @@ def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
 def load_demo() -> tuple[Model, Clip, WanVAE]:
     """The bundle, in fp32."""
     folder, device = bundle.WEIGHTS, _place.device
-    model = Model(bundle.load_sprite_network("student", folder, device), demo_preset())
+    model = Model(bundle.load_sprite_network("student", folder, device), sprite_preset())
     text = bundle.load_sprite_text(folder).to(device)
     return model, Clip(text, sprites=True), bundle.load_sprite_vae(folder).to(device)
-
-
-def demo_preset() -> str:
-    """The preset of the bundled model: what its file says, else Self-Forcing's, which it is trained like."""
-    from ...refiner.wan.checkpoint import inspect
-    from ..options import FALLBACK
-
-    return inspect(bundle.WEIGHTS / bundle.FILES["student"]).preset or FALLBACK
 
 
 def load_clip(path: Path) -> Clip:

@@ -8,7 +8,7 @@ import torch
 from comfy_graphs import NAMES, NEED_COMFYUI, small
 from demo_files import STAND_IN, write_base, write_demo_files
 
-from autorefiner.nodes import workflow
+from autorefiner.nodes import decode, workflow
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.registry import NODES
@@ -107,7 +107,7 @@ def test_an_empty_latent_gives_the_size_instead_of_the_widgets(base: Path) -> No
 
 def test_reflective_cache_tells_its_bytes(base: Path, capsys) -> None:
     graph = small("self_forcing")
-    graph["5"]["inputs"] |= {"window": 6, "sink": 1, "latent": ["8", 0]}
+    graph["5"]["inputs"] |= {"window": 6, "sink": 1, "model": ["1", 0], "latent": ["8", 0]}
     graph["8"] = graph["6"] | {"inputs": {**graph["6"]["inputs"], "length": 9}}
     del graph["8"]["inputs"]["reflective_cache"]
     graph["6"]["inputs"]["length"] = 9
@@ -294,3 +294,20 @@ def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() ->
         assert schema.description and schema.category == "AutoRefiner"
         assert all(socket.tooltip for socket in schema.inputs)
         assert len(inspect.getsource(node.execute).splitlines()) <= 40
+
+
+def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"] |= {"width": 8192, "height": 8192, "length": 16381, "batch_size": 64}
+    graph["3"]["inputs"]["reflective_cache"] = ["9", 0]
+    options = {"positions": "the model's", "history": "as trained", "previous_x0": "as trained"}
+    graph["9"] = {"class_type": "AutoRefinerReflectiveCache", "inputs": {"window": 3, "sink": 0, **options}}
+    assert "the latents of this clip take 17592.2 GB" in refusal(graph, base)
+    graph["3"]["inputs"] |= {"length": 81, "batch_size": 1}
+    del graph["3"]["inputs"]["reflective_cache"]
+    monkeypatch.setattr(standalone, "available_bytes", lambda device: 10**9)
+    assert "the keys and values of this clip take 11" in refusal(graph, base)
+    graph = small("quickstart")
+    graph["3"]["inputs"]["length"] = 5
+    monkeypatch.setattr(decode, "available_bytes", lambda device: 1000)
+    assert "use VAE Decode Chunks to Video" in refusal(graph, base)
