@@ -59,7 +59,8 @@ class CoreNoise:
     device: torch.device
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.seed + 1000 * chunk.index + draw.level - 1)
+        seed = (self.seed + 1000 * chunk.index + draw.level - 1) % (2 * SEEDS)
+        generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
 
 

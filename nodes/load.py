@@ -1,6 +1,7 @@
 """Load AR-VDM and Load AR-VDM Demo."""
 
 from ..refiner.schedule import PRESETS
+from ..refiner.wan.checkpoint import CheckpointInfo, inspect
 from .hosts import host, io
 
 AUTO = "auto"
@@ -8,7 +9,7 @@ DTYPES = (AUTO, "bf16", "fp16", "fp32", "fp8_e4m3fn")
 CATEGORY = "AutoRefiner"
 
 
-def choose_preset(choice: str, info) -> str:
+def choose_preset(choice: str, info: CheckpointInfo) -> str:
     """The preset's name: the choice, or what the file says; ValueError when the file does not say."""
     if choice != AUTO:
         return choice
@@ -61,8 +62,6 @@ class LoadARVDM(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, preset: str, dtype: str, weights: str) -> io.NodeOutput:
-        from ..refiner.wan.checkpoint import inspect
-
         path = host.find_file("diffusion_models", file)
         name = choose_preset(preset, inspect(path, weights=weights))
         return io.NodeOutput(host.load_model(path, name, dtype, weights))

@@ -110,9 +110,10 @@ class Server:
         except urllib.error.HTTPError as error:
             raise Refused(json.loads(error.read())) from None
 
-    def queue(self, graph: dict) -> str:
-        """The id of a prompt that was put into the queue."""
-        return self.post("/prompt", {"prompt": graph, "client_id": self.client})["prompt_id"]
+    def queue(self, graph: dict, **extra: object) -> str:
+        """The id of a prompt that was put into the queue; `extra` is its extra_data."""
+        body = {"prompt": graph, "client_id": self.client, "extra_data": extra}
+        return self.post("/prompt", body)["prompt_id"]
 
     def wait(self, prompt: str) -> dict:
         """The history of a prompt when it has ended."""

@@ -152,6 +152,15 @@ def test_an_interrupted_run_gives_its_memory_back_and_the_next_one_is_good(serve
     assert memory_of(server) < memory + 150e6
 
 
+def test_previews_do_not_change_what_is_made(server: Server) -> None:
+    plain = sampled(server, short(seed=5), "plain")
+    graph = keeping(short(seed=5), "3", "previewed")
+    graph["2"]["inputs"]["text"] += " "  # not from the cache
+    ended = server.wait(server.queue(graph, preview_method="latent2rgb"))
+    assert ended["status"]["status_str"] == "success", json.dumps(ended["status"])[:2000]
+    assert torch.equal(latents(server, "previewed"), plain)
+
+
 def test_two_queued_prompts_each_make_their_own(server: Server) -> None:
     graphs = [keeping(short(seed=seed), "3", f"seed{seed}") for seed in (21, 22)]
     prompts = [server.queue(graph) for graph in graphs]

@@ -1,0 +1,78 @@
+"""What a SAMPLER makes of NOISE, SIGMAS and a seed."""
+
+import pytest
+import torch
+
+from autorefiner.nodes.guided import FRESH_NOISE, SEEDS, CoreNoise, SamplerOptions, levels_of
+from autorefiner.nodes.options import ChunkSchedule, ReflectiveCache
+from autorefiner.nodes.run import Run, normalized, plan_run, raw_latents
+from autorefiner.refiner.noise.source import Draw, WhiteNoise
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
+
+from tiny import tiny_network
+
+SIGMAS = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])  # of shift 5 and four simple steps
+SHAPE = (1, 7, 4, 4)
+CPU = torch.device("cpu")
+
+
+def made(run: Run) -> torch.Tensor:
+    network = tiny_network()
+    context = torch.randn(1, 8, network.config.text_dim, generator=torch.Generator().manual_seed(1))
+    return run.clip(network, context, CPU, torch.float32)
+
+
+def white(seed: int) -> torch.Tensor:
+    """NOISE whose every chunk is what the seed itself begins with."""
+    source, (_, chunks) = WhiteNoise(seed), plan_chunks(PRESETS["self-forcing"], SHAPE[1])
+    return torch.cat([source(chunk, Draw(0), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2)
+
+
+@pytest.mark.parametrize("name", [None, "self-forcing"])
+def test_the_sigmas_of_self_forcing_sample_what_its_preset_does(name: str | None) -> None:
+    expected = made(Run(plan_run(PRESETS["self-forcing"], SHAPE, None), 3, "self-forcing"))
+    found = made(SamplerOptions("self-forcing").run(name, white(3), SIGMAS, 3))
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)  # sigmas are not rounded to the preset's table
+
+
+def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -> None:
+    chunk = plan_chunks(PRESETS["self-forcing"], 7)[1][1]
+    torch.manual_seed(9 + 1000 * 1 + 2)
+    expected = torch.randn(1, 16, 3, 4, 4)
+    before = torch.get_rng_state()
+    assert torch.equal(CoreNoise(9, CPU)(chunk, Draw(3), (1, 16, 3, 4, 4)), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_any_seed_of_noise_is_taken() -> None:
+    for fresh in FRESH_NOISE:
+        run = SamplerOptions("self-forcing", fresh).run(None, white(0), SIGMAS, 2 * SEEDS - 1)
+        assert made(run).isfinite().all()
+
+
+def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
+    for schedule in (ChunkSchedule("self-forcing", chunk=1), ChunkSchedule(levels=(1000, 750, 500, 250), chunk=1)):
+        run = SamplerOptions("self-forcing", schedule=schedule).run(None, white(0), SIGMAS, 0)
+        assert run.plan.preset.chunk == 1
+    window = ReflectiveCache(window=4, sink=1)
+    assert SamplerOptions("self-forcing", cache=window).run(None, white(0), SIGMAS, 0).plan.preset.sink == 1
+
+
+@pytest.mark.parametrize(
+    "schedule", [ChunkSchedule("causvid"), ChunkSchedule(levels=(1000, 500)), ChunkSchedule("causal-forcing-2step")]
+)
+def test_a_schedule_that_contradicts_the_sigmas_is_an_error(schedule: ChunkSchedule) -> None:
+    with pytest.raises(ValueError, match="CHUNK_SCHEDULE says sigmas"):
+        SamplerOptions("self-forcing", schedule=schedule).run(None, white(0), SIGMAS, 0)
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0], [0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [1.0, 1.1, 0.0]])
+def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(sigmas: list[float]) -> None:
+    with pytest.raises(ValueError, match="give sigmas that fall from 1 to 0"):
+        levels_of(torch.tensor(sigmas))
+
+
+def test_a_start_goes_into_the_run_and_out_again() -> None:
+    start = {"samples": raw_latents(torch.randn(1, 16, 3, 4, 4))}
+    run = SamplerOptions("self-forcing", start=start).run(None, white(0), SIGMAS, 0)
+    assert torch.equal(made(run)[:, :, :3], normalized(start["samples"]))
