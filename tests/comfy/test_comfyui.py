@@ -29,7 +29,7 @@ from autorefiner.refiner.video import count_frames, read_frames
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -41,13 +41,10 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
     """One server for the module; its models are the stand-ins."""
-    found = find_comfyui()
-    if found is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH and COMFYUI_PYTHON")
     base = tmp_path_factory.mktemp("comfyui")
     write_base(base, weights)
     install_pack(base, weights)
-    running = Server.start(*found, base)
+    running = Server.start(*find_comfyui(), base)
     yield running
     running.stop()
 
