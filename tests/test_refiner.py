@@ -45,9 +45,10 @@ def run(network: CausalWan, **options) -> torch.Tensor:
 
 
 def counted(network: CausalWan) -> list[int]:
-    """Latent frames of every pass over the network's own patch embedding from now on."""
+    """Latent frames of every pass through the network's own final layer from now on."""
     calls: list[int] = []
-    network.model.patch_embedding.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[2]))
+    frame = PLAN.height * PLAN.width // 4  # tokens
+    network.model.head.head.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1] // frame))
     return calls
 
 

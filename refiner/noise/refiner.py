@@ -96,21 +96,54 @@ def check_pairs(pairs: Mapping[str, LoraPair], model: nn.Module) -> None:
             raise ValueError(f"has values that are not finite for {name}: its training went wrong, use another file")
 
 
-def merged(base: CausalWan, pairs: Mapping[str, LoraPair]) -> CausalWan:
+def own_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a plain layer."""
+    return module.weight, module.bias
+
+
+Weights = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+
+
+def merged(
+    base: CausalWan, pairs: Mapping[str, LoraPair], silent_head: bool = True, weights: Weights = own_weights
+) -> CausalWan:
     """T_φ as a second copy of the weights: no LoRA arithmetic in the pass, all memory of a model again.
 
-    What has no branch is shared with the base.
+    What has no branch is shared with the base. Without `silent_head` it is the base with a plain LoRA. `weights` gives
+    weight and bias of a layer as it computes with them; a host knows better where they are kept elsewhere or patched.
     """
     check_pairs(pairs, base.model)
-    model = shared_copy(base.model)
+    layers = {}
     with torch.no_grad():
-        for name, module in target_modules(model).items():
-            weight = module.weight
-            change = pairs[name].scale * (pairs[name].up.float() @ pairs[name].down.float()).to(weight.device)
-            whole = change if name == HEAD else weight.float() + change
-            module.weight = nn.Parameter(whole.to(weight.dtype), requires_grad=False)
-        model.head.head.bias = nn.Parameter(torch.zeros_like(model.head.head.bias), requires_grad=False)
-    return CausalWan(model, base.config, base.host)
+        for name, module in target_modules(base.model).items():
+            weight, bias = weights(module)
+            up, down = (part.to(weight.device).float() for part in (pairs[name].up, pairs[name].down))
+            change, silent = pairs[name].scale * (up @ down), silent_head and name == HEAD
+            whole = change if silent else weight.float() + change
+            bias = torch.zeros_like(bias) if silent and bias is not None else bias
+            layers[name] = plain_linear(whole.to(weight.dtype), bias)
+    return CausalWan(with_layers(base.model, layers), base.config, base.host)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen layer of these tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def with_layers(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
+    """The tree with these layers, by their names, in the place of its own; all other modules are the same ones."""
+    if name in layers:
+        return layers[name]
+    prefix = f"{name}." if name else ""
+    if not any(other.startswith(prefix) for other in layers):
+        return module
+    new = copy.copy(module)
+    new._modules = {child: with_layers(own, layers, prefix + child) for child, own in module._modules.items()}
+    return new
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -122,12 +155,16 @@ def shared_copy(model: nn.Module) -> nn.Module:
 class Branches:
     """LoRA branches on a live tree, whoever loaded it: off but within `on()`, and gone after `remove()`."""
 
-    def __init__(self, model: nn.Module, pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        """Factors lie on `device` in `dtype`, unless told those of each layer's weight. ValueError as check_pairs."""
         check_pairs(pairs, model)
         self.active = False
         self.handles = []
         for name, module in target_modules(model).items():
-            pair, like = pairs[name], (module.weight.device, dtype or module.weight.dtype)
+            pair, like = pairs[name], (device or module.weight.device, dtype or module.weight.dtype)
             down, up = (pair.down * pair.scale).to(*like), pair.up.to(*like)
             self.handles.append(module.register_forward_hook(self._branch(down, up, silent=name == HEAD)))
 
