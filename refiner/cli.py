@@ -1,4 +1,4 @@
-"""The command line: autorefiner generate | inspect | bench | demo."""
+"""The command line: autorefiner generate | inspect | bench | train | demo."""
 
 import argparse
 import dataclasses
@@ -37,6 +37,7 @@ from .refined import FORMS
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
+from .train import run_training
 from .video import check_output, count_frames, partial_path, read_metadata
 from .wan.checkpoint import describe, inspect
 
@@ -101,6 +102,10 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
+    about = "Train a noise refiner as a TOML file says; killed or stopped, the same command goes on."
+    command = commands.add_parser("train", help="train a refiner", description=about)
+    command.add_argument("config", type=Path, metavar="CONFIG.toml")
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
     add_demo(commands)
     for add in more:
         add(commands)
@@ -219,6 +224,11 @@ def what_is_there(job: Job) -> str:
     return told + (f"; go on with --extend {latents}" if job.options.save_latents else "")
 
 
+def run_train(args: argparse.Namespace) -> int:
+    print(run_training(args.config, pick_device(args.device)))
+    return 0
+
+
 def run_inspect(args: argparse.Namespace) -> int:
     path: Path = args.file
     if path.suffix == ".mp4":
@@ -264,7 +274,8 @@ def main(
     signal.signal(signal.SIGTERM, interrupt)
     warnings.showwarning = lambda message, *_, **__: print(f"autorefiner: warning: {message}", file=sys.stderr)
     args = build_parser([add for add, _ in more.values()]).parse_args(argv)
-    commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "demo": run_demo_command}
+    commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "train": run_train}
+    commands["demo"] = run_demo_command
     commands |= {name: run for name, (_, run) in more.items()}
     try:
         return commands[args.command](args)

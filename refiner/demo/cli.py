@@ -12,9 +12,9 @@ from .recipes.data import Clips, encode_shards
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
-from .recipes.vae import VaeOptions, VaeStage
+from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 
-STAGES = ("vae", "text", "clips", "teacher", "init", "student")
+STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student")
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or killed at any time; the
 same command goes on with it. Each stage writes state.pt, log.jsonl, loss.png and sample sheets into RUN/STAGE, and its
@@ -74,7 +74,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     print(f"{name}: {steps} steps on {device} in {run / name}")
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
     told = {"recipe": name, "steps": steps}
-    if name == "vae":
+    if name in ("vae", "decoder"):
         save_model(run, "vae", stage.finished(), None, told)
     elif name == "text":
         save_model(run, "text", stage.learner.average.encoder, None, told)
@@ -93,6 +93,8 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
     if name == "text":
         return TextStage(TextOptions(**changes), device)
     run: Path = args.run
+    if name == "decoder":
+        return DecoderStage(DecoderOptions(**changes), load_sprite_vae(run).to(device))
     clips, text, vae = Clips.read(run / "clips"), load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
     if args.shown is not None:
         changes["shown"] = args.shown

@@ -1,6 +1,6 @@
 """Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..memory.whole import WholeClip
+from ..noise.refiner import Refiner
 from ..rollout import Sampler
 from ..sample import RunPlan, sample
 from ..samplers import self_forcing
@@ -24,9 +25,9 @@ from .captions import Caption
 from .metrics.evaluate import ClipScores, evaluate_clip
 from .metrics.table import summarise
 from .render import clip_batch, render
-from .text_encoder import SpriteTextEncoder
 from .world import sample_scene
 
+Encode = Callable[[list[str]], Tensor]  # prompts to contexts [B, L, text_dim]
 PRESET = PRESETS["self-forcing"]
 LATENT_FRAMES, SIDE = 21, 8  # 81 frames of 64x64
 BATCH = 16
@@ -54,19 +55,20 @@ def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
 
 @torch.no_grad()
 def student_clips(
-    student: CausalWan, text: SpriteTextEncoder, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
+    student: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
     method: Sampler = self_forcing, preset: Preset = PRESET, frames: int = LATENT_FRAMES,
+    refiner: Refiner | None = None,
 ) -> Iterator[ndarray]:  # fmt: skip
     """A clip of each caption. The same captions, seed and lengths have the same noise whatever the method."""
     for number, texts in enumerate(batched(captions)):
         plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))
-        chunks = sample(student, text(texts), plan, seed=seed * 1_000_003 + number, method=method)
+        chunks = sample(student, text(texts), plan, seed=seed * 1_000_003 + number, method=method, refiner=refiner)
         yield from decoded(vae, torch.cat(list(chunks), dim=2))
 
 
 @torch.no_grad()
 def teacher_clips(
-    teacher: CausalWan, text: SpriteTextEncoder, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
+    teacher: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
     steps: int = 50,
 ) -> Iterator[ndarray]:  # fmt: skip
     """A clip of each caption."""
@@ -112,7 +114,7 @@ def show_clips(clips: Iterable[ndarray], captions: Sequence[Caption], folder: Pa
 
 @torch.no_grad()
 def sample_teacher(
-    network: CausalWan, text: SpriteTextEncoder, prompts: Sequence[str], frames: int, *, steps: int = 50,
+    network: CausalWan, text: Encode, prompts: Sequence[str], frames: int, *, steps: int = 50,
     guidance: float = 3.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
 ) -> Tensor:  # fmt: skip
     """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond − uncond)`."""

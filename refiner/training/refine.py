@@ -57,13 +57,21 @@ class RefineOptions:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method {self.method!r} is not known: use {', '.join(get_args(Method))}")
-        if unknown := set(self.levels) - set(self.preset.steps[1:]):
+        ReflectiveCache(self.history, self.previous)
+        unknown = set(self.levels) - set(self.preset.steps[1:])
+        if unknown or not self.levels:
             raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {self.preset.steps[1:]}")
 
     @property
     def cache(self) -> ReflectiveCache:
         """What T_φ sees; the initial noise comes before any prediction."""
         return ReflectiveCache(self.history, "none" if self.method == "init-noise" else self.previous)
+
+    @property
+    def exits(self) -> list[int]:
+        """Indices of the levels that a training rollout may end at: those with a refined noise, or any."""
+        levels = range(len(self.preset.steps))
+        return [i for i in levels if self.method != "autorefiner" or self.preset.steps[i] in self.levels]
 
     @property
     def refined(self) -> frozenset[int]:
@@ -152,8 +160,7 @@ class RefineStage:
             refiner=refiner,
             refiner_text=refiner.text(context) if refiner else None,
         )
-        first = 1 if options.method == "autorefiner" else 0
-        return rollout, int(rng.integers(first, len(options.preset.steps))), context
+        return rollout, int(rng.choice(options.exits)), context
 
     def _sampled(self, index: int, use: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clips of the trained path, their context, and noise and level to score them at."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .layouts import choose_top_key, read_layout
-from .weight_file import open_weights
+from .weight_file import open_weights, save_safetensors
 
 KEY = re.compile(
     r"^(?:base_model\.model\.)?(?:model\.diffusion_model\.|diffusion_model\.|transformer\.|model\.)?"
@@ -77,6 +77,15 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return pairs
+
+
+def save_lora(path: Path | str, pairs: Mapping[str, LoraPair], told: Mapping[str, str]) -> None:
+    """Write a LoRA that ComfyUI's own loaders read (`diffusion_model.<module>.lora_A.weight`), scale folded into B."""
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = pair.down.bfloat16()
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = (pair.up.float() * pair.scale).bfloat16()
+    save_safetensors(path, tensors, told)
 
 
 def check_targets(lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path | str) -> None:

@@ -38,7 +38,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["vae", "text", "teacher", "init", "student"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "init", "student"])
 def test_every_stage_logs_draws_and_shows(run, stage) -> None:
     lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.precision import mixed_precision
 from ...video import contact_sheet, to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
@@ -76,18 +77,17 @@ class VaeStage(LearnerStage):
         options = self.options
         pixels = self.batch(index)
         generator = noise_stream(self.device, options.seed, index, 1)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
             grown = min(1.0, index / (options.crop_share * options.steps))
             decoded = self.model.decode(mean + options.noise * grown * noise)
         decoded, mean = decoded.float(), mean.float()
-        error = F.mse_loss(decoded, pixels)
-        edges = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
+        error, loss = reconstruction_loss(decoded, pixels, options.edges)
         kl = 0.5 * mean.square().mean()
-        loss = 3 * error + options.edges * edges + options.kl * kl
+        loss = loss + options.kl * kl
         self.learner.step(loss, index, warm_cosine(index, options.steps))
-        return {"loss": loss.item(), "dB": 10 * math.log10(4 / error.item()), "kl": kl.item()}
+        return {"loss": loss.item(), "dB": decibel(error), "kl": kl.item()}
 
     def finished(self) -> WanVAE:
         """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
@@ -98,16 +98,86 @@ class VaeStage(LearnerStage):
         return scaled_vae(vae, *latent_statistics(vae))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """PSNR of the average model on held-out clips, and truth over reconstruction of one."""
-        scores, shown = [], []
-        for seed in range(8):
-            pixels = to_pixels(render(sample_scene(seed, "test"), 33))[None].to(self.device)
-            decoded = reconstruct(self.learner.average, pixels)
-            scores.append(psnr(decoded, pixels))
-            if seed < 4:
-                shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
-        contact_sheet(shown, folder / f"sheet_{index:06d}.png", columns=8)
-        return {"psnr": float(np.mean(scores))}
+        return show_vae(self.learner.average, folder, index)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp."""
+
+    steps: int = 2000
+    batch: int = 2
+    frames: int = 33
+    learning_rate: float = 2e-3
+    muon: float = 1e-2
+    noise: float = 0.2  # on latents of unit variance
+    edges: float = 0.5
+    ema: float = 0.998
+    seed: int = 1
+
+
+class DecoderStage(LearnerStage):
+    """Training state of a finished VAE's decoder."""
+
+    def __init__(self, options: DecoderOptions, vae: WanVAE) -> None:
+        self.options, self.vae = options, vae
+        self.device = vae.conv1.weight.device
+        vae.decoder.requires_grad_(True)
+        vae.conv2.requires_grad_(True)
+        parts = nn.ModuleList([vae.decoder, vae.conv2])
+        self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon)
+
+    def step(self, index: int) -> dict[str, float]:
+        options = self.options
+        rng = stream(options.seed, index, 0)
+        scenes = [sample_scene(int(seed)) for seed in rng.integers(1 << 40, size=options.batch)]
+        pixels = torch.stack([to_pixels(render(scene, options.frames)) for scene in scenes]).to(self.device)
+        generator = noise_stream(self.device, options.seed, index, 1)
+        with mixed_precision(self.device):
+            with torch.no_grad():
+                latents = self.vae.encode(pixels)
+            noise = torch.randn(latents.shape, generator=generator, device=self.device)
+            decoded = self.vae.decode(latents + options.noise * noise).float()
+        error, loss = reconstruction_loss(decoded, pixels, options.edges)
+        self.learner.step(loss, index, warm_cosine(index, options.steps))
+        return {"loss": loss.item(), "dB": decibel(error)}
+
+    def finished(self) -> WanVAE:
+        """The VAE with the decoder's average."""
+        vae = copy.deepcopy(self.vae)
+        decoder, conv2 = self.learner.average
+        vae.decoder.load_state_dict(decoder.state_dict())
+        vae.conv2.load_state_dict(conv2.state_dict())
+        return vae.cpu()
+
+    def show(self, folder: Path, index: int) -> dict[str, float]:
+        return show_vae(self.finished().to(self.device), folder, index)
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[Tensor, Tensor]:
+    """Mean squared error, and the loss: three times it, and `edges` of the difference of neighbouring pixels."""
+    error = F.mse_loss(decoded, pixels)
+    steps = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
+    return error, 3 * error + edges * steps
+
+
+def decibel(error: Tensor) -> float:
+    """A mean squared error of pixels in [-1, 1] as PSNR."""
+    return 10 * math.log10(4 / error.item())
+
+
+def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
+    """PSNR on held-out clips, and truth over reconstruction of four."""
+    device = vae.conv1.weight.device
+    scores, shown = [], []
+    for seed in range(8):
+        pixels = to_pixels(render(sample_scene(seed, "test"), 33))[None].to(device)
+        decoded = reconstruct(vae, pixels)
+        scores.append(psnr(decoded, pixels))
+        if seed < 4:
+            shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
+    contact_sheet(shown, folder / f"sheet_{index:06d}.png", columns=8)
+    return {"psnr": float(np.mean(scores))}
 
 
 @torch.no_grad()
