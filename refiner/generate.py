@@ -366,10 +366,10 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
     with ExitStack() as stack:
         video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
         latents = stack.enter_context(latents_beside(job)) if options.save_latents else None
+        refiner = stack.enter_context(job.refiner.attached(network)) if job.refiner else None
         chunks = sample(
             network, context, job.plan, seed=options.seed, initial=job.initial,
-            method=SAMPLERS[options.method], callback=callback,
-            refiner=job.refiner.attach(network) if job.refiner else None,
+            method=SAMPLERS[options.method], callback=callback, refiner=refiner,
         )  # fmt: skip
         stack.callback(chunks.close)
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)

@@ -1,20 +1,29 @@
 """A refiner in a run: read, checked against the model and the preset, counted in bytes, and attached in a form."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
-from .noise.file import RefinerCard, load_refiner, other_base
-from .noise.refiner import Branches, Refiner, check_pairs, merged
+from .memory.reflect import ReflectiveCache
+from .noise.file import RefinerCard, fingerprint, load_refiner, other_base
+from .noise.refiner import Branches, Refiner, Weights, check_pairs, merged, own_weights
 from .wan.causal import CausalWan
 from .wan.lora import LoraPair
 from .wan.transformer import WanConfig, WanTransformer
 
 Form = Literal["auto", "merged", "branches"]
 FORMS = get_args(Form)
+
+
+def check_fit(pairs: Mapping[str, LoraPair], config: WanConfig) -> None:
+    """As `check_pairs`, for a network of these sizes that is not loaded."""
+    with torch.device("meta"):
+        model = WanTransformer(config)
+    check_pairs(pairs, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,7 @@ class RefinerPlan:
     form: Form
     strength: float
     levels: tuple[int, ...]  # refined, nominal
+    cache: ReflectiveCache
     merged_bytes: int
     branch_bytes: int
 
@@ -37,22 +47,37 @@ class RefinerPlan:
     ) -> "RefinerPlan":  # fmt: skip
         """From a file, for a network of these sizes and a run of these nominal steps; ValueError if it does not fit."""
         pairs, card = load_refiner(path)
-        with torch.device("meta"):
-            model = WanTransformer(config)
         try:
-            check_pairs(pairs, model)
+            check_fit(pairs, config)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        chosen = tuple(card.levels if levels is None else levels)
+        return cls.of(Path(path).name, pairs, card, steps, dtype, form=form, strength=strength, levels=levels)
+
+    @classmethod
+    def of(
+        cls, name: str, pairs: Mapping[str, LoraPair], card: RefinerCard, steps: Sequence[int], dtype: torch.dtype, *,
+        form: Form = "auto", strength: float = 1.0, levels: Sequence[int] | None = None,
+        cache: ReflectiveCache | None = None,
+    ) -> "RefinerPlan":  # fmt: skip
+        """Of a refiner that was read. `levels` and `cache` are those it was trained with unless told.
+
+        ValueError for levels that the run does not have, or whose noise it cannot refine.
+        """
+        chosen, cache = tuple(card.levels if levels is None else levels), cache or card.cache
         if foreign := sorted(set(chosen) - set(steps)):
             raise ValueError(
                 f"refined levels {', '.join(map(str, foreign))}: this run's levels are {', '.join(map(str, steps))};"
-                " name some of them with --refined-levels"
+                " refine some of them"
+            )
+        if max(steps) in chosen and cache.previous != "none":
+            raise ValueError(
+                f"refined level {max(steps)}: the initial noise has no x0 before it, which {cache.previous!r} reads:"
+                " leave that level out"
             )
         weights = sum(pair.up.shape[0] * pair.down.shape[1] for pair in pairs.values())
         factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
         size = dtype.itemsize
-        return cls(Path(path).name, pairs, card, form, strength, chosen, weights * size, factors * size)
+        return cls(name, pairs, card, form, strength, chosen, cache, weights * size, factors * size)
 
     @property
     def nbytes(self) -> int:
@@ -66,16 +91,27 @@ class RefinerPlan:
     def describe(self) -> str:
         """A few words for metadata and the terminal."""
         levels = ",".join(map(str, self.levels))
-        return f"{self.name}, strength {self.strength:g}, levels {levels}, {self.card.previous}, {self.form}"
+        return f"{self.name}, strength {self.strength:g}, levels {levels}, {self.cache.previous}, {self.form}"
 
     def warning(self, network: CausalWan) -> str | None:
         """A line where the refiner belongs to another base."""
-        return other_base(self.card, network.model)
+        return other_base(self.card, fingerprint(network.model))
 
-    def attach(self, network: CausalWan) -> Refiner:
-        """T_φ on a loaded network. Branches stay on the network's modules, silent outside a refine pass."""
-        used = dict(cache=self.card.cache, levels=frozenset(self.levels), strength=self.strength)
-        if self.form == "branches":
-            branches = Branches(network.model, self.pairs)
-            return Refiner(network, on=branches.on, **used)
-        return Refiner(merged(network, self.pairs), **used)
+    @contextmanager
+    def attached(
+        self, network: CausalWan, device: torch.device | None = None, dtype: torch.dtype | None = None,
+        weights: Weights = own_weights,
+    ) -> Iterator[Refiner]:  # fmt: skip
+        """T_φ on a loaded network, for the time of a run; afterwards the network is as it was.
+
+        A host that keeps weights elsewhere says where and in what branches lie, or what the weights are (`merged`).
+        """
+        used = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
+        if self.form != "branches":
+            yield Refiner(merged(network, self.pairs, weights=weights), **used)
+            return
+        branches = Branches(network.model, self.pairs, dtype, device)
+        try:
+            yield Refiner(network, on=branches.on, **used)
+        finally:
+            branches.remove()

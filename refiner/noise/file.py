@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..memory.reflect import ReflectiveCache
 from ..wan.checkpoint import INSTEAD, inspect
@@ -59,9 +59,14 @@ class RefinerCard:
 
 def fingerprint(model: nn.Module) -> str:
     """Of a network's own weights: sha256 over a few of its tensors, rounded to bf16."""
+    return fingerprint_of({name: model.get_parameter(name) for name in FINGERPRINTED})
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """The same of weights by name, of which only those few are read."""
     digest = hashlib.sha256()
     for name in FINGERPRINTED:
-        tensor = model.get_parameter(name).detach().to("cpu", torch.bfloat16)
+        tensor = weights[name].detach().to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -102,8 +107,8 @@ def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
     return pairs, card
 
 
-def other_base(card: RefinerCard, model: nn.Module) -> str | None:
-    """A line of warning where a refiner was trained on another network than this."""
-    if not card.base or card.base == fingerprint(model):
+def other_base(card: RefinerCard, own: str | None) -> str | None:
+    """A line of warning where a refiner was trained on another network than one of this fingerprint (if known)."""
+    if not card.base or not own or card.base == own:
         return None
     return "this refiner was trained on another base model: it may do nothing good here, compare with strength 0"
