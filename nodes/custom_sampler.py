@@ -40,7 +40,13 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
                 ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> int:
+        """What was stopped early is not taken from the cache."""
+        return host.stops(cls.hidden.unique_id)
 
     @classmethod
     def execute(

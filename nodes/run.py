@@ -53,14 +53,23 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
         callback: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Tensor:
-        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on the device."""
+        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on the device.
+
+        Where `stop` says so after a chunk, the clip ends with it.
+        """
         chunks = sample(
             network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
             method=SAMPLERS[self.method], callback=callback, device=device, dtype=dtype,
         )  # fmt: skip
-        begun = [] if self.initial is None else [self.initial.float().cpu()]
-        return torch.cat([*begun, *(chunk.float().cpu() for chunk in chunks)], dim=2)
+        made = [] if self.initial is None else [self.initial.float().cpu()]
+        for chunk in chunks:
+            made.append(chunk.float().cpu())
+            if stop is not None and stop():
+                chunks.close()
+                break
+        return torch.cat(made, dim=2)
 
 
 def steps_of(run: Run) -> int:

@@ -54,6 +54,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
             ],
             outputs=[io.Latent.Output(tooltip="The whole clip, start included, for VAE Decode or VAE Decode Chunks.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -65,6 +66,11 @@ class PathwiseRefinedSampler(io.ComfyNode):
         except ValueError as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> int:
+        """What was stopped early is not taken from the cache."""
+        return host.stops(cls.hidden.unique_id)
 
     @classmethod
     def execute(

@@ -23,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, InputImpl, io, ui
 from comfy_execution.utils import get_executing_context
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from ...refiner.rollout import Progress
@@ -31,6 +32,8 @@ from ...refiner.wan.causal import CausalWan, Host
 from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
 from ..run import CHANNELS, ModelFacts, Run, kv_bytes, steps_of
+from . import page
+from .page import stops as stops
 
 PRESET = "autorefiner.preset"  # the attachment of a MODEL that names how it is sampled
 RESERVE = "autorefiner.kv"
@@ -44,6 +47,7 @@ DTYPES = {
 
 def extension(nodes: Sequence[type[io.ComfyNode]]) -> ComfyExtension:
     """What ComfyUI asks a pack for."""
+    page.add_routes()
 
     class AutoRefiner(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -202,6 +206,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
     def __init__(self, make_run: Callable[[str | None, Tensor, Tensor, int], Run], reserved: bool) -> None:
         self.make_run = make_run  # of the preset's name, NOISE, SIGMAS and the seed
         self.reserved = reserved  # whether the memory that was asked for at loading holds the K/V
+        self.node = page.this_node()  # where the page shows the run
 
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -215,8 +220,11 @@ class PathwiseSampler(comfy.samplers.Sampler):
         if not self.reserved:
             make_room(model, kv_bytes(run.plan, told))
         network = causal_network(model, extra_args["model_options"].get("transformer_options", {}))
-        report = reporter(model, run, callback)
-        clip = run.clip(network, prompt_of(guider), model.load_device, told.dtype, report).to(noise.device)
+        context = prompt_of(guider)
+        with page.watching(run, self.node, pictures_of(model)) as watch:
+            report = reporter(model, run, callback, watch)
+            stop = watch.stopped if watch else None
+            clip = run.clip(network, context, model.load_device, told.dtype, report, stop).to(noise.device)
         if callback is not None:  # what SamplerCustomAdvanced calls its denoised output
             total = steps_of(run)
             callback(total - 1, clip, clip, total)
@@ -235,7 +243,17 @@ def make_room(model: ModelPatcher, nbytes: int) -> None:
         model.partially_unload(model.offload_device, lacking)
 
 
-def reporter(model: ModelPatcher, run: Run, callback: Callable | None) -> Callable[[Progress], None]:
+def pictures_of(model: ModelPatcher) -> Callable[[Tensor], Image]:
+    """A picture of a latent frame [1, C, 1, h, w] by a linear map of its channels, which needs no VAE."""
+    wan = model.model.latent_format
+    return latent_preview.Latent2RGBPreviewer(
+        wan.latent_rgb_factors, wan.latent_rgb_factors_bias, wan.latent_rgb_factors_reshape
+    ).decode_latent_to_preview
+
+
+def reporter(
+    model: ModelPatcher, run: Run, callback: Callable | None, watch: page.Watch | None
+) -> Callable[[Progress], None]:
     """Progress of every prediction, with a preview of the newest frame; interrupts end the run here."""
     total, done = steps_of(run), 0
     bar = comfy.utils.ProgressBar(total) if callback is None else None
@@ -245,6 +263,8 @@ def reporter(model: ModelPatcher, run: Run, callback: Callable | None) -> Callab
         nonlocal done
         management.throw_exception_if_processing_interrupted()
         done += 1
+        if watch is not None:
+            watch.step(progress)
         newest = progress.x0[:, :, -1:]
         if callback is not None:
             callback(done - 1, newest, newest, total)

@@ -67,6 +67,12 @@ Latent, Image, Mask, Video = (SocketType(name) for name in ("LATENT", "IMAGE", "
 Sampler = SocketType("SAMPLER")
 
 
+class Hidden:
+    """What ComfyUI tells a node of itself; nothing here."""
+
+    unique_id = "UNIQUE_ID"
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
     """What a node is called, takes and gives."""
@@ -78,6 +84,7 @@ class Schema:
     search_aliases: Sequence[str] = ()
     inputs: Sequence[Socket] = ()
     outputs: Sequence[Output] = ()
+    hidden: Sequence[str] = ()
     is_output_node: bool = False
 
 

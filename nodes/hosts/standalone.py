@@ -161,6 +161,11 @@ def sample(model: Model, positive: list, run: Run) -> Tensor:
     return raw_latents(clip)
 
 
+def stops(node: str | None) -> int:
+    """Runs of a node that the page stopped: there is no page."""
+    return 0
+
+
 def make_sampler(options: object) -> None:
     """A SAMPLER is ComfyUI's, so there is none here."""
     raise ValueError("a SAMPLER needs ComfyUI: use the Pathwise Refined Sampler, which also runs without it")

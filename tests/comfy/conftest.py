@@ -1,9 +1,29 @@
-"""The line at the end of a run that says how to enable the tests in ComfyUI."""
+"""A server that the tests in ComfyUI share, and the line at the end of a run that says how to enable them."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from comfy_server import find_comfyui
+from comfy_server import Server, find_comfyui, install_pack
+from demo_files import write_base, write_demo_files
 
 HOW = "set COMFYUI_PATH to a checkout, and COMFYUI_PYTHON to its interpreter if that is not in its .venv"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
+    """One server for all; its models are the stand-ins."""
+    base = tmp_path_factory.mktemp("comfyui")
+    write_base(base, weights)
+    install_pack(base, weights)
+    running = Server.start(*find_comfyui(), base)
+    yield running
+    running.stop()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

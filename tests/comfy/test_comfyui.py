@@ -8,15 +8,14 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from comfy_graphs import API, NAMES, NEED_COMFYUI, WORKFLOWS, node, of_kind, small
 from comfy_page import to_api, to_page
-from comfy_server import Refused, Server, find_comfyui, install_pack
-from demo_files import STAND_IN, write_base, write_demo_files
+from comfy_server import Refused, Server, find_comfyui
+from demo_files import STAND_IN
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
@@ -31,22 +30,6 @@ from autorefiner.refiner.wan.checkpoint import load_transformer
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_demo_files(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
-    """One server for the module; its models are the stand-ins."""
-    base = tmp_path_factory.mktemp("comfyui")
-    write_base(base, weights)
-    install_pack(base, weights)
-    running = Server.start(*find_comfyui(), base)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(autouse=True)

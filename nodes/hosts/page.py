@@ -1,0 +1,146 @@
+"""What the page is told of a run while it is made, and what it asks of the server: to stop, and what a cache takes."""
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from torch import Tensor
+
+from ...refiner.rollout import Progress
+from ..run import Run
+
+CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
+PICTURES, SIDE = 4, 128  # of a chunk: frames at most, pixels of the longer side
+SECONDS = 0.25  # between two pictures of one chunk
+
+_running: dict[str, "Watch"] = {}  # by the node that makes it
+_stops: dict[str, int] = {}  # by node: how many of its runs were stopped
+
+
+@dataclass(slots=True)
+class Watch:
+    """A run that the page looks at. `picture` makes an image of one latent frame [1, C, 1, h, w]."""
+
+    run: Run
+    node: str
+    prompt: str
+    picture: Callable[[Tensor], Image.Image]
+    asked: bool = False  # to stop after the chunk in the making
+    begun: float = field(default_factory=time.perf_counter)
+    shown: float = 0.0
+    last: dict = field(default_factory=dict)
+
+    def step(self, progress: Progress) -> None:
+        """Tell of a prediction; with pictures where the chunk is finished, or some time has passed."""
+        chunk, now = progress.chunk, time.perf_counter()
+        finished = progress.level + 1 == len(chunk.levels)
+        if not finished and now < self.shown + SECONDS:
+            return
+        self.shown = now
+        given = self.run.plan.given
+        self.last = {
+            "chunk": chunk.index,
+            "chunks": progress.chunks,
+            "start": pixel_frames(chunk.start),
+            "end": pixel_frames(chunk.start + chunk.length),
+            "first": pixel_frames(given),
+            "frames": pixel_frames(given + self.run.plan.frames),
+            "level": progress.level + 1,
+            "levels": len(chunk.levels),
+        }
+        self.send({**self.last, **contact(progress.x0, self.picture)})
+
+    def send(self, told: dict) -> None:
+        """An event to the page that queued the prompt, or to all when none did."""
+        from server import PromptServer
+
+        server = PromptServer.instance
+        named = {"node": self.node, "prompt": self.prompt, "elapsed": time.perf_counter() - self.begun}
+        server.send_sync(CHUNK, {**named, **told}, server.client_id)
+
+    def stopped(self) -> bool:
+        """Whether the run is to end with the chunk that was just finished."""
+        if self.asked and self.last and self.last["chunk"] + 1 < self.last["chunks"]:
+            _stops[self.node] = stops(self.node) + 1
+            return True
+        return False
+
+
+def pixel_frames(latent: int) -> int:
+    """Pixel frames that so many latent frames from the beginning of a video are."""
+    return max(0, 4 * latent - 3)
+
+
+def contact(x0_BCFhw: Tensor, picture: Callable[[Tensor], Image.Image]) -> dict:
+    """Frames of a chunk of the first video side by side, as a small JPEG in base64, and how many they are."""
+    count = min(PICTURES, x0_BCFhw.shape[2])
+    chosen = torch.linspace(0, x0_BCFhw.shape[2] - 1, count).round().int().tolist()
+    images = [picture(x0_BCFhw[:1, :, index : index + 1]) for index in chosen]
+    scale = min(1.0, SIDE / max(images[0].size))
+    width, height = (max(1, round(side * scale)) for side in images[0].size)
+    sheet = Image.new("RGB", (width * count, height))
+    for index, image in enumerate(images):
+        sheet.paste(image.convert("RGB").resize((width, height)), (width * index, 0))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=85)
+    return {"image": base64.b64encode(data.getvalue()).decode(), "pictures": count}
+
+
+def this_node() -> str | None:
+    """The node that is running, where one is."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+@contextmanager
+def watching(run: Run, node: str | None, picture: Callable[[Tensor], Image.Image]) -> Iterator[Watch | None]:
+    """Tell the page of a run that `node` shows; None outside a prompt, where nobody looks."""
+    context = get_executing_context()
+    if context is None:
+        yield None
+        return
+    watch = Watch(run, node or context.node_id, context.prompt_id, picture)
+    _running[watch.node] = watch
+    before, ended = stops(watch.node), "interrupted"
+    try:
+        yield watch
+        ended = "done" if stops(watch.node) == before else "stopped"
+    finally:
+        del _running[watch.node]
+        watch.send({"ended": ended})
+
+
+def stops(node: str | None) -> int:
+    """How many runs of a node were stopped: while it is the same, what the node made may be taken from the cache."""
+    return _stops.get(node or "", 0)
+
+
+def ask_to_stop(node: object, prompt: object) -> bool:
+    """Let a run end after the chunk in the making; False when there is none by that node and prompt."""
+    watch = _running.get(node) if isinstance(node, str) else None
+    if watch is None or watch.prompt != prompt:
+        return False
+    watch.asked = True
+    return True
+
+
+def add_routes() -> None:
+    """What the page may ask of this server."""
+    from aiohttp import web
+    from server import PromptServer
+
+    @PromptServer.instance.routes.post("/autorefiner/stop")
+    async def stop(request: web.Request) -> web.Response:
+        try:
+            asked = await request.json()
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict) or not ask_to_stop(asked.get("node"), asked.get("prompt")):
+            return web.json_response({"error": "no such run: give node and prompt of one in the making"}, status=404)
+        return web.json_response({"stopping": True})
