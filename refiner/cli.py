@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .bench import SIZES, bench
+from .bench_refiner import bench_refiner
 from .demo.cli import add_demo, run_demo
 from .generate import (
     DTYPES,
@@ -100,6 +101,7 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     command.add_argument("--size", choices=SIZES, default="tiny")
     command.add_argument("--chunks", type=int, default=7, help="chunks of 3 latent frames; 7 are 81 frames")
     command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
+    command.add_argument("--refiner", action="store_true", help="what a refiner costs, in all its forms, instead")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
     about = "Train a noise refiner as a TOML file says; killed or stopped, the same command goes on."
@@ -248,7 +250,9 @@ def run_bench(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.json:
         check_output(args.json)
-    report = bench(args.size, device, pick_dtype(args.dtype, device), args.chunks, args.window)
+    report = (bench_refiner if args.refiner else bench)(
+        args.size, device, pick_dtype(args.dtype, device), args.chunks, args.window
+    )
     print(report.table())
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")

@@ -28,6 +28,7 @@ from .wan.text import load_text_encoder
 from .wan.vae import WanVAE
 
 MAX_PROMPTS = 1_000_000
+SPRITE_PROMPTS = 4096
 SHEET_PROMPTS = 4
 
 
@@ -99,7 +100,7 @@ def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:
 def read_prompts(name: str) -> list[str]:
     """Prompts of a text file, or training captions of the sprite world; ValueError for a file with none."""
     if name == SPRITES:
-        return [sample_scene(seed).caption.text for seed in range(4096)]
+        return [sample_scene(seed).caption.text for seed in range(SPRITE_PROMPTS)]
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"{path} is not there: `prompts` names a text file with a prompt a line")

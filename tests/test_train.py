@@ -32,6 +32,7 @@ def bundle(tmp_path, monkeypatch):
     for name in ("load_sprite_vae", "load_sprite_text"):
         loaded = getattr(training, name)(models)
         monkeypatch.setattr(training, name, lambda loaded=loaded: loaded)
+    monkeypatch.setattr(training, "SPRITE_PROMPTS", 8)
     load = training.load_sprite_network
     monkeypatch.setattr(training, "load_sprite_network", lambda name, device: load(name, models, device))
     return models

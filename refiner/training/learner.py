@@ -14,6 +14,13 @@ def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) ->
     return min(1.0, (index + 1) / warm) * (floor + (1 - floor) * fall)
 
 
+def warm_root(index: int, steps: int, warm: int = 100, hold: float = 0.1, cool: float = 0.25) -> float:
+    """Factor on the learning rate of a long run: up, held, down with the root of the steps, then to 0 at the end."""
+    falling = min(1.0, math.sqrt(hold * steps / (index + 1)))
+    ending = min(1.0, (1 - index / steps) / cool)
+    return min(1.0, (index + 1) / warm) * falling * ending
+
+
 class MuonAdamW:
     """Muon on weight matrices and convolution kernels, AdamW on all else; behaves as one optimiser.
 

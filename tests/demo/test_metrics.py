@@ -308,3 +308,25 @@ def test_diversity_is_that_of_the_world_or_none(scenes):
     assert diversity([worlds[index - index % 3] for index in range(24)], captions) == 0
     with pytest.raises(ValueError, match="diversity needs two seeds"):
         diversity(worlds[::3], captions[::3])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_frames_at_all_have_scores(seed):
+    """What an untrained model shows: blocks that come, go, touch and change their colour; and plain noise."""
+    rng = np.random.default_rng(seed)
+    clip = np.empty((17, 64, 64, 3), np.uint8)
+    clip[:] = rng.integers(0, 256, 3)
+    for _ in range(4):
+        top, left = rng.integers(0, 50, 2)
+        for index in np.flatnonzero(rng.random(17) < 0.8):
+            height, width = rng.integers(4, 24, 2)
+            top, left = (
+                int(np.clip(place + step, 0, 50))
+                for place, step in zip((top, left), rng.integers(-4, 5, 2), strict=True)
+            )
+            clip[index, top : top + height, left : left + width] = rng.integers(0, 256, 3)
+    if seed == 7:
+        clip = rng.integers(0, 256, clip.shape).astype(np.uint8)
+    scores = evaluate_clip(clip, sample_scene(seed, "test").caption).array
+    assert np.nanmin(scores) >= 0
+    assert np.nanmax(scores) <= 100

@@ -124,6 +124,7 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
     lost = np.zeros(frames)
     lost[at] = np.where(touching, 1 - blobs.area[chain] / full[at], 0)
     whole = ~touching | (np.abs(lost[at]) < WHOLE)
+    whole = whole if whole.any() else np.ones(len(chain), dtype=bool)  # never seen by itself: take it as it is
     apart = apart if not (apart & ~whole).any() else whole
     shape = NAMES[int(np.minimum(distances[chain[apart]], 4).mean(axis=0).argmin())]
     present, clean, known, near = (np.zeros(frames, dtype=bool) for _ in range(4))

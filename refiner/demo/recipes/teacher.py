@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ...rollout import add_noise
 from ...training.dmd import column, shifted, whole_flow
-from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_root
 from ...training.precision import mixed_precision, training_host
 from ...wan.causal import CausalWan
 from ...wan.transformer import WanConfig, WanTransformer
@@ -74,7 +74,7 @@ class TeacherStage(LearnerStage):
         with mixed_precision(self.device):
             flow = whole_flow(self.network, add_noise(clean, noise, column(sigma)), sigma, self.network.text(context))
         loss = F.mse_loss(flow, noise - clean)
-        self.learner.step(loss, index, warm_cosine(index, options.steps))
+        self.learner.step(loss, index, warm_root(index, options.steps))
         return {"loss": loss.item()}
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
