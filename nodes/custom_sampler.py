@@ -6,6 +6,7 @@ from .chunk_schedule import ChunkScheduleType
 from .guided import FRESH_NOISE, SamplerOptions
 from .hosts import host, io
 from .load import CATEGORY
+from .refiner import RefinerType
 
 
 class PathwiseRefinedCustomSampler(io.ComfyNode):
@@ -34,10 +35,13 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
                     "start", optional=True,
                     tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
                 ),
+                RefinerType.Input(
+                    "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
+                ),
                 ChunkScheduleType.Input(
                     "chunk_schedule", optional=True, tooltip="Chunk size; levels that contradict SIGMAS are an error.",
                 ),
-                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
+                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
             hidden=[io.Hidden.unique_id],
@@ -50,7 +54,7 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, method: str, fresh_noise: str, start=None, chunk_schedule=None, reflective_cache=None
+        cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None, reflective_cache=None
     ) -> io.NodeOutput:
-        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start)
+        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start, refiner)
         return io.NodeOutput(host.make_sampler(options))

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
 from .options import ChunkSchedule, ReflectiveCache, preset_for
-from .run import Run, begun_from, plan_run, video_latents
+from .refined import RefinerLora, plan_refiner
+from .run import ModelFacts, Run, begun_from, plan_run, video_latents
 
 SAME_SIGMA = 2e-3  # two sigmas nearer than this are one level written down twice
 SEEDS = 1 << 63  # our noise's; NOISE may have twice as many
@@ -25,8 +26,14 @@ class GivenLevels(Preset):
         return self.given
 
 
-def levels_of(sigmas: Tensor) -> tuple[Level, ...]:
-    """Levels of SIGMAS, which fall from 1 to 0; ValueError for others."""
+def nominal(sigma: float, preset: Preset) -> int:
+    """The nominal step, 1 to 1000, by which a preset's model names a noise level: sigma with its shift undone."""
+    u = sigma / (preset.shift - (preset.shift - 1) * sigma) if preset.warp else sigma
+    return max(1, round(STEPS * u))
+
+
+def levels_of(sigmas: Tensor, preset: Preset) -> tuple[Level, ...]:
+    """Levels of SIGMAS, which fall from 1 to 0, with the names that the preset has for them; ValueError for others."""
     values = [float(sigma) for sigma in sigmas]
     falling = all(above - below > 1e-3 for above, below in pairwise(values))
     if len(values) < 2 or not falling or abs(values[0] - 1) > SAME_SIGMA or values[-1] != 0:
@@ -35,7 +42,7 @@ def levels_of(sigmas: Tensor) -> tuple[Level, ...]:
             f"SIGMAS are {listed}: every chunk goes from pure noise to clean latents, so give sigmas that fall from 1"
             " to 0 by more than 0.001 each (shift 5 and 4 simple steps are Self-Forcing's)"
         )
-    return tuple(Level(max(1, round(STEPS * sigma)), STEPS * sigma, sigma) for sigma in values[:-1])
+    return tuple(Level(nominal(sigma, preset), STEPS * sigma, sigma) for sigma in values[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +83,24 @@ class SamplerOptions:
     schedule: ChunkSchedule | None = None
     cache: ReflectiveCache | None = None
     start: dict | None = None
+    refiner: RefinerLora | None = None
 
-    def run(self, preset_name: str | None, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
+    def run(self, facts: ModelFacts, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
         """The run over NOISE [B, C, F, h, w] along SIGMAS; ValueError where CHUNK_SCHEDULE contradicts them."""
-        preset = preset_for(preset_name, self.schedule, self.cache)
-        levels = levels_of(sigmas)
+        preset = preset_for(facts.preset, self.schedule, self.cache, self.refiner is not None)
+        levels = levels_of(sigmas, preset)
         if self.schedule is not None:
             check_agreement(preset, self.schedule, levels)
-        steps = tuple(level.step for level in levels)
+        steps = {level.step for level in levels}
+        refined = plan_refiner(self.refiner, facts.config, facts.dtype, steps, self.schedule, self.cache)
         named = {field: getattr(preset, field) for field in Preset.__dataclass_fields__}
-        preset = GivenLevels(**{**named, "steps": steps, "first_steps": ()}, given=levels)
+        preset = GivenLevels(**named, given=levels)
         samples = video_latents({"samples": noise}, "latent_image")
         shape = (samples.shape[0], *samples.shape[2:])
         initial = begun_from(self.start, shape)
         as_core = self.fresh_noise == FRESH_NOISE[1]
         later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
-        return Run(plan_run(preset, shape, initial), seed, self.method, initial, GuiderNoise(samples, later))
+        return Run(plan_run(preset, shape, initial), seed, self.method, initial, GuiderNoise(samples, later), refined)
 
 
 def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..refiner.memory import reflect
 from ..refiner.schedule import STEPS, Preset, check_steps, get_preset
 
 FALLBACK = "self-forcing"  # of a model that does not say how it is sampled
@@ -42,6 +43,14 @@ class ReflectiveCache:
         """The preset with this window, sink and positions."""
         return preset.changed(window=self.window, sink=self.sink, relative=self.relative)
 
+    def reflected(self, trained: reflect.ReflectiveCache) -> reflect.ReflectiveCache:
+        """The modes of a refiner's cache, those that it was trained with where nothing else is said."""
+        history, previous = trained.history, trained.previous
+        return reflect.ReflectiveCache(
+            history if self.history == AS_TRAINED else self.history,
+            previous if self.previous_x0 == AS_TRAINED else self.previous_x0,
+        )
+
 
 def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ...]:
     """Nominal levels of a widget, like "1000, 750, 500, 250"; none of an empty one.
@@ -77,12 +86,15 @@ def refuse_without_refiner(schedule: ChunkSchedule | None, cache: ReflectiveCach
             raise ValueError(f"{name} is {value!r}, which says what a refiner does: connect a REFINER, or {instead}")
 
 
-def preset_for(name: str | None, schedule: ChunkSchedule | None, cache: ReflectiveCache | None) -> Preset:
+def preset_for(
+    name: str | None, schedule: ChunkSchedule | None, cache: ReflectiveCache | None, refined: bool = False
+) -> Preset:
     """The preset of a model by name (None: Self-Forcing's) under the options that are connected.
 
-    Raises ValueError when they do not go together, or need a refiner.
+    Raises ValueError when they do not go together, or need a refiner and it is not `refined`.
     """
-    refuse_without_refiner(schedule, cache)
+    if not refined:
+        refuse_without_refiner(schedule, cache)
     preset = get_preset(name or FALLBACK)
     preset = schedule.applied(preset) if schedule is not None else preset
     return cache.applied(preset) if cache is not None else preset

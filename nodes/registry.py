@@ -5,11 +5,14 @@ from .chunk_schedule import ChunkScheduleNode
 from .custom_sampler import PathwiseRefinedCustomSampler
 from .decode import DecodeChunks, DecodeToVideo
 from .load import LoadARVDM, LoadDemo
+from .refiner import LoadRefiner, SaveRefiner
 from .sampler import PathwiseRefinedSampler
 
 NODES = (
     LoadARVDM,
     LoadDemo,
+    LoadRefiner,
+    SaveRefiner,
     ReflectiveCacheNode,
     ChunkScheduleNode,
     PathwiseRefinedSampler,

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..refiner.estimate import available_bytes
+from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
+from ..refiner.refined import RefinerPlan
 from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, sample
 from ..refiner.samplers import SAMPLERS
@@ -39,6 +42,7 @@ class Run:
     method: str
     initial: Tensor | None = None
     noise: NoiseSource | None = None
+    refined: RefinerPlan | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,21 +58,24 @@ class Run:
         dtype: torch.dtype,
         callback: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        weights: Weights = own_weights,
     ) -> Tensor:
         """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on the device.
 
-        Where `stop` says so after a chunk, the clip ends with it.
+        Where `stop` says so after a chunk, the clip ends with it. `weights` are a layer's, for a merged refiner.
         """
-        chunks = sample(
-            network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
-            method=SAMPLERS[self.method], callback=callback, device=device, dtype=dtype,
-        )  # fmt: skip
         made = [] if self.initial is None else [self.initial.float().cpu()]
-        for chunk in chunks:
-            made.append(chunk.float().cpu())
-            if stop is not None and stop():
-                chunks.close()
-                break
+        attached = self.refined.attached(network, device, dtype, weights) if self.refined else nullcontext()
+        with attached as refiner:
+            chunks = sample(
+                network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
+                method=SAMPLERS[self.method], refiner=refiner, callback=callback, device=device, dtype=dtype,
+            )  # fmt: skip
+            for chunk in chunks:
+                made.append(chunk.float().cpu())
+                if stop is not None and stop():
+                    chunks.close()
+                    break
         return torch.cat(made, dim=2)
 
 
@@ -138,30 +145,42 @@ def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor |
     return RunPlan(preset, frames - given, height, width, batch, given)
 
 
-def kv_bytes(plan: RunPlan, facts: ModelFacts) -> int:
+def kv_bytes(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> int:
     """Of the keys and values that a run holds."""
-    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype).nbytes
+    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype, refined).nbytes
+
+
+def held_bytes(run: Run, facts: ModelFacts) -> int:
+    """Of what a run holds beside the model: keys and values, and its refiner."""
+    more = run.refined.nbytes if run.refined else 0
+    return kv_bytes(run.plan, facts, run.refined is not None) + more
 
 
 def told(run: Run, facts: ModelFacts) -> str:
-    """One line: what a run makes, and the bytes of its keys and values."""
+    """One line: what a run makes, the bytes of its keys and values, and what refines it."""
     plan = run.plan
     chunks = len(plan_chunks(plan.preset, plan.frames, plan.given)[1])
-    held = kv_bytes(plan, facts) / 1e6
-    return f"{plan.frames} latent frames in {chunks} chunks, {held:,.1f} MB of keys and values"
+    held = kv_bytes(plan, facts, run.refined is not None) / 1e6
+    line = f"{plan.frames} latent frames in {chunks} chunks, {held:,.1f} MB of keys and values"
+    if run.refined:
+        line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
+        if run.method == "ode":
+            line += "; ode draws no noise between levels, so the refiner has nothing to refine"
+    return line
 
 
 def check_memory(run: Run, facts: ModelFacts) -> None:
     """Raise ValueError when the keys and values of a run, or its latents, are more than there is memory."""
-    nbytes, latents = kv_bytes(run.plan, facts), 4 * math.prod(run.shape)
+    nbytes, latents = held_bytes(run, facts), 4 * math.prod(run.shape)
     if latents > (free := available_bytes(torch.device("cpu"))):
         raise ValueError(
             f"the latents of this clip take {latents / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: make it"
             " smaller, shorter, or the batch smaller"
         )
     if nbytes > facts.device_bytes:
+        what = "keys and values" + (" and the refiner" if run.refined else "")
         raise ValueError(
-            f"the keys and values of this clip take {nbytes / 1e9:.2f} GB and the device has"
+            f"the {what} of this clip take {nbytes / 1e9:.2f} GB and the device has"
             f" {facts.device_bytes / 1e9:.2f} GB: connect a Reflective Cache with a smaller window, or make the clip"
             " smaller or shorter"
         )

@@ -7,6 +7,8 @@ from .chunk_schedule import ChunkScheduleType
 from .hosts import host, io
 from .load import CATEGORY
 from .options import FALLBACK, preset_for
+from .refined import plan_refiner
+from .refiner import RefinerType
 from .run import Run, begun_from, check_memory, clip_shape, plan_run, told
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
@@ -50,8 +52,11 @@ class PathwiseRefinedSampler(io.ComfyNode):
                     "start", optional=True,
                     tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
                 ),
+                RefinerType.Input(
+                    "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
+                ),
                 ChunkScheduleType.Input("chunk_schedule", optional=True, tooltip="Levels and chunks of your own."),
-                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window and sink of your own."),
+                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
             ],
             outputs=[io.Latent.Output(tooltip="The whole clip, start included, for VAE Decode or VAE Decode Chunks.")],
             hidden=[io.Hidden.unique_id],
@@ -75,15 +80,17 @@ class PathwiseRefinedSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, width: int, height: int, length: int, batch_size: int, seed: int, method: str,
-        latent=None, start=None, chunk_schedule=None, reflective_cache=None,
+        latent=None, start=None, refiner=None, chunk_schedule=None, reflective_cache=None,
     ) -> io.NodeOutput:  # fmt: skip
         facts = host.facts(model)
         if facts.preset is None:
             host.notice(f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is taken")
-        preset = preset_for(facts.preset, chunk_schedule, reflective_cache)
+        preset = preset_for(facts.preset, chunk_schedule, reflective_cache, refiner is not None)
+        steps = {*preset.steps, *preset.first_steps}
+        refined = plan_refiner(refiner, facts.config, facts.dtype, steps, chunk_schedule, reflective_cache)
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start, shape)
-        run = Run(plan_run(preset, shape, initial), seed, method, initial)
+        run = host.settled(model, Run(plan_run(preset, shape, initial), seed, method, initial, refined=refined))
         check_memory(run, facts)
         shown = host.show(told(run, facts))
         return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)

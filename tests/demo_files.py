@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autorefiner.refiner.demo.bundle import FILES, save_model
+from autorefiner.refiner.demo.bundle import FILES, REFINER_FILE, save_model
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
+from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
+from autorefiner.refiner.noise.refiner import target_modules
 from autorefiner.refiner.video import write_png
+from autorefiner.refiner.wan.lora import LoraPair
 from autorefiner.refiner.wan.transformer import WanConfig, WanTransformer
 from autorefiner.refiner.wan.vae import WanVAE
 
@@ -17,13 +20,35 @@ VAE_DIM = 4
 
 
 def write_demo_files(folder: Path) -> Path:
-    """sprites_{vae,text,student}.safetensors in `folder`, which is returned."""
+    """sprites_{vae,text,student}.safetensors and the refiner's in `folder`, which is returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_model(folder, "vae", WanVAE(VAE_DIM), None, {})
         save_model(folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {})
-        save_model(folder, "student", WanTransformer(STAND_IN), STAND_IN, {"preset": "self-forcing"})
+        student = WanTransformer(STAND_IN)
+        save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})
+    write_refiner(folder / REFINER_FILE, base=fingerprint(student))
     return folder
+
+
+def random_pairs(config: WanConfig = STAND_IN, scale: float = 0.1) -> dict[str, LoraPair]:
+    """Factors of rank 2 for a network of these sizes; at a scale of zero those of a fresh refiner."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        targets = target_modules(WanTransformer(config))
+    shapes = {name: module.weight.shape for name, module in targets.items()}
+    made = {}
+    for name, (out, into) in shapes.items():
+        down, up = torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator)
+        made[name] = LoraPair(0.1 * down, scale * up, 1.0)
+    return made
+
+
+def write_refiner(path: Path, config: WanConfig = STAND_IN, scale: float = 0.1, **card: object) -> Path:
+    """A refiner's file of random factors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_refiner(path, random_pairs(config, scale), RefinerCard(rank=2, **card))
+    return path
 
 
 def write_base(base: Path, weights: Path) -> None:
@@ -33,6 +58,9 @@ def write_base(base: Path, weights: Path) -> None:
         path = base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights / FILES[kind], path)
+    loras = base / "models" / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    shutil.copy(weights / REFINER_FILE, loras / "self_forcing.refiner.safetensors")
     (base / "input").mkdir(exist_ok=True)
     picture = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
     write_png(picture, base / "input" / "example.png")

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +26,18 @@ from comfy_execution.utils import get_executing_context
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from ...refiner.noise.file import fingerprint_of
 from ...refiner.rollout import Progress
 from ...refiner.schedule import PRESETS
 from ...refiner.wan.causal import CausalWan, Host
 from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
-from ..run import CHANNELS, ModelFacts, Run, kv_bytes, steps_of
-from . import page
+from ..run import CHANNELS, ModelFacts, Run, held_bytes, steps_of
+from . import comfy_layers, page
 from .page import stops as stops
 
 PRESET = "autorefiner.preset"  # the attachment of a MODEL that names how it is sampled
+BASE = "autorefiner.base"  # and of the fingerprint of its file, by which a refiner knows its base
 RESERVE = "autorefiner.kv"
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -68,6 +70,11 @@ def find_file(folder: str, name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(folder, name))
 
 
+def model_folder(folder: str) -> Path:
+    """Where new files of a kind are written."""
+    return Path(folder_paths.get_folder_paths(folder)[0])
+
+
 def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = False) -> ModelPatcher:
     """A causal Wan2.1 ModelPatcher of a published file; ComfyUI may call this again for an untouched copy."""
     from ...refiner.wan.checkpoint import read_transformer
@@ -75,12 +82,14 @@ def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = Fa
     state, info = read_transformer(path, weights=weights)
     metadata = {**info.metadata, "config": json.dumps({"transformer": {**asdict(info.config), "causal_ar": True}})}
     options = {"dtype": DTYPES[dtype]} if dtype in DTYPES else {}
+    base = fingerprint_of(state)  # before ComfyUI takes the weights, maybe to narrower ones
     loaded = comfy.sd.load_diffusion_model_state_dict(
         state, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
     if loaded is None:
         raise ValueError(f"{path} is no model that this ComfyUI knows: update ComfyUI, or use the bf16 file")
     loaded.cached_patcher_init = (load_patcher, (path, dtype, weights))
+    loaded.set_attachments(BASE, base)
     return loaded
 
 
@@ -170,6 +179,23 @@ def facts(model: ModelPatcher) -> ModelFacts:
     return ModelFacts(config, model.model.get_dtype_inference(), preset if preset in PRESETS else None, memory)
 
 
+def base_of(model: ModelPatcher) -> str | None:
+    """The fingerprint of a MODEL's own weights, by which a refiner knows its base; None where they do not tell."""
+    return model.get_attachment(BASE) or comfy_layers.fingerprint_of_live(network_of(model))
+
+
+def settled(model: ModelPatcher, run: Run) -> Run:
+    """The run with its refiner merged or in branches: merged where the layers are ComfyUI's and there is memory."""
+    if run.refined is None or run.refined.form == "branches":
+        return run
+    odd = comfy_layers.unmergeable(model, network_of(model))
+    if odd and run.refined.form == "merged":
+        notice(f"REFINER {run.refined.name} runs unmerged, which gives the same: {odd}")
+    room = comfy_layers.room_beside(model)
+    merge = not odd and (run.refined.form == "merged" or held_bytes(run, facts(model)) < room)
+    return replace(run, refined=run.refined.chosen(merge))
+
+
 def attend(transformer_options: dict, heads: int, q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
     """Attention by whatever ComfyUI, or an override on the MODEL, computes it with."""
     flat = (x.flatten(2) for x in (q_BNHD, k_BTHD, v_BTHD))
@@ -203,8 +229,8 @@ def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
 class PathwiseSampler(comfy.samplers.Sampler):
     """Runs the core's loop inside a guider, which loads and patches the model, prepares the prompt and cleans up."""
 
-    def __init__(self, make_run: Callable[[str | None, Tensor, Tensor, int], Run], reserved: bool) -> None:
-        self.make_run = make_run  # of the preset's name, NOISE, SIGMAS and the seed
+    def __init__(self, make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run], reserved: bool) -> None:
+        self.make_run = make_run  # of the model's facts, NOISE, SIGMAS and the seed
         self.reserved = reserved  # whether the memory that was asked for at loading holds the K/V
         self.node = page.this_node()  # where the page shows the run
 
@@ -216,15 +242,16 @@ class PathwiseSampler(comfy.samplers.Sampler):
             raise ValueError("the latent has a noise mask, which AR models cannot follow: remove it")
         model = guider.model_patcher
         told = facts(model)
-        run = self.make_run(told.preset, noise, sigmas, extra_args.get("seed") or 0)
+        run = settled(model, self.make_run(told, noise, sigmas, extra_args.get("seed") or 0))
         if not self.reserved:
-            make_room(model, kv_bytes(run.plan, told))
+            make_room(model, held_bytes(run, told))
         network = causal_network(model, extra_args["model_options"].get("transformer_options", {}))
         context = prompt_of(guider)
         with page.watching(run, self.node, pictures_of(model)) as watch:
             report = reporter(model, run, callback, watch)
             stop = watch.stopped if watch else None
-            clip = run.clip(network, context, model.load_device, told.dtype, report, stop).to(noise.device)
+            weights = comfy_layers.weights_on(model.load_device, told.dtype)
+            clip = run.clip(network, context, model.load_device, told.dtype, report, stop, weights).to(noise.device)
         if callback is not None:  # what SamplerCustomAdvanced calls its denoised output
             total = steps_of(run)
             callback(total - 1, clip, clip, total)
@@ -232,7 +259,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
 
 
 def make_room(model: ModelPatcher, nbytes: int) -> None:
-    """Free memory on the device for keys and values: other models first, then a part of this one."""
+    """Free memory on the device for what a run holds: other models go first, then a part of this one."""
     device = model.load_device
     if management.is_device_cpu(device):
         return
@@ -276,9 +303,9 @@ def reporter(
 
 
 def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
-    """A clone of the MODEL that asks for the memory of one chunk and of the keys and values when it is loaded."""
+    """A clone of the MODEL that asks for the memory of one chunk and of what the run holds when it is loaded."""
     model = model.clone()
-    nbytes, chunk = kv_bytes(run.plan, facts(model)), run.plan.preset.chunk
+    nbytes, chunk = held_bytes(run, facts(model)), run.plan.preset.chunk
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):
         batch, channels, frames, *size = noise_shape

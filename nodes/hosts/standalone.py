@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,13 @@ from tqdm import tqdm
 from ...refiner.demo import bundle
 from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
+from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
-from ..run import ModelFacts, Run, normalized, raw_latents, steps_of
+from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents, steps_of
 from ..sprites import sprite_preset, unknown_told
 from . import schema as io
 
@@ -111,6 +112,11 @@ def find_file(folder: str, name: str) -> Path:
     return next(root / name for root in _folders(folder) if (root / name).is_file())
 
 
+def model_folder(folder: str) -> Path:
+    """Where new files of a kind are written."""
+    return _folders(folder)[0]
+
+
 def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
     """A MODEL of a file, in a dtype of Load AR-VDM's."""
     if dtype.startswith("fp8"):
@@ -143,6 +149,19 @@ def facts(model: Model) -> ModelFacts:
     """What a MODEL is."""
     parameter = next(model.network.model.parameters())
     return ModelFacts(model.network.config, parameter.dtype, model.preset, available_bytes(parameter.device))
+
+
+def base_of(model: Model) -> str:
+    """The fingerprint of a MODEL's own weights, by which a refiner knows its base."""
+    return fingerprint(model.network.model)
+
+
+def settled(model: Model, run: Run) -> Run:
+    """The run with its refiner merged or in branches: merged where there is memory for a second copy."""
+    if run.refined is None or run.refined.form != "auto":
+        return run
+    room = available_bytes(next(model.network.model.parameters()).device)
+    return replace(run, refined=run.refined.chosen(merge=held_bytes(run, facts(model)) < room))
 
 
 def sample(model: Model, positive: list, run: Run) -> Tensor:

@@ -1,49 +1,15 @@
 """What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT prints it as one line of JSON.
 
-Run with ComfyUI's interpreter, on its own modules; the pack is imported as a custom node is.
+Run with ComfyUI's interpreter.
 """
 
-import importlib.util
 import json
-import sys
 
 import torch
-from launch import skip_torchvision_fakes
+from packed import SHAPE, files, host, plain_run, sampled
 
-comfyui, pack, student = sys.argv[1:]
-skip_torchvision_fakes()
-sys.path.insert(0, comfyui)
-sys.argv = [sys.argv[0], "--cpu"]
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-import comfy.samplers  # noqa: E402
-import folder_paths  # noqa: E402, F401, the sign by which the pack knows ComfyUI
-from comfy.patcher_extension import WrappersMP  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
-sys.modules["pack"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["pack"])
-from pack.nodes.hosts import comfy as host  # noqa: E402
-from pack.nodes.run import Run, kv_bytes, plan_run  # noqa: E402
-from pack.refiner.schedule import PRESETS  # noqa: E402
-
-SHAPE = (1, 21, 16, 16)  # batch, latent frames, height, width
-
-
-def sampled(model, run, *wrappers) -> torch.Tensor:
-    """A run as the node does it, with wrappers that look on."""
-    model = host.reserving(model, run)
-    for wrapper in wrappers:
-        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", wrapper)
-    guider = comfy.samplers.CFGGuider(model)
-    generator = torch.Generator().manual_seed(0)
-    config = host.facts(model).config
-    guider.inner_set_conds({"positive": [[torch.randn(1, config.text_len, config.text_dim, generator=generator), {}]]})
-    empty = torch.zeros(run.shape)
-    sampler = host.PathwiseSampler(lambda *_: run, reserved=True)
-    return guider.sample(empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
-
+# isort: split
+from pack.nodes.run import kv_bytes
 
 asked: list[float] = []
 
@@ -55,8 +21,8 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
 
 
 with torch.inference_mode():
-    model = host.load_model(student, "self-forcing", "fp32", "auto")
-    run = Run(plan_run(PRESETS["self-forcing"], SHAPE, None), 0, "self-forcing")
+    model = host.load_model(files[0], "self-forcing", "fp32", "auto")
+    run = plain_run()
     keys_and_values = kv_bytes(run.plan, host.facts(model))
     wide = sampled(model, run, look_on)
     narrow_model = model.clone()

@@ -1,19 +1,26 @@
 """What a SAMPLER makes of NOISE, SIGMAS and a seed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from demo_files import random_pairs
 
 from autorefiner.nodes.guided import FRESH_NOISE, SEEDS, CoreNoise, SamplerOptions, levels_of
 from autorefiner.nodes.options import ChunkSchedule, ReflectiveCache
-from autorefiner.nodes.run import Run, normalized, plan_run, raw_latents
+from autorefiner.nodes.refined import RefinerLora
+from autorefiner.nodes.run import ModelFacts, Run, normalized, plan_run, raw_latents
+from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 
-from tiny import tiny_network
+from tiny import TINY, tiny_network
 
 SIGMAS = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])  # of shift 5 and four simple steps
 SHAPE = (1, 7, 4, 4)
 CPU = torch.device("cpu")
+FACTS = ModelFacts(TINY, torch.float32, None, 1 << 30)
+REFINER = RefinerLora("a.refiner.safetensors", random_pairs(TINY), RefinerCard(rank=2), form="merged")
 
 
 def made(run: Run) -> torch.Tensor:
@@ -31,7 +38,7 @@ def white(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", [None, "self-forcing"])
 def test_the_sigmas_of_self_forcing_sample_what_its_preset_does(name: str | None) -> None:
     expected = made(Run(plan_run(PRESETS["self-forcing"], SHAPE, None), 3, "self-forcing"))
-    found = made(SamplerOptions("self-forcing").run(name, white(3), SIGMAS, 3))
+    found = made(SamplerOptions("self-forcing").run(replace(FACTS, preset=name), white(3), SIGMAS, 3))
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)  # sigmas are not rounded to the preset's table
 
 
@@ -46,16 +53,16 @@ def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -
 
 def test_any_seed_of_noise_is_taken() -> None:
     for fresh in FRESH_NOISE:
-        run = SamplerOptions("self-forcing", fresh).run(None, white(0), SIGMAS, 2 * SEEDS - 1)
+        run = SamplerOptions("self-forcing", fresh).run(FACTS, white(0), SIGMAS, 2 * SEEDS - 1)
         assert made(run).isfinite().all()
 
 
 def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
     for schedule in (ChunkSchedule("self-forcing", chunk=1), ChunkSchedule(levels=(1000, 750, 500, 250), chunk=1)):
-        run = SamplerOptions("self-forcing", schedule=schedule).run(None, white(0), SIGMAS, 0)
+        run = SamplerOptions("self-forcing", schedule=schedule).run(FACTS, white(0), SIGMAS, 0)
         assert run.plan.preset.chunk == 1
     window = ReflectiveCache(window=4, sink=1)
-    assert SamplerOptions("self-forcing", cache=window).run(None, white(0), SIGMAS, 0).plan.preset.sink == 1
+    assert SamplerOptions("self-forcing", cache=window).run(FACTS, white(0), SIGMAS, 0).plan.preset.sink == 1
 
 
 @pytest.mark.parametrize(
@@ -63,16 +70,47 @@ def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
 )
 def test_a_schedule_that_contradicts_the_sigmas_is_an_error(schedule: ChunkSchedule) -> None:
     with pytest.raises(ValueError, match="CHUNK_SCHEDULE says sigmas"):
-        SamplerOptions("self-forcing", schedule=schedule).run(None, white(0), SIGMAS, 0)
+        SamplerOptions("self-forcing", schedule=schedule).run(FACTS, white(0), SIGMAS, 0)
 
 
 @pytest.mark.parametrize("sigmas", [[], [1.0], [0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [1.0, 1.1, 0.0]])
 def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="give sigmas that fall from 1 to 0"):
-        levels_of(torch.tensor(sigmas))
+        levels_of(torch.tensor(sigmas), PRESETS["self-forcing"])
 
 
 def test_a_start_goes_into_the_run_and_out_again() -> None:
     start = {"samples": raw_latents(torch.randn(1, 16, 3, 4, 4))}
-    run = SamplerOptions("self-forcing", start=start).run(None, white(0), SIGMAS, 0)
+    run = SamplerOptions("self-forcing", start=start).run(FACTS, white(0), SIGMAS, 0)
     assert torch.equal(made(run)[:, :, :3], normalized(start["samples"]))
+
+
+@pytest.mark.parametrize("name", ["self-forcing", "causvid", "krea-14b"])
+def test_levels_have_the_names_that_their_preset_has_for_them(name: str) -> None:
+    preset = PRESETS[name]
+    sigmas = torch.tensor([*(level.sigma for level in preset.levels()), 0.0])
+    assert tuple(level.step for level in levels_of(sigmas, preset)) == preset.steps
+    many = torch.cat((torch.linspace(1, 0.001, 900), torch.zeros(1)))  # more than there are names
+    assert len(set(levels_of(many, preset))) == 900
+
+
+@pytest.mark.parametrize("method", ["self-forcing", "self-refine"])
+def test_a_refiner_refines_the_levels_of_the_sigmas(method: str) -> None:
+    plain = SamplerOptions(method).run(FACTS, white(3), SIGMAS, 3)
+    run = SamplerOptions(method, refiner=REFINER).run(FACTS, white(3), SIGMAS, 3)
+    assert run.refined.levels == (750, 500, 250)
+    assert (made(run) - made(plain)).abs().max() > 0.01
+    zero = SamplerOptions(method, refiner=replace(REFINER, strength=0.0)).run(FACTS, white(3), SIGMAS, 3)
+    assert zero.refined is None
+
+
+def test_self_refine_repeats_the_levels_of_the_sigmas() -> None:
+    plain, repeated = (
+        SamplerOptions(method).run(FACTS, white(3), SIGMAS, 3) for method in ("self-forcing", "self-refine")
+    )
+    assert not torch.equal(made(plain), made(repeated))
+
+
+def test_a_refiner_is_refused_where_the_sigmas_have_none_of_its_levels() -> None:
+    with pytest.raises(ValueError, match="refined levels 250, 500, 750: this run's levels are 1000, 385"):
+        SamplerOptions("self-forcing", refiner=REFINER).run(FACTS, white(0), torch.tensor([1.0, 0.7576, 0.0]), 0)

@@ -1,0 +1,58 @@
+"""What REFINER holds, and what it does in a run under the options that are connected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..refiner.noise.file import RefinerCard
+from ..refiner.refined import Form, RefinerPlan, check_fit
+from ..refiner.wan.lora import LoraPair
+from ..refiner.wan.transformer import WanConfig
+from .options import ChunkSchedule, ReflectiveCache
+
+FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branches"}
+
+
+@dataclass(frozen=True, slots=True)
+class RefinerLora:
+    """A refiner as it was read or trained: factors by layer, its card, and how it is to be used."""
+
+    name: str
+    pairs: Mapping[str, LoraPair]
+    card: RefinerCard
+    strength: float = 1.0
+    form: Form = "auto"
+
+    def describe(self) -> str:
+        """One line of how it was trained."""
+        card = self.card
+        levels = ", ".join(map(str, card.levels))
+        trained = f"; {card.objective}, {card.steps} steps" if card.objective else ""
+        return f"rank {card.rank}, levels {levels}, history {card.history}, previous x0 {card.previous}{trained}"
+
+
+def plan_refiner(
+    refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, steps: Sequence[int],
+    schedule: ChunkSchedule | None, cache: ReflectiveCache | None,
+) -> RefinerPlan | None:  # fmt: skip
+    """What a refiner does in a run of these nominal steps; None without one, or at strength 0, which is the base.
+
+    Raises ValueError when it does not fit the network or the levels.
+    """
+    if refiner is None:
+        return None
+    card = refiner.card
+    try:
+        check_fit(refiner.pairs, config)
+    except ValueError as error:
+        raise ValueError(f"REFINER {refiner.name} {error}: use a refiner of this MODEL") from error
+    try:
+        plan = RefinerPlan.of(
+            refiner.name, refiner.pairs, card, sorted(steps, reverse=True), dtype, form=refiner.form,
+            strength=refiner.strength, levels=(schedule and schedule.refined) or None,
+            cache=cache.reflected(card.cache) if cache is not None else None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"REFINER {refiner.name}, {error} with refined_levels of a Chunk Schedule") from error
+    return plan if refiner.strength else None

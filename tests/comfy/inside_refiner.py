@@ -1,0 +1,109 @@
+"""What a refiner does inside ComfyUI: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER prints it as JSON.
+
+Run with ComfyUI's interpreter.
+"""
+
+import json
+
+import torch
+from packed import SHAPE, comfy, files, host, plain_run, sampled
+
+# isort: split
+from pack.nodes.hosts import comfy_layers
+from pack.nodes.refined import RefinerLora, plan_refiner
+from pack.refiner.noise.file import load_refiner
+from pack.refiner.noise.refiner import target_modules
+
+student, refiner = files
+LORA = "diffusion_model.blocks.1.ffn.2"
+asked: list[float] = []
+told: dict = {"asked": {}, "hooks": {}}
+
+
+def look_on(executor, model, noise_shape, conds, *args, **options):
+    """Note what the shape that memory is asked for comes to."""
+    asked.append(model.model.memory_required(list(noise_shape)))
+    return executor(model, noise_shape, conds, *args, **options)
+
+
+def refined(model, form: str):
+    """A run with the refiner in a form."""
+    facts = host.facts(model)
+    lora = RefinerLora("a.refiner.safetensors", *load_refiner(refiner), form=form)
+    return plain_run(plan_refiner(lora, facts.config, facts.dtype, (1000, 750, 500, 250), None, None))
+
+
+def hooks(model) -> int:
+    """Forward hooks on the layers now."""
+    return sum(len(module._forward_hooks) for module in target_modules(host.network_of(model)).values())
+
+
+def while_it_runs(model, run, wish) -> None:
+    """A run in which `wish` is called at the first prediction of the second chunk."""
+
+    def clip(self, network, *args, **options):
+        callback = args[3]
+
+        def called(progress):
+            if progress.chunk.index == 1:
+                wish()
+            callback(progress)
+
+        return own(self, network, *args[:3], called, *args[4:], **options)
+
+    own, type(run).clip = type(run).clip, clip
+    try:
+        sampled(model, run)
+    finally:
+        type(run).clip = own
+
+
+def interrupt() -> None:
+    raise comfy.model_management.InterruptProcessingException
+
+
+def patched(model):
+    """A clone with a LoRA on one layer."""
+    generator = torch.Generator().manual_seed(1)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, 128), (128, 2)))
+    lora = {f"{LORA}.lora_A.weight": 0.3 * down, f"{LORA}.lora_B.weight": 0.3 * up}
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
+    """Every layer's weight as it is merged, of a model loaded whole or one byte of it."""
+    with torch.inference_mode():
+        model.load(torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True}))
+        read = comfy_layers.weights_on(torch.device("cpu"), torch.float32)
+        found = {name: read(module)[0] for name, module in target_modules(host.network_of(model)).items()}
+        waiting = sum(len(module.weight_function) for module in target_modules(host.network_of(model)).values())
+        assert (waiting > 0) is lowvram, f"{waiting} weights wait for their LoRA"
+        model.detach()
+    return found
+
+
+with torch.inference_mode():
+    model = host.load_model(student, "self-forcing", "fp32", "auto")
+    told["hooks"]["before"] = hooks(model)
+    made = {}
+    for form in ("merged", "branches"):
+        made[form] = sampled(model, refined(model, form), look_on)
+        told["asked"][form] = asked[-1]
+    told["forms"] = (made["merged"] - made["branches"]).abs().max().item()
+    while_it_runs(model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model)))
+    told["hooks"]["after"] = hooks(model)
+    try:
+        while_it_runs(model, refined(model, "branches"), interrupt)
+    except comfy.model_management.InterruptProcessingException:
+        told["hooks"]["interrupted"] = hooks(model)
+    narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
+    both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
+    told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
+    told["chunk"], told["frame"] = (model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1))
+
+plain = weights_of(model, lowvram=False)
+whole, waiting = (weights_of(patched(model), lowvram) for lowvram in (False, True))
+name = LORA.removeprefix("diffusion_model.")
+told["patched"] = (whole[name] - plain[name]).abs().max().item()
+told["offloaded"] = max((whole[name] - waiting[name]).abs().max().item() for name in whole)
+print(json.dumps(told))
