@@ -12,8 +12,9 @@ Execute a ComfyUI workflow, saved with Export (API), without ComfyUI.
 
   autorefiner run workflows/api/quickstart.json --set 3.seed=7 --out videos
 
-It may be made of this pack's nodes and CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, VAEEncode,
-VAEDecode, CreateVideo, SaveVideo, SaveAnimatedWEBP and SaveImage. Models lie as ComfyUI has them: BASE/models/vae/ …"""
+It may be made of this pack's nodes and CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, ImageStitch,
+VAEEncode, VAEDecode, CreateVideo, SaveVideo, SaveAnimatedWEBP and SaveImage. Models lie as ComfyUI has them:
+BASE/models/vae/ …"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,10 @@ from . import standalone as host
 from .standalone import Clip, VideoFile
 
 MOST_PIXELS = 16384 * 16384  # of an image that is read
+COLORS = {
+    "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+}  # fmt: skip
 SCALINGS = ("nearest-exact", "bilinear", "area", "bicubic")
 
 
@@ -106,6 +110,39 @@ class ImageScale(io.ComfyNode):
             pixels = pixels[:, :, top : top + keep_height, left : left + keep_width]
         scaled = F.interpolate(pixels, size=(height, width), mode=upscale_method)
         return io.NodeOutput(scaled.movedim(1, -1))
+
+
+class ImageStitch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Image.Input("image1"),
+            io.Combo.Input("direction", options=("right", "down", "left", "up")),
+            io.Boolean.Input("match_image_size", default=True),
+            io.Int.Input("spacing_width", min=0, max=1024),
+            io.Combo.Input("spacing_color", options=tuple(COLORS)),
+            io.Image.Input("image2", optional=True),
+        ]
+        return io.Schema("ImageStitch", inputs=inputs, outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(
+        cls, image1: Tensor, direction: str, match_image_size: bool, spacing_width: int, spacing_color: str,
+        image2: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if image2 is None:
+            return io.NodeOutput(image1)
+        if image1.shape[1:] != image2.shape[1:]:
+            came = " and ".join(f"{image.shape[2]}x{image.shape[1]}" for image in (image1, image2))
+            raise ValueError(f"images of {came} pixels: without ComfyUI both must be of one size, use ImageScale")
+        count = max(len(image1), len(image2))
+        pair = [torch.cat((image, image[-1:].expand(count - len(image), -1, -1, -1))) for image in (image1, image2)]
+        dim = 2 if direction in ("right", "left") else 1
+        size = list(pair[0].shape)
+        size[dim] = spacing_width
+        between = torch.tensor(COLORS[spacing_color]).to(image1).expand(size)
+        first, second = pair if direction in ("right", "down") else pair[::-1]
+        return io.NodeOutput(torch.cat((first, between, second), dim=dim))
 
 
 class VAEEncode(io.ComfyNode):
@@ -213,6 +250,6 @@ class SaveImage(io.ComfyNode):
 
 
 CORE_NODES = (
-    CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, VAEEncode, VAEDecode, CreateVideo, SaveVideo,
-    SaveAnimatedWEBP, SaveImage,
+    CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, ImageStitch, VAEEncode, VAEDecode, CreateVideo,
+    SaveVideo, SaveAnimatedWEBP, SaveImage,
 )  # fmt: skip
