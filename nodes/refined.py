@@ -28,7 +28,7 @@ class RefinerLora:
         """One line of how it was trained."""
         card = self.card
         levels = ", ".join(map(str, card.levels))
-        trained = f"; {card.objective}, {card.steps} steps" if card.objective else ""
+        trained = f"; {card.objective[:40]}, {card.steps} steps" if card.objective else ""
         return f"rank {card.rank}, levels {levels}, history {card.history}, previous x0 {card.previous}{trained}"
 
 

@@ -139,7 +139,10 @@ class SaveRefiner(io.ComfyNode):
     def execute(cls, refiner: RefinerLora, name: str, overwrite: bool) -> io.NodeOutput:
         root = host.model_folder("loras")
         path = new_file(root, name, overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_refiner(path, refiner.pairs, refiner.card)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_refiner(path, refiner.pairs, refiner.card)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}): give another name") from error
         file = path.relative_to(root).as_posix()
         return io.NodeOutput(file, ui=host.show(f"saved as {file}"))

@@ -306,10 +306,11 @@ def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     """A clone of the MODEL that asks for the memory of one chunk and of what the run holds when it is loaded."""
     model = model.clone()
     nbytes, chunk = held_bytes(run, facts(model)), run.plan.preset.chunk
+    passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1  # x0 and noise go through it together
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):
         batch, channels, frames, *size = noise_shape
-        one = [batch, channels, min(chunk, frames), *size]
+        one = [batch, channels, passes * min(chunk, frames), *size]
         area = patcher.model.memory_required([batch, channels, 1, *size])  # bytes of a frame; they grow with the area
         more = -(-nbytes // max(1, int(area)))
         return executor(patcher, [*one[:2], one[2] + more, *size], conds, *args, **options)

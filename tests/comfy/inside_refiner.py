@@ -3,6 +3,7 @@
 Run with ComfyUI's interpreter.
 """
 
+import dataclasses
 import json
 
 import torch
@@ -96,6 +97,19 @@ with torch.inference_mode():
         while_it_runs(model, refined(model, "branches"), interrupt)
     except comfy.model_management.InterruptProcessingException:
         told["hooks"]["interrupted"] = hooks(model)
+    joint = refined(model, "merged")
+    cache = dataclasses.replace(joint.refined.cache, previous="joint")
+    sampled(model, dataclasses.replace(joint, refined=dataclasses.replace(joint.refined, cache=cache)), look_on)
+    told["asked"]["joint"] = asked[-1]
+    told["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
+    own, comfy_layers.available_bytes = comfy_layers.available_bytes, lambda device: 1000
+    told["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
+    comfy_layers.available_bytes = own
+    layer = host.network_of(model).blocks[0].ffn[0]
+    layer.__class__, kind = type("Odd", (type(layer),), {"__module__": "gguf"}), type(layer)
+    told["odd"] = [host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")]
+    told["odd made"] = (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
+    layer.__class__ = kind
     narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
     both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
     told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()

@@ -197,13 +197,26 @@ def test_a_refiner_of_another_base_is_told_on_the_node(server: Server) -> None:
     assert shown == ["rank 2, levels 750, 500, 250, history shared, previous x0 pending"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
-def test_a_refiner_knows_its_base_in_every_dtype(dtype: str, server: Server) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn", "of ComfyUI's own loader"])
+def test_a_refiner_knows_its_base_in_every_dtype(dtype: str, server: Server, weights: Path) -> None:
     graph = small("self_forcing")
     graph["1"]["inputs"]["dtype"] = dtype
+    if "own" in dtype:
+        path = server.base / "models" / "diffusion_models" / "own.safetensors"
+        path.write_bytes((weights / bundle.FILES["student"]).read_bytes())
+        graph["1"] = node("UNETLoader", unet_name=path.name, weight_dtype="default")
     graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form="merged")
     graph["6"]["inputs"] |= {"length": 9, "refiner": ["50", 0]}
     assert "another base" not in server.run(graph)["outputs"]["50"]["text"][0]
+
+
+def test_a_file_that_was_saved_anew_is_read_again(server: Server) -> None:
+    path = server.base / "models" / "loras" / "anew.refiner.safetensors"
+    made = []
+    for scale in (0.1, 0.2, 0.2):
+        write_refiner(path, scale=scale)
+        made += sampled(server, refined(path.name, seed=7), "3")
+    assert torch.equal(made[1], made[2]) and not torch.equal(made[0], made[1])
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\\x"])
@@ -240,6 +253,16 @@ def test_the_memory_that_is_asked_for_holds_the_refiner_and_one_more_chunk(insid
     for form, nbytes in sizes.items():
         more = inside["asked"][form] - inside["chunk"]
         assert kv + nbytes <= more <= kv + nbytes + inside["frame"]
+
+
+def test_a_joint_cache_asks_for_a_pass_over_two_chunks(inside: dict) -> None:
+    more = inside["asked"]["joint"] - inside["asked"]["merged"]
+    assert abs(more - inside["chunk"]) <= inside["frame"]
+
+
+def test_layers_of_another_kind_and_little_memory_make_it_run_unmerged(inside: dict) -> None:
+    assert inside["auto"] == ["merged", "branches"]
+    assert inside["odd"] == ["branches", "branches"] and inside["odd made"] == 0
 
 
 def test_no_hook_stays_behind(inside: dict) -> None:

@@ -256,6 +256,18 @@ def test_names_that_leave_the_folder_or_hide_are_refused(name: str, base: Path) 
     assert len(list((base / "models" / "loras").rglob("*"))) == 1
 
 
+def test_a_file_that_cannot_be_written_is_told(base: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("autorefiner.nodes.refiner.save_refiner", full)
+    graph = refined(length=9)
+    graph["55"] = node("AutoRefinerSaveRefiner", refiner=["50", 0], name="x", overwrite=False)
+    assert "x.refiner.safetensors cannot be written (No space left on device): give another name" in refusal(
+        graph, base
+    )
+
+
 def test_names_that_stay_are_taken() -> None:
     for name in ("foxes", "mine/foxes v1.2", "狐狸", "a.refiner.safetensors"):
         path = new_file(Path("loras"), name, overwrite=True)
