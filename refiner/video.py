@@ -112,15 +112,15 @@ class VideoWriter:
         return buffer.getvalue()
 
 
-def open_exclusive(path: Path) -> io.FileIO:
-    """An empty file to write that no other run writes; ValueError when one does."""
+def open_exclusive(path: Path, instead: str = "give another --out, or wait") -> io.FileIO:
+    """An empty file to write that no other run writes; ValueError, which says what to do instead, when one does."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115, the caller closes it
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(f"another run is writing {path}: give another --out, or wait") from None
+            raise ValueError(f"another run is writing {path}: {instead}") from None
     file.truncate(0)
     return file
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from ..video import open_exclusive
 from .curve import draw_curve
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
@@ -64,9 +65,14 @@ def train(stage: Stage, options: LoopOptions) -> None:
     """Train to `options.steps`, from where the run in `options.run` stands.
 
     The folder gets state.pt, log.jsonl (a line a step), loss.png and the stage's sample sheets. Raises ValueError at
-    the first loss that is not finite; what was saved before stays.
+    the first loss that is not finite, what was saved before stays; and for a folder that another training writes.
     """
     options.run.mkdir(parents=True, exist_ok=True)
+    with open_exclusive(options.run / "lock", "wait for it, or train in another folder"):
+        _train(stage, options)
+
+
+def _train(stage: Stage, options: LoopOptions) -> None:
     log = options.run / "log.jsonl"
     start = restore(stage, options.run)
     lines = _lines_before(log, start)

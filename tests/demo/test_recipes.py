@@ -20,6 +20,7 @@ from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.demo.world import sample_scene
 from autorefiner.refiner.training.loop import LoopOptions, restore, save, train
+from autorefiner.refiner.video import open_exclusive
 from autorefiner.refiner.wan.checkpoint import inspect
 from autorefiner.refiner.wan.vae import LATENT_STD, WanVAE
 
@@ -114,6 +115,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(tmp_path) -> None:
     assert restore(TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), tmp_path) == 2
     with pytest.raises(ValueError, match="give at least 1"):
         LoopOptions(tmp_path, 0)
+
+
+def test_one_training_a_folder(tmp_path) -> None:
+    with open_exclusive(tmp_path / "lock"), pytest.raises(ValueError, match="wait for it, or train in another folder"):
+        train(TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), LoopOptions(tmp_path, 2))
 
 
 def test_a_state_is_replaced_whole(tmp_path) -> None:
