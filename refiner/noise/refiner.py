@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..memory.reflect import ReflectiveCache, reflect
 from ..schedule import Chunk, Level
 from ..wan.causal import CausalWan, KeyValue
+from ..wan.linear import Linear
 from ..wan.lora import LoraPair
 
 HEAD = "head.head"
@@ -127,7 +128,7 @@ def merged(
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A frozen layer of these tensors."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -60,16 +60,6 @@ def embed(patch_embedding: nn.Module, x: Tensor) -> Tensor:
     return patch_embedding(x)
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie, and in what
-    dtype patches are embedded (ComfyUI keeps those weights in fp32)."""
-
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
-    cast: Callable[[Tensor, Tensor], Tensor] = cast
-    embed: Callable[[nn.Module, Tensor], Tensor] = embed
-
-
 class Modulation(NamedTuple):
     """Shift and scale after a norm, and the gate of the branch; each [B or 1, F or 1, M]."""
 
@@ -103,7 +93,7 @@ def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-def block_modulation(block: nn.Module, e0: Tensor, host: Host) -> tuple[Modulation, Modulation]:
+def block_modulation(block: nn.Module, e0: Tensor, host: "Host") -> tuple[Modulation, Modulation]:
     """Of the self-attention and the feed-forward branch, from the projected time embedding [B, F, 6, M]."""
     rows = (host.cast(block.modulation, e0)[:, None] + e0).unbind(2)
     return Modulation(*rows[:3]), Modulation(*rows[3:])
@@ -112,14 +102,7 @@ def block_modulation(block: nn.Module, e0: Tensor, host: Host) -> tuple[Modulati
 Extend = Callable[[Tensor, Tensor, Tensor], KeyValue]
 
 
-def new_keys(block: nn.Module, h_BNM: Tensor, table: Tensor, heads: int, extend: Extend) -> KeyValue:
-    """Hand the call's own keys and values to the view; return all that is attended to."""
-    attn = block.self_attn
-    key = attn.norm_k(attn.k(h_BNM)).unflatten(-1, (heads, -1))
-    return extend(key, attn.v(h_BNM).unflatten(-1, (heads, -1)), table)
-
-
-def attend(query_BNHD: Tensor, seen: KeyValue, first: int, host: Host) -> Tensor:
+def attend(query_BNHD: Tensor, seen: KeyValue, first: int, host: "Host") -> Tensor:
     """Self-attention of a call; its `first` tokens do not see those behind them, in two calls and without a mask."""
     if not first:
         return host.attention(query_BNHD, seen.key, seen.value)
@@ -128,24 +111,62 @@ def attend(query_BNHD: Tensor, seen: KeyValue, first: int, host: Host) -> Tensor
     return torch.cat((before, host.attention(query_BNHD[:, first:], seen.key, seen.value)), dim=1)
 
 
-def run_block(
-    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, text: KeyValue, heads: int, extend: Extend,
-    first: int, host: Host,
-) -> Tensor:  # fmt: skip
-    """One transformer block (reference order: modulated self-attention, cross-attention, modulated feed-forward)."""
-    attn_mod, ffn_mod = block_modulation(block, e0, host)
+class Projected(NamedTuple):
+    """What a block makes of its tokens before its self-attention."""
 
+    query: Tensor  # rotated; like key and value [B, N, H, D]
+    key: Tensor  # before RoPE
+    value: Tensor
+    gate: Tensor  # of the self-attention
+    ffn: Modulation
+
+
+def before_attention(block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, heads: int, host: "Host") -> Projected:
+    """A block's tokens [B, N, M] as queries, keys and values of its modulated self-attention."""
+    attn_mod, ffn_mod = block_modulation(block, e0, host)
     h = modulated_norm(x_BNM, attn_mod.shift, attn_mod.scale)
     attn = block.self_attn
-    query = rotate(attn.norm_q(attn.q(h)).unflatten(-1, (heads, -1)), table)
-    seen = new_keys(block, h, table, heads, extend)
-    x = gated_add(x_BNM, attn.o(attend(query, seen, first, host)), attn_mod.gate)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)) for part in (attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h))
+    )
+    return Projected(rotate(query, table), key, value, attn_mod.gate, ffn_mod)
+
+
+def after_attention(
+    block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, gate: Tensor, ffn_mod: Modulation, text: KeyValue, heads: int,
+    host: "Host",
+) -> Tensor:  # fmt: skip
+    """The rest of a block: the gated self-attention, cross-attention, modulated feed-forward (reference order)."""
+    x = gated_add(x_BNM, block.self_attn.o(attended_BNM), gate)
 
     cross = block.cross_attn
     query = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (heads, -1))
     x = x + cross.o(host.attention(query, text.key, text.value))
 
     return gated_add(x, block.ffn(modulated_norm(x, ffn_mod.shift, ffn_mod.scale)), ffn_mod.gate)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie, and in what
+    dtype patches are embedded (ComfyUI keeps those weights in fp32). Training compiles the halves of a block."""
+
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+    cast: Callable[[Tensor, Tensor], Tensor] = cast
+    embed: Callable[[nn.Module, Tensor], Tensor] = embed
+    before: Callable[..., Projected] = before_attention
+    after: Callable[..., Tensor] = after_attention
+
+
+def run_block(
+    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, text: KeyValue, heads: int, extend: Extend,
+    first: int, host: Host,
+) -> Tensor:  # fmt: skip
+    """One transformer block around the self-attention over what its view lets it see."""
+    own = host.before(block, x_BNM, e0, table, heads, host)
+    seen = extend(own.key, own.value, table)
+    attended = attend(own.query, seen, first, host)
+    return host.after(block, x_BNM, attended, own.gate, own.ffn, text, heads, host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +228,8 @@ class CausalWan:
         for layer, block in enumerate(model.blocks):
             extend = partial(view.extend, layer)
             if keys_only and layer == last:
-                mod, _ = block_modulation(block, e0, self.host)
-                new_keys(block, modulated_norm(tokens, mod.shift, mod.scale), table, heads, extend)
+                own = self.host.before(block, tokens, e0, table, heads, self.host)
+                extend(own.key, own.value, table)
                 return None
             arguments = (block, tokens, e0, table, text[layer], heads, extend, view.first, self.host)
             if self.checkpointing and torch.is_grad_enabled():

@@ -298,9 +298,9 @@ def test_a_host_with_modules_of_its_own_reads_quantised_files_as_stored(state: S
     weights, info = read_transformer(path)
     assert set(weights) == {*state, key} and info.config.num_layers == 2
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
-    del state["head.head.bias"]
+    incomplete = {name: tensor for name, tensor in state.items() if name != "head.head.bias"}
     with pytest.raises(ValueError, match=r"lacks 1 tensors \(head.head.bias\)"):
-        read_transformer(write(tmp_path / "b.safetensors", state))
+        read_transformer(write(tmp_path / "b.safetensors", incomplete))
 
 
 def test_changing_loaded_weights_leaves_the_file_alone(state: State, tmp_path: Path) -> None:

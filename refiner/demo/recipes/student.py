@@ -41,6 +41,7 @@ class InitOptions:
     shown: int = 32  # held-out captions of a sample sheet's scores
     at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
     seed: int = 0
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class DistilOptions:
     shown: int = 32
     dmd: DmdOptions = field(default_factory=DmdOptions)
     seed: int = 0
+    compiled: bool = False
 
 
 def twin(network: CausalWan) -> WanTransformer:
@@ -78,7 +80,7 @@ class CausalInitStage(LearnerStage):
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         self.device = next(teacher.model.parameters()).device
         self.learner = Learner(twin(teacher), options.learning_rate, options.ema, muon=options.muon)
-        host = training_host(self.device)
+        host = training_host(self.device, options.compiled)
         self.network = CausalWan(self.learner.model, teacher.config, host)
         self.average = CausalWan(self.learner.average, teacher.config)
 
@@ -134,7 +136,7 @@ class DistilStage:
         self.generator = Learner(twin(student), options.learning_rate, options.ema, betas, decay=0.01)
         self.critic = Learner(twin(teacher), options.critic_rate, 0.0, betas, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
-        host = training_host(self.device)
+        host = training_host(self.device, options.compiled)
         self.network = CausalWan(self.generator.model, student.config, host)
         self.average = CausalWan(self.generator.average, student.config)
         self.fake = CausalWan(self.critic.model, teacher.config, host)

@@ -30,9 +30,9 @@ class TeacherOptions:
     """Of the recipe."""
 
     width: int = 128
-    steps: int = 12000
+    steps: int = 10000
     batch: int = 16  # whole clips; twice as many short ones
-    short_share: float = 0.5  # of the steps, on the clips' beginnings, for half the work
+    short_share: float = 0.45  # of the steps, on the clips' beginnings, for half the work
     short_frames: int = 9
     learning_rate: float = 1e-3
     muon: float = 5e-2
@@ -41,6 +41,7 @@ class TeacherOptions:
     unsaid: float = 0.1  # share of clips without a prompt, for guidance
     shown: int = 32  # held-out captions of a sample sheet's scores
     seed: int = 0
+    compiled: bool = False
 
 
 class TeacherStage(LearnerStage):
@@ -57,7 +58,7 @@ class TeacherStage(LearnerStage):
         torch.nn.init.zeros_(model.head.head.weight)
         torch.nn.init.zeros_(model.head.head.bias)
         self.learner = Learner(model, options.learning_rate, options.ema, decay=0.01, muon=options.muon)
-        host = training_host(device)
+        host = training_host(device, options.compiled)
         self.network, self.average = CausalWan(model, config, host), CausalWan(self.learner.average, config, host)
 
     def step(self, index: int) -> dict[str, float]:
