@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from comfy_server import Server, find_comfyui, install_pack
 from demo_files import write_base, write_demo_files
+from page_browser import HOW as PAGE_HOW
+from page_browser import find_chromium
 
 HOW = "set COMFYUI_PATH to a checkout, and COMFYUI_PYTHON to its interpreter if that is not in its .venv"
 
@@ -29,3 +31,5 @@ def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if find_comfyui() is None:
         terminalreporter.write_line(f"no ComfyUI here, so nothing was tried in it: {HOW}, then pytest -m comfyui")
+    if find_chromium() is None:
+        terminalreporter.write_line(f"no Chromium here, so nothing was tried of the page: {PAGE_HOW}")

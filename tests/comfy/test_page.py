@@ -1,0 +1,154 @@
+"""The page in a real browser: pytest -m page, with ComfyUI as for -m comfyui, a Chromium and playwright.
+
+PAGE_PICTURES names a folder for screenshots.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_graphs import WORKFLOWS
+from comfy_server import Server, find_comfyui
+from page_browser import Page, find_chromium, opened
+
+pytestmark = [
+    pytest.mark.page,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI"),
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium"),
+]
+FILES = sorted(WORKFLOWS.glob("*.json"))
+STATUS = ".autorefiner-status"
+FINISHED = ".autorefiner-finished"
+
+
+def named(kind: str) -> set[str]:
+    """Files that the workflows have in the loaders of a class."""
+    graphs = (json.loads(path.read_text()) for path in FILES)
+    return {node["widgets_values"][0] for graph in graphs for node in graph["nodes"] if node["type"] == kind}
+
+
+@pytest.fixture(scope="module", params=["standard", "vue"])
+def page(request, server: Server) -> Iterator[Page]:
+    for folder, kind in (("text_encoders", "CLIPLoader"), ("loras", "AutoRefinerLoadRefiner")):
+        for name in named(kind):  # the page looks whether a file is there, and none is read
+            path = server.base / "models" / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with opened(server, request.param == "vue") as page:
+        page.name = request.param
+        yield page
+
+
+def picture(page: Page, name: str) -> None:
+    """A screenshot, where they are wanted."""
+    if folder := os.environ.get("PAGE_PICTURES"):
+        page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
+
+
+def ended(page: Page, how: str) -> None:
+    """Wait until the strip says how the run ended."""
+    page.tab.wait_for_function(f"() => document.querySelector('{STATUS}')?.textContent.includes('{how}')")
+
+
+def idle(server: Server, page: Page) -> None:
+    """Wait until the queue is empty."""
+    while any(server.get("/queue").values()):
+        page.tab.wait_for_timeout(100)
+
+
+@pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)
+def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
+    page.errors.clear()
+    page.load(workflow)
+    page.fit()
+    kinds = {node["type"] for node in json.loads(workflow.read_text())["nodes"]}
+    known = set(page.tab.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
+    assert kinds <= known
+    assert not page.tab.evaluate("() => window.app.graph.nodes.some((node) => node.has_errors)")
+    assert page.errors == []
+    picture(page, workflow.stem)
+
+
+def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> None:
+    page.errors.clear()
+    page.load(WORKFLOWS / "quickstart.json")
+    page.look_at("AutoRefinerSampler")
+    page.set("AutoRefinerSampler", length=117, width=128, height=128, seed=len(page.name))
+    tab = page.tab
+    seen = set()
+    page.queue()
+    tab.wait_for_selector(FINISHED)
+    while "done" not in tab.inner_text(STATUS):
+        seen.add(tab.locator(FINISHED).count())
+    assert len(seen) > 2  # some while others were still to come
+    assert tab.locator(FINISHED).count() == 10
+    assert tab.evaluate("() => document.querySelector('.autorefiner-picture').style.backgroundImage").startswith("url")
+    assert "chunk 10/10" in tab.inner_text(STATUS) and "frames/s" in tab.inner_text(STATUS)
+    picture(page, "strip")
+    idle(server, page)
+
+    saved = tab.evaluate("() => window.app.graph.serialize()")
+    sampler = next(node for node in saved["nodes"] if node["type"] == "AutoRefinerSampler")
+    assert len(json.dumps(sampler["properties"])) < 110_000
+    given = json.loads((WORKFLOWS / "quickstart.json").read_text())
+    before = next(node for node in given["nodes"] if node["type"] == "AutoRefinerSampler")
+    assert len(sampler["widgets_values"]) == len(before["widgets_values"])
+    path = server.base / "kept.json"
+    path.write_text(json.dumps(saved))
+    page.load(path)
+    page.look_at("AutoRefinerSampler")
+    assert tab.locator(FINISHED).count() == 10 and "done" in tab.inner_text(STATUS)
+    tab.click(".autorefiner-tile >> nth=2")
+    assert "chunk 3" in tab.inner_text(".autorefiner-dialog")
+    tab.keyboard.press("ArrowRight")
+    assert "chunk 4" in tab.inner_text(".autorefiner-dialog")
+    picture(page, "enlarged")
+    tab.keyboard.press("Escape")
+    assert page.errors == []
+
+
+def test_the_button_ends_the_run_and_what_is_finished_is_saved(page: Page, server: Server) -> None:
+    page.errors.clear()
+    page.load(WORKFLOWS / "quickstart.json")
+    page.look_at("AutoRefinerSampler")
+    page.set("AutoRefinerSampler", length=401, width=128, height=128, seed=len(page.name))
+    videos = len(list((server.base / "output" / "video").glob("*.mp4")))
+    page.queue()
+    page.tab.wait_for_selector(FINISHED)
+    picture(page, "running")
+    page.tab.click(".autorefiner-stop")
+    ended(page, "stopped")
+    idle(server, page)
+    assert page.tab.locator(FINISHED).count() < 34
+    assert len(list((server.base / "output" / "video").glob("*.mp4"))) == videos + 1
+    assert page.errors == []
+
+
+def test_the_strip_of_a_sampler_shows_on_the_node_that_made_it(page: Page, server: Server) -> None:
+    page.errors.clear()
+    page.load(WORKFLOWS / "sampler_custom_advanced.json")
+    page.look_at("AutoRefinerCustomSampler")
+    page.queue()
+    ended(page, "done")
+    idle(server, page)
+    picture(page, "strip-custom")
+    assert page.errors == []
+
+
+def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, server: Server) -> None:
+    page.errors.clear()
+    graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
+    sampler = next(node for node in graph["nodes"] if node["type"] == "AutoRefinerSampler")
+    evil = "<img src=x onerror='window.owned = 1'>"
+    chunk = {"chunk": 0, "level": 4, "levels": 4, "start": evil, "end": 9, "image": f'/9j/"){evil}', "pictures": 1}
+    odd = [None, 7, {"chunk": -1}, {"chunk": 1e9}, chunk]
+    sampler["properties"]["autorefiner_chunks"] = {"total": 7, "chunks": odd, "ended": evil, "elapsed": evil}
+    path = server.base / "evil.json"
+    path.write_text(json.dumps(graph))
+    page.load(path)
+    page.look_at("AutoRefinerSampler")
+    assert page.tab.locator(FINISHED).count() == 1
+    assert page.tab.evaluate("() => window.owned === undefined && !document.querySelector('.autorefiner-strip img')")
+    assert page.errors == []

@@ -1,0 +1,64 @@
+// What the pack adds to ComfyUI's page: widgets on its nodes, through the page's own extension interface.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { addStyles } from "./dom.js";
+import { nodeAt } from "./graph.js";
+import { Strip } from "./strip.js";
+
+const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
+const PROPERTY = "autorefiner_chunks";
+
+/** The strips by their nodes; a node that leaves the graph leaves this too. */
+const strips = new WeakMap();
+
+/**
+ * Put an element on a node as its last widget, in either renderer; it is no value of the workflow or the prompt.
+ * @param {object} node
+ * @param {string} name
+ * @param {HTMLElement} element
+ * @param {number} height in pixels of the page, at least
+ */
+function addElement(node, name, element, height) {
+  const widget = node.addDOMWidget(name, "autorefiner", element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => height,
+    getMaxHeight: () => height,
+  });
+  widget.serialize = false;
+}
+
+/** Call a function after one that a node may already have by that name. */
+function after(node, name, more) {
+  const own = node[name];
+  node[name] = function (...given) {
+    const result = own?.apply(this, given);
+    more.apply(this, given);
+    return result;
+  };
+}
+
+function addStrip(node) {
+  const strip = new Strip({
+    stop: (node, prompt) =>
+      api.fetchApi("/autorefiner/stop", { method: "POST", body: JSON.stringify({ node, prompt }) }),
+    keep: (kept) => (node.properties[PROPERTY] = kept),
+  });
+  addElement(node, "chunks", strip.element, 118);
+  after(node, "onConfigure", () => strip.restore(node.properties[PROPERTY]));
+  strips.set(node, strip);
+}
+
+app.registerExtension({
+  name: "AutoRefiner.Page",
+  setup() {
+    addStyles();
+    api.addEventListener("autorefiner.chunk", ({ detail }) => {
+      const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+      strips.get(node)?.told(detail);
+    });
+  },
+  nodeCreated(node) {
+    if (STRIPS.includes(node.comfyClass)) addStrip(node);
+  },
+});
