@@ -133,8 +133,8 @@ def before_attention(block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor,
 
 
 def after_attention(
-    block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, gate: Tensor, ffn_mod: Modulation, text: KeyValue, heads: int,
-    host: "Host",
+    block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, gate: Tensor, ffn_mod: Modulation, text: KeyValue,
+    heads: int, host: "Host",
 ) -> Tensor:  # fmt: skip
     """The rest of a block: the gated self-attention, cross-attention, modulated feed-forward (reference order)."""
     x = gated_add(x_BNM, block.self_attn.o(attended_BNM), gate)
