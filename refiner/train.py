@@ -183,7 +183,11 @@ def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | N
 
 def run_training(path: Path, device: torch.device) -> Path:
     """Train what a file says to its end and write the result; returns where."""
-    config = TrainConfig.read(path)
+    return train_refiner(TrainConfig.read(path), device)
+
+
+def train_refiner(config: TrainConfig, device: torch.device) -> Path:
+    """Train to the end, from where the run stands, and write the result; returns where."""
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent} is not a folder: make it, `out` is written there")
     if device.type == "cpu":

@@ -56,13 +56,15 @@ def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
 @torch.no_grad()
 def student_clips(
     student: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
-    method: Sampler = self_forcing, preset: Preset = PRESET, frames: int = LATENT_FRAMES,
-    refiner: Refiner | None = None,
+    method_of: Callable[[list[str]], Sampler] = lambda texts: self_forcing, preset: Preset = PRESET,
+    frames: int = LATENT_FRAMES, refiner: Refiner | None = None,
 ) -> Iterator[ndarray]:  # fmt: skip
-    """A clip of each caption. The same captions, seed and lengths have the same noise whatever the method."""
+    """A clip of each caption, by the method for its batch of texts. The same captions, seed and lengths have the same
+    noise whatever the method."""
     for number, texts in enumerate(batched(captions)):
         plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))
-        chunks = sample(student, text(texts), plan, seed=seed * 1_000_003 + number, method=method, refiner=refiner)
+        method, noise = method_of(texts), seed * 1_000_003 + number
+        chunks = sample(student, text(texts), plan, seed=noise, method=method, refiner=refiner)
         yield from decoded(vae, torch.cat(list(chunks), dim=2))
 
 

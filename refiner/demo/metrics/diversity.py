@@ -24,18 +24,29 @@ def diversity(clips: Sequence[ndarray], captions: Sequence[Caption]) -> float:
 
     ValueError unless some caption has two clips.
     """
+    return of_spreads(spreads(clips, captions))
+
+
+def of_spreads(spread: ndarray) -> float:
+    """The diversity of captions by their spreads [captions, 2]."""
+    found, expected = spread.sum(axis=0)
+    return 100 * min(1.0, found / expected)
+
+
+def spreads(clips: Sequence[ndarray], captions: Sequence[Caption]) -> ndarray:
+    """How much the clips of each caption differ, and how much the world's do: [captions with two clips or more, 2]."""
     by_caption: dict[Caption, list[ndarray]] = {}
     for clip, caption in zip(clips, captions, strict=True):
         by_caption.setdefault(caption, []).append(clip)
     by_caption = {caption: same for caption, same in by_caption.items() if len(same) > 1}
     if not by_caption:
         raise ValueError(f"{len(clips)} clips of as many captions: diversity needs two seeds of a caption or more")
-    found = expected = 0.0
+    rows = []
     for caption, same in by_caption.items():
-        found += _spread([_seen(find(clip), caption) for clip in same])
         frames = min(len(clip) for clip in same)
-        expected += _spread([_true(realise(caption, seed), frames) for seed in range(SCENES)])
-    return 100 * min(1.0, found / expected)
+        world = [_true(realise(caption, seed), frames) for seed in range(SCENES)]
+        rows.append((_spread([_seen(find(clip), caption) for clip in same]), _spread(world)))
+    return np.array(rows)
 
 
 def _spread(clips: Sequence[ndarray]) -> float:

@@ -1,6 +1,6 @@
 """Scores of many clips to a table: means, totals as VBench weighs them, and bootstrap intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,13 @@ class Interval:
 
     def __str__(self) -> str:
         return "–" if np.isnan(self.mean) else f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+def resampled_interval(values: ndarray, statistic: Callable[[ndarray], float]) -> Interval:
+    """A statistic of values [n, …], and its 95 % bootstrap interval over them."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile([statistic(values[rows]) for rows in drawn], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Interval(float(statistic(values)), float(low), float(high))
 
 
 Summary = dict[str, Interval]  # by row: those of ROWS, then of TOTALS
@@ -91,8 +98,13 @@ def format_table(columns: Mapping[str, Summary]) -> str:
     """A Markdown table, aligned as plain text too: a line a row, a column a summary."""
     names = (*SEMANTIC, *QUALITY, *TOTALS)
     lines = [["row", *columns], *[[name, *(str(column[name]) for column in columns.values())] for name in names]]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells, whose first line is the heading, aligned as plain text too."""
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
+    whole = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in whole
     )
