@@ -13,6 +13,7 @@ from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOp
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
+from .show import show
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student")
 TRAIN = """\
@@ -49,6 +50,13 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
 
+    about = "Make clips of a few prompts with the bundled models, base and refined side by side."
+    command = actions.add_parser("show", help="a first look", description=about)
+    command.add_argument("--out", type=Path, default=Path("outputs"), metavar="FOLDER", help="default %(default)s")
+    command.add_argument("--clips", type=int, default=4)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+
 
 def run_demo(args: argparse.Namespace, device: torch.device) -> int:
     """Do what was asked for."""
@@ -57,6 +65,10 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
         body = evaluate(args.models, options, device)
         write_section(args.out, "The bundled models", body)
         print(body)
+        return 0
+    if args.action == "show":
+        for line in show(args.out, args.clips, args.seed, device):
+            print(line)
         return 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         train_stage(stage, args, device)

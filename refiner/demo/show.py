@@ -1,0 +1,78 @@
+"""What a person looks at first: a few prompts by the bundled models, base and refined side by side."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from ..noise.file import load_refiner
+from ..noise.refiner import Refiner, merged
+from ..video import VideoWriter, contact_sheet
+from ..wan.causal import CausalWan
+from .bundle import REFINER_FILE, WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae
+from .captions import Caption
+from .clips import held_out, student_clips
+from .metrics.evaluate import evaluate_clip
+from .metrics.table import summarise
+
+FRAMES_PER_ROW = 8
+ENLARGED = 4  # a pixel of the sprite world to this many, squared
+SCORES = ("object", "colour", "action", "quality", "total")
+
+
+def bundled_refiner(student: CausalWan) -> Refiner | None:
+    """T_φ of the bundle, merged; None where the bundle has none."""
+    path = WEIGHTS / REFINER_FILE
+    if not path.exists():
+        return None
+    pairs, card = load_refiner(path)
+    return Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
+
+
+def enlarged(clip: ndarray) -> ndarray:
+    """Frames [F, H, W, 3] whose every pixel is a square of ENLARGED x ENLARGED."""
+    return clip.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+
+
+def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
+    """Write a video of each of the first held-out captions and one sheet of all; yields lines to print.
+
+    Where the bundle has a refiner, each video has the base on the left and the refined clip of the same noise on the
+    right, and the sheet has them below each other.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
+    student = load_sprite_network("student", device=device)
+    captions = held_out(count)
+    refiners = {"base": None, "refined": bundled_refiner(student)}
+    made = {
+        name: list(student_clips(student, text, vae, captions, seed=seed, refiner=refiner))
+        for name, refiner in refiners.items()
+        if name == "base" or refiner is not None
+    }
+    for number, caption in enumerate(captions):
+        path = out / f"sprites_{number + 1}.mp4"
+        told = {"prompt": caption.text, "shown": ", ".join(made)}
+        frames = enlarged(np.concatenate([clips[number] for clips in made.values()], axis=2))
+        with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=told) as writer:
+            writer.write(frames)
+        yield f"{path}: {caption.text}"
+    yield from told_scores(made, captions)
+    frames = [frame for clips in zip(*made.values(), strict=True) for clip in clips for frame in eight(clip)]
+    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW)
+    order = " then ".join(made)
+    yield f"look at {out / 'sprites.png'}: a row of {FRAMES_PER_ROW} frames for each clip, {order} for each prompt"
+
+
+def eight(clip: ndarray) -> ndarray:
+    """Frames spread over a clip."""
+    return clip[np.linspace(0, len(clip) - 1, FRAMES_PER_ROW).astype(int)]
+
+
+def told_scores(made: dict[str, list[ndarray]], captions: list[Caption]) -> Iterator[str]:
+    """A line of mean scores for each kind of clip."""
+    for name, clips in made.items():
+        found = summarise([evaluate_clip(*pair) for pair in zip(clips, captions, strict=True)])
+        yield f"{name}: " + ", ".join(f"{row} {found[row].mean:.0f}" for row in SCORES) + " (0–100)"
