@@ -18,7 +18,7 @@ from autorefiner.refiner.demo import bundle
 
 PACK = Path(autorefiner.__file__).parent
 LEFT_OUT = shutil.ignore_patterns(".*", "tests", "*.egg-info", "__pycache__", "build", "outputs", "benchmarks")
-START_SECONDS, RUN_SECONDS = 240, 240
+START_SECONDS, RUN_SECONDS = 600, 600  # for a slow machine
 
 
 def find_comfyui() -> tuple[Path, Path] | None:
@@ -96,7 +96,7 @@ class Server:
 
     def get(self, path: str) -> dict:
         """A JSON answer."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=120) as answer:
             return json.loads(answer.read())
 
     def post(self, path: str, body: dict) -> dict:
@@ -105,7 +105,7 @@ class Server:
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
             raise Refused(json.loads(error.read())) from None
