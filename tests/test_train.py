@@ -105,7 +105,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
     [
         ("stpes = 3", "", "stpes is not known"),
         ("", "rnak = 3", "refiner.rnak is not known; did you mean refiner.rank?"),
-        ("", 'steps = "many"', "refiner.steps is 'many', expected int"),
+        ("", 'seed = "many"', "refiner.seed is 'many', expected int"),
         ("", "levels = [900]", "levels [900] are none"),
         ("", 'method = "magic"', "method 'magic' is not known"),
         ("", 'previous = "some"', "use pending or joint or none"),

@@ -1,10 +1,10 @@
 """Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2).
 
-A verifier scores latents x0 [B, C, F, h, w] of a chunk, one number a sample [B], higher is better. It may decode them;
-`VerifierCalls` in the results tables counts how often.
+A verifier scores latents [B, C, F, h, w] of the run so far, of which the last chunk is the candidate, one number a
+sample [B], higher is better. It may decode them; `VerifierCalls` in the results tables counts how often.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,11 @@ def check_candidates(candidates: int) -> None:
         raise ValueError(f"{candidates} candidates: a search compares at least 2")
 
 
+def verified(verifier: Verifier, past: Sequence[Tensor], made: Sequence[Tensor], chunk: Chunk) -> Tensor:
+    """Scores [candidates, B] of candidates for a chunk, each behind the chunks that were chosen before it."""
+    return torch.stack([verifier(torch.cat((*past, one), dim=2), chunk) for one in made])
+
+
 @dataclass(frozen=True, slots=True)
 class BestOfN:
     """Every chunk is sampled N times from its own noise; the best one becomes history (Best-of-N)."""
@@ -34,9 +39,11 @@ class BestOfN:
 
     def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
+        past: list[Tensor] = []
         for chunk in rollout.chunks:
             made = [self._chunk(fork, chunk) for fork in rollout.fork(self.candidates)]
-            x0 = rollout.select(made, torch.stack([self.verifier(one, chunk) for one in made]))
+            x0 = rollout.select(made, verified(self.verifier, past, made, chunk))
+            past.append(x0)
             rollout.commit(x0, chunk)
             yield x0
 
@@ -69,7 +76,7 @@ class SearchOverPath:
                 "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
                 " trained with the joint cache"
             )
-        forks = rollout.fork(self.candidates)
+        forks, past = rollout.fork(self.candidates), []
         for chunk in rollout.chunks:
             x0: Tensor | None = None
             for level in chunk.levels:
@@ -77,6 +84,7 @@ class SearchOverPath:
                 for fork in forks:
                     x = fork.draw(chunk, level) if x0 is None else fork.renoise(x0, level, chunk)
                     made.append(fork.predict(x, level, chunk))
-                x0 = rollout.select(made, torch.stack([self.verifier(one, chunk) for one in made]))
+                x0 = rollout.select(made, verified(self.verifier, past, made, chunk))
+            past.append(x0)
             rollout.commit(x0, chunk)
             yield x0

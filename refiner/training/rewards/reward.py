@@ -1,0 +1,123 @@
+"""What a reward is: a score of a video's frames under its prompt, with a graph and a stated range.
+
+Higher is always better. F frames drawn from a video, by their number among its pixel frames.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLACK = 1e-3  # of the width of a range: what rounding may add to a cosine of 1
+
+
+@dataclass(frozen=True, slots=True)
+class FrameDraw:
+    """Which frames of a video a reward sees: `count` single ones, or with an `interval` a clip of them.
+
+    A clip begins at the video's first frame in a share `opening` of the draws and anywhere in the others. A video that
+    is too short gives fewer frames.
+    """
+
+    count: int
+    interval: int = 0  # pixel frames from one frame of the clip to the next
+    opening: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.interval < 0 or not 0 <= self.opening <= 1:
+            raise ValueError(
+                f"{self.count} frames at an interval of {self.interval}: give at least 1 frame, and an interval of 0"
+                " (single frames) or more"
+            )
+
+    def draw(self, rng: np.random.Generator, total: int) -> tuple[int, ...]:
+        """Frames for one training step, rising, of a video of `total`."""
+        if not self.interval:
+            return tuple(sorted(rng.choice(total, min(self.count, total), replace=False).tolist()))
+        span = self._span(total)
+        first = 0 if rng.random() < self.opening else int(rng.integers(total - span))
+        return tuple(range(first, first + span + 1, self.interval))
+
+    def newest(self, total: int, new: int) -> tuple[int, ...]:
+        """Frames to judge a video of `total` by, of which the last `new` are in question: nothing is drawn."""
+        if self.interval:
+            return tuple(range(total - 1 - self._span(total), total, self.interval))
+        places = np.linspace(total - new, total - 1, min(self.count, new) + 2)[1:-1]
+        return tuple(dict.fromkeys(places.round().astype(int).tolist()))
+
+    def _span(self, total: int) -> int:
+        return self.interval * min(self.count - 1, (total - 1) // self.interval)
+
+
+class Reward(Protocol):
+    """A differentiable score, higher is better."""
+
+    name: str
+    range: tuple[float, float]  # of every score
+    frames: FrameDraw
+
+    def __call__(self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """Scores [B], fp32, of frames [B, F, 3, H, W] in 0–1, with a graph; `numbers` are those of the F frames."""
+        ...
+
+
+def scored(reward: Reward, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+    """A reward's scores [B], checked: ValueError for one that is outside of its range, or not a number."""
+    scores = reward(frames_BFCHW, numbers, prompts)
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {reward.name} gave scores {tuple(scores.shape)}, expected [{len(prompts)}]: a video one"
+        )
+    low, high = reward.range
+    slack = SLACK * (high - low)
+    inside = (scores >= low - slack) & (scores <= high + slack)  # no NaN is
+    if not inside.all():
+        worst = scores[~inside][0].item()
+        raise ValueError(
+            f"reward {reward.name} gave {worst:.4g}, outside of its range {low:g} to {high:g}: its weights or its range"
+            " are wrong"
+        )
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Rewards with weights; their sum is what a refiner raises. ValueError for none, or two of one name."""
+
+    parts: tuple[tuple[Reward, float], ...]
+
+    def __post_init__(self) -> None:
+        names = [reward.name for reward, _ in self.parts]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"rewards {', '.join(names) or 'none'}: name at least one, and each once")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Of the sum."""
+        ends = torch.tensor([reward.range for reward, _ in self.parts]) * torch.tensor([[w] for _, w in self.parts])
+        return ends.amin(1).sum().item(), ends.amax(1).sum().item()
+
+    def draw(self, rng: np.random.Generator, total: int) -> list[tuple[int, ...]]:
+        """Frames of a video of `total` for each reward."""
+        return [reward.frames.draw(rng, total) for reward, _ in self.parts]
+
+    def newest(self, total: int, new: int) -> list[tuple[int, ...]]:
+        """The same for a search, see FrameDraw.newest."""
+        return [reward.frames.newest(total, new) for reward, _ in self.parts]
+
+    def __call__(
+        self, frames_BFCHW: Tensor, numbers: Sequence[int], drawn: Sequence[tuple[int, ...]], prompts: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum [B], and each reward's own scores [B] by name.
+
+        Frames [B, F, 3, H, W] have these `numbers`, in order; `drawn` are those that each reward sees.
+        """
+        place = {number: index for index, number in enumerate(numbers)}
+        scores = {
+            reward.name: scored(reward, frames_BFCHW[:, [place[number] for number in seen]], seen, prompts)
+            for (reward, _), seen in zip(self.parts, drawn, strict=True)
+        }
+        return sum(weight * scores[reward.name] for reward, weight in self.parts), scores

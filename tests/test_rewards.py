@@ -1,0 +1,139 @@
+"""Rewards: which frames they see, what is refused, and that a search can choose by them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.samplers import BestOfN, SearchOverPath
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.training.rewards.decode import decode_frames, latent_of
+from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture, scored
+from autorefiner.refiner.training.rewards.verifier import RewardVerifier
+from autorefiner.refiner.wan.vae import WanVAE
+
+from tiny import TINY, tiny_network
+
+PROMPTS = ["one", "two"]
+CLIP = FrameDraw(2, 3)
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """The mean of the frames times `scale`, which its range may not know of."""
+
+    name: str = "brightness"
+    scale: float = 1.0
+    range: tuple[float, float] = (0.0, 1.0)
+    frames: FrameDraw = CLIP
+
+    def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        assert frames.shape[1] == len(numbers)
+        return self.scale * frames.mean(dim=(1, 2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WanVAE(4).requires_grad_(False)
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return torch.randn(2, 16, 7, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_clips_and_single_frames_are_drawn_as_told() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [FrameDraw(4, 10).draw(rng, 81) for _ in range(1000)]
+    assert {tuple(np.diff(frames)) for frames in drawn} == {(10, 10, 10)}
+    assert {frames[0] for frames in drawn} == set(range(51))
+    assert {FrameDraw(4, 10, opening=1.0).draw(rng, 81) for _ in range(5)} == {(0, 10, 20, 30)}
+    assert FrameDraw(4, 10).draw(rng, 31) == (0, 10, 20, 30)
+    assert len(FrameDraw(4, 10).draw(rng, 21)) == 3
+    single = [FrameDraw(2).draw(rng, 9) for _ in range(300)]
+    assert {frame for frames in single for frame in frames} == set(range(9))
+    assert all(first < second for first, second in single)
+    assert FrameDraw(2).draw(rng, 1) == (0,)
+    for wrong in (dict(count=0), dict(count=2, interval=-1)):
+        with pytest.raises(ValueError, match="give at least 1 frame"):
+            FrameDraw(**wrong)
+
+
+def test_a_search_judges_by_the_newest_frames() -> None:
+    assert FrameDraw(3, 4).newest(21, 12) == (12, 16, 20)
+    assert FrameDraw(8, 4).newest(9, 9) == (0, 4, 8)
+    assert FrameDraw(2).newest(21, 12) == (13, 16)
+    assert FrameDraw(1).newest(21, 12) == (14,)
+    assert FrameDraw(5).newest(1, 1) == (0,)
+
+
+def test_a_score_outside_of_its_range_is_refused_in_one_line() -> None:
+    frames = torch.ones(2, 1, 3, 4, 4)
+    assert scored(Brightness(), frames, [0], PROMPTS).tolist() == [1, 1]
+    assert scored(Brightness(scale=1.0005), frames, [0], PROMPTS).amax() > 1  # rounding
+    for scale in (1.1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"^reward brightness gave \S+, outside of its range 0 to 1: [^\n]+$"):
+            scored(Brightness(scale=scale), frames, [0], PROMPTS)
+    with pytest.raises(ValueError, match="expected \\[1\\]"):
+        scored(Brightness(), frames, [0], PROMPTS[:1])
+
+
+def test_a_mixture_weighs_and_each_reward_sees_its_own_frames() -> None:
+    dark = Brightness("darkness", -1.0, (-1.0, 0.0), FrameDraw(1))
+    mixture = Mixture(((Brightness(), 2.0), (dark, 0.5)))
+    assert mixture.range == (-0.5, 2.0)
+    frames = torch.tensor([0.0, 0.2, 0.6])[None, :, None, None, None].expand(2, 3, 3, 4, 4)
+    total, scores = mixture(frames, [3, 5, 8], [(5, 8), (3,)], PROMPTS)
+    assert torch.allclose(scores["brightness"], torch.tensor(0.4))
+    assert torch.equal(scores["darkness"], torch.zeros(2))
+    assert torch.allclose(total, torch.tensor(0.8))
+    for wrong in ((), ((Brightness(), 1.0), (Brightness(), 1.0))):
+        with pytest.raises(ValueError, match="name at least one, and each once"):
+            Mixture(wrong)
+
+
+@torch.no_grad()
+def test_single_frames_are_those_of_the_whole_decode(vae, latents) -> None:
+    whole = ((vae.decode(latents) + 1) / 2).clamp(0, 1).transpose(1, 2)
+    assert [latent_of(frame) for frame in (0, 1, 4, 5, 24)] == [0, 1, 1, 2, 6]
+    for numbers in ((0, 1, 24), (3, 4, 5), (0,), (20,)):
+        assert torch.allclose(decode_frames(vae, latents, numbers, context=7), whole[:, list(numbers)], atol=1e-6)
+    near = decode_frames(vae, latents, (24,), context=4)
+    later = ((vae.decode(latents[:, :, 2:])[:, :, -1:] + 1) / 2).clamp(0, 1).transpose(1, 2)
+    assert torch.allclose(near, later, atol=1e-6)
+    assert not torch.allclose(near, whole[:, 24:], atol=1e-6)
+
+
+def test_only_the_latents_of_the_frames_have_a_gradient(vae, latents) -> None:
+    latents.requires_grad_(True)
+    decode_frames(vae, latents, (5, 20)).square().sum().backward()
+    assert latents.grad.abs().sum(dim=(0, 1, 3, 4)).nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("method", [BestOfN, SearchOverPath])
+def test_a_search_raises_the_reward_that_it_chooses_by(vae, method) -> None:
+    network, plan = tiny_network(), RunPlan(PRESETS["self-forcing"], 4, 4, 4, batch=2)
+    context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[int, ...]] = []
+
+    class Told(Brightness):
+        def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+            seen.append(tuple(numbers))
+            return super().__call__(frames, numbers, prompts)
+
+    verifier = RewardVerifier(Mixture(((Told(), 1.0),)), vae, PROMPTS)
+
+    def reward(**how) -> Tensor:
+        latents = next(iter(sample(network, context, plan, seed=3, **how)))
+        return verifier(latents, plan_chunks(plan.preset, 3)[1][0])
+
+    assert (reward(method=method(verifier, 3)) >= reward()).all()
+    assert set(seen) == {(5, 8)}  # of the first chunk's 9 frames
+    list(sample(network, context, plan, seed=3, method=method(verifier, 3)))
+    assert set(seen) == {(5, 8), (9, 12)}  # of the video's 13
