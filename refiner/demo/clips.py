@@ -117,7 +117,7 @@ def show_clips(clips: Iterable[ndarray], captions: Sequence[Caption], folder: Pa
 @torch.no_grad()
 def sample_teacher(
     network: CausalWan, text: Encode, prompts: Sequence[str], frames: int, *, steps: int = 50,
-    guidance: float = 3.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
+    guidance: float = 1.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
 ) -> Tensor:  # fmt: skip
     """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond − uncond)`."""
     device = next(network.model.parameters()).device

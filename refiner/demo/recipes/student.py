@@ -33,7 +33,7 @@ from .data import Clips
 class InitOptions:
     """Of the causal initialisation."""
 
-    steps: int = 4000
+    steps: int = 1000
     batch: int = 16
     learning_rate: float = 5e-4
     muon: float = 5e-3
@@ -48,14 +48,14 @@ class InitOptions:
 class DistilOptions:
     """Of the distillation; the critic learns every step, the generator every `ratio`-th."""
 
-    steps: int = 4000
+    steps: int = 1500
     batch: int = 16
     learning_rate: float = 1e-4
     critic_rate: float = 1e-4
     ema: float = 0.99
     ratio: int = 5
     shown: int = 32
-    dmd: DmdOptions = field(default_factory=DmdOptions)
+    dmd: DmdOptions = field(default_factory=lambda: DmdOptions(guidance=1.0))
     seed: int = 0
     compiled: bool = False
 
