@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..refiner.estimate import available_bytes
+from ..refiner.memory.plan import MemoryPlan
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
 from ..refiner.refined import RefinerPlan
@@ -145,9 +146,14 @@ def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor |
     return RunPlan(preset, frames - given, height, width, batch, given)
 
 
+def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> MemoryPlan:
+    """The memory of a run of a model that need not be loaded."""
+    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype, refined)
+
+
 def kv_bytes(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> int:
     """Of the keys and values that a run holds."""
-    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype, refined).nbytes
+    return memory_of(plan, facts, refined).nbytes
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:

@@ -1,12 +1,16 @@
 // What the pack adds to ComfyUI's page: widgets on its nodes, through the page's own extension interface.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { askedOf } from "./asked.js";
+import { CacheView } from "./cache.js";
 import { addStyles } from "./dom.js";
 import { nodeAt } from "./graph.js";
 import { Strip } from "./strip.js";
+import { word } from "./words.js";
 
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
 const PROPERTY = "autorefiner_chunks";
+const LOOK = 600; // milliseconds between two looks at what a cache is connected to
 
 /** The strips by their nodes; a node that leaves the graph leaves this too. */
 const strips = new WeakMap();
@@ -49,6 +53,25 @@ function addStrip(node) {
   strips.set(node, strip);
 }
 
+/** Draw a cache, and draw it again when anything that it is made of has changed. */
+function addCacheView(node) {
+  const view = new CacheView();
+  let [last, busy] = ["", false];
+  const look = async () => {
+    if (busy || document.hidden || !node.graph) return;
+    const asked = JSON.stringify(askedOf(node));
+    if (asked === last) return;
+    busy = true;
+    const answer = await api.fetchApi("/autorefiner/cache", { method: "POST", body: asked }).catch(() => null);
+    const told = await answer?.json().catch(() => null);
+    [last, busy] = [asked, false];
+    view.show(told ?? { error: word("no answer") });
+  };
+  addElement(node, "memory", view.element, 132);
+  const timer = setInterval(look, LOOK);
+  after(node, "onRemoved", () => clearInterval(timer));
+}
+
 app.registerExtension({
   name: "AutoRefiner.Page",
   setup() {
@@ -60,5 +83,6 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
+    if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
   },
 });

@@ -14,6 +14,7 @@ import comfy.ldm.wan.vae
 import comfy.model_management as management
 import comfy.samplers
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -30,6 +31,7 @@ from ...refiner.noise.file import fingerprint_of
 from ...refiner.rollout import Progress
 from ...refiner.schedule import PRESETS
 from ...refiner.wan.causal import CausalWan, Host
+from ...refiner.wan.checkpoint import CheckpointInfo
 from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
 from ..run import CHANNELS, ModelFacts, Run, held_bytes, steps_of
@@ -98,6 +100,17 @@ def load_model(path: Path, preset: str | None, dtype: str, weights: str) -> Mode
     loaded = load_patcher(str(path), dtype, weights)
     loaded.set_attachments(PRESET, preset)
     return loaded
+
+
+def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
+    """What a model of this file will compute in, as ComfyUI chooses when it loads it."""
+    supported = comfy.supported_models.WAN21_T2V.supported_inference_dtypes
+    stored = getattr(torch, info.dtypes[0])
+    count = info.nbytes // stored.itemsize
+    kept = DTYPES.get(dtype) or management.unet_dtype(
+        model_params=count, supported_dtypes=supported, weight_dtype=stored
+    )
+    return management.unet_manual_cast(kept, management.get_torch_device(), supported) or kept
 
 
 def load_demo() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:

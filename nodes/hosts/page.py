@@ -1,5 +1,6 @@
 """What the page is told of a run while it is made, and what it asks of the server: to stop, and what a cache takes."""
 
+import asyncio
 import base64
 import io
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from aiohttp import web
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
@@ -18,6 +20,7 @@ from ..run import Run
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
 PICTURES, SIDE = 4, 128  # of a chunk: frames at most, pixels of the longer side
 SECONDS = 0.25  # between two pictures of one chunk
+MOST_ASKED = 1 << 16  # bytes of what the page sends
 
 _running: dict[str, "Watch"] = {}  # by the node that makes it
 _stops: dict[str, int] = {}  # by node: how many of its runs were stopped
@@ -130,17 +133,34 @@ def ask_to_stop(node: object, prompt: object) -> bool:
     return True
 
 
+async def asked_of(request: web.Request) -> object:
+    """The JSON of a request, None where it is none."""
+    if (request.content_length or 0) > MOST_ASKED:
+        return None
+    try:
+        return await request.json()
+    except (ValueError, RecursionError):
+        return None
+
+
 def add_routes() -> None:
     """What the page may ask of this server."""
-    from aiohttp import web
     from server import PromptServer
 
-    @PromptServer.instance.routes.post("/autorefiner/stop")
+    from ..cache_view import cache_view
+
+    routes = PromptServer.instance.routes
+
+    @routes.post("/autorefiner/stop")
     async def stop(request: web.Request) -> web.Response:
-        try:
-            asked = await request.json()
-        except ValueError:
-            asked = None
+        asked = await asked_of(request)
         if not isinstance(asked, dict) or not ask_to_stop(asked.get("node"), asked.get("prompt")):
             return web.json_response({"error": "no such run: give node and prompt of one in the making"}, status=404)
         return web.json_response({"stopping": True})
+
+    @routes.post("/autorefiner/cache")
+    async def cache(request: web.Request) -> web.Response:
+        try:  # in a thread: it may open a file that was not looked into yet
+            return web.json_response(await asyncio.to_thread(cache_view, await asked_of(request)))
+        except (ValueError, OSError) as error:
+            return web.json_response({"error": str(error)}, status=400)

@@ -16,7 +16,7 @@ from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
 from ...refiner.wan.causal import CausalWan
-from ...refiner.wan.checkpoint import load_transformer, load_vae_state
+from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
 from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents, steps_of
@@ -124,6 +124,11 @@ def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
     device = _place.device
     model, info = load_transformer(path, dtype=pick_dtype(dtype, device), device=device, weights=weights)
     return Model(CausalWan(model, info.config), preset)
+
+
+def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
+    """What a model of this file will compute in."""
+    return pick_dtype(dtype, _place.device)
 
 
 def load_demo() -> tuple[Model, Clip, WanVAE]:

@@ -137,6 +137,29 @@ def test_the_strip_of_a_sampler_shows_on_the_node_that_made_it(page: Page, serve
     assert page.errors == []
 
 
+def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> None:
+    def drawn() -> dict[str, int]:
+        kinds = ("sink", "gone", "recent", "now", "previous")
+        return {kind: page.tab.locator(f".autorefiner-drawing .autorefiner-{kind}").count() for kind in kinds}
+
+    def says(part: str) -> None:
+        page.tab.wait_for_function(f"() => document.querySelector('.autorefiner-memory').innerText.includes('{part}')")
+
+    page.errors.clear()
+    page.load(WORKFLOWS / "self_forcing_refiner.json")
+    page.look_at("AutoRefinerReflectiveCache")
+    page.set("AutoRefinerReflectiveCache", window=12, sink=3)
+    says("9/18")
+    assert drawn() == {"sink": 3, "gone": 9, "recent": 6, "now": 3, "previous": 3}
+    picture(page, "cache")
+    page.set("AutoRefinerReflectiveCache", window=-1, sink=0, previous_x0="none")
+    says("18/18")
+    assert drawn() == {"sink": 0, "gone": 0, "recent": 18, "now": 3, "previous": 0}
+    page.set("AutoRefinerReflectiveCache", window=2)
+    says("window of at least")
+    assert [told for told in page.errors if "autorefiner/cache" not in told] == []
+
+
 def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, server: Server) -> None:
     page.errors.clear()
     graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
