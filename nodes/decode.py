@@ -3,7 +3,7 @@
 import torch
 
 from ..refiner.estimate import available_bytes
-from ..refiner.video import VideoWriter, to_frames
+from ..refiner.video import VideoWriter, as_bytes
 from .hosts import host, io
 from .load import CATEGORY
 from .run import video_latents
@@ -84,5 +84,5 @@ class DecodeToVideo(io.ComfyNode):
         path = host.output_path(filename_prefix, ".mp4", width, height)
         with VideoWriter(path, width, height, fps) as writer:
             for pixels in host.decode(vae, latents):
-                writer.write(to_frames(pixels.permute(3, 0, 1, 2)[None] * 2 - 1))
+                writer.write(as_bytes(pixels))
         return io.NodeOutput(host.video_file(path), ui=host.show_video(path))

@@ -79,14 +79,20 @@ class LoadDemo(io.ComfyNode):
             description="The small models that come with this pack: coloured shapes that move as their caption says,"
             " at 64x64. Nothing to download, runs on a CPU.",
             search_aliases=["sprites", "demo"],
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "network", options=["student", "teacher"], default="student", optional=True,
+                    tooltip="student: the autoregressive model, for the samplers. teacher: the model of whole clips"
+                    " that it was distilled from, for training a refiner.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(tooltip="The sprites' video model, for the Pathwise Refined Sampler."),
                 io.Clip.Output(tooltip="The sprites' text encoder, for CLIP Text Encode."),
                 io.Vae.Output(tooltip="The sprites' VAE, for VAE Encode, VAE Decode and VAE Decode Chunks."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*host.load_demo())
+    def execute(cls, network: str = "student") -> io.NodeOutput:
+        return io.NodeOutput(*host.load_demo(network))

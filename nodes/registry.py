@@ -2,6 +2,7 @@
 
 from .cache import ReflectiveCacheNode
 from .chunk_schedule import ChunkScheduleNode
+from .compare import CompareVideos
 from .custom_sampler import PathwiseRefinedCustomSampler
 from .decode import DecodeChunks, DecodeToVideo
 from .load import LoadARVDM, LoadDemo
@@ -19,4 +20,5 @@ NODES = (
     PathwiseRefinedCustomSampler,
     DecodeChunks,
     DecodeToVideo,
+    CompareVideos,
 )

@@ -151,7 +151,7 @@ def _linked(value: list, socket: Socket, nodes: dict[str, Node]) -> list:
     given = source.schema.outputs
     if not 0 <= value[1] < len(given):
         raise ValueError(f"{source.name} has {len(given)} outputs and none of number {value[1]}")
-    if given[value[1]].io_type != socket.io_type:
+    if given[value[1]].io_type not in socket.io_type.split(","):
         raise ValueError(f"it takes {socket.io_type} and {source.name} gives {given[value[1]].io_type}")
     return value
 
@@ -196,6 +196,8 @@ def execute(nodes: dict[str, Node]) -> dict[str, NodeOutput]:
             name: results[value[0]].args[value[1]] if is_link(value) else value
             for name, value in inputs[node.id].items()
         }
+        if node.schema.is_input_list:
+            values = {name: [value] for name, value in values.items()}
         try:
             results[node.id] = CLASSES[node.kind].execute(**values)
         except ValueError as error:

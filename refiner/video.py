@@ -34,6 +34,11 @@ def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
+def as_bytes(images_FHWC: Tensor) -> np.ndarray:
+    """Frames [F, H, W, 3 or more] in [0, 1], clamped, as uint8 of three channels."""
+    return to_frames(images_FHWC[..., :3].permute(3, 0, 1, 2)[None] * 2 - 1)
+
+
 def partial_path(path: Path) -> Path:
     """Where a video lies until it is finished."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
@@ -171,8 +176,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def count_frames(path: Path) -> int:
     """Frames in a video, without decoding them."""
+    return video_size(path)[0]
+
+
+def video_size(path: Path) -> tuple[int, int, int]:
+    """(frames, width, height) of a video, without decoding it."""
     with _open_video(path) as container:
-        return sum(1 for packet in container.demux(video=0) if packet.size)
+        stream = container.streams.video[0]
+        return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:

@@ -12,6 +12,10 @@ from comfy_graphs import API, WORKFLOWS
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW, GAP = 400, 26, 60  # pixels of the page
+SHOWN = {  # pixels of what the pack's page adds to its nodes
+    "AutoRefinerSampler": 150, "AutoRefinerCustomSampler": 130, "AutoRefinerReflectiveCache": 150,
+    "AutoRefinerCompareVideos": 270,
+}  # fmt: skip
 
 
 def is_link(value: object) -> bool:
@@ -61,7 +65,8 @@ def to_page(graph: dict, info: dict) -> dict:
                 continue
             sockets.append({"name": name, "type": kind, "link": None})
             if is_link(value):
-                links.append([len(links) + 1, int(value[0]), value[1], int(key), len(sockets) - 1, kind])
+                given = info[graph[value[0]]["class_type"]]["output"][value[1]]
+                links.append([len(links) + 1, int(value[0]), value[1], int(key), len(sockets) - 1, given])
                 sockets[-1]["link"] = len(links)
         outputs = [
             {"name": name, "type": kind, "links": [], "slot_index": slot}
@@ -69,6 +74,7 @@ def to_page(graph: dict, info: dict) -> dict:
         ]
         tall = any(options.get("multiline") for _, _, options, _ in inputs_of(definition))
         height = 40 + ROW * (max(len(sockets), len(outputs)) + len(values)) + (100 if tall else 0)
+        height += SHOWN.get(node["class_type"], 0)
         top = heights.get(columns[key], GAP)
         heights[columns[key]] = top + height + GAP
         nodes.append(

@@ -20,13 +20,14 @@ VAE_DIM = 4
 
 
 def write_demo_files(folder: Path) -> Path:
-    """sprites_{vae,text,student}.safetensors and the refiner's in `folder`, which is returned."""
+    """sprites_{vae,text,student,teacher}.safetensors and the refiner's in `folder`, which is returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_model(folder, "vae", WanVAE(VAE_DIM), None, {})
         save_model(folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {})
         student = WanTransformer(STAND_IN)
         save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})
+        save_model(folder, "teacher", WanTransformer(STAND_IN), STAND_IN, {})
     write_refiner(folder / REFINER_FILE, base=fingerprint(student))
     return folder
 

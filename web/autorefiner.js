@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { askedOf } from "./asked.js";
 import { CacheView } from "./cache.js";
+import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
 import { nodeAt } from "./graph.js";
 import { Strip } from "./strip.js";
@@ -72,6 +73,13 @@ function addCacheView(node) {
   after(node, "onRemoved", () => clearInterval(timer));
 }
 
+function addCompare(node) {
+  const compare = new Compare((path) => api.apiURL(path));
+  addElement(node, "compare", compare.element, 260);
+  after(node, "onExecuted", (output) => compare.told(output?.autorefiner_compare));
+  after(node, "onRemoved", () => compare.told(null));
+}
+
 app.registerExtension({
   name: "AutoRefiner.Page",
   setup() {
@@ -84,5 +92,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
+    if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
   },
 });

@@ -65,7 +65,8 @@ export class CacheView {
     this.drawing.replaceChildren();
     this.legend.replaceChildren();
     if (!Array.isArray(told?.sees)) {
-      this.status.textContent = typeof told?.error === "string" ? told.error : word(`cache ${told?.missing ?? "model"}`);
+      const missing = word(`cache ${told?.missing ?? "model"}`);
+      this.status.textContent = typeof told?.error === "string" ? told.error : missing;
       return;
     }
     const past = told.sees.length;

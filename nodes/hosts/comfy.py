@@ -2,15 +2,13 @@
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
 import comfy.ldm.wan.model
-import comfy.ldm.wan.vae
 import comfy.model_management as management
 import comfy.samplers
 import comfy.sd
@@ -22,8 +20,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_api.latest import ComfyExtension, InputImpl, io, ui
-from comfy_execution.utils import get_executing_context
+from comfy_api.latest import ComfyExtension, io
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -36,6 +33,28 @@ from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
 from ..run import CHANNELS, ModelFacts, Run, held_bytes, steps_of
 from . import comfy_layers, page
+from .comfy_training import (  # noqa: F401, part of what a host is
+    copied_network,
+    encode_prompt,
+    find_folder,
+    list_folders,
+    output_folder,
+    own_vae,
+    show_sheet,
+    torch_device,
+    train_watch,
+    training,
+)
+from .comfy_video import (  # noqa: F401, part of what a host is
+    clip_frames,
+    clip_size,
+    decode,
+    output_path,
+    show_pair,
+    show_video,
+    video_file,
+)
+from .page import show as show
 from .page import stops as stops
 
 PRESET = "autorefiner.preset"  # the attachment of a MODEL that names how it is sampled
@@ -77,12 +96,14 @@ def model_folder(folder: str) -> Path:
     return Path(folder_paths.get_folder_paths(folder)[0])
 
 
-def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """A causal Wan2.1 ModelPatcher of a published file; ComfyUI may call this again for an untouched copy."""
+def load_patcher(
+    path: str, dtype: str, weights: str, causal: bool = True, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A Wan2.1 ModelPatcher of a published file; ComfyUI may call this again for an untouched copy."""
     from ...refiner.wan.checkpoint import read_transformer
 
     state, info = read_transformer(path, weights=weights)
-    metadata = {**info.metadata, "config": json.dumps({"transformer": {**asdict(info.config), "causal_ar": True}})}
+    metadata = {**info.metadata, "config": json.dumps({"transformer": {**asdict(info.config), "causal_ar": causal}})}
     options = {"dtype": DTYPES[dtype]} if dtype in DTYPES else {}
     base = fingerprint_of(state)  # before ComfyUI takes the weights, maybe to narrower ones
     loaded = comfy.sd.load_diffusion_model_state_dict(
@@ -90,7 +111,7 @@ def load_patcher(path: str, dtype: str, weights: str, disable_dynamic: bool = Fa
     )
     if loaded is None:
         raise ValueError(f"{path} is no model that this ComfyUI knows: update ComfyUI, or use the bf16 file")
-    loaded.cached_patcher_init = (load_patcher, (path, dtype, weights))
+    loaded.cached_patcher_init = (load_patcher, (path, dtype, weights, causal))
     loaded.set_attachments(BASE, base)
     return loaded
 
@@ -113,13 +134,16 @@ def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
     return management.unet_manual_cast(kept, management.get_torch_device(), supported) or kept
 
 
-def load_demo() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """The bundle, as ComfyUI's own nodes take it."""
+def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """The bundle with its student or teacher, as ComfyUI's own nodes take it."""
     from ...refiner.demo import bundle
     from ...refiner.wan.checkpoint import load_vae_state
     from ..sprites import sprite_file, sprite_preset
 
-    model = load_model(sprite_file("student"), sprite_preset(), "fp32", "auto")
+    if network == "student":
+        model = load_model(sprite_file("student"), sprite_preset(), "fp32", "auto")
+    else:
+        model = load_patcher(str(sprite_file(network)), "fp32", "auto", causal=False)
     weights = {name: tensor.float() for name, tensor in load_vae_state(sprite_file("vae")).items()}
     return model, sprite_clip(bundle.load_sprite_text(bundle.WEIGHTS)), comfy.sd.VAE(sd=weights, dtype=torch.float32)
 
@@ -192,6 +216,11 @@ def facts(model: ModelPatcher) -> ModelFacts:
     return ModelFacts(config, model.model.get_dtype_inference(), preset if preset in PRESETS else None, memory)
 
 
+def own_network(model: ModelPatcher) -> CausalWan:
+    """A frozen copy of a MODEL's network, to train with."""
+    return copied_network(model, network_of(model), facts(model).config)
+
+
 def base_of(model: ModelPatcher) -> str | None:
     """The fingerprint of a MODEL's own weights, by which a refiner knows its base; None where they do not tell."""
     return model.get_attachment(BASE) or comfy_layers.fingerprint_of_live(network_of(model))
@@ -245,7 +274,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
     def __init__(self, make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run], reserved: bool) -> None:
         self.make_run = make_run  # of the model's facts, NOISE, SIGMAS and the seed
         self.reserved = reserved  # whether the memory that was asked for at loading holds the K/V
-        self.node = page.this_node()  # where the page shows the run
+        self.node, _ = page.this_run()  # where the page shows the run
 
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -348,62 +377,6 @@ def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
 def make_sampler(options: SamplerOptions) -> PathwiseSampler:
     """A SAMPLER."""
     return PathwiseSampler(options.run, reserved=False)
-
-
-def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
-    """Frames [f, H, W, 3] in [0, 1], fp32 on the CPU, of one latent, then of two at a time.
-
-    A later call of one latent is only right on the last one: the decoder's cache then lacks a frame (ComfyUI 0.18 on).
-    """
-    model = vae.first_stage_model
-    if not isinstance(model, comfy.ldm.wan.vae.WanVAE):
-        raise ValueError(f"vae is a {type(model).__name__} and not Wan2.1's: use VAE Decode")
-    shape = (1, CHANNELS, min(3, raw_1CFhw.shape[2]), *raw_1CFhw.shape[3:])
-    management.load_models_gpu([vae.patcher], memory_required=vae.memory_used_decode(shape, vae.vae_dtype))
-    z = model.conv2(raw_1CFhw.to(vae.device, vae.vae_dtype))
-    pieces = [z[:, :, :1], *z[:, :, 1:].split(2, dim=2)] if z.shape[2] > 1 else [z]
-    cache: list = [None] * cache_layers(model.decoder)
-    bar = comfy.utils.ProgressBar(len(pieces))
-    for piece in pieces:
-        management.throw_exception_if_processing_interrupted()
-        made = model.decoder(piece, feat_cache=cache, feat_idx=[0])
-        pixels = torch.cat(made, dim=2) if isinstance(made, list) else made
-        yield vae.process_output(pixels[0].float()).permute(1, 2, 3, 0).cpu()
-        bar.update(1)
-
-
-def cache_layers(decoder: nn.Module) -> int:
-    """Places that a Wan decoder keeps frames in between calls; the function's name changed in ComfyUI 0.18."""
-    counts = ("count_cache_layers", "count_conv3d")
-    return next(getattr(comfy.ldm.wan.vae, name) for name in counts if hasattr(comfy.ldm.wan.vae, name))(decoder)
-
-
-def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
-    """A new path in the output folder: PREFIX_00001_.mp4, counted on; ComfyUI refuses a prefix that leaves it."""
-    root = folder_paths.get_output_directory()
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, width, height)
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
-
-
-def video_file(path: Path) -> InputImpl.VideoFromFile:
-    """A VIDEO of a file."""
-    return InputImpl.VideoFromFile(str(path))
-
-
-def show_video(path: Path) -> ui.PreviewVideo:
-    """The video, played on the node."""
-    folder = os.path.relpath(path.parent, folder_paths.get_output_directory())
-    return ui.PreviewVideo([ui.SavedResult(path.name, "" if folder == "." else folder, io.FolderType.output)])
-
-
-def show(text: str) -> ui.PreviewText:
-    """A line of text on the node that is running."""
-    from server import PromptServer
-
-    context = get_executing_context()
-    if context is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
-    return ui.PreviewText(text)
 
 
 def notice(text: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...refiner.video import VideoWriter, read_frames, to_frames, write_png
+from ...refiner.video import VideoWriter, as_bytes, write_png
 from ...refiner.wan.vae import WanVAE
 from ..run import video_latents
 from . import schema as io
@@ -21,11 +21,6 @@ COLORS = {
     "blue": (0.0, 0.0, 1.0),
 }  # fmt: skip
 SCALINGS = ("nearest-exact", "bilinear", "area", "bicubic")
-
-
-def as_bytes(images_FHWC: Tensor) -> np.ndarray:
-    """Frames [F, H, W, 3] in [0, 1] as uint8."""
-    return to_frames(images_FHWC[..., :3].permute(3, 0, 1, 2)[None] * 2 - 1)
 
 
 def as_images(frames: np.ndarray) -> Tensor:
@@ -193,8 +188,8 @@ class SaveVideo(io.ComfyNode):
     @classmethod
     def execute(cls, video: VideoFile, filename_prefix: str, format: str, codec: str) -> io.NodeOutput:
         path = host.output_path(filename_prefix, ".mp4")
-        frames = read_frames(video.path) if video.frames is None else as_bytes(video.frames)
-        with VideoWriter(path, frames.shape[2], frames.shape[1], round(video.fps)) as writer:
+        frames, fps = host.clip_frames(video, video.fps)
+        with VideoWriter(path, frames.shape[2], frames.shape[1], fps) as writer:
             writer.write(frames)
         return io.NodeOutput(video, ui=path)
 

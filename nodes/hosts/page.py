@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from aiohttp import web
+from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
@@ -60,12 +61,8 @@ class Watch:
         self.send({**self.last, **contact(progress.x0, self.picture)})
 
     def send(self, told: dict) -> None:
-        """An event to the page that queued the prompt, or to all when none did."""
-        from server import PromptServer
-
-        server = PromptServer.instance
-        named = {"node": self.node, "prompt": self.prompt, "elapsed": time.perf_counter() - self.begun}
-        server.send_sync(CHUNK, {**named, **told}, server.client_id)
+        """An event to the page that queued the prompt."""
+        send(CHUNK, self.node, self.prompt, {"elapsed": time.perf_counter() - self.begun, **told})
 
     def stopped(self) -> bool:
         """Whether the run is to end with the chunk that was just finished."""
@@ -95,10 +92,28 @@ def contact(x0_BCFhw: Tensor, picture: Callable[[Tensor], Image.Image]) -> dict:
     return {"image": base64.b64encode(data.getvalue()).decode(), "pictures": count}
 
 
-def this_node() -> str | None:
-    """The node that is running, where one is."""
+def send(event: str, node: str, prompt: str, told: dict) -> None:
+    """An event of a node's run to the page that queued the prompt, or to all when none did."""
+    from server import PromptServer
+
+    server = PromptServer.instance
+    server.send_sync(event, {"node": node, "prompt": prompt, **told}, server.client_id)
+
+
+def this_run() -> tuple[str | None, str | None]:
+    """The node that is running and its prompt, where one is."""
     context = get_executing_context()
-    return None if context is None else context.node_id
+    return (None, None) if context is None else (context.node_id, context.prompt_id)
+
+
+def show(text: str) -> ui.PreviewText:
+    """A line of text on the node that is running."""
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+    return ui.PreviewText(text)
 
 
 @contextmanager

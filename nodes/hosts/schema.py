@@ -67,6 +67,15 @@ Latent, Image, Mask, Video = (SocketType(name) for name in ("LATENT", "IMAGE", "
 Sampler = SocketType("SAMPLER")
 
 
+class MultiType:
+    """A socket that takes one of several types."""
+
+    @staticmethod
+    def Input(id: str, types: Sequence[SocketType], *, optional: bool = False, tooltip: str | None = None) -> Socket:
+        """An input whose type is their names with commas between, as ComfyUI has it."""
+        return Socket(id, ",".join(kind.io_type for kind in types), optional, tooltip)
+
+
 class Hidden:
     """What ComfyUI tells a node of itself; nothing here."""
 
@@ -86,6 +95,7 @@ class Schema:
     outputs: Sequence[Output] = ()
     hidden: Sequence[str] = ()
     is_output_node: bool = False
+    is_input_list: bool = False
 
 
 class NodeOutput:

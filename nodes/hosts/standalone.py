@@ -1,11 +1,13 @@
 """The nodes' surroundings without ComfyUI: models and folders in its layout, this machine's device, a progress bar."""
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
+from ...refiner.video import as_bytes, read_frames, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
@@ -112,6 +115,18 @@ def find_file(folder: str, name: str) -> Path:
     return next(root / name for root in _folders(folder) if (root / name).is_file())
 
 
+def list_folders(kind: str) -> list[str]:
+    """Names of the models in models/`kind` that are folders."""
+    return sorted(path.parent.name for root in _folders(kind) for path in root.glob("*/config.json"))
+
+
+def find_folder(kind: str, name: str) -> Path:
+    """A folder by the name that `list_folders` gives it; ValueError for any other."""
+    if name not in list_folders(kind):
+        raise ValueError(f"{name!r} is not in {_folders(kind)[0]}: put the model's folder there")
+    return next(root / name for root in _folders(kind) if (root / name / "config.json").is_file())
+
+
 def model_folder(folder: str) -> Path:
     """Where new files of a kind are written."""
     return _folders(folder)[0]
@@ -131,10 +146,11 @@ def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
     return pick_dtype(dtype, _place.device)
 
 
-def load_demo() -> tuple[Model, Clip, WanVAE]:
-    """The bundle, in fp32."""
+def load_demo(network: str) -> tuple[Model, Clip, WanVAE]:
+    """The bundle with its student or teacher, in fp32."""
     folder, device = bundle.WEIGHTS, _place.device
-    model = Model(bundle.load_sprite_network("student", folder, device), sprite_preset())
+    preset = sprite_preset() if network == "student" else None
+    model = Model(bundle.load_sprite_network(network, folder, device), preset)
     text = bundle.load_sprite_text(folder).to(device)
     return model, Clip(text, sprites=True), bundle.load_sprite_vae(folder).to(device)
 
@@ -159,6 +175,63 @@ def facts(model: Model) -> ModelFacts:
 def base_of(model: Model) -> str:
     """The fingerprint of a MODEL's own weights, by which a refiner knows its base."""
     return fingerprint(model.network.model)
+
+
+def own_network(model: Model) -> CausalWan:
+    """A frozen fp32 network with the weights of a MODEL, to train with; the MODEL's own where they are fp32."""
+    network = model.network.model
+    if next(network.parameters()).dtype != torch.float32:
+        network = copy.deepcopy(network).float()
+    return CausalWan(network.requires_grad_(False), model.network.config)
+
+
+def own_vae(vae: WanVAE) -> WanVAE:
+    """The same of a VAE."""
+    return vae if next(vae.parameters()).dtype == torch.float32 else copy.deepcopy(vae).float()
+
+
+def encode_prompt(clip: Clip, text: str) -> Tensor:
+    """The context [1, L, text_dim] of a prompt, fp32 on the CPU."""
+    return clip.context(text)
+
+
+def torch_device() -> torch.device:
+    """Where models run."""
+    return _place.device
+
+
+def output_folder() -> Path:
+    """Where what is made lies."""
+    return _place.outputs
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Gradients may be needed."""
+    with torch.enable_grad():
+        yield
+
+
+class TrainWatch:
+    """Nobody looks on: the training prints its own bar."""
+
+    def report(self, done: int) -> None: ...
+
+    def add(self, index: int, figures: Mapping[str, float]) -> None: ...
+
+    def sheet(self, path: Path) -> None: ...
+
+
+@contextmanager
+def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
+    """The watch of a training."""
+    yield TrainWatch()
+
+
+def show_sheet(folder: Path, text: str) -> list[Path]:
+    """A line, and the training's last sample sheet, for the command to name."""
+    show(text)
+    return sorted(folder.glob("sheet_*.png"))[-1:]
 
 
 def settled(model: Model, run: Run) -> Run:
@@ -242,6 +315,26 @@ def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Pa
 def video_file(path: Path) -> VideoFile:
     """A VIDEO of a file."""
     return VideoFile(path=path)
+
+
+def clip_size(clip: Tensor | VideoFile) -> tuple[int, int, int]:
+    """(frames, width, height) of IMAGE or VIDEO, without reading more than it takes."""
+    if isinstance(clip, VideoFile) and clip.path is not None:
+        return video_size(clip.path)
+    frames, height, width = (clip.frames if isinstance(clip, VideoFile) else clip).shape[:3]
+    return frames, width, height
+
+
+def clip_frames(clip: Tensor | VideoFile, fps: float) -> tuple[np.ndarray, int]:
+    """uint8 frames [F, H, W, 3] of IMAGE or VIDEO, and their rate: `fps`, unless a VIDEO brings its own."""
+    if not isinstance(clip, VideoFile):
+        return as_bytes(clip), round(fps)
+    return read_frames(clip.path) if clip.frames is None else as_bytes(clip.frames), round(clip.fps)
+
+
+def show_pair(base: np.ndarray, refined: np.ndarray, fps: int, text: str) -> str:
+    """What a page would show of two clips: there is none, so only the line of text."""
+    return show(text)
 
 
 def show(text: str) -> str:

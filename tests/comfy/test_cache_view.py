@@ -54,7 +54,7 @@ def test_it_tells_the_bytes_that_a_run_allocates(window: int, sink: int, refined
 
 
 def test_the_node_itself_says_the_same_bytes() -> None:
-    model = standalone.load_demo()[0]
+    model = standalone.load_demo("student")[0]
     latent = {"samples": torch.zeros(1, 16, 21, 8, 8)}
     shown = ReflectiveCacheNode.execute(9, 3, "the model's", "as trained", "as trained", model, latent).ui
     assert f"{cache_view({**ASKED, 'window': 9, 'sink': 3})['bytes'] / 1e6:,.1f} MB" in shown

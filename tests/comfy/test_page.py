@@ -137,6 +137,36 @@ def test_the_strip_of_a_sampler_shows_on_the_node_that_made_it(page: Page, serve
     assert page.errors == []
 
 
+def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> None:
+    graph = json.loads((WORKFLOWS / "compare_controls.json").read_text())
+    for node in graph["nodes"]:
+        if node["type"] == "AutoRefinerSampler":
+            node["widgets_values"][2] = 21
+    path = server.base / "compared.json"
+    path.write_text(json.dumps(graph))
+    page.errors.clear()
+    page.load(path)
+    page.look_at("AutoRefinerCompareVideos")
+    page.queue()
+    tab, times = page.tab, "() => [...document.querySelectorAll('.autorefiner-video')].map((one) => one.currentTime)"
+    tab.wait_for_function(f"() => ({times})().every((time) => time > 0.3)")
+    apart = [abs(base - refined) for base, refined in (tab.evaluate(times) for _ in range(5))]
+    assert sorted(apart)[2] < 2 / 16
+    tab.locator(".autorefiner-compare input").fill("8")
+    tab.wait_for_function(f"() => ({times})().every((time) => time === 8.5 / 16)")
+    assert tab.inner_text(".autorefiner-compare .autorefiner-status") == "9/21"
+    box = tab.locator(".autorefiner-screen").bounding_box()
+    tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 40)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 40)
+    tab.mouse.up()
+    left = tab.evaluate("() => Number.parseFloat(document.querySelector('.autorefiner-line').style.left)")
+    assert abs(left - 25) < 1
+    idle(server, page)
+    picture(page, "compare")
+    assert page.errors == []
+
+
 def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> None:
     def drawn() -> dict[str, int]:
         kinds = ("sink", "gone", "recent", "now", "previous")

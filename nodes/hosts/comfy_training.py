@@ -1,0 +1,178 @@
+"""What a training needs from ComfyUI: networks of its own, room, and a page that is told how it goes."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+from torch import Tensor, nn
+
+from ...refiner.wan.causal import CausalWan
+from ...refiner.wan.transformer import WanConfig, WanTransformer
+from ...refiner.wan.vae import WanVAE
+from ..curves import Curves
+from . import comfy_layers, page
+from .comfy_video import wan_vae
+
+TRAIN = "autorefiner.train"  # the event, which web/trainer.js listens to
+SECONDS = 0.5  # between two events of a training
+PREVIEW = 1024  # pixels of the longer side of a preview
+
+
+def list_folders(kind: str) -> list[str]:
+    """Names of the models in models/`kind` that are folders."""
+    return sorted(_folders(kind))
+
+
+def find_folder(kind: str, name: str) -> Path:
+    """A folder by the name that `list_folders` gives it; ValueError for any other."""
+    found = _folders(kind)
+    if name not in found:
+        raise ValueError(f"{name!r} is not in models/{kind}: put the model's folder there and refresh")
+    return found[name]
+
+
+def _folders(kind: str) -> dict[str, Path]:
+    folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind), is_default=True)
+    roots = [Path(root) for root in folder_paths.get_folder_paths(kind)]
+    return {path.parent.name: path.parent for root in reversed(roots) for path in root.glob("*/config.json")}
+
+
+def torch_device() -> torch.device:
+    """Where models run."""
+    return management.get_torch_device()
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Leave the mode that nodes run in, for gradients, with an empty device; afterwards nothing of ours is on it."""
+    management.unload_all_models()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        management.soft_empty_cache()
+
+
+def copied_network(model: ModelPatcher, network: nn.Module, config: WanConfig) -> CausalWan:
+    """A frozen copy of a MODEL's network on its device, fp32, with the LoRAs that are on it."""
+    device = model.load_device
+    with torch.inference_mode():  # LoRAs are merged in place, which only this mode may do to what was loaded in it
+        management.load_models_gpu([model])
+    read, state = comfy_layers.weights_on(device, torch.float32), {}
+    for name, module in network.named_modules():
+        if hasattr(module, "comfy_cast_weights"):
+            weight, bias = read(module)
+            state |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+    with torch.device("meta"):
+        own = WanTransformer(config)
+    for name in own.state_dict().keys() - state.keys():
+        state[name] = network.get_parameter(name).to(device, torch.float32, copy=True)
+    own.load_state_dict({name: state[name] for name in own.state_dict()}, assign=True)
+    with torch.inference_mode():
+        management.unload_all_models()
+    return CausalWan(own.eval().requires_grad_(False), config)
+
+
+def own_vae(vae: comfy.sd.VAE) -> WanVAE:
+    """A frozen copy of a VAE where models are trained, fp32; ValueError for one that is not Wan2.1's."""
+    kind = {"device": torch_device(), "dtype": torch.float32, "copy": True}
+    copies = {name: tensor.to(**kind) for name, tensor in wan_vae(vae).state_dict().items()}
+    return WanVAE.from_state_dict(copies).requires_grad_(False)
+
+
+def encode_prompt(clip: comfy.sd.CLIP, text: str) -> Tensor:
+    """The context [1, L, text_dim] of a prompt, fp32 on the CPU."""
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize(text)).float().cpu()
+
+
+def output_folder() -> Path:
+    """ComfyUI's folder for what is made."""
+    return Path(folder_paths.get_output_directory())
+
+
+def placed(path: Path) -> dict[str, str]:
+    """A file of the output folder as the page asks for it."""
+    subfolder = os.path.relpath(path.parent, output_folder()).replace(os.sep, "/")
+    return {"filename": path.name, "subfolder": subfolder, "type": "output"}
+
+
+def sheets_of(folder: Path) -> list[Path]:
+    """The sample sheets of a run, oldest first."""
+    return sorted(folder.glob("sheet_*.png"))
+
+
+def show_sheet(folder: Path, text: str) -> dict:
+    """What a training's end shows: its last sample sheet, and a line."""
+    return {"autorefiner_sheet": [placed(path) for path in sheets_of(folder)[-1:]], **page.show(text).as_dict()}
+
+
+@dataclass(slots=True)
+class TrainWatch:
+    """Progress, interruption and the page of a training in `folder`."""
+
+    folder: Path
+    steps: int
+    curves: Curves
+    node: str | None
+    prompt: str | None
+    bar: comfy.utils.ProgressBar
+    begun: float = field(default_factory=time.perf_counter)
+    sent: float = 0.0
+    done: int = 0
+    picture: dict | None = None
+
+    def report(self, done: int) -> None:
+        """Raises what ComfyUI raises when the user interrupts."""
+        management.throw_exception_if_processing_interrupted()
+        self.done = done
+        self.bar.update_absolute(done, self.steps)
+        if time.perf_counter() > self.sent + SECONDS:
+            self.send({})
+
+    def add(self, index: int, figures: Mapping[str, float]) -> None:
+        """Figures of a step."""
+        self.curves.add(index, figures)
+
+    def sheet(self, path: Path) -> None:
+        """Show a sample sheet, on the node and as ComfyUI's preview."""
+        self.picture = placed(path)
+        with Image.open(path) as image:
+            self.bar.update_absolute(self.done, self.steps, ("JPEG", image.convert("RGB"), PREVIEW))
+        self.send({})
+
+    def send(self, told: dict) -> None:
+        """An event to the page that queued the training."""
+        self.sent = time.perf_counter()
+        if self.node is None:
+            return
+        known = {"step": self.done, "steps": self.steps, "elapsed": self.sent - self.begun}
+        page.send(TRAIN, self.node, self.prompt, {**known, "curves": self.curves.told(), "sheet": self.picture, **told})
+
+
+@contextmanager
+def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
+    """The watch of the node that is running, which tells the page how the training ended."""
+    node, prompt = page.this_run()
+    watch = TrainWatch(
+        folder, steps, Curves.read(folder / "log.jsonl", done), node, prompt, comfy.utils.ProgressBar(steps)
+    )
+    watch.done = done
+    for path in sheets_of(folder)[-1:]:
+        watch.sheet(path)
+    ended = "interrupted"
+    try:
+        yield watch
+        ended = "done"
+    finally:
+        watch.send({"ended": ended})
