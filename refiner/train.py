@@ -1,25 +1,28 @@
 """`autorefiner train CONFIG`: a TOML file to a trained refiner's file."""
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .demo.bundle import load_sprite_network, load_sprite_text, load_sprite_vae
+from .demo.bundle import load_sprite_network, load_sprite_reward, load_sprite_text, load_sprite_vae
 from .demo.clips import held_out, show_clips, student_clips
+from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
-from .generate import SPRITES
 from .noise.file import RefinerCard, fingerprint, save_refiner
 from .noise.refiner import Refiner, merged
 from .sample import RunPlan, sample
-from .schedule import get_preset
+from .train_config import SPRITES, RewardConfig, TrainConfig
+from .training.dmd_objective import DmdObjective
 from .training.loop import LoopOptions, keep_freed_memory, train
-from .training.refine import RefineOptions, RefineStage
+from .training.objective import Objective
+from .training.refine import RefineStage
+from .training.reward_objective import RewardObjective
+from .training.rewards.clip import SINGLE, load_clip_reward
+from .training.rewards.reward import Mixture, Reward
 from .video import contact_sheet, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import load_transformer, load_vae_state
@@ -30,71 +33,6 @@ from .wan.vae import WanVAE
 MAX_PROMPTS = 1_000_000
 SPRITE_PROMPTS = 4096
 SHEET_PROMPTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """What a training file says. Paths are relative to the file; `sprites` names the bundled demo.
-
-    `out` gets the refiner (or, with method lora, a LoRA that ComfyUI's own loader reads); `run` the state, log and
-    sample sheets, from which the same command goes on.
-    """
-
-    out: Path
-    run: Path
-    base: str = SPRITES
-    teacher: str = SPRITES  # a bidirectional model of the same latents: the real score
-    prompts: str = SPRITES  # a text file, a prompt a line
-    vae: str = SPRITES  # of the sample sheets
-    text_encoder: str = ""
-    tokenizer: str = ""
-    preset: str = "self-forcing"
-    save_every: int = 100
-    show_every: int = 500
-    refiner: RefineOptions = field(default_factory=RefineOptions)
-
-    @classmethod
-    def read(cls, path: Path) -> "TrainConfig":
-        """From a TOML file. ValueError in one line for anything that it cannot say."""
-        try:
-            import tomllib
-        except ImportError as error:
-            raise ValueError("training files need Python 3.11 or newer, which reads TOML") from error
-        try:
-            told = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no TOML file: {error}") from error
-        try:
-            inner = told.pop("refiner", {})
-            _check_names(told, cls, "")
-            _check_names(inner, RefineOptions, "refiner.")
-            preset = get_preset(told.get("preset", "self-forcing"))
-            if "levels" in inner:
-                inner["levels"] = tuple(inner["levels"])
-            if "out" not in told:
-                raise ValueError("does not say `out`, the file to write")
-            folder = path.parent
-            told |= {"out": folder / told["out"], "run": folder / told.get("run", f"{path.stem}_run")}
-            for name in ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer"):
-                if told.get(name, SPRITES) not in (SPRITES, ""):
-                    told[name] = str(folder / told[name])
-            return cls(**told, refiner=RefineOptions(**inner, preset=preset))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:
-    """Raise ValueError for a name or a type that the dataclass does not have."""
-    known = {one.name: one for one in fields(kind)}
-    for name, value in told.items():
-        if name not in known or (name in ("dmd", "preset") and prefix):
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"{prefix}{name} is not known{hint}")
-        wanted = known[name].type
-        fits = {int: int, float: (int, float), str: str, Path: str}.get(wanted)
-        if fits and (not isinstance(value, fits) or isinstance(value, bool)):
-            raise ValueError(f"{prefix}{name} is {value!r}, expected {wanted.__name__}")
 
 
 def read_prompts(name: str) -> list[str]:
@@ -124,6 +62,15 @@ def make_encoder(config: TrainConfig, base: CausalWan, device: torch.device) -> 
     return lambda prompts: encoder.encode(prompts).to(device)
 
 
+def make_reward(config: RewardConfig, device: torch.device) -> Reward:
+    """A reward as a file names it, with its model."""
+    if config.kind != SPRITES:
+        return load_clip_reward(config.kind, Path(config.path), device, config.draw(SINGLE))
+    reward = load_sprite_reward(frames=config.draw(FRAMES))
+    reward.model.to(device)
+    return reward
+
+
 def load_network(name: str, sprite: str, device: torch.device) -> CausalWan:
     """A transformer of a file, or of the bundle."""
     if name == SPRITES:
@@ -135,13 +82,26 @@ def load_network(name: str, sprite: str, device: torch.device) -> CausalWan:
 def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     """Everything that a training needs, loaded and checked."""
     prompts = read_prompts(config.prompts)
-    base, teacher = load_network(config.base, "student", device), load_network(config.teacher, "teacher", device)
-    if (base.config.in_dim, base.config.text_dim) != (teacher.config.in_dim, teacher.config.text_dim):
-        raise ValueError("base and teacher differ in latents or text encoder: train with a teacher of the base's kind")
+    base = load_network(config.base, "student", device)
     encode = make_encoder(config, base, device)
     vae = load_sprite_vae() if config.vae == SPRITES else WanVAE.from_state_dict(load_vae_state(config.vae))
-    show = Sheets(base, encode, vae.to(device), None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
-    return RefineStage(config.refiner, base, teacher, prompts, encode, show)
+    vae = vae.to(device)
+    show = Sheets(base, encode, vae, None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
+    return RefineStage(config.refiner, base, make_objective(config, base, encode, vae), prompts, encode, show)
+
+
+def make_objective(
+    config: TrainConfig, base: CausalWan, encode: Callable[[list[str]], Tensor], vae: WanVAE
+) -> Objective:
+    """What the file trains for, with the models that say how good a clip is."""
+    device = vae.conv1.weight.device
+    if config.refiner.objective == "reward":
+        rewards = Mixture(tuple((make_reward(one, device), one.weight) for one in config.rewards))
+        return RewardObjective(config.refiner, rewards, vae)
+    teacher = load_network(config.teacher, "teacher", device)
+    if (base.config.in_dim, base.config.text_dim) != (teacher.config.in_dim, teacher.config.text_dim):
+        raise ValueError("base and teacher differ in latents or text encoder: train with a teacher of the base's kind")
+    return DmdObjective(config.refiner, teacher, encode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +158,12 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
     train(stage, LoopOptions(config.run, options.steps, config.save_every, config.show_every))
     pairs = stage.average()
     if options.method == "lora":
-        save_lora(config.out, pairs, {"steps": str(options.steps), "objective": "dmd"})
+        save_lora(config.out, pairs, {"steps": str(options.steps), "objective": options.objective})
         return config.out
     cache = options.cache
     card = RefinerCard(
         rank=options.rank, levels=tuple(sorted(options.refined, reverse=True)), history=cache.history,
-        previous=cache.previous, base=fingerprint(stage.base.model), objective="dmd", steps=options.steps,
+        previous=cache.previous, base=fingerprint(stage.base.model), objective=options.objective, steps=options.steps,
     )  # fmt: skip
     save_refiner(config.out, pairs, card)
     return config.out

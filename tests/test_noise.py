@@ -39,6 +39,7 @@ def test_another_place_draws_other_noise(other) -> None:
 def test_a_sample_of_a_batch_draws_what_it_draws_alone() -> None:
     batch = WhiteNoise(7)(chunk(), Draw(0), (3, *SHAPE[1:]))
     assert torch.equal(batch[:1], WhiteNoise(7)(chunk(), Draw(0), SHAPE))
+    assert torch.equal(batch[1:], WhiteNoise(7, first=1)(chunk(), Draw(0), (2, *SHAPE[1:])))
     assert (batch[0] - batch[1]).abs().mean() > 0.5
 
 

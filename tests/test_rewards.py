@@ -1,7 +1,6 @@
 """Rewards: which frames they see, what is refused, and that a search can choose by them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -17,30 +16,14 @@ from autorefiner.refiner.training.rewards.verifier import RewardVerifier
 from autorefiner.refiner.wan.vae import WanVAE
 
 from tiny import TINY, tiny_network
+from tiny_reward import Brightness, tiny_vae
 
 PROMPTS = ["one", "two"]
-CLIP = FrameDraw(2, 3)
-
-
-@dataclass(frozen=True)
-class Brightness:
-    """The mean of the frames times `scale`, which its range may not know of."""
-
-    name: str = "brightness"
-    scale: float = 1.0
-    range: tuple[float, float] = (0.0, 1.0)
-    frames: FrameDraw = CLIP
-
-    def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        assert frames.shape[1] == len(numbers)
-        return self.scale * frames.mean(dim=(1, 2, 3, 4))
 
 
 @pytest.fixture(scope="module")
 def vae() -> WanVAE:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return WanVAE(4).requires_grad_(False)
+    return tiny_vae()
 
 
 @pytest.fixture

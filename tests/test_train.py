@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import save_model
+from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.wan.checkpoint import inspect
@@ -29,11 +30,13 @@ def bundle(tmp_path, monkeypatch):
     save_model(models, "text", SpriteTextEncoder(16), None, {})
     for name in ("teacher", "student"):
         save_model(models, name, WanTransformer(SIZES), SIZES, {})
+    save_model(models, "reward", SpriteVideoText(16, 16), None, {})
     for name in ("load_sprite_vae", "load_sprite_text"):
         loaded = getattr(training, name)(models)
         monkeypatch.setattr(training, name, lambda loaded=loaded: loaded)
     monkeypatch.setattr(training, "SPRITE_PROMPTS", 8)
-    load = training.load_sprite_network
+    load, reward = training.load_sprite_network, training.load_sprite_reward
+    monkeypatch.setattr(training, "load_sprite_reward", lambda frames: reward(models, frames))
     monkeypatch.setattr(training, "load_sprite_network", lambda name, device: load(name, models, device))
     return models
 
@@ -47,9 +50,10 @@ def write(folder, more: str = "", inner: str = ""):
     return path
 
 
-def losses(run) -> list[tuple]:
+def rows_of(run) -> list[dict]:
+    """What was logged, without the time it took."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row.get("gradient")) for row in rows]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.mark.parametrize("previous", ["pending", "joint", "none"])
@@ -60,8 +64,8 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     assert (card.rank, card.levels, card.previous, card.steps, card.objective) == (2, (750, 250), previous, 4, "dmd")
     assert card.base == fingerprint(training.load_sprite_network("student", "cpu").model)
     assert any(pair.up.any() for pair in pairs.values())
-    assert any("change" in name for line in (tmp_path / "small_run" / "log.jsonl").read_text().splitlines()
-               for name in json.loads(line))  # fmt: skip
+    logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
+    assert {"loss", "gradient", "change 750", "distance 750"} <= logged
     assert (tmp_path / "small_run" / "sheet_000004.png").exists()
 
 
@@ -78,11 +82,25 @@ def test_the_initial_noise_refiner_is_trained_on_the_initial_noise(tmp_path) -> 
     assert (card.levels, card.previous) == ((1000,), "none")
 
 
-def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monkeypatch) -> None:
+SPRITES = 'objective = "reward"\n[[rewards]]\nkind = "sprites"\nweight = 0.5'
+
+
+def test_a_refiner_is_trained_by_rewards(tmp_path) -> None:
+    assert main(["train", str(write(tmp_path, inner=SPRITES + "\nframes = 3\ninterval = 2")), "--device", "cpu"]) == 0
+    _, card = load_refiner(tmp_path / "small.safetensors")
+    assert card.objective == "reward"
+    for row in rows_of(tmp_path / "small_run"):
+        assert row["loss"] == pytest.approx(row["l2"] - row["reward"])
+        assert row["reward"] == pytest.approx(0.5 * row["sprites"])
+    assert (tmp_path / "small_run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("inner", ["", SPRITES], ids=["dmd", "reward"])
+def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monkeypatch, inner) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
-        write(folder)
+        write(folder, inner=inner)
     assert main(["train", str(whole / "small.toml"), "--device", "cpu"]) == 0
     step = training.RefineStage.step
     with monkeypatch.context() as patch:
@@ -95,7 +113,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
         patch.setattr(training.RefineStage, "step", stop)
         assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 130
     assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 0
-    assert losses(stopped / "small_run") == losses(whole / "small_run")
+    assert rows_of(stopped / "small_run") == rows_of(whole / "small_run")
     left, right = (load_file(folder / "small.safetensors") for folder in (whole, stopped))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -111,6 +129,16 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
         ("", 'previous = "some"', "use pending or joint or none"),
         ('prompts = "none.txt"', "", "is not there"),
         ("= 3", "", "is no TOML file"),
+        ("", 'compiled = "yes"', "refiner.compiled is 'yes', expected bool"),
+        ("", 'objective = "reward"', 'with 0 [[rewards]]: objective "reward" takes at least one'),
+        ("", '[[rewards]]\nkind = "sprites"', "with 1 [[rewards]]"),
+        ("", '[[rewards]]\nkind = "beauty"', "rewards.kind 'beauty' is not known: use sprites, clip, pick, hps"),
+        ("", "[[rewards]]\nweight = 1", "does not say its `kind`"),
+        ("", '[[rewards]]\nkind = "clip"', "rewards.path of clip is '': name the model's folder"),
+        ("", '[[rewards]]\nkind = "sprites"\nweigth = 1', "rewards.weigth is not known; did you mean rewards.weight?"),
+        ("", '[[rewards]]\nkind = "sprites"\ninterval = 2', "is said without `frames`"),
+        ("", 'objective = "reward"\n[[rewards]]\nkind = "hps"\npath = "none"', "none holds no model"),
+        ("rewards = 3", "", "each reward is one, [[rewards]]"),
     ],
 )
 def test_what_a_file_cannot_say_is_one_line(tmp_path, capsys, more, inner, said) -> None:

@@ -142,6 +142,6 @@ def test_a_residual_is_watched_with_its_graph() -> None:
     base = tiny_network()
     tree = shaken(attach_branches(base, RANK, silent_head=True))
     seen: list[tuple[bool, int]] = []
-    refiner = Refiner(tree, watch=lambda residual, level: seen.append((residual.requires_grad, level.step)))
+    refiner = Refiner(tree, watch=lambda noise, residual, level: seen.append((residual.requires_grad, level.step)))
     self_rollout(rollout_of(base, refiner), exit_level=2)
     assert seen == [(False, 750), (True, 500)] * 3

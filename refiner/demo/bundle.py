@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..training.rewards.reward import FrameDraw
+from ..training.rewards.video_text import VideoTextReward
 from ..wan.causal import CausalWan
 from ..wan.checkpoint import load_transformer, load_vae_state, save_safetensors
 from ..wan.transformer import WanConfig
 from ..wan.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from ..wan.weight_file import FLAT, open_weights
+from .reward_model import FRAMES, SpriteVideoText
 from .text_encoder import SpriteTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 REFINER_FILE = "sprites.refiner.safetensors"
-FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student")}
+FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student", "reward")}
 
 
 def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
@@ -65,6 +68,19 @@ def load_sprite_network(name: str, folder: Path = WEIGHTS, device: torch.device 
     """The bundled teacher or student, fp32."""
     model, info = load_transformer(folder / FILES[name], dtype=torch.float32, device=device)
     return CausalWan(model, info.config)
+
+
+def load_sprite_reward(folder: Path = WEIGHTS, frames: FrameDraw = FRAMES) -> VideoTextReward:
+    """The bundled text-video reward, fp32; ValueError where it was not made yet."""
+    path = folder / FILES["reward"]
+    if not path.exists():
+        raise ValueError(f"{path} is not there: make it with `autorefiner demo train reward`, or use another reward")
+    file = open_weights(path)
+    weights = {name: file.read(FLAT, name).float() for name in file.groups[FLAT]}
+    text_len, text_dim = weights["captions.position"].shape
+    model = SpriteVideoText(len(weights["from_text.weight"]), text_dim, text_len)
+    model.load_state_dict(weights)
+    return VideoTextReward("sprites", model.eval().requires_grad_(False), frames)
 
 
 def told_of(name: str, folder: Path = WEIGHTS) -> dict:

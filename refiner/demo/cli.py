@@ -9,13 +9,14 @@ from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model
 from .evaluation import EvaluateOptions, evaluate, write_section
 from .recipes.data import Clips, encode_shards
+from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 from .show import show
 
-STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student")
+STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student", "reward")
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or killed at any time; the
 same command goes on with it. Each stage writes state.pt, log.jsonl, loss.png and sample sheets into RUN/STAGE, and its
@@ -92,6 +93,8 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
         save_model(run, "vae", stage.finished(), None, told)
     elif name == "text":
         save_model(run, "text", stage.learner.average.encoder, None, told)
+    elif name == "reward":
+        save_model(run, "reward", stage.finished(), None, told)
     elif name == "teacher":
         save_model(run, "teacher", stage.learner.average, stage.network.config, told)
     else:  # the causal initialisation is what the student starts from, and is replaced by it
@@ -106,6 +109,9 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
         return VaeStage(VaeOptions(**changes), device)
     if name == "text":
         return TextStage(TextOptions(**changes), device)
+    if name == "reward":
+        shown = {} if args.shown is None else {"shown": args.shown}
+        return RewardStage(RewardOptions(**changes, **shown), device)
     run: Path = args.run
     if name == "decoder":
         return DecoderStage(DecoderOptions(**changes), load_sprite_vae(run).to(device))

@@ -51,9 +51,8 @@ def draw(ground: ndarray, layers: Sequence[Layer], frames: int) -> ndarray:
     return video
 
 
-def layers(scene: Scene, frames: int) -> list[Layer]:
-    """The objects of a scene to draw, the farthest first."""
-    time = scene.times(frames)
+def layers(scene: Scene, time: ndarray) -> list[Layer]:
+    """The objects of a scene to draw at these seconds, the farthest first."""
     drawn = []
     for body in sorted(scene.bodies, key=lambda body: -body.depth):
         path = body.path(time)
@@ -68,8 +67,13 @@ def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
         raise ValueError(f"{frames} frames: ask for at least 1")
     size = size or scene.size
     check_size(size)
+    return render_at(scene, scene.times(frames), size)
+
+
+def render_at(scene: Scene, time: ndarray, size: int) -> ndarray:
+    """A scene at these seconds [F]: uint8 [F, S, S, 3]."""
     top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
-    return draw(draw_ground(top, bottom, scene.ground.split, size), layers(scene, frames), frames)
+    return draw(draw_ground(top, bottom, scene.ground.split, size), layers(scene, time), len(time))
 
 
 def to_pixels(frames: ndarray) -> Tensor:

@@ -36,7 +36,7 @@ class Refiner:
     levels: frozenset[int] = LEVELS  # nominal steps whose noise is refined; 1000 is the initial noise
     strength: float = 1.0
     on: Callable[[], AbstractContextManager] = nullcontext
-    watch: Callable[[Tensor, Level], None] | None = None  # told every residual before it is scaled
+    watch: Callable[[Tensor, Tensor, Level], None] | None = None  # told every noise, and its residual before scaling
 
     def at(self, level: Level) -> bool:
         """Whether the noise of this level is refined."""
@@ -68,7 +68,7 @@ class Refiner:
             flow = self.network(x.to(dtype), t, text, view)
         residual = flow[:, :, -chunk.length :].to(noise.dtype)
         if self.watch is not None:
-            self.watch(residual, level)
+            self.watch(noise, residual, level)
         return self.strength * residual
 
 

@@ -33,14 +33,15 @@ class WhiteNoise:
     """N(0, I) from one CPU generator for each (seed, sample, first latent frame, level, repeat, candidate).
 
     So the same seed gives the same noise on every device, at every batch size, and in a run that was stopped and
-    continued; the global generator is never touched.
+    continued; the global generator is never touched. `first` is the number of the batch's first sample.
     """
 
     seed: int
+    first: int = 0
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         samples = []
-        for sample in range(shape[0]):
+        for sample in range(self.first, self.first + shape[0]):
             key = (sample, chunk.start, draw.level, draw.repeat, draw.candidate)
             digest = hashlib.blake2b(struct.pack("<6q", self.seed, *key), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

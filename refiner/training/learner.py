@@ -88,9 +88,17 @@ class Learner:
 
     def step(self, loss: torch.Tensor, index: int, factor: float, clip: float = 1.0) -> None:
         """One optimisation step on `loss` at `factor` times the learning rate; then the average follows."""
-        self.optimizer.set_factor(factor)
-        self.model.zero_grad(set_to_none=True)
+        self.zero_grad()
         loss.backward()
+        self.update(index, factor, clip)
+
+    def zero_grad(self) -> None:
+        """Begin a step whose gradient comes in several backward passes."""
+        self.model.zero_grad(set_to_none=True)
+
+    def update(self, index: int, factor: float, clip: float = 1.0) -> None:
+        """The step along the gradient that was gathered."""
+        self.optimizer.set_factor(factor)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
         keep = min(self.keep, (index + 1) / (index + 10))  # short at first, so that it forgets the start

@@ -1,16 +1,22 @@
 """How passes are computed in training: products in bf16, attention by what is fastest on the device."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ..wan.causal import Host, after_attention, before_attention
 
+Precision = Literal["bf16", "fp32"]
 KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a compiled function may meet
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bf16 for the products, fp32 for the rest: as good here, and two to three times as fast, on the CPU too."""
-    return torch.autocast(device.type, torch.bfloat16)
+def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torch.autocast:
+    """bf16 for the products, fp32 for the rest: as good here, and two to three times as fast, on the CPU too.
+
+    With fp32 nothing is cast.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:

@@ -39,13 +39,13 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "init", "student"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "init", "student", "reward"])
 def test_every_stage_logs_draws_and_shows(run, stage) -> None:
     lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["loss"] > 0 for line in lines)
     assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
-    shown = run / stage / ("answers_000002.txt" if stage == "text" else "sheet_000002.png")
+    shown = run / stage / ("answers_000002.txt" if stage in ("text", "reward") else "sheet_000002.png")
     assert shown.stat().st_size > 0
 
 

@@ -1,0 +1,118 @@
+"""Captions that are false of a clip by one word, and clips that are false of a caption by one thing."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.random import Generator
+
+from ..captions import Caption, Stated, write
+from ..motion import DIRECTIONS, RATES, REACH, Motion
+from ..palette import GROUNDS, OBJECT_COLOURS
+from ..scene import Body, Ground, Scene
+from ..shapes import SHAPES
+from ..world import SIZES
+
+OPPOSITE = {"left": "right", "above": "below", "behind": "front"}
+OPPOSITE |= {value: key for key, value in OPPOSITE.items()}
+MIDDLE = (0.35, 0.65)  # where what begins to swing or orbit is put, in frame sides
+Change = tuple[int, str, str]  # which object (or -1: the caption), which attribute, and its new value
+
+
+def changes(caption: Caption) -> list[Change]:
+    """Every change of one thing that a caption says; each makes it false of what it was true of."""
+    found = [(-1, "ground", other) for other in GROUNDS if caption.ground not in (None, other)]
+    passing = caption.relation in ("behind", "front")
+    if caption.relation:
+        found.append((-1, "relation", OPPOSITE[caption.relation]))
+    for place, one in enumerate(caption.objects):
+        rest = [other.colour for other in caption.objects if other is not one]
+        found += [(place, "colour", name) for name in OBJECT_COLOURS if name != one.colour and name not in rest]
+        found += [
+            (place, "shape", name)
+            for name, shape in SHAPES.items()
+            if name != one.shape and (one.motion != "spin" or shape.symmetry)
+        ]
+        if not passing:
+            found += [
+                (place, "motion", name)
+                for name in DIRECTIONS
+                if name != one.motion and (name != "spin" or SHAPES[one.shape].symmetry)
+            ]
+        if one.size:
+            found.append((place, "size", "small" if one.size == "large" else "large"))
+        if one.speed:
+            found.append((place, "speed", "slow" if one.speed == "fast" else "fast"))
+        if one.direction:
+            ways = [
+                name for name in DIRECTIONS[one.motion] if name != one.direction and (not passing or " " not in name)
+            ]
+            found += [(place, "direction", name) for name in ways]
+    return found
+
+
+def draw_change(caption: Caption, rng: Generator, attributes: frozenset[str] | None = None) -> Change | None:
+    """One of them, every attribute that can change as likely as any other; None where none of `attributes` can."""
+    found = [one for one in changes(caption) if attributes is None or one[1] in attributes]
+    if not found:
+        return None
+    names = sorted({(place, name) for place, name, _ in found})
+    chosen = names[int(rng.integers(len(names)))]
+    same = [one for one in found if one[:2] == chosen]
+    return same[int(rng.integers(len(same)))]
+
+
+def changed(caption: Caption, change: Change, rng: Generator) -> Caption:
+    """The caption with the change, in new words."""
+    place, name, value = change
+    objects, relation, ground = caption.objects, caption.relation, caption.ground
+    if place >= 0:
+        objects = tuple(_restated(one, name, value) if i == place else one for i, one in enumerate(objects))
+    elif name == "relation":
+        relation = value
+    else:
+        ground = value
+    return write(objects, relation, ground, rng)
+
+
+def _restated(stated: Stated, name: str, value: str) -> Stated:
+    one = replace(stated, **{name: value})
+    if name != "motion":
+        return one
+    return replace(
+        one,
+        direction=None,
+        speed=one.speed if value in RATES else None,
+        size=None if value == "pulse" else one.size,
+    )
+
+
+def twin(scene: Scene, change: Change, caption: Caption, rng: Generator) -> Scene:
+    """The scene with the change, and the caption that is true of it; a relation cannot be changed so."""
+    place, name, value = change
+    if name == "ground":
+        return replace(scene, ground=Ground(value, scene.ground.split), caption=caption)
+    bodies = tuple(_rebuilt(body, name, value, rng) if i == place else body for i, body in enumerate(scene.bodies))
+    return replace(scene, bodies=bodies, caption=caption)
+
+
+def _rebuilt(body: Body, name: str, value: str, rng: Generator) -> Body:
+    """The object with another attribute, where it was unless its new motion needs room."""
+    stated = replace(body.stated, **{name: value})
+    if name in ("shape", "colour"):
+        return replace(body, stated=stated)
+    if name == "size":
+        return replace(body, stated=stated, radius=float(rng.uniform(*SIZES[value])))
+    if name == "direction":
+        return replace(body, stated=stated, motion=replace(body.motion, direction=value))
+    if name == "speed":
+        rate = float(rng.uniform(*RATES[stated.motion][value]))
+        return replace(body, stated=stated, motion=replace(body.motion, speed=value, rate=rate))
+    ways, rates = DIRECTIONS[value], RATES.get(value)
+    direction = ways[int(rng.integers(len(ways)))] if ways else None
+    speed = (body.stated.speed or ("slow", "fast")[int(rng.integers(2))]) if rates else None
+    rate = float(rng.uniform(*rates[speed])) if rates else 0.0
+    reach = float(rng.uniform(*REACH[value])) if value in REACH else 0.0
+    phase = float(rng.uniform(0, 2 * np.pi)) if value in REACH else 0.0
+    centre = tuple(float(np.clip(c, *MIDDLE)) for c in body.centre) if value in ("orbit", "swing") else body.centre
+    stated = replace(stated, direction=direction, speed=speed)
+    return replace(body, stated=stated, motion=Motion(value, direction, speed, rate, reach, phase), centre=centre)

@@ -1,0 +1,43 @@
+"""Rewards as an objective (AutoRefiner, eq. 9 and Algorithm 1): −Σ weight · reward + l2 · ½ mean(Δ²)."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..wan.vae import WanVAE
+from .learner import stream
+from .objective import Samples
+from .options import RefineOptions
+from .precision import mixed_precision
+from .rewards.decode import decode_frames
+from .rewards.reward import Mixture
+
+
+class RewardObjective:
+    """Draws frames of the step's clips, decodes those alone, and raises what the rewards say of them."""
+
+    ratio = 1
+
+    def __init__(self, options: RefineOptions, rewards: Mixture, vae: WanVAE) -> None:
+        self.options, self.rewards, self.vae = options, rewards, vae.requires_grad_(False)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def prepare(self, index: int, samples: Iterator[Samples]) -> dict[str, float]:
+        """Nothing: rewards are frozen."""
+        return {}
+
+    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logged are the loss, the weighted reward, each reward's own mean, and the penalty."""
+        drawn = self.rewards.draw(stream(self.options.seed, samples.index, 2), 4 * samples.clean.shape[2] - 3)
+        numbers = sorted(set().union(*drawn))
+        with mixed_precision(samples.clean.device, self.options.precision):
+            frames = decode_frames(self.vae, samples.clean, numbers)
+            rewards, scores = self.rewards(frames, numbers, drawn, samples.prompts)
+        reward, penalty = rewards.mean(), samples.residuals.penalty(rewards.device)
+        loss = self.options.l2 * penalty - reward
+        own = {name: each.mean() for name, each in scores.items()}
+        return loss, {"loss": loss, "reward": reward, **own, "l2": penalty}

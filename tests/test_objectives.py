@@ -1,0 +1,180 @@
+"""What a refiner is trained for: rewards and their penalty, distribution matching, and that parts make a whole."""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from autorefiner.refiner.schedule import make_level
+from autorefiner.refiner.training.dmd_objective import DmdObjective
+from autorefiner.refiner.training.objective import Means, Objective
+from autorefiner.refiner.training.options import RefineOptions
+from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.residuals import Residuals, normal_distance
+from autorefiner.refiner.training.reward_objective import RewardObjective
+from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture
+
+from tiny import TINY, tiny_network
+from tiny_reward import Brightness, tiny_vae
+
+pytest.importorskip("peft")
+
+PROMPTS = ["a", "bb", "ccc"]
+SMALL = RefineOptions(
+    rank=2, steps=8, batch=2, frames=4, height=4, width=4, ratio=1, learning_rate=1e-3, precision="fp32"
+)
+REWARD = replace(SMALL, objective="reward")
+BRIGHT = Mixture(((Brightness(), 2.0),))
+
+
+def encode(prompts: list[str]) -> Tensor:
+    """A context of its own for each prompt."""
+    generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+    return torch.stack([torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators])
+
+
+def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective:
+    if options.objective == "dmd":
+        return DmdObjective(options, tiny_network(seed=1), encode)
+    return RewardObjective(options, rewards, tiny_vae())
+
+
+def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> RefineStage:
+    return RefineStage(options, tiny_network(), objective_of(options, rewards), PROMPTS, encode, lambda *_: {})
+
+
+def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
+    residuals, level = Residuals(), make_level(750, 5.0, True)
+    noise = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for size, graph in ((0.2, True), (0.4, True), (3.0, False)):  # what has no graph is measured, not penalised
+        frames = 3 if size < 0.3 else 1
+        residual = torch.full((1, 16, frames, 8, 8), size, requires_grad=graph)
+        residuals(noise[:, :, :frames], residual, level)
+    assert residuals.penalty(noise.device).item() == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.4**2) / 2)
+    figures = residuals.figures()
+    assert set(figures) == {"change 750", "distance 750"}
+    assert figures["change 750"].item() == pytest.approx((0.2 + 0.4 + 3) / 3)
+    assert Residuals().penalty(noise.device).item() == 0
+    assert Residuals().figures() == {}
+
+
+def test_the_distance_of_white_noise_is_none_and_that_of_a_shift_is_its_penalty() -> None:
+    noise = torch.randn(4, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert normal_distance(noise) < 5e-4
+    assert normal_distance(noise + 0.3).item() == pytest.approx(0.5 * 0.3**2, rel=0.05)
+    assert normal_distance(1.5 * noise).item() == pytest.approx(0.5 * (1.5**2 - 1) - 0.4055, rel=0.05)
+    sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None]  # no shift of the whole, one of each channel
+    assert normal_distance(noise + 0.3 * sign).item() == pytest.approx(0.5 * 0.3**2, rel=0.05)
+
+
+@pytest.mark.parametrize("cache", ["pending", "joint"])
+def test_rewards_lead_to_every_factor_and_to_nothing_else(cache) -> None:
+    stage = stage_of(replace(REWARD, previous=cache))
+    for index in range(3):
+        logged = stage.step(index)
+    assert logged["loss"] == pytest.approx(logged["l2"] - logged["reward"])
+    assert logged["reward"] == pytest.approx(2 * logged["brightness"])
+    assert {"change 750", "distance 750"} <= set(logged)
+    assert all(factor.grad.any() for factor in stage.factors.values())
+    frozen = [*stage.base.model.parameters(), *stage.objective.vae.parameters()]
+    assert all(parameter.grad is None for parameter in frozen)
+
+
+@pytest.mark.parametrize("method", ["autorefiner", "init-noise", "lora"])
+def test_the_reward_rises_and_only_a_refiner_pays_for_it(method) -> None:
+    """One chunk, all of whose frames are seen: nothing but the gradient's own path changes the reward."""
+    options = replace(REWARD, method=method, frames=3, levels=(750,), learning_rate=3e-3, l2=0.1)
+    stage = stage_of(options, Mixture(((Brightness(frames=FrameDraw(9)), 2.0),)))
+    logged = [stage.step(0) for _ in range(5)]  # the same prompts and noise
+    assert logged[-1]["reward"] > logged[0]["reward"]
+    assert logged[0]["l2"] == 0
+    assert (logged[-1]["l2"] > 0) == (method != "lora")
+
+
+def test_a_reward_outside_of_its_range_stops_the_training() -> None:
+    wrong = Mixture(((Brightness(), 1.0), (Brightness("wild", 9.0), 0.0)))
+    with pytest.raises(ValueError, match="reward wild gave"):
+        stage_of(REWARD, wrong).step(0)
+
+
+@pytest.mark.parametrize("objective", ["dmd", "reward"])
+@pytest.mark.parametrize("method", ["autorefiner", "lora"])
+def test_accumulated_parts_are_one_batch(objective, method) -> None:
+    whole = stage_of(replace(SMALL, objective=objective, method=method, batch=4))
+    parts = stage_of(replace(SMALL, objective=objective, method=method, batch=2, accumulation=2))
+    for index in range(2):
+        left, right = whole.step(index), parts.step(index)
+        assert left.keys() == right.keys()
+        for name in left:
+            if not name.startswith("distance"):  # which is of all noises together, and no mean
+                assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+    for name, factor in whole.factors.items():
+        assert torch.allclose(factor.grad, parts.factors[name].grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_checkpointing_gives_the_same_losses() -> None:
+    plain, saving = (stage_of(replace(REWARD, checkpointing=each)) for each in (False, True))
+    for index in range(2):
+        assert plain.step(index)["loss"] == pytest.approx(saving.step(index)["loss"], rel=1e-5)
+    assert saving.base.checkpointing
+    assert saving.tree.checkpointing
+
+
+def test_precision_is_that_of_the_products() -> None:
+    seen: list[torch.dtype] = []
+
+    class Told(Brightness):
+        def __call__(self, frames: Tensor, numbers, prompts) -> Tensor:
+            seen.append(frames.dtype)
+            return super().__call__(frames, numbers, prompts)
+
+    for precision in ("fp32", "bf16"):
+        stage_of(replace(REWARD, precision=precision), Mixture(((Told(), 1.0),))).step(0)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("objective", ["dmd", "reward"])
+def test_nothing_of_a_step_is_retained(objective) -> None:
+    stage, alive = stage_of(replace(SMALL, objective=objective, frames=3)), []
+    for index in range(8):
+        stage.step(index)
+        if index in (2, 7):
+            gc.collect()
+            alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+    assert alive[0] == alive[1]
+
+
+def test_the_clips_of_a_step_are_made_as_they_are_asked_for() -> None:
+    """Rewards learn nothing before a step, so no rollout is made for it."""
+    stage = stage_of(REWARD)
+
+    def none() -> Iterator:
+        raise AssertionError("a rollout was made")
+        yield
+
+    assert stage.objective.prepare(0, none()) == {}
+
+
+def test_means_of_parts() -> None:
+    means = Means()
+    for value, weight in ((1.0, 0.25), (3.0, 0.75)):
+        means.add({"loss": torch.tensor(value)}, weight)
+    assert means.floats() == {"loss": 2.5}
+    assert Means().floats() == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(objective="magic"), "objective 'magic' is not known: use dmd, reward"),
+        (dict(precision="fp8"), "precision 'fp8' is not known: use bf16, fp32"),
+        (dict(accumulation=0), "accumulation 0: give at least 1"),
+        (dict(l2=-1.0), "a penalty is not negative"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        RefineOptions(**wrong)
