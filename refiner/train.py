@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .demo.bundle import load_sprite_network, load_sprite_reward, load_sprite_text, load_sprite_vae
-from .demo.clips import held_out, show_clips, student_clips
+from .demo.clips import SHOWN, held_out, show_clips, student_clips
 from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
 from .noise.file import RefinerCard, fingerprint, save_refiner
@@ -106,8 +106,8 @@ def make_objective(
 
 @dataclass(frozen=True, slots=True)
 class Sheets:
-    """Sample sheets of a training: of its first prompts, each before and after; on the sprite world (no prompts) of
-    held-out captions, with their exact scores."""
+    """Sample sheets of a training: its first prompts, before it (above) and now, from the same noise; on the sprite
+    world (no prompts) held-out captions, with their exact scores."""
 
     base: CausalWan
     encode: Callable[[list[str]], Tensor]
@@ -119,8 +119,9 @@ class Sheets:
         network, refiner = trained(stage, self.base)
         if self.prompts is None:
             captions = held_out(stage.options.shown)
+            before = [*student_clips(self.base, self.encode, self.vae, captions[:SHOWN])]
             clips = student_clips(network, self.encode, self.vae, captions, refiner=refiner)
-            return show_clips(clips, captions, folder, index)
+            return show_clips(clips, captions, folder, index, before)
         options, frames = stage.options, []
         plan = RunPlan(options.preset, options.frames, options.height, options.width)
         for prompt in self.prompts:

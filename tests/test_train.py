@@ -1,6 +1,7 @@
 """`autorefiner train`: what a file may say, and that a killed training goes on as if it had not been."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     assert any(pair.up.any() for pair in pairs.values())
     logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
     assert {"loss", "gradient", "change 750", "distance 750"} <= logged
-    assert (tmp_path / "small_run" / "sheet_000004.png").exists()
+    header = (tmp_path / "small_run" / "sheet_000004.png").read_bytes()[16:24]
+    assert struct.unpack(">II", header) == (8 * 66 + 2, 2 * 66 + 2)  # one caption: before it and now
 
 
 def test_a_plain_lora_is_written_for_comfyui(tmp_path) -> None:

@@ -32,6 +32,7 @@ PRESET = PRESETS["self-forcing"]
 LATENT_FRAMES, SIDE = 21, 8  # 81 frames of 64x64
 BATCH = 16
 DECODED_AT_ONCE = 4
+SHOWN = 4  # clips of a sheet
 
 
 def held_out(count: int, split: str = "test") -> list[Caption]:
@@ -104,12 +105,18 @@ def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "")
     return [evaluate_clip(clip, caption) for clip, caption in bar]
 
 
-def show_clips(clips: Iterable[ndarray], captions: Sequence[Caption], folder: Path, index: int) -> dict[str, float]:
-    """Score clips, and write a sheet of the first four, eight frames each, with their captions beside it."""
+def show_clips(
+    clips: Iterable[ndarray], captions: Sequence[Caption], folder: Path, index: int, before: Sequence[ndarray] = ()
+) -> dict[str, float]:
+    """Score clips, and write a sheet of the first four, eight frames each, with their captions beside it.
+
+    With clips `before`, each of those has its row above the clip's.
+    """
     clips = list(clips)
-    frames = [frame for clip in clips[:4] for frame in clip[:: len(clip) // 8][:8]]
+    rows = [row for pair in zip(before, clips[:SHOWN], strict=False) for row in pair] if before else clips[:SHOWN]
+    frames = [frame for clip in rows for frame in clip[:: len(clip) // 8][:8]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png")
-    (folder / f"sheet_{index:06d}.txt").write_text("\n".join(caption.text for caption in captions[:4]) + "\n")
+    (folder / f"sheet_{index:06d}.txt").write_text("\n".join(caption.text for caption in captions[:SHOWN]) + "\n")
     found = summarise(score(clips, captions))
     return {name: found[name].mean for name in ("object", "colour", "action", "quality", "total")}
 

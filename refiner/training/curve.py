@@ -1,4 +1,4 @@
-"""A loss curve as a picture: one panel a logged figure, thin raw values under a smoothed line."""
+"""Loss and reward curves as a picture: one panel a logged figure, with its name and last value, raw under smoothed."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,26 @@ import numpy as np
 from ..video import write_png
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 8
-RAW, SMOOTH, FRAME = (205, 215, 235), (30, 70, 160), (190, 190, 190)
+RAW, SMOOTH, FRAME, INK = (205, 215, 235), (30, 70, 160), (190, 190, 190), (60, 60, 60)
 HIDDEN = ("step", "seconds")
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.-+"
+DOTS = """
+25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25573 65655 34216 72222
+55557 55552 55775 55255 55222 71247 75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 00002 00700 02720
+"""
+GLYPHS = dict(zip(LETTERS, DOTS.split(), strict=True))  # of 3x5 dots: a digit a row, whose bits are the dots
 
 
 def draw_curve(log: Path, path: Path) -> None:
     """Draw every figure of a log.jsonl over the steps into a PNG, in the order of its first appearance."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN]
-    panels = [_panel([(row["step"], row[name]) for row in rows if name in row], rows[-1]["step"]) for name in names]
+    last = rows[-1]["step"]
+    panels = [_panel(name, [(row["step"], row[name]) for row in rows if name in row], last) for name in names]
     write_png(np.concatenate(panels), path)
 
 
-def _panel(points: list[tuple[int, float]], last: int) -> np.ndarray:
+def _panel(name: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     image[[0, -1]] = image[:, [0, -1]] = FRAME
     steps, values = np.array(points).T
@@ -33,7 +40,16 @@ def _panel(points: list[tuple[int, float]], last: int) -> np.ndarray:
         heights = np.interp(columns, x, y).round().clip(1, HEIGHT - 2).astype(int)
         for column, top, bottom in zip(columns[1:], heights, heights[1:], strict=False):
             image[min(top, bottom) : max(top, bottom) + 1, column] = colour
+    _write(image, f"{name} {smoothed[-1]:.4g}")
     return image
+
+
+def _write(image: np.ndarray, text: str) -> None:
+    """Put a text into the upper left corner."""
+    for place, letter in enumerate(text.lower()[: (WIDTH - 2 * MARGIN) // 8]):
+        dots = np.array([[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in GLYPHS.get(letter, "00000")], bool)
+        left = MARGIN + 8 * place
+        image[MARGIN : MARGIN + 10, left : left + 6][dots.repeat(2, 0).repeat(2, 1)] = INK
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
