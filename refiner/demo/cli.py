@@ -1,6 +1,9 @@
 """autorefiner demo: train the bundled models by their recipes."""
 
 import argparse
+import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 from .show import show
+from .tables import TABLES, TablesOptions, make_tables
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student", "reward")
 TRAIN = """\
@@ -58,6 +62,27 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
 
+    about = "Train what is missing, and write the paper's tables in miniature into a Markdown file."
+    command = actions.add_parser("tables", help="the paper's tables", description=about)
+    command.add_argument("--run", type=Path, default=RUNS / "tables", metavar="FOLDER", help="default %(default)s")
+    command.add_argument("--quick", action="store_true", help="try the command on next to nothing")
+    command.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=TABLES, help="default: all")
+    command.add_argument("--captions", type=int, help="held-out captions (default 96)")
+    command.add_argument("--steps", type=int, help="of each trained row (default 1000)")
+    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 300)")
+    command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
+    command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+
+
+def tables_options(args: argparse.Namespace) -> TablesOptions:
+    """As the command line says."""
+    options = TablesOptions.quick() if args.quick else TablesOptions()
+    given = {"captions": args.captions, "short": args.short_steps}
+    options = replace(options, tables=tuple(args.tables), **{k: v for k, v in given.items() if v is not None})
+    training = replace(options.training, compiled=args.compile)
+    return replace(options, training=training if args.steps is None else replace(training, steps=args.steps))
+
 
 def run_demo(args: argparse.Namespace, device: torch.device) -> int:
     """Do what was asked for."""
@@ -70,6 +95,11 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
     if args.action == "show":
         for line in show(args.out, args.clips, args.seed, device):
             print(line)
+        return 0
+    if args.action == "tables":
+        body = make_tables(args.run, tables_options(args), device)
+        write_section(args.out, "The refiner", body)
+        print(body)
         return 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         train_stage(stage, args, device)
@@ -88,7 +118,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     steps = stage.options.steps
     print(f"{name}: {steps} steps on {device} in {run / name}")
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
-    told = {"recipe": name, "steps": steps}
+    told = {"recipe": name, "steps": steps, "commit": own_commit(), "scores": last_scores(run / name)}
     if name in ("vae", "decoder"):
         save_model(run, "vae", stage.finished(), None, told)
     elif name == "text":
@@ -100,6 +130,21 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     else:  # the causal initialisation is what the student starts from, and is replaced by it
         model = stage.generator.average if name == "student" else stage.learner.average
         save_model(run, "student", model, stage.network.config, told | {"preset": "self-forcing"})
+
+
+def own_commit() -> str:
+    """Of the code that runs, where it lies in a checkout."""
+    command = ["git", "-C", str(WEIGHTS.parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def last_scores(run: Path) -> dict[str, float]:
+    """Loss and scores of a finished run's last step, whose sample sheet is always drawn."""
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    return {name: round(figure, 3) for name, figure in last.items() if name not in ("step", "seconds")}
 
 
 def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Stage:

@@ -1,0 +1,203 @@
+"""One row of the results tables: what is trained for it, how it is sampled, and what was measured of its clips.
+
+Factors and measurements stay in the run's folder, so a command that was stopped goes on with the next row.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor, nn
+
+from ..generate import SPRITES
+from ..noise.file import load_refiner
+from ..noise.refiner import Refiner, merged
+from ..rollout import Sampler
+from ..samplers import BestOfN, SearchOverPath, self_forcing
+from ..schedule import Chunk, plan_chunks
+from ..train import train_refiner
+from ..train_config import RewardConfig, TrainConfig
+from ..training.options import RefineOptions
+from ..training.rewards.reward import Mixture
+from ..training.rewards.verifier import RewardVerifier
+from ..wan.causal import CausalWan, embed
+from ..wan.lora import read_lora
+from .bundle import FILES, WEIGHTS
+from .captions import Caption
+from .clips import PRESET, student_clips
+from .evaluation import Demo
+from .metrics.diversity import spreads
+from .metrics.evaluate import ClipScores, evaluate_clip
+
+Search = Literal["", "best-of-n", "search-over-path"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A name, and what differs from the base: a training, the levels refined when sampling, a search."""
+
+    name: str
+    training: RefineOptions | None = None
+    levels: tuple[int, ...] | None = None  # those it was trained with unless told
+    search: Search = ""
+
+    @property
+    def file(self) -> str:
+        """Of its factors; rows that train the same share them."""
+        return f"{hashlib.sha256(repr(self.training).encode()).hexdigest()[:16]}.safetensors"
+
+
+@dataclass(slots=True)
+class Cost:
+    """What sampling took: passes of the network; scores asked for, each of which decodes; seconds."""
+
+    passes: int = 0
+    verifications: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one row: scores of each clip, seed by seed; spreads of each caption [captions, 2]; cost of all clips."""
+
+    scores: list[ClipScores]
+    spreads: ndarray
+    cost: Cost
+    frames: int  # of all clips together
+    chunks: int
+
+    def write(self, path: Path, key: str) -> None:
+        """Keep it as the measurement of `key`."""
+        told = {
+            "key": key, "scores": [asdict(one) for one in self.scores], "spreads": self.spreads.tolist(),
+            "cost": asdict(self.cost), "frames": self.frames, "chunks": self.chunks,
+        }  # fmt: skip
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(json.dumps(told))
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> "Outcome | None":
+        """What was measured, if it was of this."""
+        if not path.exists() or (told := json.loads(path.read_text()))["key"] != key:
+            return None
+        scores = [ClipScores(**one) for one in told["scores"]]
+        return cls(scores, np.array(told["spreads"]), Cost(**told["cost"]), told["frames"], told["chunks"])
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every row is measured with: the same models, captions, seeds and so the same noise."""
+
+    demo: Demo
+    captions: Sequence[Caption]
+    seeds: int
+    frames: int  # latent
+    run: Path
+    rewards: Mixture | None = None  # what the searches choose by
+    candidates: int = 5
+
+    def outcome(self, row: Row, device: torch.device) -> Outcome:
+        """Train what the row needs, unless that was done; sample and score its clips, unless that was done."""
+        factors = self._factors(row, device)
+        key, path = self._key(row, factors), self.run / f"{_plain(row.name)}.json"
+        if found := Outcome.read(path, key):
+            return found
+        found = self._measure(row, *self._models(row, factors))
+        found.write(path, key)
+        return found
+
+    def _factors(self, row: Row, device: torch.device) -> Path | None:
+        if row.training is None:
+            return None
+        out = self.run / row.file
+        if not out.exists():
+            rewards = (RewardConfig(SPRITES),) if row.training.objective == "reward" else ()
+            train_refiner(TrainConfig(out, self.run / out.stem, refiner=row.training, rewards=rewards), device)
+        return out
+
+    def _key(self, row: Row, factors: Path | None) -> str:
+        """Says all that the measurement depends on."""
+        digest = hashlib.sha256()
+        for path in (WEIGHTS / FILES["student"], WEIGHTS / FILES["vae"], WEIGHTS / FILES["text"], factors):
+            digest.update(path.read_bytes() if path else b"")
+        told = repr((row.levels, row.search, len(self.captions), self.seeds, self.frames, self.candidates))
+        digest.update(told.encode())
+        return digest.hexdigest()
+
+    def _models(self, row: Row, factors: Path | None) -> tuple[CausalWan, Refiner | None]:
+        """The network that denoises, and the refiner."""
+        student = self.demo.student
+        if factors is None:
+            return student, None
+        if row.training.method == "lora":
+            return merged(student, read_lora(factors), silent_head=False), None
+        pairs, card = load_refiner(factors)
+        levels = card.levels if row.levels is None else row.levels
+        return student, Refiner(merged(student, pairs), card.cache, frozenset(levels))
+
+    def _measure(self, row: Row, network: CausalWan, refiner: Refiner | None) -> Outcome:
+        cost = Cost()
+        network = counted(network, cost)
+        if refiner is not None:
+            refiner = replace(refiner, network=counted(refiner.network, cost))
+        scores, clips = [], []
+        for seed in range(self.seeds):
+            made = student_clips(
+                network, self.demo.text, self.demo.vae, self.captions, seed=seed, frames=self.frames, refiner=refiner,
+                method_of=lambda texts: self._method(row, texts, cost),
+            )  # fmt: skip
+            for clip, caption in zip(timed(made, cost), self.captions, strict=True):
+                scores.append(evaluate_clip(clip, caption))
+                clips.append(clip)
+        frames = sum(map(len, clips))
+        chunks = len(clips) * len(plan_chunks(PRESET, self.frames)[1])
+        return Outcome(scores, spreads(clips, [*self.captions] * self.seeds), cost, frames, chunks)
+
+    def _method(self, row: Row, texts: list[str], cost: Cost) -> Sampler:
+        if not row.search:
+            return self_forcing
+        if self.rewards is None:
+            raise ValueError(f"{row.name} needs a reward model to choose by")
+        verifier = RewardVerifier(self.rewards, self.demo.vae, texts)
+
+        def verify(latents: Tensor, chunk: Chunk) -> Tensor:
+            cost.verifications += len(latents)
+            return verifier(latents, chunk)
+
+        kind = {"best-of-n": BestOfN, "search-over-path": SearchOverPath}[row.search]
+        return kind(verify, self.candidates)
+
+
+def counted(network: CausalWan, cost: Cost) -> CausalWan:
+    """The same network, whose passes are counted, one a sample of the batch."""
+
+    def embed_and_count(patch_embedding: nn.Module, x: Tensor) -> Tensor:
+        cost.passes += len(x)
+        return embed(patch_embedding, x)
+
+    return replace(network, host=replace(network.host, embed=embed_and_count))
+
+
+def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:
+    """The same clips; the seconds that making them takes are counted, those of whoever takes them are not."""
+    rest = iter(clips)
+    while True:
+        began = time.perf_counter()
+        clip = next(rest, None)
+        cost.seconds += time.perf_counter() - began
+        if clip is None:
+            return
+        yield clip
+
+
+def _plain(name: str) -> str:
+    """A row's name as a file's."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

@@ -1,0 +1,152 @@
+"""The paper's tables in miniature, on the sprite world: `autorefiner demo tables`.
+
+The learned reward model rewards and chooses, the exact metrics judge. Every trained row has the same budget, and every
+difference is paired by caption and seed (AutoRefiner, Tables 1-4 and 7; PAPER gives the paper's own numbers).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..training.options import RefineOptions
+from ..training.rewards.reward import Mixture
+from .bundle import WEIGHTS, load_sprite_reward
+from .clips import LATENT_FRAMES, held_out
+from .evaluation import Demo
+from .metrics.diversity import of_spreads
+from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
+from .rows import Bench, Outcome, Row
+
+TABLES = (1, 2, 3, 4, 7)
+TOTALS = ("quality", "semantic", "total")
+TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
+BASE = Row("base")
+
+
+@dataclass(frozen=True, slots=True)
+class TablesOptions:
+    """How much is trained and measured."""
+
+    captions: int = 96
+    seeds: int = 2
+    frames: int = LATENT_FRAMES
+    training: RefineOptions = field(default_factory=lambda: RefineOptions(steps=1000, rank=32))
+    short: int = 300  # steps of each row of Table 4
+    tables: tuple[int, ...] = TABLES
+
+    @classmethod
+    def quick(cls) -> "TablesOptions":
+        """So little that every number is meaningless: it tries the command."""
+        training = RefineOptions(steps=2, rank=2, batch=2, frames=6, ratio=1, shown=1)
+        return cls(captions=2, frames=6, training=training, short=1)
+
+
+def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
+    """The three trained methods of Tables 1 and 2."""
+    methods = (("LoRA", "lora"), ("InitNoiseRefiner", "init-noise"), ("AutoRefiner", "autorefiner"))
+    return tuple(Row(f"+{name} ({training.objective})", replace(training, method=method)) for name, method in methods)
+
+
+def dmd_rows(options: TablesOptions) -> list[Row]:
+    """Table 1."""
+    return [BASE, *objective_rows(replace(options.training, objective="dmd"))]
+
+
+def reward_rows(options: TablesOptions) -> list[Row]:
+    """Tables 2 and 7."""
+    searches = [Row("Best-of-N", search="best-of-n"), Row("Search over Path", search="search-over-path")]
+    return [BASE, *searches, *objective_rows(replace(options.training, objective="reward"))]
+
+
+def level_rows(options: TablesOptions) -> list[Row]:
+    """Table 3: one refiner, its levels chosen when sampling."""
+    training = replace(options.training, objective="dmd")
+    return [BASE, *(Row(" ".join(map(str, levels)), training, levels) for levels in TOLD_LEVELS)]
+
+
+def cache_rows(options: TablesOptions) -> list[Row]:
+    """Table 4."""
+    training = replace(options.training, objective="dmd", steps=options.short)
+    forms = [(history, previous) for history in ("none", "shared") for previous in ("none", "pending", "joint")]
+    return [
+        BASE,
+        *(
+            Row(f"history {history}, previous {previous}", replace(training, history=history, previous=previous))
+            for history, previous in forms
+        ),
+    ]
+
+
+def cost_cells(outcome: Outcome, base: Outcome) -> list[str]:
+    """Passes a chunk above the base's, and verifications; frames a second, decode included."""
+    cost, chunks = outcome.cost, outcome.chunks
+    more = (cost.passes - base.cost.passes) / chunks
+    return [f"{more:g}", f"{cost.verifications / chunks:g}", f"{outcome.frames / cost.seconds:.1f}"]
+
+
+def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
+    """Diversity between the seeds of a caption, and dynamic degree."""
+    return [str(resampled_interval(outcome.spreads, of_spreads)), str(summarise(outcome.scores)["dynamic"])]
+
+
+def gain(outcome: Outcome, base: Outcome, captions: int) -> Interval:
+    """Of the total, paired by caption and seed; the seeds of a caption are drawn together."""
+    groups = [number % captions for number in range(len(outcome.scores))]
+    return paired_difference(outcome.scores, base.scores, groups)["total"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One of the paper's: its rows, and the columns beside the totals."""
+
+    title: str
+    rows: Callable[[TablesOptions], Sequence[Row]]
+    columns: tuple[str, ...] = ()
+    cells: Callable[[Outcome, Outcome], list[str]] = lambda outcome, base: []
+
+
+KINDS = {
+    1: Table("Table 1: trained by distribution matching", dmd_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
+    2: Table(
+        "Table 2: trained with the reward model, or searching with it", reward_rows,
+        ("ΔNFE", "verifications", "frames/s"), cost_cells,
+    ),
+    3: Table("Table 3: refined levels, chosen when sampling", level_rows),
+    4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
+    7: Table("Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"), dynamic_cells),
+}  # fmt: skip
+
+
+def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
+    """A table in Markdown."""
+    base, captions = outcomes[BASE.name], options.captions
+    lines = [["", *TOTALS, "total less base's", *table.columns]]
+    for row in table.rows(options):
+        outcome = outcomes[row.name]
+        found = summarise(outcome.scores, [number % captions for number in range(len(outcome.scores))])
+        less = "–" if row == BASE else str(gain(outcome, base, captions))
+        lines.append([row.name, *(str(found[name]) for name in TOTALS), less, *table.cells(outcome, base)])
+    return f"### {table.title}\n\n{aligned(lines)}"
+
+
+def make_tables(run: Path, options: TablesOptions, device: torch.device) -> str:
+    """Train and measure every row that is not in `run` yet; the tables as a section of RESULTS.md."""
+    run.mkdir(parents=True, exist_ok=True)
+    demo = Demo.load(WEIGHTS, device)
+    rewards = Mixture(((load_sprite_reward(), 1.0),)) if {2, 7} & {*options.tables} else None
+    bench = Bench(demo, held_out(options.captions), options.seeds, options.frames, run, rewards)
+    chosen = [KINDS[number] for number in options.tables]
+    rows = {row.name: row for table in chosen for row in table.rows(options)}
+    outcomes = {name: bench.outcome(row, device) for name, row in rows.items()}
+    training = options.training
+    told = [
+        f"{options.captions} held-out captions × {options.seeds} seeds, clips of {4 * options.frames - 3} frames;",
+        "every score is 0–100 with its 95 % bootstrap interval over captions, differences are paired by caption and",
+        f"seed. The base is frozen; every trained row has {training.steps} steps of {training.batch} clips (Table 4:",
+        f"{options.short}), rank {training.rank}. ΔNFE: passes a chunk above the base's; verifications, each of which",
+        f"decodes, are a chunk's too. Both searches choose among {bench.candidates} candidates by the learned reward",
+        "model, which the rewarded rows were trained with; the exact metrics judge.",
+    ]
+    return "\n".join(told) + "\n\n" + "\n\n".join(draw(table, options, outcomes) for table in chosen)

@@ -1,0 +1,79 @@
+"""The bundled models: their files, what they say, and that what they make is what was asked for."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo.bundle import FILES, REFINER_FILE, WEIGHTS, load_sprite_network, told_of
+from autorefiner.refiner.demo.clips import held_out, returned_clips, score, student_clips
+from autorefiner.refiner.demo.evaluation import Demo
+from autorefiner.refiner.demo.metrics.table import summarise
+from autorefiner.refiner.demo.recipes.vae import psnr
+from autorefiner.refiner.demo.render import clip_batch
+from autorefiner.refiner.demo.show import bundled_refiner
+from autorefiner.refiner.noise.file import fingerprint, load_refiner
+from autorefiner.refiner.video import count_frames, read_metadata
+from autorefiner.refiner.wan.weight_file import open_weights
+
+MODELS = ("text", "vae", "teacher", "student")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return Demo.load(WEIGHTS, torch.device("cpu"))
+
+
+def test_the_files_are_small_and_say_what_they_are() -> None:
+    assert sum((WEIGHTS / FILES[name]).stat().st_size for name in MODELS) <= 28 * 2**20
+    for name in MODELS:
+        assert told_of(name)["steps"] > 0
+    for name, causal in (("student", True), ("teacher", False)):
+        config = json.loads(open_weights(WEIGHTS / FILES[name]).metadata["config"])
+        assert config["transformer"]["causal_ar"] is causal
+
+
+def test_the_vae_returns_held_out_clips(demo: Demo) -> None:
+    pixels, _ = clip_batch(range(4), "test", 33)
+    assert psnr(demo.vae.decode(demo.vae.encode(pixels)), pixels) > 28
+    found = summarise(score(returned_clips(demo.vae, held_out(2)), held_out(2)))
+    assert found["colour"].mean > 95 and found["action"].mean > 80
+
+
+def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
+    captions = held_out(12)
+    clips = [*student_clips(demo.student, demo.text, demo.vae, captions)]
+    found, others = (summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]]))
+    assert found["colour"].mean > others["colour"].mean + 20
+    assert not math.isnan(found["total"].mean)
+
+
+def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "x.mp4"
+    prompt = "a small red star bounces to the left of a green circle on a blue ground"
+    assert main(["generate", "--model", "sprites", "--prompt", prompt, "--out", str(out)]) == 0
+    assert count_frames(out) == 81 and read_metadata(out)["prompt"] == prompt
+
+
+@pytest.mark.skipif(not (WEIGHTS / REFINER_FILE).exists(), reason="the bundle has no refiner")
+def test_the_refiner_is_the_students(demo: Demo) -> None:
+    _, card = load_refiner(WEIGHTS / REFINER_FILE)
+    assert card.base == fingerprint(load_sprite_network("student").model)
+    assert (WEIGHTS / REFINER_FILE).stat().st_size <= 4 * 2**20
+    captions = held_out(1)
+    base, refined = (
+        next(iter(student_clips(demo.student, demo.text, demo.vae, captions, frames=6, refiner=refiner)))
+        for refiner in (None, bundled_refiner(demo.student))
+    )
+    assert base.shape == refined.shape and (base != refined).any()
+
+
+def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys) -> None:
+    assert main(["demo", "show", "--clips", "1", "--out", str(tmp_path)]) == 0
+    assert count_frames(tmp_path / "sprites_1.mp4") == 81
+    assert (tmp_path / "sprites.png").exists()
+    told = capsys.readouterr().out
+    assert held_out(1)[0].text in told and "base: " in told

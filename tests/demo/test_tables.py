@@ -1,0 +1,66 @@
+"""`autorefiner demo tables`: what it trains, measures, keeps and writes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo.rows import Cost, Outcome, counted, timed
+from autorefiner.refiner.demo.tables import KINDS, TABLES, TablesOptions
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import PRESETS
+
+from tiny import TINY, tiny_network
+
+pytest.importorskip("peft")
+
+
+def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path) -> None:
+    out, run = tmp_path / "RESULTS.md", tmp_path / "run"
+    command = ["demo", "tables", "--quick", "--tables", "1", "--run", str(run), "--out", str(out)]
+    assert main(command) == 0
+    text = out.read_text()
+    for name in ("base", "+LoRA (dmd)", "+InitNoiseRefiner (dmd)", "+AutoRefiner (dmd)"):
+        assert f"| {name} " in text
+    before = {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")}
+    assert len(before) == 4
+    assert main(command) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")} == before
+    assert out.read_text() == text
+
+
+def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
+    options = TablesOptions()
+    for number in TABLES:
+        rows = KINDS[number].rows(options)
+        assert rows[0].name == "base" and rows[0].training is None
+        assert len({row.name for row in rows}) == len(rows)
+        trained = [row.training for row in rows if row.training is not None]
+        assert len({(one.steps, one.batch, one.rank, one.seed, one.objective) for one in trained}) == 1
+    levels = KINDS[3].rows(options)
+    assert len({row.file for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
+    assert len({row.file for row in KINDS[4].rows(options)[1:]}) == 6
+
+
+def test_passes_are_counted_by_the_network() -> None:
+    cost, network = Cost(), tiny_network()
+    context = torch.zeros(2, TINY.text_len, TINY.text_dim)
+    plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
+    list(sample(counted(network, cost), context, plan))
+    assert cost.passes == 2 * (4 + 1 + 4)  # of two samples: four levels, what writes the memory, four levels
+
+
+def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
+    outcome = Outcome([], np.zeros((1, 2)), Cost(3, 0, 1.5), 9, 1)
+    outcome.write(tmp_path / "row.json", "this")
+    assert Outcome.read(tmp_path / "row.json", "that") is None
+    again = Outcome.read(tmp_path / "row.json", "this")
+    assert again.cost == outcome.cost and again.frames == 9
+
+
+def test_only_making_a_clip_takes_time() -> None:
+    cost = Cost()
+    assert [len(clip) for clip in timed(iter([np.zeros(2), np.zeros(3)]), cost)] == [2, 3]
+    assert 0 < cost.seconds < 1
