@@ -51,7 +51,8 @@ def test_the_core_imports_neither_a_host_nor_a_room_above(path: Path) -> None:
     assert not upward
 
 
-COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in ("comfy.py", "comfy_layers.py", "page.py")]
+OF_COMFYUI = ("comfy.py", "comfy_layers.py", "comfy_training.py", "comfy_video.py", "page.py")
+COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in OF_COMFYUI]
 
 
 @pytest.mark.parametrize("path", NODES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -45,7 +45,8 @@ def means(scores: list[ClipScores]) -> dict[str, float]:
 def redraw(scene: Scene, change: Callable[[list[Layer]], list[Layer]], frames: int = 81) -> np.ndarray:
     """The scene with its objects changed."""
     top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
-    return draw(draw_ground(top, bottom, scene.ground.split, scene.size), change(layers(scene, frames)), frames)
+    drawn = change(layers(scene, scene.times(frames)))
+    return draw(draw_ground(top, bottom, scene.ground.split, scene.size), drawn, frames)
 
 
 def levels(values: np.ndarray) -> np.ndarray:
@@ -101,9 +102,9 @@ def grid(scene: Scene, video: np.ndarray) -> np.ndarray:
 
 def duplicate(scene: Scene, video: np.ndarray) -> np.ndarray:
     """A second object of the first's kind, in a corner that is free."""
-    layer = layers(scene, 1)[-1]
+    layer = layers(scene, scene.times(1))[-1]
     corners = np.array([[0.15, 0.15], [0.85, 0.15], [0.15, 0.85], [0.85, 0.85]])
-    ways = np.concatenate([drawn.position for drawn in layers(scene, len(video))])
+    ways = np.concatenate([drawn.position for drawn in layers(scene, scene.times(len(video)))])
     corner = corners[np.linalg.norm(ways - corners[:, None], axis=2).min(axis=1).argmax()]
     still = {"position": np.tile(corner, (len(video), 1)), "radius": np.full(len(video), 0.09)}
     return redraw(scene, lambda drawn: [replace(layer, angle=np.zeros(len(video)), **still), *drawn])
