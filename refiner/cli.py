@@ -39,6 +39,7 @@ from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .train import run_training
+from .training.distributed import distributed, is_first
 from .video import check_output, count_frames, partial_path, read_metadata
 from .wan.checkpoint import describe, inspect
 
@@ -55,6 +56,12 @@ Sample a video chunk by chunk and write each chunk to the file as soon as it is 
 
 Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished chunk. With --save-latents the run can go
 on: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
+
+TRAIN = """\
+Train a noise refiner as a TOML file says; killed or stopped, the same command goes on. In several processes, which
+share the batch and hold a part of each network:
+
+  torchrun --nproc-per-node 8 --no-python autorefiner train refiner.toml"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,8 +111,9 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     command.add_argument("--refiner", action="store_true", help="what a refiner costs, in all its forms, instead")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
-    about = "Train a noise refiner as a TOML file says; killed or stopped, the same command goes on."
-    command = commands.add_parser("train", help="train a refiner", description=about)
+    command = commands.add_parser(
+        "train", help="train a refiner", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     command.add_argument("config", type=Path, metavar="CONFIG.toml")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
     add_demo(commands)
@@ -227,7 +235,10 @@ def what_is_there(job: Job) -> str:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    print(run_training(args.config, pick_device(args.device)))
+    with distributed(pick_device(args.device)) as device:
+        path = run_training(args.config, device)
+        if is_first():
+            print(path)
     return 0
 
 

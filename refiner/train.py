@@ -12,10 +12,11 @@ from .demo.bundle import load_sprite_network, load_sprite_reward, load_sprite_te
 from .demo.clips import SHOWN, held_out, show_clips, student_clips
 from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
-from .noise.file import RefinerCard, fingerprint, save_refiner
+from .noise.file import FINGERPRINTED, RefinerCard, fingerprint_of, save_refiner
 from .noise.refiner import Refiner, merged
 from .sample import RunPlan, sample
 from .train_config import SPRITES, RewardConfig, TrainConfig
+from .training.distributed import is_first, whole, world
 from .training.dmd_objective import DmdObjective
 from .training.loop import LoopOptions, keep_freed_memory, train
 from .training.objective import Objective
@@ -86,7 +87,8 @@ def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     encode = make_encoder(config, base, device)
     vae = load_sprite_vae() if config.vae == SPRITES else WanVAE.from_state_dict(load_vae_state(config.vae))
     vae = vae.to(device)
-    show = Sheets(base, encode, vae, None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
+    sheets = Sheets(base, encode, vae, None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
+    show = sheets if is_first() else gather_only
     return RefineStage(config.refiner, base, make_objective(config, base, encode, vae), prompts, encode, show)
 
 
@@ -102,6 +104,12 @@ def make_objective(
     if (base.config.in_dim, base.config.text_dim) != (teacher.config.in_dim, teacher.config.text_dim):
         raise ValueError("base and teacher differ in latents or text encoder: train with a teacher of the base's kind")
     return DmdObjective(config.refiner, teacher, encode)
+
+
+def gather_only(stage: RefineStage, folder: Path, index: int) -> dict[str, float]:
+    """A process's part in the sheet that the first one draws."""
+    stage.average()
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +163,21 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
         keep_freed_memory()
     stage = make_stage(config, device)
     options = stage.options
-    print(f"{options.method}: {options.steps} steps on {device} in {config.run}", file=sys.stderr)
+    if is_first():
+        several = f", in {world()} processes" if world() > 1 else ""
+        print(f"{options.method}: {options.steps} steps on {device} in {config.run}{several}", file=sys.stderr)
     train(stage, LoopOptions(config.run, options.steps, config.save_every, config.show_every))
     pairs = stage.average()
+    base = {name: whole(stage.base.model.get_parameter(name)) for name in FINGERPRINTED}
+    if not is_first():
+        return config.out
     if options.method == "lora":
         save_lora(config.out, pairs, {"steps": str(options.steps), "objective": options.objective})
         return config.out
     cache = options.cache
     card = RefinerCard(
         rank=options.rank, levels=tuple(sorted(options.refined, reverse=True)), history=cache.history,
-        previous=cache.previous, base=fingerprint(stage.base.model), objective=options.objective, steps=options.steps,
+        previous=cache.previous, base=fingerprint_of(base), objective=options.objective, steps=options.steps,
     )  # fmt: skip
     save_refiner(config.out, pairs, card)
     return config.out

@@ -9,36 +9,20 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import save_model
-from autorefiner.refiner.demo.reward_model import SpriteVideoText
-from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.wan.checkpoint import inspect
-from autorefiner.refiner.wan.transformer import WanConfig, WanTransformer
-from autorefiner.refiner.wan.vae import WanVAE
+
+from tiny_bundle import use_bundle, write_tiny_bundle
 
 pytest.importorskip("peft")
-
-SIZES = WanConfig(dim=32, num_heads=2, ffn_dim=32, num_layers=2, text_dim=16, text_len=32)
 
 
 @pytest.fixture(autouse=True)
 def bundle(tmp_path, monkeypatch):
     """Tiny random models in the bundle's place: what is tried here is the training, not what it learns."""
-    torch.manual_seed(0)
     models = tmp_path / "models"
-    save_model(models, "vae", WanVAE(4), None, {})
-    save_model(models, "text", SpriteTextEncoder(16), None, {})
-    for name in ("teacher", "student"):
-        save_model(models, name, WanTransformer(SIZES), SIZES, {})
-    save_model(models, "reward", SpriteVideoText(16, 16), None, {})
-    for name in ("load_sprite_vae", "load_sprite_text"):
-        loaded = getattr(training, name)(models)
-        monkeypatch.setattr(training, name, lambda loaded=loaded: loaded)
-    monkeypatch.setattr(training, "SPRITE_PROMPTS", 8)
-    load, reward = training.load_sprite_network, training.load_sprite_reward
-    monkeypatch.setattr(training, "load_sprite_reward", lambda frames: reward(models, frames))
-    monkeypatch.setattr(training, "load_sprite_network", lambda name, device: load(name, models, device))
+    write_tiny_bundle(models)
+    use_bundle(models, monkeypatch.setattr)
     return models
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..noise.refiner import TARGETS, check_pairs, shared_copy
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
+from .distributed import whole
 
 HEAD_RANK = 64  # the head of a Wan2.1 network has 64 outputs
 PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
@@ -52,11 +53,12 @@ def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:
 
 
 def pairs_of(network: CausalWan) -> dict[str, LoraPair]:
-    """The factors by layer as they stand, detached, with their scale."""
+    """The factors by layer as they stand, detached and whole, with their scale."""
     pairs = {}
     for name, module in network.model.named_modules():
         if hasattr(module, "lora_A"):
-            down, up = (getattr(module, part)["default"].weight.detach().clone() for part in ("lora_A", "lora_B"))
+            factors = (getattr(module, part)["default"].weight for part in ("lora_A", "lora_B"))
+            down, up = (whole(factor.detach()).clone() for factor in factors)
             pairs[name] = LoraPair(down, up, module.scaling["default"])
     return pairs
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..wan.causal import CausalWan
 from ..wan.transformer import WanTransformer
+from .distributed import sharded
 from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma
 from .learner import Learner, noise_stream
 from .objective import Means, Samples
@@ -25,11 +26,12 @@ class DmdObjective:
         self.options, self.encode, self.ratio = options, encode, options.ratio
         self.device = next(teacher.model.parameters()).device
         host = training_host(self.device, options.compiled)
-        self.teacher = replace(teacher, host=host)
         fake = WanTransformer(teacher.config)
         fake.load_state_dict(teacher.model.state_dict())
-        self.critic = Learner(fake.to(self.device), options.critic_rate, 0.0, BETAS, decay=0.01)
-        self.fake = CausalWan(self.critic.model, teacher.config, host, options.checkpointing)
+        self.teacher = sharded(replace(teacher, host=host))
+        self.fake = sharded(CausalWan(fake.to(self.device), teacher.config, host, options.checkpointing))
+        self.critic = Learner(self.fake.model, options.critic_rate, 0.0, BETAS, decay=0.01)
+        self.learners = [self.critic]
 
     def state_dict(self) -> dict:
         return {"critic": self.critic.state_dict()}

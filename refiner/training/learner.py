@@ -70,17 +70,24 @@ class AdamW:
             group["lr"] = self.rate * factor
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy for inference; parameters are cloned, as those of several processes' shards cannot be copied deeply."""
+    clones = {id(one): nn.Parameter(one.detach().clone(), requires_grad=False) for one in model.parameters()}
+    return copy.deepcopy(model, memo=clones).eval()
+
+
 class Learner:
     """A model, its optimiser and its running average: all the state of a training that is not data.
 
-    With `muon`, its learning rate, matrices and kernels are trained by Muon; without, everything by AdamW.
+    With `muon`, its learning rate, matrices and kernels are trained by Muon; without, everything by AdamW. An `average`
+    of 0 is none: it is the model itself.
     """
 
     def __init__(
         self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0, muon: float = 0.0
     ) -> None:
         self.model = model
-        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.average = frozen_copy(model) if average else model
         self.keep = average
         self.optimizer = (
             MuonAdamW(model, learning_rate, muon, betas, decay) if muon else AdamW(model, learning_rate, betas, decay)
@@ -101,12 +108,24 @@ class Learner:
         self.optimizer.set_factor(factor)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
+        if not self.keep:
+            return
         keep = min(self.keep, (index + 1) / (index + 10))  # short at first, so that it forgets the start
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
 
+    def allocate(self) -> None:
+        """Make the optimiser's state as its first step does, without a step: what a state is read into in place."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.set_factor(0.0)
+        self.optimizer.step()
+        self.zero_grad()
+
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        names = ("model", "average", "optimizer") if self.keep else ("model", "optimizer")
+        return {name: getattr(self, name).state_dict() for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in state.items():

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..video import open_exclusive
 from .curve import draw_curve
+from .distributed import is_first, load_shards, save_shards, saved_shards, world
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 
@@ -42,6 +43,10 @@ class Stage(Protocol):
 
     def load_state_dict(self, state: dict) -> None: ...
 
+    def allocate(self) -> None:
+        """Of a stage that several processes train: make every tensor of the state."""
+        ...
+
     def show(self, folder: Path, index: int) -> dict[str, float]:
         """Write a sample sheet into the run's folder; returns scores to log."""
         ...
@@ -64,20 +69,21 @@ class LoopOptions:
 def train(stage: Stage, options: LoopOptions) -> None:
     """Train to `options.steps`, from where the run in `options.run` stands.
 
-    The folder gets state.pt, log.jsonl (a line a step), loss.png and the stage's sample sheets. Raises ValueError at
-    the first loss that is not finite, what was saved before stays; and for a folder that another training writes.
+    The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of several processes
+    the first one writes the latter. Raises ValueError at the first loss that is not finite, what was saved before
+    stays; and for a folder that another training writes.
     """
     options.run.mkdir(parents=True, exist_ok=True)
+    if not is_first():
+        _train(stage, options, None)
+        return
     with open_exclusive(options.run / "lock", "wait for it, or train in another folder"):
-        _train(stage, options)
+        _train(stage, options, options.run / "log.jsonl")
 
 
-def _train(stage: Stage, options: LoopOptions) -> None:
-    log = options.run / "log.jsonl"
+def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
     start = restore(stage, options.run)
-    lines = _lines_before(log, start)
-    with open(log, "w") as file, tqdm(total=options.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
-        file.writelines(lines)
+    with _Log(log, start, options.steps) as told:
         for index in range(start, options.steps):
             began = time.perf_counter()
             logged = stage.step(index)
@@ -86,17 +92,46 @@ def _train(stage: Stage, options: LoopOptions) -> None:
             done = index + 1
             if done % options.show_every == 0 or done == options.steps:
                 logged |= stage.show(options.run, done)
-            file.write(json.dumps({"step": index, **logged, "seconds": round(time.perf_counter() - began, 3)}) + "\n")
-            file.flush()
-            bar.update()
-            bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logged.items()))
+            told.add(index, logged, time.perf_counter() - began)
             if done % options.save_every == 0 or done == options.steps:
                 save(stage, options.run, done)
-                draw_curve(log, options.run / "loss.png")
+                if log is not None:
+                    draw_curve(log, options.run / "loss.png")
+
+
+class _Log:
+    """A line a step in a file, and a bar; for a path of None neither."""
+
+    def __init__(self, path: Path | None, start: int, steps: int) -> None:
+        self.path = path
+        if path is not None:
+            lines = _lines_before(path, start)
+            self.file = open(path, "w")  # noqa: SIM115, closed at the end
+            self.file.writelines(lines)
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            self.bar.close()
+            self.file.close()
+
+    def add(self, index: int, logged: dict[str, float], seconds: float) -> None:
+        if self.path is None:
+            return
+        self.file.write(json.dumps({"step": index, **logged, "seconds": round(seconds, 3)}) + "\n")
+        self.file.flush()
+        self.bar.update()
+        self.bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logged.items()))
 
 
 def save(stage: Stage, run: Path, done: int) -> None:
-    """Replace the run's state by the stage's."""
+    """Replace the run's state by the stage's; of several processes each writes its part."""
+    if world() > 1:
+        save_shards(stage.state_dict(), run, done)
+        return
     temporary = run / ".state.pt.partial"
     torch.save({"done": done, "stage": stage.state_dict()}, temporary)
     with open(temporary, "rb+") as file:
@@ -105,13 +140,29 @@ def save(stage: Stage, run: Path, done: int) -> None:
 
 
 def restore(stage: Stage, run: Path) -> int:
-    """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run."""
-    path = run / "state.pt"
+    """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run.
+
+    ValueError for a run of one process that several go on with, and the other way round.
+    """
+    path, shards = run / "state.pt", saved_shards(run)
+    if shards if world() == 1 else path.exists():
+        begun, now = ("several processes", "one") if world() == 1 else ("one process", "several")
+        raise ValueError(f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder")
+    if world() > 1:
+        return _restore_shards(stage, run) if shards else 0
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     stage.load_state_dict(state["stage"])
     return state["done"]
+
+
+def _restore_shards(stage: Stage, run: Path) -> int:
+    stage.allocate()
+    state = stage.state_dict()
+    done = load_shards(state, run)
+    stage.load_state_dict(state)
+    return done
 
 
 def _finite(value: float) -> bool:

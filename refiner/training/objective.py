@@ -1,12 +1,14 @@
 """What a training pursues on the clips that its sampling path makes; one file an objective."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .distributed import averaged
+from .learner import Learner
 from .residuals import Residuals
 
 
@@ -29,6 +31,7 @@ class Objective(Protocol):
     """What the sampling path is trained for."""
 
     ratio: int  # the path learns at every ratio-th step
+    learners: Sequence[Learner]  # of what the objective itself has to learn
 
     def prepare(self, index: int, samples: Iterator[Samples]) -> dict[str, float]:
         """Learn what the objective itself has to; returns what is logged. `samples`, made as taken, have no graph."""
@@ -56,5 +59,7 @@ class Means:
             self.sums[name] = self.sums.get(name, 0) + weight * figure.detach().double()
 
     def floats(self) -> dict[str, float]:
-        """By name, in the order of their first appearance."""
-        return dict(zip(self.sums, torch.stack([*self.sums.values()]).tolist(), strict=True)) if self.sums else {}
+        """By name, in the order of their first appearance; over all processes."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, averaged(torch.stack([*self.sums.values()])).tolist(), strict=True))

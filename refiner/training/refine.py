@@ -20,6 +20,7 @@ from ..schedule import plan_chunks
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
 from .adapters import attach_branches, branch_parameters, pairs_of
+from .distributed import rank, sharded, world
 from .dmd_objective import BETAS
 from .learner import Learner, stream
 from .objective import Means, Objective, Samples
@@ -44,9 +45,17 @@ class RefineStage:
         self.device = next(base.model.parameters()).device
         host = training_host(self.device, options.compiled)
         self.base = replace(base, host=host, checkpointing=options.checkpointing)
-        self.tree = attach_branches(self.base, options.rank, silent_head=options.method != "lora", seed=options.seed)
+        if options.batch % world():
+            raise ValueError(f"a batch of {options.batch} in {world()} processes: give a multiple of {world()}")
+        tree = attach_branches(self.base, options.rank, silent_head=options.method != "lora", seed=options.seed)
+        self.tree, self.base = sharded(tree), sharded(self.base)
         self.factors = branch_parameters(self.tree)
         self.learner = Learner(nn.ParameterList(self.factors.values()), options.learning_rate, options.ema, BETAS)
+
+    def allocate(self) -> None:
+        """Bring the optimisers' state to where it can be read in place."""
+        for learner in (self.learner, *self.objective.learners):
+            learner.allocate()
 
     def state_dict(self) -> dict:
         return {"factors": self.learner.state_dict(), **self.objective.state_dict()}
@@ -93,14 +102,15 @@ class RefineStage:
         return told.floats()
 
     def _samples(self, index: int, use: int, graph: bool) -> Iterator[Samples]:
-        """The step's clips, part by part; all is drawn from seed, step and use, whatever the parts."""
+        """This process's share of the step's clips, part by part; what is drawn for a clip is the same in any parts."""
         options, total = self.options, self.options.batch * self.options.accumulation
         rng = stream(options.seed, index, use)
         prompts = [self.prompts[i] for i in rng.integers(len(self.prompts), size=total)]
         noise, exit_level = int(rng.integers(1 << 62)), int(rng.choice(options.exits))
         first_graph = 0 if options.method == "init-noise" else None
-        for start in range(0, total, options.batch):
-            rows, residuals = slice(start, start + options.batch), Residuals()
+        share = options.batch // world()
+        for start in range(rank() * share, total, options.batch):
+            rows, residuals = slice(start, start + share), Residuals()
             with torch.set_grad_enabled(graph), mixed_precision(self.device, options.precision):
                 refiner = self.refiner(residuals if graph else None)
                 rollout, context = self.rollout(prompts[rows], WhiteNoise(noise, start), refiner)

@@ -17,6 +17,7 @@ class RewardObjective:
     """Draws frames of the step's clips, decodes those alone, and raises what the rewards say of them."""
 
     ratio = 1
+    learners = ()
 
     def __init__(self, options: RefineOptions, rewards: Mixture, vae: WanVAE) -> None:
         self.options, self.rewards, self.vae = options, rewards, vae.requires_grad_(False)

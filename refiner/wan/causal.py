@@ -10,7 +10,7 @@ T keys, L text tokens, H heads, D head size, M width.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -146,16 +146,35 @@ def after_attention(
     return gated_add(x, block.ffn(modulated_norm(x, ffn_mod.shift, ffn_mod.scale)), ffn_mod.gate)
 
 
+def text_keys(block: nn.Module, context_BLM: Tensor, heads: int) -> KeyValue:
+    """A block's cross-attention keys and values of an embedded prompt."""
+    cross = block.cross_attn
+    return KeyValue(*(x.unflatten(-1, (heads, -1)) for x in (cross.norm_k(cross.k(context_BLM)), cross.v(context_BLM))))
+
+
+def project(head: nn.Module, tokens_BNM: Tensor, e: Tensor, host: "Host") -> Tensor:
+    """The final layer: patch values [B, N, P·C] of tokens."""
+    shift, scale = (host.cast(head.modulation, e)[:, None] + e[:, :, None]).unbind(2)
+    return head.head(modulated_norm(tokens_BNM, shift, scale))
+
+
+def call(function: Callable, module: nn.Module, *arguments: object) -> object:
+    """A function of a module that has no forward of its own."""
+    return function(module, *arguments)
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """What belongs to whoever loaded the modules: how attention is computed, where bare parameters lie, and in what
-    dtype patches are embedded (ComfyUI keeps those weights in fp32). Training compiles the halves of a block."""
+    dtype patches are embedded (ComfyUI keeps those weights in fp32). Training compiles the halves of a block, and where
+    several processes share the parameters they gather a block's `within` what is computed of it."""
 
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
     cast: Callable[[Tensor, Tensor], Tensor] = cast
     embed: Callable[[nn.Module, Tensor], Tensor] = embed
     before: Callable[..., Projected] = before_attention
     after: Callable[..., Tensor] = after_attention
+    within: Callable[..., Any] = call
 
 
 def run_block(
@@ -193,12 +212,8 @@ class CausalWan:
                 f" {self.config.text_dim}]: use the text encoder it was trained with"
             )
         context = self.model.text_embedding(context_BLE)
-        memory = []
-        for block in self.model.blocks:
-            key = block.cross_attn.norm_k(block.cross_attn.k(context))
-            value = block.cross_attn.v(context)
-            memory.append(KeyValue(*(x.unflatten(-1, (self.config.num_heads, -1)) for x in (key, value))))
-        return memory
+        heads, within = self.config.num_heads, self.host.within
+        return [within(text_keys, block, context, heads) for block in self.model.blocks]
 
     def __call__(
         self, x: Tensor, t: Tensor, text: list[KeyValue], view: View, keys_only: bool = False
@@ -228,18 +243,13 @@ class CausalWan:
         for layer, block in enumerate(model.blocks):
             extend = partial(view.extend, layer)
             if keys_only and layer == last:
-                own = self.host.before(block, tokens, e0, table, heads, self.host)
+                own = self.host.within(self.host.before, block, tokens, e0, table, heads, self.host)
                 extend(own.key, own.value, table)
                 return None
-            arguments = (block, tokens, e0, table, text[layer], heads, extend, view.first, self.host)
+            arguments = (run_block, block, tokens, e0, table, text[layer], heads, extend, view.first, self.host)
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(run_block, *arguments, use_reentrant=False)
+                tokens = checkpoint(self.host.within, *arguments, use_reentrant=False)
             else:
-                tokens = run_block(*arguments)
-        return self._head(tokens, e, grid)
-
-    def _head(self, tokens_BNM: Tensor, e: Tensor, grid: tuple[int, int]) -> Tensor:
-        head = self.model.head
-        shift, scale = (self.host.cast(head.modulation, e)[:, None] + e[:, :, None]).unbind(2)
-        out = head.head(modulated_norm(tokens_BNM, shift, scale))
+                tokens = self.host.within(*arguments)
+        out = self.host.within(project, model.head, tokens, e, self.host)
         return rearrange(out, "b (f h w) (p q c) -> b c f (h p) (w q)", h=grid[0], w=grid[1], p=PATCH[1], q=PATCH[2])
