@@ -155,7 +155,7 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, t
     run = subprocess.Popen(
         [sys.executable, "-m", "autorefiner.refiner.cli", *args],
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN),
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(ignored, signal.SIG_IGN)),
     )
     three_chunks = HEADER + 9 * 16 * 4 * 6 * 4  # of latents, which are written before the chunk's pixels
     while not (latents.exists() and latents.stat().st_size > three_chunks) and run.poll() is None:
