@@ -4,18 +4,16 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pictures clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,umt5]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,train,umt5]"
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/autorefiner generate --model random-tiny --frames 81 --size 128x128 --prompt "random weights" \
-		--out outputs/demo.mp4 --sheet outputs/demo.png
-	$(BIN)/autorefiner inspect outputs/demo.mp4
+	$(BIN)/autorefiner demo show --out outputs
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -24,6 +22,10 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+pictures: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check playwright
+	$(BIN)/python tests/page_pictures.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info outputs

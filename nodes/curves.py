@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 POINTS = 200  # of a curve, at most
-MOST_CURVES = 4
+MOST_CURVES = 3
 HIDDEN = ("step", "seconds")
 
 

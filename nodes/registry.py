@@ -7,7 +7,9 @@ from .custom_sampler import PathwiseRefinedCustomSampler
 from .decode import DecodeChunks, DecodeToVideo
 from .load import LoadARVDM, LoadDemo
 from .refiner import LoadRefiner, SaveRefiner
+from .rewards import LoadReward, ScoreVideo
 from .sampler import PathwiseRefinedSampler
+from .train import TrainRefiner
 
 NODES = (
     LoadARVDM,
@@ -21,4 +23,7 @@ NODES = (
     DecodeChunks,
     DecodeToVideo,
     CompareVideos,
+    TrainRefiner,
+    LoadReward,
+    ScoreVideo,
 )

@@ -58,8 +58,16 @@ Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished c
 on: the same command with --extend fox.latents.partial.safetensors gives the video that was not interrupted."""
 
 TRAIN = """\
-Train a noise refiner as a TOML file says; killed or stopped, the same command goes on. In several processes, which
-share the batch and hold a part of each network:
+Train a noise refiner as a TOML file says; killed or stopped, the same command goes on. For one of the demo, by reward:
+
+  out = "sprites.refiner.safetensors"
+  [refiner]
+  objective = "reward"
+  learning_rate = 2e-5
+  [[rewards]]
+  kind = "sprites"
+
+In several processes, which share the batch and hold a part of each network:
 
   torchrun --nproc-per-node 8 --no-python autorefiner train refiner.toml"""
 

@@ -9,7 +9,12 @@ WORKFLOWS = Path(autorefiner.__file__).parent / "workflows"
 API = WORKFLOWS / "api"
 NAMES = sorted(path.stem for path in API.glob("*.json"))
 NEED_COMFYUI = {"sampler_custom_advanced"}
-SMALL = {"AutoRefinerSampler": {"width": 64, "height": 64}, "ImageScale": {"width": 64, "height": 64}}
+NEED_PEFT = {"train_a_refiner"}
+SIZE = {"width": 64, "height": 64}
+SMALL = {
+    "AutoRefinerSampler": SIZE, "ImageScale": SIZE,
+    "AutoRefinerTrainRefiner": {**SIZE, "steps": 2, "batch_size": 1, "length": 9, "rank": 2, "preview_every": 2},
+}  # fmt: skip
 
 
 def small(name: str) -> dict:
@@ -26,9 +31,27 @@ def small(name: str) -> dict:
     return graph
 
 
-def node(kind: str, **inputs: object) -> dict:
+def node(kind: str, /, **inputs: object) -> dict:
     """A node of a graph."""
     return {"class_type": kind, "inputs": inputs}
+
+
+def training(**inputs: object) -> dict:
+    """A training of the demo's student by its teacher that takes a second, saved as mine.refiner.safetensors."""
+    widgets = {
+        "run": "mine", "objective": "dmd", "prompts": "a red star\na blue square that spins", "steps": 4,
+        "batch_size": 2, "width": 32, "height": 32, "length": 21, "rank": 2, "learning_rate": 1e-3, "seed": 0,
+        "preview_every": 2, "method": "autorefiner", "levels": "", "accumulation": 1, "l2": 1.0, "critic_ratio": 2,
+        "precision": "fp32", "checkpointing": False, "save_every": 100,
+    }  # fmt: skip
+    sockets = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "teacher": ["2", 0]}
+    given = {name: value for name, value in {**sockets, **widgets, **inputs}.items() if value is not None}
+    return {
+        "1": node("AutoRefinerLoadDemo"),
+        "2": node("AutoRefinerLoadDemo", network="teacher"),
+        "3": node("AutoRefinerTrainRefiner", **given),
+        "4": node("AutoRefinerSaveRefiner", refiner=["3", 0], name="mine", overwrite=True),
+    }
 
 
 def of_kind(graph: dict, kind: str) -> str:

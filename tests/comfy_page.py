@@ -14,7 +14,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW, GAP = 400, 26, 60  # pixels of the page
 SHOWN = {  # pixels of what the pack's page adds to its nodes
     "AutoRefinerSampler": 150, "AutoRefinerCustomSampler": 130, "AutoRefinerReflectiveCache": 150,
-    "AutoRefinerCompareVideos": 270,
+    "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310,
 }  # fmt: skip
 
 

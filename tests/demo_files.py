@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from autorefiner.refiner.demo.bundle import FILES, REFINER_FILE, save_model
+from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
 from autorefiner.refiner.noise.refiner import target_modules
@@ -20,7 +21,7 @@ VAE_DIM = 4
 
 
 def write_demo_files(folder: Path) -> Path:
-    """sprites_{vae,text,student,teacher}.safetensors and the refiner's in `folder`, which is returned."""
+    """sprites_{vae,text,student,teacher,reward}.safetensors and the refiner's in `folder`, which is returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_model(folder, "vae", WanVAE(VAE_DIM), None, {})
@@ -28,6 +29,7 @@ def write_demo_files(folder: Path) -> Path:
         student = WanTransformer(STAND_IN)
         save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})
         save_model(folder, "teacher", WanTransformer(STAND_IN), STAND_IN, {})
+        save_model(folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {})
     write_refiner(folder / REFINER_FILE, base=fingerprint(student))
     return folder
 

@@ -62,7 +62,7 @@ class Page:
         self.tab.evaluate(
             """(kind) => {
                 const canvas = window.app.canvas;
-                const node = window.app.graph.nodes.find((node) => node.comfyClass === kind);
+                const node = window.app.graph.nodes.findLast((node) => node.comfyClass === kind);
                 canvas.ds.scale = 1;
                 canvas.ds.offset[0] = 500 - node.pos[0];
                 canvas.ds.offset[1] = 120 - node.pos[1];

@@ -11,36 +11,16 @@ import torch
 from autorefiner.refiner.training.rewards.clip import FORMULAS, Preprocessing, load_clip_reward
 from autorefiner.refiner.training.rewards.reward import FrameDraw, scored
 
+from tiny_reward import write_clip
+
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a red star", "a blue ring"]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny CLIP of random weights."""
-    folder = tmp_path_factory.mktemp("clip")
-    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
-    told |= dict(
-        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    config = transformers.CLIPConfig(
-        text_config=TOWER | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
-        vision_config=TOWER | dict(image_size=16, patch_size=8),
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder, safe_serialization=True)
-    told = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
-    told |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

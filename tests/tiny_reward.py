@@ -1,7 +1,9 @@
-"""A reward that needs no model, and a tiny VAE to see by, for tests."""
+"""A reward that needs no model, a tiny CLIP for those that do, and a tiny VAE to see by, for tests."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from autorefiner.refiner.training.rewards.reward import FrameDraw
 from autorefiner.refiner.wan.vae import WanVAE
 
 CLIP = FrameDraw(2, 3)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
 @dataclass(frozen=True)
@@ -31,3 +35,30 @@ def tiny_vae() -> WanVAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return WanVAE(4).requires_grad_(False)
+
+
+def write_clip(folder: Path) -> Path:
+    """A CLIP of random weights as transformers saves it, in `folder`, which is returned."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
+    told |= dict(
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    config = transformers.CLIPConfig(
+        text_config=TOWER | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
+        vision_config=TOWER | dict(image_size=16, patch_size=8),
+        projection_dim=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.CLIPModel(config).save_pretrained(folder, safe_serialization=True)
+    told = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
+    told |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder

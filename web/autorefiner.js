@@ -7,14 +7,16 @@ import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
 import { nodeAt } from "./graph.js";
 import { Strip } from "./strip.js";
+import { Trainer } from "./trainer.js";
 import { word } from "./words.js";
 
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
 const PROPERTY = "autorefiner_chunks";
+const TRAINING = "autorefiner_training";
 const LOOK = 600; // milliseconds between two looks at what a cache is connected to
 
-/** The strips by their nodes; a node that leaves the graph leaves this too. */
-const strips = new WeakMap();
+/** What listens to the server's events, by node; a node that leaves the graph leaves this too. */
+const [strips, trainers] = [new WeakMap(), new WeakMap()];
 
 /**
  * Put an element on a node as its last widget, in either renderer; it is no value of the workflow or the prompt.
@@ -73,6 +75,24 @@ function addCacheView(node) {
   after(node, "onRemoved", () => clearInterval(timer));
 }
 
+function addTrainer(node) {
+  const trainer = new Trainer({
+    address: (path) => api.apiURL(path),
+    keep: (kept) => (node.properties[TRAINING] = kept),
+  });
+  addElement(node, "training", trainer.element, 300);
+  after(node, "onConfigure", () => trainer.restore(node.properties[TRAINING]));
+  trainers.set(node, trainer);
+}
+
+/** Hand an event of the server to what shows its node. */
+function listen(event, shown) {
+  api.addEventListener(event, ({ detail }) => {
+    const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+    shown.get(node)?.told(detail);
+  });
+}
+
 function addCompare(node) {
   const compare = new Compare((path) => api.apiURL(path));
   addElement(node, "compare", compare.element, 260);
@@ -84,14 +104,13 @@ app.registerExtension({
   name: "AutoRefiner.Page",
   setup() {
     addStyles();
-    api.addEventListener("autorefiner.chunk", ({ detail }) => {
-      const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
-      strips.get(node)?.told(detail);
-    });
+    listen("autorefiner.chunk", strips);
+    listen("autorefiner.train", trainers);
   },
   nodeCreated(node) {
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
+    if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);
   },
 });

@@ -1,17 +1,10 @@
 // On Reflective Cache: the bytes that it takes, and a drawing of what a chunk sees of the past.
 import { make, ownPointer } from "./dom.js";
+import { shape } from "./svg.js";
 import { word } from "./words.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, CELL, GAP] = [300, 20, 2];
 const MOST_CELLS = 24; // frames drawn; of more, the middle of each part is one cell with their number
-
-function shape(tag, attributes, text) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
 
 /** Bytes as people say them. */
 export function size(bytes) {

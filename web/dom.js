@@ -24,6 +24,32 @@ export function ownPointer(element) {
   return element;
 }
 
+/**
+ * A dialog over the page, which a click beside it or Escape closes, and which is gone then.
+ * @param {{onkeydown?: (event: KeyboardEvent) => void, onclose?: () => void}} listeners
+ */
+export function dialog({ onkeydown, onclose }, ...children) {
+  const element = make(
+    "dialog",
+    {
+      class: "autorefiner-dialog",
+      onkeydown: (event) => {
+        event.stopPropagation();
+        onkeydown?.(event);
+      },
+      onclick: (event) => event.target === element && element.close(),
+      onclose: () => {
+        onclose?.();
+        element.remove();
+      },
+    },
+    ...children,
+  );
+  document.body.append(element);
+  element.showModal();
+  return element;
+}
+
 /** The pack's style sheet, once. */
 export function addStyles() {
   const href = new URL("./autorefiner.css", import.meta.url).href;

@@ -1,5 +1,5 @@
 // The pictures of a chunk: one of them on a tile, all of them moving when enlarged.
-import { make } from "./dom.js";
+import { dialog, make } from "./dom.js";
 import { word } from "./words.js";
 
 const MOST = 64 * 1024; // characters of a picture
@@ -52,31 +52,17 @@ export function enlarge(chunks, chosen) {
     button("◀", () => turn(-1)),
     title,
     button("▶", () => turn(1)),
-    button(word("close"), () => dialog.close()),
+    button(word("close"), () => opened.close()),
   );
   const keys = { ArrowLeft: -1, ArrowRight: 1 };
-  const dialog = make(
-    "dialog",
-    {
-      class: "autorefiner-dialog",
-      onkeydown: (event) => {
-        event.stopPropagation();
-        if (keys[event.key]) turn(keys[event.key]);
-      },
-      onclick: (event) => event.target === dialog && dialog.close(),
-      onclose: () => {
-        clearInterval(timer);
-        dialog.remove();
-      },
-    },
-    picture,
-    bar,
-  );
   const timer = setInterval(() => {
     frame += 1;
     draw();
   }, 1000 / RATE);
-  document.body.append(dialog);
-  dialog.showModal();
+  const listeners = {
+    onkeydown: (event) => keys[event.key] && turn(keys[event.key]),
+    onclose: () => clearInterval(timer),
+  };
+  const opened = dialog(listeners, picture, bar);
   turn(0);
 }

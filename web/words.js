@@ -34,6 +34,10 @@ const WORDS = {
     play: "Play",
     pause: "Pause",
     "nothing compared": "Both clips show here after a run",
+    "no training": "Losses and sample sheets show here as it trains",
+    step: "step",
+    "a step": "s a step",
+    sheet: "Base above, refined below, of the first prompts: click to enlarge",
   },
   zh: {
     idle: "生成的分块会依次显示在这里",
@@ -68,6 +72,10 @@ const WORDS = {
     play: "播放",
     pause: "暂停",
     "nothing compared": "运行后两段视频会显示在这里",
+    "no training": "训练时的损失曲线与样张会显示在这里",
+    step: "步",
+    "a step": "秒/步",
+    sheet: "前几个提示词的样张：上为基础模型，下为精修结果。点击放大",
   },
 };
 

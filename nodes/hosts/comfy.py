@@ -103,7 +103,8 @@ def load_patcher(
     from ...refiner.wan.checkpoint import read_transformer
 
     state, info = read_transformer(path, weights=weights)
-    metadata = {**info.metadata, "config": json.dumps({"transformer": {**asdict(info.config), "causal_ar": causal}})}
+    sizes = asdict(info.config) | ({"causal_ar": True} if causal else {})  # ComfyUI knows no false one
+    metadata = {**info.metadata, "config": json.dumps({"transformer": sizes})}
     options = {"dtype": DTYPES[dtype]} if dtype in DTYPES else {}
     base = fingerprint_of(state)  # before ComfyUI takes the weights, maybe to narrower ones
     loaded = comfy.sd.load_diffusion_model_state_dict(

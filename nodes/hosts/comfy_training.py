@@ -70,7 +70,7 @@ def copied_network(model: ModelPatcher, network: nn.Module, config: WanConfig) -
         management.load_models_gpu([model])
     read, state = comfy_layers.weights_on(device, torch.float32), {}
     for name, module in network.named_modules():
-        if hasattr(module, "comfy_cast_weights"):
+        if hasattr(module, "comfy_cast_weights") and module.weight is not None:
             weight, bias = read(module)
             state |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
     with torch.device("meta"):

@@ -1,5 +1,6 @@
 """How passes are computed in training: products in bf16, attention by what is fastest on the device."""
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
+@lru_cache(maxsize=8)
 def training_host(device: torch.device, compiled: bool = False) -> Host:
     """How attention is computed in training: on the CPU by products, else by the fused kernel.
 

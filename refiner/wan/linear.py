@@ -47,6 +47,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim > 1
-        if _HAS_ONEDNN and plain and not torch.is_autocast_enabled("cpu"):
+        others = (
+            torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        )  # the compiler chooses a kernel itself
+        if _HAS_ONEDNN and plain and not others:
             return onednn_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

@@ -1,5 +1,6 @@
 """A server that the tests in ComfyUI share, and the line at the end of a run that says how to enable them."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
     running = Server.start(*find_comfyui(), base)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def peft_inside() -> None:
+    """Skip where ComfyUI's interpreter lacks what a training needs."""
+    _, python = find_comfyui()
+    found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('peft') is None)"
+    if subprocess.run([python, "-c", found]).returncode:
+        pytest.skip(f"no peft: {python} -m pip install peft")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_graphs import API, NAMES, NEED_COMFYUI, WORKFLOWS, node, of_kind, small
+from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small
 from comfy_page import to_api, to_page
 from comfy_server import Refused, Server, find_comfyui
 from demo_files import STAND_IN
@@ -87,7 +87,9 @@ def test_the_pack_is_imported_without_a_delay(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str, server: Server) -> None:
+def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str, server: Server, request) -> None:
+    if name in NEED_PEFT:
+        request.getfixturevalue("peft_inside")
     graph = small(name)
     sampler = "SamplerCustomAdvanced" if name in NEED_COMFYUI else "AutoRefinerSampler"
     made = sampled(server, graph, name, of_kind(graph, sampler))

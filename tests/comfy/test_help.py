@@ -47,4 +47,18 @@ def test_every_node_has_a_help_page(page: str) -> None:
     pages = [(ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8") for kind in SCHEMAS]
     assert {text.splitlines()[0] for text in pages} == {f"# {name}" for name in names}
     folder = ROOT / "web" / "docs"
-    assert {path.name for path in folder.iterdir()} == {*SCHEMAS, *(f"{kind}.md" for kind in SCHEMAS)}
+    assert {path.name for path in folder.iterdir()} == {*SCHEMAS, *(f"{kind}.md" for kind in SCHEMAS), "pictures"}
+
+
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
+def test_every_help_page_shows_its_node(page: str) -> None:
+    for kind, schema in SCHEMAS.items():
+        text = (ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8")
+        assert text.count(f"](pictures/{kind}.png)") == 1, f"{schema.display_name}: make pictures"
+
+
+def test_the_pictures_are_small_and_each_of_a_node() -> None:
+    sizes = {path.stem: path.stat().st_size for path in (ROOT / "web" / "docs" / "pictures").iterdir()}
+    assert set(sizes) == {*SCHEMAS, "page"}
+    assert max(size for name, size in sizes.items() if name != "page") <= 40_000
+    assert sum(sizes.values()) <= 600_000

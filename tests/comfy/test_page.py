@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_graphs import WORKFLOWS
+from comfy_graphs import WORKFLOWS, of_kind, small
+from comfy_page import to_page
 from comfy_server import Server, find_comfyui
 from page_browser import Page, find_chromium, opened
 
@@ -167,6 +168,38 @@ def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> No
     assert page.errors == []
 
 
+def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, server: Server, peft_inside: None) -> None:
+    graph = small("train_a_refiner")
+    trainer = of_kind(graph, "AutoRefinerTrainRefiner")
+    graph[trainer]["inputs"] |= {"run": f"page {page.name}", "steps": 6}
+    path = server.base / "training.json"
+    path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
+    page.errors.clear()
+    page.load(path)
+    page.look_at("AutoRefinerTrainRefiner")
+    page.queue()
+    tab, status = page.tab, ".autorefiner-trainer .autorefiner-status"
+    tab.wait_for_function(f"() => document.querySelector('{status}').textContent.includes('done')")
+    assert "step 6/6" in tab.inner_text(status)
+    tab.wait_for_function("() => document.querySelector('.autorefiner-sheet').naturalWidth > 100")
+    names = tab.locator(".autorefiner-curve text:first-of-type").all_text_contents()
+    assert names[0] == "loss" and "gradient" in names
+    points = tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points")
+    assert len(points.split()) == 6
+    picture(page, "trainer")
+    tab.click(".autorefiner-sheet")
+    assert tab.locator(".autorefiner-sheet-large").is_visible()
+    tab.keyboard.press("Escape")
+    idle(server, page)
+    saved = tab.evaluate("() => window.app.graph.serialize()")
+    path.write_text(json.dumps(saved))
+    page.load(path)
+    page.look_at("AutoRefinerTrainRefiner")
+    assert "step 6/6" in tab.inner_text(status) and "done" in tab.inner_text(status)
+    assert tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points") == points
+    assert page.errors == []
+
+
 def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> None:
     def drawn() -> dict[str, int]:
         kinds = ("sink", "gone", "recent", "now", "previous")
@@ -198,9 +231,20 @@ def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, se
     chunk = {"chunk": 0, "level": 4, "levels": 4, "start": evil, "end": 9, "image": f'/9j/"){evil}', "pictures": 1}
     odd = [None, 7, {"chunk": -1}, {"chunk": 1e9}, chunk]
     sampler["properties"]["autorefiner_chunks"] = {"total": 7, "chunks": odd, "ended": evil, "elapsed": evil}
+    away = {"filename": "sheet_1.png", "subfolder": "autorefiner/../.."}
+    curves = {evil: [[0, 1], [1, 2]], "loss": [["x", evil]], "long": [[0, 1]] * 5000}
+    kept = {"step": evil, "steps": 9, "ended": evil, "curves": curves, "sheet": away}
+    trainer = to_page(small("train_a_refiner"), server.get("/object_info"))["nodes"]
+    trainer = next(node for node in trainer if node["type"] == "AutoRefinerTrainRefiner")
+    for socket in trainer["inputs"]:
+        socket["link"] = None
+    trainer |= {"id": 99, "properties": {"autorefiner_training": kept}, "outputs": []}
+    graph["nodes"].append(trainer)
     path = server.base / "evil.json"
     path.write_text(json.dumps(graph))
     page.load(path)
+    assert page.tab.locator(".autorefiner-curve text:first-of-type").all_text_contents() == [evil[:40]]
+    assert page.tab.get_attribute(".autorefiner-sheet", "src") == ""
     page.look_at("AutoRefinerSampler")
     assert page.tab.locator(FINISHED).count() == 1
     assert page.tab.evaluate("() => window.owned === undefined && !document.querySelector('.autorefiner-strip img')")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_graphs import NAMES, NEED_COMFYUI, small
+from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, small
 from demo_files import STAND_IN, write_base, write_demo_files
 
 from autorefiner.nodes import decode, workflow
@@ -52,12 +52,14 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     graph = small(name)
     sampler = [node for node in graph.values() if node["class_type"] == "AutoRefinerSampler"][-1]
     (base / "graph.json").write_text(json.dumps(graph))
+    if name in NEED_PEFT:
+        pytest.importorskip("peft")
     assert main(["run", str(base / "graph.json"), "--base", str(base), "--out", str(base / "out")]) == 0
     path = base / "out" / "video" / f"{name}_00001_.mp4"
-    assert capsys.readouterr().out == f"{path}\n"
+    assert str(path) in capsys.readouterr().out.splitlines()
     assert count_frames(path) == sampler["inputs"]["length"]
-    side = 128 if name == "compare_controls" else 64  # four videos in one
-    assert read_frames(path).shape[1:] == (side, side, 3)
+    sizes = {"compare_controls": (128, 128), "train_a_refiner": (64, 128)}  # several videos in one
+    assert read_frames(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
 
 
 def test_a_workflow_samples_what_the_core_does(base: Path) -> None:

@@ -1,0 +1,126 @@
+"""A training inside a node: its stage, what a host is told of every step, and a state that no interruption loses."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..refiner.train import SHEET_PROMPTS, Sheets
+from ..refiner.training.dmd_objective import DmdObjective
+from ..refiner.training.loop import LoopOptions, save, train
+from ..refiner.training.objective import Objective
+from ..refiner.training.options import RefineOptions
+from ..refiner.training.refine import RefineStage
+from ..refiner.training.reward_objective import RewardObjective
+from ..refiner.wan.vae import WanVAE
+from .hosts import host
+from .train_plan import Asked
+
+
+class Watch(Protocol):
+    """What a host makes of a training."""
+
+    def report(self, done: int) -> None:
+        """So many steps are taken. May raise, as ComfyUI does when the user interrupts."""
+        ...
+
+    def add(self, index: int, figures: Mapping[str, float]) -> None: ...
+
+    def sheet(self, path: Path) -> None:
+        """A sample sheet was written."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Prompts as the networks read them, each encoded once: [1, L, text_dim] on the CPU."""
+
+    known: Mapping[str, Tensor]
+    device: torch.device
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L, text_dim] on the device, with zeros behind the shorter ones."""
+        longest = max(context.shape[1] for context in self.known.values())
+        found = (self.known[prompt] for prompt in prompts)
+        return torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in found]).to(self.device)
+
+
+def encoded(asked: Asked, device: torch.device) -> tuple[list[str], Contexts]:
+    """The prompts to train on, by text or by number, and their contexts; "" is no prompt."""
+    known = {line: host.encode_prompt(asked.clip, line) for line in dict.fromkeys(asked.lines())}
+    entries = [entry for conditioning in asked.positive for entry in conditioning]
+    known |= {f"positive {number}": entry[0].float().cpu() for number, entry in enumerate(entries)}
+    prompts = list(known)
+    known[""] = asked.negative[0][0].float().cpu() if asked.negative else None
+    if known[""] is None and asked.clip is not None:
+        known[""] = host.encode_prompt(asked.clip, "")
+    return prompts, Contexts({name: context.clone() for name, context in known.items() if context is not None}, device)
+
+
+@dataclass(slots=True)
+class Watched:
+    """A stage whose host is told of every step; what interrupts it there loses no step."""
+
+    stage: RefineStage
+    run: Path
+    watch: Watch
+    taken: int = 0
+
+    def step(self, index: int) -> dict[str, float]:
+        try:
+            self.watch.report(index)
+        except BaseException:
+            if self.taken:
+                save(self.stage, self.run, index)
+            raise
+        figures = self.stage.step(index)
+        self.taken += 1
+        self.watch.add(index, figures)
+        return figures
+
+    def show(self, folder: Path, index: int) -> dict[str, float]:
+        figures = self.stage.show(folder, index)
+        path = folder / f"sheet_{index:06d}.png"
+        if path.exists():
+            self.watch.sheet(path)
+        return figures
+
+    def state_dict(self) -> dict:
+        return self.stage.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stage.load_state_dict(state)
+
+
+def make_stage(asked: Asked, options: RefineOptions) -> RefineStage:
+    """Everything that the training needs, in copies of its own; no inference tensor is among them."""
+    base = host.own_network(asked.model)
+    device = next(base.model.parameters()).device
+    prompts, contexts = encoded(asked, device)
+    vae = host.own_vae(asked.vae) if asked.vae is not None else None
+    show = Sheets(base, contexts, vae, prompts[:SHEET_PROMPTS]) if vae is not None else lambda *_: {}
+    return RefineStage(options, base, make_objective(asked, options, contexts, vae), prompts, contexts, show)
+
+
+def make_objective(asked: Asked, options: RefineOptions, contexts: Contexts, vae: WanVAE | None) -> Objective:
+    """What it trains for."""
+    if options.objective == "reward":
+        return RewardObjective(options, asked.reward.mixture(contexts.device), vae)
+    return DmdObjective(options, host.own_network(asked.teacher), contexts)
+
+
+def run_stage(stage: RefineStage, folder: Path, asked: Asked, watch: Watch) -> None:
+    """Train to the end, from where the run stands."""
+    train(Watched(stage, folder, watch), LoopOptions(folder, asked.steps, asked.save_every, asked.preview_every))
+    watch.report(asked.steps)
+
+
+def loss_map(folder: Path) -> dict[str, list[float]]:
+    """The run's losses, as ComfyUI's own trainer gives them."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {"loss": [row["loss"] for row in rows if "loss" in row]}

@@ -1,0 +1,102 @@
+"""Load Reward and Score Video without ComfyUI, and a training by what they load."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_graphs import node, training
+from demo_files import write_demo_files
+
+from autorefiner.nodes import rewards, workflow
+from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.rewards import LoadReward, ScoreVideo
+from autorefiner.refiner.demo import bundle
+from autorefiner.refiner.training.options import RefineOptions
+from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.reward_objective import RewardObjective
+from autorefiner.refiner.training.rewards.clip import load_clip_reward
+from autorefiner.refiner.training.rewards.reward import Mixture
+
+from tiny_reward import write_clip
+
+SPRITES = {"kind": "sprites", "model": "bundled", "weight": 1.0, "frames": 0, "interval": 0}
+PICK = {**SPRITES, "kind": "pick", "model": "tiny", "weight": 0.5}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A folder as ComfyUI's; the bundle is a stand-in."""
+    monkeypatch.setattr(bundle, "WEIGHTS", files)
+    with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    pytest.importorskip("transformers")
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+def video(frames: int = 33) -> torch.Tensor:
+    """An IMAGE of bytes' values."""
+    shape = (frames, 64, 64, 3)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)) / 255
+
+
+def test_a_training_raises_what_was_loaded(base: Path) -> None:
+    pytest.importorskip("peft")
+    graph = training(objective="reward", reward=["5", 0], teacher=None, steps=2, width=64, height=64, l2=0.5)
+    graph["5"] = node("AutoRefinerLoadReward", **SPRITES)
+    (base / "graph.json").write_text(json.dumps(graph))
+    refiner, losses, _ = workflow.execute(workflow.read_workflow(base / "graph.json"))["3"].args
+    options = RefineOptions(
+        objective="reward", rank=2, steps=2, batch=2, frames=6, height=8, width=8, learning_rate=1e-3, l2=0.5,
+        precision="fp32",
+    )  # fmt: skip
+    student, text = bundle.load_sprite_network("student", bundle.WEIGHTS), bundle.load_sprite_text(bundle.WEIGHTS)
+    mixture = Mixture(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),))
+    objective = RewardObjective(options, mixture, bundle.load_sprite_vae(bundle.WEIGHTS))
+    prompts = graph["3"]["inputs"]["prompts"].splitlines()
+    stage = RefineStage(options, student, objective, prompts, text, lambda *_: {})
+    assert losses == {"loss": [stage.step(index)["loss"] for index in range(2)]}
+    assert all(torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items())
+    assert refiner.card.objective == "reward"
+
+
+def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, capsys) -> None:
+    (base / "models" / "rewards").mkdir(parents=True)
+    (base / "models" / "rewards" / "tiny").symlink_to(clip)
+    assert rewards.model_folders() == ["bundled", "tiny"]
+    first = LoadReward.execute(**SPRITES).args[0]
+    both = LoadReward.execute(**PICK, more=first).args[0]
+    alone = [
+        ScoreVideo.execute(video(), one, "a red star").args[0] for one in (first, LoadReward.execute(**PICK).args[0])
+    ]
+    assert ScoreVideo.execute(video(), both, "a red star").args[0] == pytest.approx(sum(alone), rel=1e-5)
+    assert "(sprites " in capsys.readouterr().err
+    mixture = Mixture(((load_clip_reward("pick", clip), 0.5),))
+    drawn = mixture.newest(33, 33)
+    seen = video()[list(drawn[0])].permute(0, 3, 1, 2)[None]
+    expected = mixture(seen, drawn[0], drawn, ["a red star"])[0].item()
+    assert alone[1] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="name at least one, and each once"):
+        LoadReward.execute(**SPRITES, more=both)
+
+
+@pytest.mark.parametrize("change", [{"kind": "pick"}, {"model": "tiny"}, {"kind": "pick", "model": "../../secret"}])
+def test_what_is_no_reward_is_said(change: dict, base: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        LoadReward.execute(**{**SPRITES, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_a_video_that_does_not_fit_in_memory_is_not_scored(base: Path, monkeypatch) -> None:
+    monkeypatch.setattr("autorefiner.nodes.compare.available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="scoring this video takes"):
+        ScoreVideo.execute(video(), LoadReward.execute(**SPRITES).args[0], "a red star")

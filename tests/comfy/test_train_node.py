@@ -1,0 +1,185 @@
+"""Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_graphs import node, training
+from demo_files import write_demo_files
+
+from autorefiner.nodes import train_plan, workflow
+from autorefiner.nodes.curves import POINTS, Curves
+from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.train_plan import check_name, run_folder
+from autorefiner.refiner.demo import bundle
+from autorefiner.refiner.noise.file import fingerprint, load_refiner
+from autorefiner.refiner.training.dmd_objective import DmdObjective
+from autorefiner.refiner.training.options import RefineOptions
+from autorefiner.refiner.training.refine import RefineStage
+
+pytest.importorskip("peft")
+SAVED = "models/loras/mine.refiner.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A folder as ComfyUI's; the bundle is a stand-in."""
+    monkeypatch.setattr(bundle, "WEIGHTS", files)
+    return tmp_path
+
+
+def execute(graph: dict, base: Path) -> dict:
+    path = base / "graph.json"
+    path.write_text(json.dumps(graph))
+    with standalone.running_at(standalone.place_of(base, None, "cpu")):
+        return workflow.execute(workflow.read_workflow(path))
+
+
+def refusal(base: Path, **inputs: object) -> str:
+    with pytest.raises(ValueError) as error:
+        execute(training(**inputs), base)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(
+        torch.equal(one[name].up, other[name].up) and torch.equal(one[name].down, other[name].down) for name in one
+    )
+
+
+def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
+    results = execute(training(), base)
+    refiner, losses, steps = results["3"].args
+    student, teacher = (bundle.load_sprite_network(name, bundle.WEIGHTS) for name in ("student", "teacher"))
+    text = bundle.load_sprite_text(bundle.WEIGHTS)
+    options = RefineOptions(
+        rank=2, steps=4, batch=2, frames=6, height=4, width=4, learning_rate=1e-3, ratio=2, precision="fp32"
+    )
+    prompts = training()["3"]["inputs"]["prompts"].splitlines()
+    stage = RefineStage(options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {})
+    logged = [stage.step(index)["loss"] for index in range(4)]
+    assert losses == {"loss": logged} and steps == 4
+    assert same(refiner.pairs, stage.average())
+    assert any(pair.up.abs().sum() > 0 for pair in refiner.pairs.values())
+    _, card = load_refiner(base / SAVED)
+    assert (card.rank, card.steps, card.objective, card.levels) == (2, 4, "dmd", (750, 500, 250))
+    assert card.base == fingerprint(student.model)
+    run = base / "output" / "autorefiner" / "mine"
+    assert {"state.pt", "log.jsonl", "loss.png", "run.json", "sheet_000004.png"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert workflow.written(results) == [run / "sheet_000004.png"]
+    assert "4 steps in mine" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch) -> None:
+    class Stop(BaseException):
+        """As ComfyUI's, no Exception."""
+
+    def report(watch, done: int) -> None:
+        if done == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(standalone.TrainWatch, "report", report)
+        with pytest.raises(Stop):
+            execute(training(), base)
+    run = base / "output" / "autorefiner" / "mine"
+    assert train_plan.steps_taken(run) == 3 and not (base / SAVED).exists()
+    on, through = execute(training(), base)["3"].args, execute(training(run="other"), base)["3"].args
+    assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
+
+
+def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) -> None:
+    execute(training(steps=2, vae=None), base)
+    assert "begun with another rank 2 and is 3 now" in refusal(base, rank=3)
+    assert "another words" in refusal(base, prompts="a blue star")
+    assert execute(training(vae=None), base)["3"].args[2] == 4
+    assert "has taken 4 steps" in refusal(base, steps=3)
+
+
+def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
+    graph = training(run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None)
+    told = training()["3"]["inputs"]["prompts"].splitlines()
+    graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in told)
+    graph["8"] = node("CLIPTextEncode", text="", clip=["1", 1])
+    with pytest.MonkeyPatch.context() as patch:
+        combine = {"execute": classmethod(lambda cls, one, other: workflow.NodeOutput(one + other))}
+        patch.setitem(workflow.CLASSES, "Combine", combined(combine))
+        graph["7"] = node("Combine", one=["5", 0], other=["6", 0])
+        listed = execute(graph, base)["3"].args
+    written = execute(training(vae=None), base)["3"].args
+    assert listed[1] == written[1] and same(listed[0].pairs, written[0].pairs)
+
+
+def combined(body: dict) -> type:
+    """A node that makes one CONDITIONING of two, as ComfyUI's own ConditioningCombine does."""
+    io = standalone.io
+    schema = io.Schema(
+        "Combine", inputs=[io.Conditioning.Input("one"), io.Conditioning.Input("other")],
+        outputs=[io.Conditioning.Output()],
+    )  # fmt: skip
+    return type("Combine", (io.ComfyNode,), {"define_schema": classmethod(lambda cls: schema), **body})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ({"teacher": None}, "objective dmd needs teacher: connect teacher"),
+        ({"clip": None, "prompts": ""}, "objective dmd also needs an empty prompt"),
+        ({"prompts": " \n"}, "there are no prompts"),
+        ({"prompts": "x\n" * 5000}, "5000 prompts: at most 4096"),
+        ({"prompts": "x" * 2_000_000}, "at most 1048576 are taken"),
+        ({"objective": "reward"}, "objective reward needs reward: connect reward"),
+        ({"levels": "700"}, "levels [700] are none that the preset renoises to"),
+        ({"length": 20}, "the nearest are 17 and 21"),
+        ({"batch_size": 1000}, "1000 is bigger than the most"),
+        ({"steps": 10**9}, "is bigger than the most"),
+        ({"run": "../elsewhere"}, "run '../elsewhere': give a name"),
+        ({"model": ["1", 1]}, "it takes MODEL and"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(inputs: dict, told: str, base: Path) -> None:
+    assert told in refusal(base, **inputs)
+    assert not (base / "output" / "autorefiner").exists()
+
+
+def test_a_device_without_room_is_told_before_anything_is_loaded(base: Path, monkeypatch) -> None:
+    monkeypatch.setattr(standalone, "available_bytes", lambda device: 1000)
+    assert "GB and the device has 0.00 GB" in refusal(base)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "a/../b", "/etc", "a\\b", ".hidden", "a/.b", "C:x", "x" * 300, "a.", "a\0b"]
+)
+def test_a_run_cannot_be_named_out_of_its_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="give a name like foxes"):
+        check_name(name)
+
+
+def test_a_link_does_not_lead_a_run_out_of_the_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "output" / "autorefiner").mkdir(parents=True)
+    (tmp_path / "output" / "autorefiner" / "away").symlink_to(tmp_path)
+    with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")), pytest.raises(ValueError, match="leaves"):
+        run_folder("away/there")
+
+
+def test_curves_stay_short_and_keep_their_mean(tmp_path: Path) -> None:
+    curves = Curves()
+    for step in range(10_001):
+        curves.add(step, {"change 750": 1.0, "loss": step / 10_000})
+    told = curves.told()
+    assert list(told) == ["loss", "change 750"] and len(told["loss"]) <= POINTS
+    assert told["loss"][-1][0] == 10_000
+    assert abs(sum(value for _, value in told["loss"]) / len(told["loss"]) - 0.5) < 0.01
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "loss": 1.0, "seconds": 2}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert Curves.read(log, 2).told() == {"loss": [[0, 1.0], [1, 3.0]]}
+    assert Curves.read(tmp_path / "none", 2).told() == {}
