@@ -42,7 +42,8 @@ def save_model(folder: Path, name: str, model: nn.Module, config: WanConfig | No
     """Write a model of the bundle in bf16. `told` says recipe, steps and scores; a config makes ComfyUI load it."""
     metadata = {"autorefiner": json.dumps(told)}
     if config is not None:
-        metadata["config"] = json.dumps({"transformer": {"causal_ar": name == "student", **asdict(config)}})
+        causal = {"causal_ar": True} if name == "student" else {}  # ComfyUI knows no false one
+        metadata["config"] = json.dumps({"transformer": {**causal, **asdict(config)}})
     tensors = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(folder / FILES[name], tensors, metadata)
