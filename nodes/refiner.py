@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+from ..refiner.demo.bundle import sprite_refiner_file
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
 from ..refiner.refined import check_fit
 from ..refiner.wan.checkpoint import inspect
@@ -25,7 +26,7 @@ def refiner_files() -> list[str]:
 
 def read_refiner(file: str, strength: float, form: str) -> RefinerLora:
     """A REFINER of a file by its name in the list; ValueError for one that holds none."""
-    path = sprite_refiner() if file == SPRITES else host.find_file("loras", file)
+    path = sprite_refiner_file() if file == SPRITES else host.find_file("loras", file)
     if not math.isfinite(strength):
         raise ValueError(f"strength {strength} is no number: use 1, or 0 for the base")
     if inspect(path).kind == "lora":

@@ -22,6 +22,14 @@ REFINER_FILE = "sprites.refiner.safetensors"
 FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student", "reward")}
 
 
+def sprite_refiner_file() -> Path:
+    """The bundled refiner; ValueError where the bundle has none."""
+    path = WEIGHTS / REFINER_FILE
+    if not path.exists():
+        raise ValueError(f"the bundle has no refiner ({path} is not there): train one with autorefiner train")
+    return path
+
+
 def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
     """The same VAE whose latents, of raw statistics `mean` and `std` [16], Wan's published constants normalise.
 
