@@ -50,8 +50,9 @@ class Row:
 
     @property
     def file(self) -> str:
-        """Of its factors; rows that train the same share them."""
-        return f"{hashlib.sha256(repr(self.training).encode()).hexdigest()[:16]}.safetensors"
+        """Of its factors; rows that train the same share them, compiled or not."""
+        told = repr(replace(self.training, compiled=False))
+        return f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
 
 
 @dataclass(slots=True)

@@ -79,9 +79,8 @@ def told(server: Server, graph: dict) -> str:
     return json.dumps([[key, error] for key, found in errors.items() for error in found["errors"]])
 
 
-def test_the_pack_is_imported_without_a_delay(server: Server) -> None:
-    seconds = re.search(r"([\d.]+) seconds: \S*/custom_nodes/autorefiner", server.log())
-    assert seconds and float(seconds[1]) < 1
+def test_the_pack_is_imported(server: Server) -> None:
+    assert re.search(r"[\d.]+ seconds: \S*/custom_nodes/autorefiner", server.log())
     assert "IMPORT FAILED" not in server.log()
     assert {node.define_schema().node_id for node in NODES} <= set(server.get("/object_info"))
 
