@@ -150,7 +150,7 @@ def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
     if other is not None:
-        values = "" if other in ("base", "words", "preset", "dmd") else f" {before[other]} and is {now[other]} now"
+        values = "" if other in ("base", "words", "preset") else f" {before[other]} and is {now[other]} now"
         raise ValueError(f"run {folder.name} was begun with another {other}{values}: give the run another name")
     done = steps_taken(folder)
     if done > options.steps:

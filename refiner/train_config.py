@@ -119,7 +119,7 @@ def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:
     """Raise ValueError for a name or a type that the dataclass does not have."""
     known = {one.name: one for one in fields(kind)}
     for name, value in told.items():
-        if name not in known or (name in ("dmd", "preset") and prefix):
+        if name not in known or (name == "preset" and prefix):
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"{prefix}{name} is not known{hint}")

@@ -178,3 +178,8 @@ def test_means_of_parts() -> None:
 def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
     with pytest.raises(ValueError, match=said):
         RefineOptions(**wrong)
+
+
+def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:
+    gradients = [stage_of(replace(SMALL, guidance=guidance)).step(0)["gradient"] for guidance in (0.0, 3.0, 3.0)]
+    assert gradients[1] == gradients[2] != gradients[0]

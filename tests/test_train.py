@@ -111,6 +111,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
         ("", "rnak = 3", "refiner.rnak is not known; did you mean refiner.rank?"),
         ("", 'seed = "many"', "refiner.seed is 'many', expected int"),
         ("", "levels = [900]", "levels [900] are none"),
+        ("", 'guidance = "high"', "refiner.guidance is 'high', expected float"),
         ("", 'method = "magic"', "method 'magic' is not known"),
         ("", 'previous = "some"', "use pending or joint or none"),
         ('prompts = "none.txt"', "", "is not there"),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ..training.dmd import DmdOptions
 from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
 from .bundle import WEIGHTS, load_sprite_reward
@@ -25,7 +24,7 @@ TOTALS = ("quality", "semantic", "total")
 TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 BASE = Row("base")
 # As the student was distilled: the teacher's guidance is its own.
-TRAINING = RefineOptions(steps=1000, rank=32, learning_rate=2e-4, dmd=DmdOptions(guidance=1.0))
+TRAINING = RefineOptions(steps=1000, rank=32, learning_rate=2e-4, guidance=1.0)
 
 
 @dataclass(frozen=True, slots=True)

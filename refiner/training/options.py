@@ -1,6 +1,6 @@
 """What a refiner's training may be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..memory.reflect import History, Previous, ReflectiveCache
@@ -39,7 +39,7 @@ class RefineOptions:
     ema: float = 0.99
     l2: float = 1.0  # weight of ½ mean(Δ²), with objective reward alone
     preset: Preset = PRESETS["self-forcing"]
-    dmd: DmdOptions = field(default_factory=DmdOptions)
+    guidance: float = DmdOptions().guidance  # of the real score, with objective dmd
     seed: int = 0
     shown: int = 32
     checkpointing: bool = False
@@ -60,6 +60,10 @@ class RefineOptions:
         unknown = set(self.levels) - set(self.preset.steps[1:])
         if unknown or not self.levels:
             raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {self.preset.steps[1:]}")
+
+    @property
+    def dmd(self) -> DmdOptions:
+        return DmdOptions(guidance=self.guidance)
 
     @property
     def cache(self) -> ReflectiveCache:
