@@ -118,7 +118,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     steps = stage.options.steps
     print(f"{name}: {steps} steps on {device} in {run / name}")
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
-    told = {"recipe": name, "steps": steps, "commit": own_commit(), "scores": last_scores(run / name)}
+    told = {"recipe": name, "steps": steps, "commit": own_commit(), **figures_of(run / name)}
     if name in ("vae", "decoder"):
         save_model(run, "vae", stage.finished(), None, told)
     elif name == "text":
@@ -141,10 +141,13 @@ def own_commit() -> str:
         return "unknown"
 
 
-def last_scores(run: Path) -> dict[str, float]:
-    """Loss and scores of a finished run's last step, whose sample sheet is always drawn."""
-    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    return {name: round(figure, 3) for name, figure in last.items() if name not in ("step", "seconds")}
+def figures_of(run: Path) -> dict:
+    """Loss and scores of a finished run's last step, whose sample sheet is always drawn; totals of all its sheets by
+    steps taken, where they have one."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    scores = {name: round(figure, 3) for name, figure in log[-1].items() if name not in ("step", "seconds")}
+    totals = {line["step"] + 1: round(line["total"], 1) for line in log if "total" in line}
+    return {"scores": scores} | ({"totals": totals} if totals else {})
 
 
 def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Stage:

@@ -96,6 +96,7 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         "Paired by caption, the difference of the totals:",
         "",
         *differences(scores, f"teacher, {options.steps} steps"),
+        *told_totals(folder),
     ]
     return "\n".join(lines)
 
@@ -114,6 +115,17 @@ def told_models(folder: Path) -> str:
     return ", ".join(
         f"{name} {told_of(name, folder).get('steps', '?')} steps" for name in ("vae", "teacher", "student")
     )
+
+
+def told_totals(folder: Path) -> list[str]:
+    """Lines: how the total of the sample sheets rose while teacher and student were trained, as their files tell."""
+    found = {name: told_of(name, folder).get("totals") for name in ("teacher", "student")}
+    lines = [
+        f"- {name}: " + ", ".join(f"{total} ({int(steps):,})" for steps, total in totals.items())
+        for name, totals in found.items()
+        if totals
+    ]
+    return ["", "Totals of a few captions while training, after so many steps:", "", *lines] if lines else []
 
 
 def write_section(path: Path, title: str, body: str) -> None:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae
+from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae, told_of
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words
+from autorefiner.refiner.demo.evaluation import told_totals
 from autorefiner.refiner.demo.recipes.data import Clips
 from autorefiner.refiner.demo.recipes.text import QUESTIONS, TextOptions, TextStage, answers
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
@@ -57,6 +58,13 @@ def test_the_finished_models_load_and_say_what_they_are(run) -> None:
     student, text = load_sprite_network("student", run), load_sprite_text(run)
     assert student.config.text_dim == text.text_dim
     assert json.loads(inspect(run / "sprites_vae.safetensors").metadata["autorefiner"])["steps"] == 2
+
+
+def test_a_model_tells_how_its_total_rose(run) -> None:
+    last = json.loads((run / "student" / "log.jsonl").read_text().splitlines()[-1])
+    assert told_of("student", run)["totals"] == {"2": round(last["total"], 1)}
+    assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
+    assert "totals" not in told_of("vae", run)
 
 
 def test_clips_are_encoded_with_the_runs_own_vae(run) -> None:
