@@ -58,30 +58,37 @@ def stacked_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out.unflatten(0, (-1, frames))
 
 
-def volume_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as one 3-D convolution, which takes a third of the memory.
+def volume(x_BTCHW: Tensor) -> Tensor:
+    """The same as [B, C, T, H, W]; on the CPU with the channels last in memory.
 
-    On the CPU with the channels last: with few channels its backward pass takes a third of the time.
+    With few channels a 3-D convolution's backward pass takes a third of the time so, and what is joined in this form
+    need not be copied into it.
     """
-    side = weight.shape[3] // 2
     x = x_BTCHW.transpose(1, 2)
-    if x.device.type == "cpu":
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-    return F.conv3d(x, weight, bias, padding=(0, side, side)).transpose(1, 2)
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+
+
+def volume_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same as one 3-D convolution, which takes a third of the memory."""
+    side = weight.shape[3] // 2
+    return F.conv3d(volume(x_BTCHW), weight, bias, padding=(0, side, side)).transpose(1, 2)
 
 
 class CausalConv3d(nn.Conv3d):
     """A convolution that looks back in time only; before the first frame there are zeros."""
 
     def forward(self, x_BTCHW: Tensor, state: StreamState) -> Tensor:
+        stacked = x_BTCHW.device.type == "cpu" and len(x_BTCHW) == 1
         back = self.kernel_size[0] - 1
         if back:
             past = state.last.get(self)
             past = zero_frames(x_BTCHW, back) if past is None else past
-            x_BTCHW = torch.cat((past, x_BTCHW), dim=1)
+            if stacked:
+                x_BTCHW = torch.cat((past, x_BTCHW), dim=1)
+            else:
+                x_BTCHW = torch.cat((volume(past), volume(x_BTCHW)), dim=2).transpose(1, 2)
             state.last[self] = x_BTCHW[:, -back:].clone()  # a view would keep the whole activation alive
-        convolve = stacked_conv if x_BTCHW.device.type == "cpu" and len(x_BTCHW) == 1 else volume_conv
-        return convolve(x_BTCHW, self.weight, self.bias)
+        return (stacked_conv if stacked else volume_conv)(x_BTCHW, self.weight, self.bias)
 
 
 def zero_frames(x_BTCHW: Tensor, frames: int) -> Tensor:
