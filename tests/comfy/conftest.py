@@ -10,12 +10,22 @@ from demo_files import write_base, write_demo_files
 from page_browser import HOW as PAGE_HOW
 from page_browser import find_chromium
 
+from autorefiner.refiner.demo import bundle
+
 HOW = "set COMFYUI_PATH to a checkout, and COMFYUI_PYTHON to its interpreter if that is not in its .venv"
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     return write_demo_files(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def base(weights: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A folder as ComfyUI's, with the published names; the bundle is the stand-in."""
+    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    write_base(tmp_path, weights)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_graphs import node, small
-from demo_files import STAND_IN, random_pairs, write_base, write_demo_files, write_refiner
+from demo_files import STAND_IN, random_pairs, write_refiner
 from safetensors.torch import load_file, save_file
+from standalone_runs import execute, refusal
 
 from autorefiner.nodes import workflow
 from autorefiner.nodes.hosts import standalone
@@ -19,19 +20,6 @@ from autorefiner.refiner.noise.file import RefinerCard, load_refiner
 from autorefiner.refiner.noise.refiner import Refiner, merged
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return write_demo_files(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A folder as ComfyUI's; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
-    write_base(tmp_path, files)
-    return tmp_path
 
 
 def refined(file: str = "sprites", length: int = 21, form: str = "auto", strength: float = 1.0, **inputs) -> dict:
@@ -58,24 +46,8 @@ def with_levels(graph: dict, refined_levels: str, levels: str = "") -> dict:
     return graph
 
 
-def execute(graph: dict, base: Path) -> dict[str, list]:
-    """What each node gave."""
-    path = base / "graph.json"
-    path.write_text(json.dumps(graph))
-    with standalone.running_at(standalone.place_of(base, None, "cpu")):
-        results = workflow.execute(workflow.read_workflow(path))
-    return {key: output.args for key, output in results.items()}
-
-
 def made(graph: dict, base: Path) -> torch.Tensor:
     return execute(graph, base)["3"][0]["samples"]
-
-
-def refusal(graph: dict, base: Path) -> str:
-    with pytest.raises(ValueError) as error:
-        execute(graph, base)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def core(cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 500, 250), **options) -> torch.Tensor:

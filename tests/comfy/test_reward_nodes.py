@@ -1,14 +1,14 @@
 """Load Reward and Score Video without ComfyUI, and a training by what they load."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from comfy_graphs import node, training
-from demo_files import write_demo_files
+from standalone_runs import execute
 
-from autorefiner.nodes import rewards, workflow
+from autorefiner.nodes import rewards
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.rewards import LoadReward, ScoreVideo
 from autorefiner.refiner.demo import bundle
@@ -24,17 +24,11 @@ SPRITES = {"kind": "sprites", "model": "bundled", "weight": 1.0, "frames": 0, "i
 PICK = {**SPRITES, "kind": "pick", "model": "tiny", "weight": 0.5}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return write_demo_files(tmp_path_factory.mktemp("weights"))
-
-
 @pytest.fixture
-def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A folder as ComfyUI's; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
-    with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
-        yield tmp_path
+def base(base: Path) -> Iterator[Path]:
+    """Nodes run there."""
+    with standalone.running_at(standalone.place_of(base, None, "cpu")):
+        yield base
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +47,7 @@ def test_a_training_raises_what_was_loaded(base: Path) -> None:
     pytest.importorskip("peft")
     graph = training(objective="reward", reward=["5", 0], teacher=None, steps=2, width=64, height=64, l2=0.5)
     graph["5"] = node("AutoRefinerLoadReward", **SPRITES)
-    (base / "graph.json").write_text(json.dumps(graph))
-    refiner, losses, _ = workflow.execute(workflow.read_workflow(base / "graph.json"))["3"].args
+    refiner, losses, _ = execute(graph, base)["3"]
     options = RefineOptions(
         objective="reward", rank=2, steps=2, batch=2, frames=6, height=8, width=8, learning_rate=1e-3, l2=0.5,
         precision="fp32",

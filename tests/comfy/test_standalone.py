@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, small
-from demo_files import STAND_IN, write_base, write_demo_files
+from demo_files import STAND_IN
+from standalone_runs import execute, refusal
 
-from autorefiner.nodes import decode, workflow
+from autorefiner.nodes import decode
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.registry import NODES
@@ -16,35 +17,6 @@ from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.video import count_frames, read_frames
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return write_demo_files(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A folder as ComfyUI's, with the published names; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
-    write_base(tmp_path, files)
-    return tmp_path
-
-
-def execute(graph: dict, base: Path, **place) -> dict[str, list]:
-    """What each node gave."""
-    path = base / "graph.json"
-    path.write_text(json.dumps(graph))
-    with standalone.running_at(standalone.place_of(base, None, "cpu")):
-        results = workflow.execute(workflow.read_workflow(path))
-    return {key: output.args for key, output in results.items()}
-
-
-def refusal(graph: dict, base: Path) -> str:
-    with pytest.raises(ValueError) as error:
-        execute(graph, base)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_COMFYUI])

@@ -1,12 +1,11 @@
 """Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it refuses."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from comfy_graphs import node, training
-from demo_files import write_demo_files
+from standalone_runs import execute, refusal, run_workflow
 
 from autorefiner.nodes import train_plan, workflow
 from autorefiner.nodes.curves import POINTS, Curves
@@ -22,32 +21,6 @@ pytest.importorskip("peft")
 SAVED = "models/loras/mine.refiner.safetensors"
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return write_demo_files(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def base(files: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A folder as ComfyUI's; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
-    return tmp_path
-
-
-def execute(graph: dict, base: Path) -> dict:
-    path = base / "graph.json"
-    path.write_text(json.dumps(graph))
-    with standalone.running_at(standalone.place_of(base, None, "cpu")):
-        return workflow.execute(workflow.read_workflow(path))
-
-
-def refusal(base: Path, **inputs: object) -> str:
-    with pytest.raises(ValueError) as error:
-        execute(training(**inputs), base)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def same(one: dict, other: dict) -> bool:
     return all(
         torch.equal(one[name].up, other[name].up) and torch.equal(one[name].down, other[name].down) for name in one
@@ -55,7 +28,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
-    results = execute(training(), base)
+    results = run_workflow(training(), base)
     refiner, losses, steps = results["3"].args
     student, teacher = (bundle.load_sprite_network(name, bundle.WEIGHTS) for name in ("student", "teacher"))
     text = bundle.load_sprite_text(bundle.WEIGHTS)
@@ -93,16 +66,16 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch) -> None:
             execute(training(), base)
     run = base / "output" / "autorefiner" / "mine"
     assert train_plan.steps_taken(run) == 3 and not (base / SAVED).exists()
-    on, through = execute(training(), base)["3"].args, execute(training(run="other"), base)["3"].args
+    on, through = execute(training(), base)["3"], execute(training(run="other"), base)["3"]
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 
 
 def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) -> None:
     execute(training(steps=2, vae=None), base)
-    assert "begun with another rank 2 and is 3 now" in refusal(base, rank=3)
-    assert "another words" in refusal(base, prompts="a blue star")
-    assert execute(training(vae=None), base)["3"].args[2] == 4
-    assert "has taken 4 steps" in refusal(base, steps=3)
+    assert "begun with another rank 2 and is 3 now" in refusal(training(rank=3), base)
+    assert "another words" in refusal(training(prompts="a blue star"), base)
+    assert execute(training(vae=None), base)["3"][2] == 4
+    assert "has taken 4 steps" in refusal(training(steps=3), base)
 
 
 def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
@@ -114,8 +87,8 @@ def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
         combine = {"execute": classmethod(lambda cls, one, other: workflow.NodeOutput(one + other))}
         patch.setitem(workflow.CLASSES, "Combine", combined(combine))
         graph["7"] = node("Combine", one=["5", 0], other=["6", 0])
-        listed = execute(graph, base)["3"].args
-    written = execute(training(vae=None), base)["3"].args
+        listed = execute(graph, base)["3"]
+    written = execute(training(vae=None), base)["3"]
     assert listed[1] == written[1] and same(listed[0].pairs, written[0].pairs)
 
 
@@ -147,13 +120,13 @@ def combined(body: dict) -> type:
     ],
 )
 def test_what_cannot_be_trained_is_said(inputs: dict, told: str, base: Path) -> None:
-    assert told in refusal(base, **inputs)
+    assert told in refusal(training(**inputs), base)
     assert not (base / "output" / "autorefiner").exists()
 
 
 def test_a_device_without_room_is_told_before_anything_is_loaded(base: Path, monkeypatch) -> None:
     monkeypatch.setattr(standalone, "available_bytes", lambda device: 1000)
-    assert "GB and the device has 0.00 GB" in refusal(base)
+    assert "GB and the device has 0.00 GB" in refusal(training(), base)
 
 
 @pytest.mark.parametrize(
