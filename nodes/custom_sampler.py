@@ -1,12 +1,12 @@
 """Pathwise Refined SAMPLER: the same for SamplerCustomAdvanced."""
 
-from ..refiner.samplers import SAMPLERS
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
 from .guided import FRESH_NOISE, SamplerOptions
 from .hosts import host, io
 from .load import CATEGORY
 from .refiner import RefinerType
+from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 
 class PathwiseRefinedCustomSampler(io.ComfyNode):
@@ -23,8 +23,9 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
             search_aliases=["SamplerARVideo", "custom sampler"],
             inputs=[
                 io.Combo.Input(
-                    "method", options=list(SAMPLERS), default="self-forcing",
-                    tooltip="self-forcing: fresh noise between levels, as the models are trained.",
+                    "method", options=list(METHODS), default="self-forcing",
+                    tooltip="self-forcing: fresh noise between levels, as the models are trained. The help page of"
+                    " Pathwise Refined Sampler tells of the others.",
                 ),
                 io.Combo.Input(
                     "fresh_noise", options=list(FRESH_NOISE), default=FRESH_NOISE[0],
@@ -42,6 +43,7 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
                     "chunk_schedule", optional=True, tooltip="Chunk size; levels that contradict SIGMAS are an error.",
                 ),
                 ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
+                *search_inputs(),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
             hidden=[io.Hidden.unique_id],
@@ -54,7 +56,9 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None, reflective_cache=None
-    ) -> io.NodeOutput:
-        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start, refiner)
+        cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None, reflective_cache=None,
+        reward=None, vae=None, prompt: str = "", candidates: int = CANDIDATES,
+    ) -> io.NodeOutput:  # fmt: skip
+        search = search_of(method, reward, vae, prompt, candidates)
+        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start, refiner, search)
         return io.NodeOutput(host.make_sampler(options))

@@ -10,7 +10,7 @@ from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
 from .options import ChunkSchedule, ReflectiveCache, preset_for
 from .refined import RefinerLora, plan_refiner
-from .run import ModelFacts, Run, begun_from, plan_run, video_latents
+from .run import ModelFacts, Run, Search, begun_from, plan_run, video_latents
 
 SAME_SIGMA = 2e-3  # two sigmas nearer than this are one level written down twice
 SEEDS = 1 << 63  # our noise's; NOISE may have twice as many
@@ -47,25 +47,33 @@ def levels_of(sigmas: Tensor, preset: Preset) -> tuple[Level, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GuiderNoise:
-    """A chunk begins from its part of NOISE [B, C, F, h, w]; later levels draw from another source."""
+    """A chunk begins from its part of NOISE [B, C, F, h, w].
+
+    Later levels, and a search's candidates beside the first, draw from another source.
+    """
 
     first: Tensor
     later: NoiseSource
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        if draw.level:
+        if draw.level or draw.candidate:
             return self.later(chunk, draw, shape)
         return self.first[:, :, chunk.start : chunk.start + chunk.length]
 
 
 @dataclass(frozen=True, slots=True)
 class CoreNoise:
-    """The noise that ComfyUI's SamplerARVideo draws between levels: another on every kind of device."""
+    """The noise that ComfyUI's SamplerARVideo draws between levels: another on every kind of device.
+
+    It has none for repeats and candidates: theirs is white noise of the seed.
+    """
 
     seed: int
     device: torch.device
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        if draw.repeat or draw.candidate:
+            return WhiteNoise(self.seed % SEEDS)(chunk, draw, shape)
         seed = (self.seed + 1000 * chunk.index + draw.level - 1) % (2 * SEEDS)
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
@@ -84,6 +92,7 @@ class SamplerOptions:
     cache: ReflectiveCache | None = None
     start: dict | None = None
     refiner: RefinerLora | None = None
+    search: Search | None = None
 
     def run(self, facts: ModelFacts, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
         """The run over NOISE [B, C, F, h, w] along SIGMAS; ValueError where CHUNK_SCHEDULE contradicts them."""
@@ -100,7 +109,8 @@ class SamplerOptions:
         initial = begun_from(self.start, shape)
         as_core = self.fresh_noise == FRESH_NOISE[1]
         later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
-        return Run(plan_run(preset, shape, initial), seed, self.method, initial, GuiderNoise(samples, later), refined)
+        plan, source = plan_run(preset, shape, initial), GuiderNoise(samples, later)
+        return Run(plan, seed, self.method, initial, source, refined, self.search)
 
 
 def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level, ...]) -> None:

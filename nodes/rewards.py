@@ -1,6 +1,8 @@
 """Load Reward and Score Video: what a refiner is trained to raise, and what it says of a finished video."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +29,26 @@ class Rewards:
     parts: tuple[tuple[Reward, float], ...]
     told: tuple[str, ...]
 
-    def mixture(self, device: torch.device) -> Mixture:
-        """Their weighted sum, with the models on a device; ValueError where one is there twice."""
+    @property
+    def nbytes(self) -> int:
+        """Of their models."""
+        parameters = (parameter for reward, _ in self.parts for parameter in reward.model.parameters())
+        return sum(parameter.nbytes for parameter in parameters)
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[Mixture]:
+        """Their weighted sum, with the models on a device until it is left; ValueError where one is there twice."""
+        mixture = Mixture(self.parts)
+        try:
+            self._move(device)
+            yield mixture
+        finally:
+            self._move(torch.device("cpu"))
+
+    @torch.inference_mode(False)  # moved in that mode, a training could not go through them any more
+    def _move(self, device: torch.device) -> None:
         for reward, _ in self.parts:
             reward.model.to(device)
-        return Mixture(self.parts)
 
 
 def model_folders() -> list[str]:
@@ -55,8 +72,8 @@ class LoadReward(io.ComfyNode):
             node_id="AutoRefinerLoadReward",
             display_name="Load Reward",
             category=CATEGORY,
-            description="Loads a model that scores how well a video fits its prompt, for Train Refiner LoRA and Score"
-            " Video. Connect several one behind the other to add them up.",
+            description="Loads a model that scores how well a video fits its prompt: for Train Refiner LoRA, Score"
+            " Video and a sampler's search. Connect several one behind the other to add them up.",
             search_aliases=["clip score", "pickscore", "hps", "reward model"],
             inputs=[
                 io.Combo.Input(
@@ -82,7 +99,7 @@ class LoadReward(io.ComfyNode):
                 ),
                 RewardType.Input("more", optional=True, tooltip="Another REWARD to add to this one."),
             ],
-            outputs=[RewardType.Output(tooltip="For Train Refiner LoRA and Score Video.")],
+            outputs=[RewardType.Output(tooltip="For Train Refiner LoRA, Score Video and the samplers.")],
         )  # fmt: skip
 
     @classmethod
@@ -125,15 +142,11 @@ class ScoreVideo(io.ComfyNode):
         check_room(3 * PIXEL_BYTES * math.prod(host.clip_size(video)), "scoring this video")
         frames, _ = host.clip_frames(video, 16)
         device = host.torch_device()
-        mixture = reward.mixture(device)
-        try:
+        with reward.on(device) as mixture, torch.no_grad():
             drawn = mixture.newest(len(frames), len(frames))
             numbers = sorted(set().union(*drawn))
             seen = torch.from_numpy(frames[numbers]).to(device).permute(0, 3, 1, 2)[None].float() / 255
-            with torch.no_grad():
-                total, scores = mixture(seen, numbers, drawn, [prompt])
-        finally:
-            reward.mixture(torch.device("cpu"))
+            total, scores = mixture(seen, numbers, drawn, [prompt])
         parts = ", ".join(f"{name} {score.item():.4f}" for name, score in scores.items())
         told = f"score {total.item():.4f}" + (f" ({parts})" if len(scores) > 1 else "")
         return io.NodeOutput(total.item(), ui=host.show(told))

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
+from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
 from ..refiner.refined import RefinerPlan
-from ..refiner.rollout import Progress
+from ..refiner.rollout import Progress, Sampler
 from ..refiner.sample import RunPlan, sample
 from ..refiner.samplers import SAMPLERS
 from ..refiner.schedule import Preset, latent_frames, plan_chunks
@@ -34,9 +36,34 @@ class ModelFacts:
     device_bytes: int
 
 
+class Search(Protocol):
+    """What chooses among candidates, by a reward (nodes/search.py)."""
+
+    candidates: int
+
+    def check(self, cache: ReflectiveCache) -> None:
+        """Raise ValueError for a refiner's cache that it does not go together with."""
+        ...
+
+    def describe(self) -> str:
+        """A few words."""
+        ...
+
+    def nbytes(self, plan: RunPlan) -> int:
+        """Of what it holds beside the model."""
+        ...
+
+    def sampler(self, batch: int, device: torch.device) -> AbstractContextManager[Sampler]:
+        """The method, with its models on a device until it is left."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on from."""
+    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on from.
+
+    `search` is there where `method` is one of SEARCHES, else the method is one of SAMPLERS.
+    """
 
     plan: RunPlan
     seed: int
@@ -44,6 +71,11 @@ class Run:
     initial: Tensor | None = None
     noise: NoiseSource | None = None
     refined: RefinerPlan | None = None
+    search: Search | None = None
+
+    def __post_init__(self) -> None:
+        if self.search is not None and self.refined is not None:
+            self.search.check(self.refined.cache)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,10 +99,12 @@ class Run:
         """
         made = [] if self.initial is None else [self.initial.float().cpu()]
         attached = self.refined.attached(network, device, dtype, weights) if self.refined else nullcontext()
-        with attached as refiner:
+        search = self.search
+        sampler = search.sampler(self.plan.batch, device) if search else nullcontext(SAMPLERS[self.method])
+        with attached as refiner, sampler as method:
             chunks = sample(
                 network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
-                method=SAMPLERS[self.method], refiner=refiner, callback=callback, device=device, dtype=dtype,
+                method=method, refiner=refiner, callback=callback, device=device, dtype=dtype,
             )  # fmt: skip
             for chunk in chunks:
                 made.append(chunk.float().cpu())
@@ -82,7 +116,8 @@ class Run:
 
 def steps_of(run: Run) -> int:
     """Predictions of a whole run, for a progress bar."""
-    return sum(len(chunk.levels) for chunk in plan_chunks(run.plan.preset, run.plan.frames, run.plan.given)[1])
+    chunks = plan_chunks(run.plan.preset, run.plan.frames, run.plan.given)[1]
+    return (run.search.candidates if run.search else 1) * sum(len(chunk.levels) for chunk in chunks)
 
 
 def normalized(raw_BCFhw: Tensor) -> Tensor:
@@ -157,13 +192,13 @@ def kv_bytes(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> int:
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
-    """Of what a run holds beside the model: keys and values, and its refiner."""
-    more = run.refined.nbytes if run.refined else 0
+    """Of what a run holds beside the model: keys and values, its refiner, and what a search decodes and scores with."""
+    more = (run.refined.nbytes if run.refined else 0) + (run.search.nbytes(run.plan) if run.search else 0)
     return kv_bytes(run.plan, facts, run.refined is not None) + more
 
 
 def told(run: Run, facts: ModelFacts) -> str:
-    """One line: what a run makes, the bytes of its keys and values, and what refines it."""
+    """One line: what a run makes, the bytes of its keys and values, what refines it, and how it searches."""
     plan = run.plan
     chunks = len(plan_chunks(plan.preset, plan.frames, plan.given)[1])
     held = kv_bytes(plan, facts, run.refined is not None) / 1e6
@@ -172,11 +207,11 @@ def told(run: Run, facts: ModelFacts) -> str:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
         if run.method == "ode":
             line += "; ode draws no noise between levels, so the refiner has nothing to refine"
-    return line
+    return line + (f"; {run.search.describe()}" if run.search else "")
 
 
 def check_memory(run: Run, facts: ModelFacts) -> None:
-    """Raise ValueError when the keys and values of a run, or its latents, are more than there is memory."""
+    """Raise ValueError when what a run holds beside the model, or its latents, are more than there is memory."""
     nbytes, latents = held_bytes(run, facts), 4 * math.prod(run.shape)
     if latents > (free := available_bytes(torch.device("cpu"))):
         raise ValueError(
@@ -185,8 +220,10 @@ def check_memory(run: Run, facts: ModelFacts) -> None:
         )
     if nbytes > facts.device_bytes:
         what = "keys and values" + (" and the refiner" if run.refined else "")
+        instead = "connect a Reflective Cache with a smaller window, or make the clip smaller or shorter"
+        if run.search:
+            what, instead = f"{what} and the search's VAE and reward", f"choose another method, {instead}"
         raise ValueError(
             f"the {what} of this clip take {nbytes / 1e9:.2f} GB and the device has"
-            f" {facts.device_bytes / 1e9:.2f} GB: connect a Reflective Cache with a smaller window, or make the clip"
-            " smaller or shorter"
+            f" {facts.device_bytes / 1e9:.2f} GB: {instead}"
         )

@@ -1,6 +1,5 @@
 """Pathwise Refined Sampler: a clip, chunk by chunk."""
 
-from ..refiner.samplers import SAMPLERS
 from ..refiner.schedule import latent_frames
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
@@ -10,6 +9,7 @@ from .options import FALLBACK, preset_for
 from .refined import plan_refiner
 from .refiner import RefinerType
 from .run import Run, begun_from, check_memory, clip_shape, plan_run, told
+from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
 
@@ -40,7 +40,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                     tooltip="The same seed gives the same noise on any device, at any batch size and length.",
                 ),
                 io.Combo.Input(
-                    "method", options=list(SAMPLERS), default="self-forcing",
+                    "method", options=list(METHODS), default="self-forcing",
                     tooltip="self-forcing: fresh noise between levels, as the models are trained. The help page"
                     " tells of the others.",
                 ),
@@ -57,6 +57,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 ),
                 ChunkScheduleType.Input("chunk_schedule", optional=True, tooltip="Levels and chunks of your own."),
                 ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
+                *search_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="The whole clip, start included, for VAE Decode or VAE Decode Chunks.")],
             hidden=[io.Hidden.unique_id],
@@ -80,8 +81,10 @@ class PathwiseRefinedSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, width: int, height: int, length: int, batch_size: int, seed: int, method: str,
-        latent=None, start=None, refiner=None, chunk_schedule=None, reflective_cache=None,
+        latent=None, start=None, refiner=None, chunk_schedule=None, reflective_cache=None, reward=None, vae=None,
+        prompt: str = "", candidates: int = CANDIDATES,
     ) -> io.NodeOutput:  # fmt: skip
+        search = search_of(method, reward, vae, prompt, candidates)
         facts = host.facts(model)
         if facts.preset is None:
             host.notice(f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is taken")
@@ -90,7 +93,8 @@ class PathwiseRefinedSampler(io.ComfyNode):
         refined = plan_refiner(refiner, facts.config, facts.dtype, steps, chunk_schedule, reflective_cache)
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start, shape)
-        run = host.settled(model, Run(plan_run(preset, shape, initial), seed, method, initial, refined=refined))
+        plan = plan_run(preset, shape, initial)
+        run = host.settled(model, Run(plan, seed, method, initial, refined=refined, search=search))
         check_memory(run, facts)
         shown = host.show(told(run, facts))
         return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)

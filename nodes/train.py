@@ -154,7 +154,7 @@ class TrainRefiner(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive: list | None = None, prompts: list | None = None, **inputs: list) -> io.NodeOutput:
-        from .train_run import loss_map, make_stage, run_stage
+        from .train_run import loss_map, run_stage, stage_of
 
         single = {name: values[0] for name, values in inputs.items() if values}
         asked = Asked(**single, positive=tuple(positive or ()), prompts="\n".join(prompts or ()))
@@ -168,8 +168,7 @@ class TrainRefiner(io.ComfyNode):
         check_memory(facts, teacher)
         base, folder = host.base_of(asked.model), run_folder(name)
         done = begin(folder, options, base, words)
-        with host.training():
-            stage = make_stage(asked, options)
+        with host.training(), stage_of(asked, options) as stage:
             with host.train_watch(folder, done, asked.steps) as watch:
                 run_stage(stage, folder, asked, watch)
             refiner = refiner_of(name, stage.average(), options, base)

@@ -1,7 +1,8 @@
 """A training inside a node: its stage, what a host is told of every step, and a state that no interruption loses."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from ..refiner.training.objective import Objective
 from ..refiner.training.options import RefineOptions
 from ..refiner.training.refine import RefineStage
 from ..refiner.training.reward_objective import RewardObjective
+from ..refiner.training.rewards.reward import Mixture
 from ..refiner.wan.vae import WanVAE
 from .hosts import host
 from .train_plan import Asked
@@ -97,20 +99,28 @@ class Watched:
         self.stage.load_state_dict(state)
 
 
-def make_stage(asked: Asked, options: RefineOptions) -> RefineStage:
-    """Everything that the training needs, in copies of its own; no inference tensor is among them."""
+@contextmanager
+def stage_of(asked: Asked, options: RefineOptions) -> Iterator[RefineStage]:
+    """Everything that the training needs, in copies of its own; no inference tensor is among them.
+
+    A reward's models, which others share, are on the device until the stage is left.
+    """
     base = host.own_network(asked.model)
     device = next(base.model.parameters()).device
     prompts, contexts = encoded(asked, device)
     vae = host.own_vae(asked.vae) if asked.vae is not None else None
     show = Sheets(base, contexts, vae, prompts[:SHEET_PROMPTS]) if vae is not None else lambda *_: {}
-    return RefineStage(options, base, make_objective(asked, options, contexts, vae), prompts, contexts, show)
+    with asked.reward.on(device) if options.objective == "reward" else nullcontext() as rewards:
+        objective = make_objective(asked, options, contexts, vae, rewards)
+        yield RefineStage(options, base, objective, prompts, contexts, show)
 
 
-def make_objective(asked: Asked, options: RefineOptions, contexts: Contexts, vae: WanVAE | None) -> Objective:
-    """What it trains for."""
-    if options.objective == "reward":
-        return RewardObjective(options, asked.reward.mixture(contexts.device), vae)
+def make_objective(
+    asked: Asked, options: RefineOptions, contexts: Contexts, vae: WanVAE | None, rewards: Mixture | None
+) -> Objective:
+    """What it trains for: the rewards, or without them the teacher's videos."""
+    if rewards is not None:
+        return RewardObjective(options, rewards, vae)
     return DmdObjective(options, host.own_network(asked.teacher), contexts)
 
 

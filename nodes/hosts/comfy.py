@@ -52,6 +52,7 @@ from .comfy_video import (  # noqa: F401, part of what a host is
     output_path,
     show_pair,
     show_video,
+    vae_width,
     video_file,
 )
 from .page import show as show

@@ -31,6 +31,11 @@ def wan_vae(vae: comfy.sd.VAE) -> nn.Module:
     return model
 
 
+def vae_width(vae: comfy.sd.VAE) -> int:
+    """The base width of a VAE, 96 for the published one."""
+    return len(wan_vae(vae).decoder.head[0].gamma)
+
+
 def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
     """Frames [f, H, W, 3] in [0, 1], fp32 on the CPU, of one latent, then of two at a time.
 

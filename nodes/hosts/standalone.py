@@ -190,6 +190,11 @@ def own_vae(vae: WanVAE) -> WanVAE:
     return vae if next(vae.parameters()).dtype == torch.float32 else copy.deepcopy(vae).float()
 
 
+def vae_width(vae: WanVAE) -> int:
+    """The base width of a VAE, 96 for the published one."""
+    return vae.dim
+
+
 def encode_prompt(clip: Clip, text: str) -> Tensor:
     """The context [1, L, text_dim] of a prompt, fp32 on the CPU."""
     return clip.context(text)

@@ -20,7 +20,7 @@ from ..generate import SPRITES
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..rollout import Sampler
-from ..samplers import BestOfN, SearchOverPath, self_forcing
+from ..samplers import SEARCHES, self_forcing
 from ..schedule import Chunk, plan_chunks
 from ..train import train_refiner
 from ..train_config import RewardConfig, TrainConfig
@@ -173,8 +173,7 @@ class Bench:
             cost.verifications += len(latents)
             return verifier(latents, chunk)
 
-        kind = {"best-of-n": BestOfN, "search-over-path": SearchOverPath}[row.search]
-        return kind(verify, self.candidates)
+        return SEARCHES[row.search](verify, self.candidates)
 
 
 def counted(network: CausalWan, cost: Cost) -> CausalWan:

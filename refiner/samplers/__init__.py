@@ -7,5 +7,7 @@ from .self_refine import SelfRefine
 
 # Those that need no verifier, by the name that users give.
 SAMPLERS = {"self-forcing": self_forcing, "ode": ode, "self-refine": SelfRefine()}
+# And those that are made of one and a number of candidates.
+SEARCHES = {"best-of-n": BestOfN, "search-over-path": SearchOverPath}
 
-__all__ = ["SAMPLERS", "BestOfN", "SearchOverPath", "SelfRefine", "ode", "self_forcing"]
+__all__ = ["SAMPLERS", "SEARCHES", "BestOfN", "SearchOverPath", "SelfRefine", "ode", "self_forcing"]

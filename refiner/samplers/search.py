@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..memory.reflect import ReflectiveCache
 from ..rollout import Rollout
 from ..schedule import Chunk
 
@@ -20,6 +21,15 @@ def check_candidates(candidates: int) -> None:
     """Raise ValueError for fewer than two."""
     if candidates < 2:
         raise ValueError(f"{candidates} candidates: a search compares at least 2")
+
+
+def check_reads(cache: ReflectiveCache) -> None:
+    """Raise ValueError for a refiner's cache that Search over Path overwrites."""
+    if cache.previous == "pending":
+        raise ValueError(
+            "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
+            " trained with the joint cache"
+        )
 
 
 def verified(verifier: Verifier, past: Sequence[Tensor], made: Sequence[Tensor], chunk: Chunk) -> Tensor:
@@ -71,11 +81,8 @@ class SearchOverPath:
 
     def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
-        if rollout.refiner is not None and rollout.refiner.cache.previous == "pending":
-            raise ValueError(
-                "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
-                " trained with the joint cache"
-            )
+        if rollout.refiner is not None:
+            check_reads(rollout.refiner.cache)
         forks, past = rollout.fork(self.candidates), []
         for chunk in rollout.chunks:
             x0: Tensor | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small
+from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small, training
 from comfy_page import to_api, to_page
 from comfy_server import Refused, Server, find_comfyui
 from demo_files import STAND_IN
@@ -23,6 +23,7 @@ from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.samplers import SEARCHES
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.video import count_frames, read_frames
 from autorefiner.refiner.wan.causal import CausalWan
@@ -195,6 +196,31 @@ def test_without_a_refiner_it_equals_comfyuis_own_sampler(server: Server) -> Non
     assert ours.shape == core.shape == (1, 16, 8, 8, 8)
     assert (ours - core).abs().max() < 1e-4
     assert not torch.allclose(sampled(server, custom(), "fresh", "9"), core)
+
+
+def with_reward(graph: dict, key: str, method: str) -> dict:
+    """The graph, whose node searches by the bundled reward."""
+    graph["40"] = node("AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0)
+    search = {"reward": ["40", 0], "vae": ["1", 2], "prompt": "a red star", "candidates": 2}
+    graph[key]["inputs"] |= {"method": method, **search}
+    return graph
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_search_chooses_what_it_does_without_comfyui(method: str, server: Server) -> None:
+    graph = with_reward(short(13, seed=9, batch_size=2), "3", method)
+    made = sampled(server, graph, method)
+    torch.testing.assert_close(made, alone(server, graph), **NEAR)
+    assert not torch.allclose(made, sampled(server, short(13, seed=9, batch_size=2), "no_search"))
+
+
+def test_the_custom_sampler_searches_and_a_training_goes_through_the_reward_behind_it(
+    server: Server, peft_inside: None
+) -> None:
+    graph = with_reward(custom(), "8", "best-of-n")
+    assert not torch.allclose(sampled(server, graph, "searched", "9"), sampled(server, custom(), "unsearched", "9"))
+    learnt = training(run="searched", objective="reward", reward=["40", 0], teacher=None, steps=1, width=64, height=64)
+    server.run({"40": graph["40"], **learnt})  # the same REWARD, from the cache
 
 
 def test_what_the_custom_sampler_calls_denoised_is_the_clip(server: Server) -> None:

@@ -51,6 +51,16 @@ def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("fresh", FRESH_NOISE)
+def test_every_repeat_and_candidate_has_noise_of_its_own_and_the_first_is_the_runs(fresh: str) -> None:
+    run = SamplerOptions("self-forcing", fresh).run(FACTS, white(3), SIGMAS, 5)
+    chunk, shape = plan_chunks(PRESETS["self-forcing"], 7)[1][0], (1, 16, 3, 4, 4)
+    draws = [Draw(0), Draw(1), Draw(1, repeat=1), Draw(1, repeat=2), Draw(0, candidate=1), Draw(1, candidate=1)]
+    drawn = [run.noise(chunk, draw, shape) for draw in draws]
+    assert torch.equal(drawn[0], white(3)[:, :, :3])
+    assert not any(torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+
+
 def test_any_seed_of_noise_is_taken() -> None:
     for fresh in FRESH_NOISE:
         run = SamplerOptions("self-forcing", fresh).run(FACTS, white(0), SIGMAS, 2 * SEEDS - 1)

@@ -1,0 +1,92 @@
+"""Search methods of the sampler nodes: candidates, of which a reward chooses by the frames that they decode to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..refiner.memory.reflect import ReflectiveCache
+from ..refiner.rollout import Sampler
+from ..refiner.sample import RunPlan
+from ..refiner.samplers import SAMPLERS, SEARCHES, SearchOverPath
+from ..refiner.samplers.search import check_reads
+from ..refiner.training.rewards.decode import CONTEXT
+from ..refiner.training.rewards.verifier import RewardVerifier
+from ..refiner.wan.vae import WanVAE
+from .hosts import host, io
+from .rewards import Rewards, RewardType
+
+METHODS = (*SAMPLERS, *SEARCHES)
+CANDIDATES, MOST_CANDIDATES = 5, 64  # by default; at most
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSearch:
+    """A search method with what it chooses by."""
+
+    method: str  # of SEARCHES
+    rewards: Rewards
+    vae: Any  # VAE
+    prompt: str
+    candidates: int
+
+    def check(self, cache: ReflectiveCache) -> None:
+        """Raise ValueError for a refiner's cache that it does not go together with."""
+        if SEARCHES[self.method] is SearchOverPath:
+            check_reads(cache)
+
+    def describe(self) -> str:
+        """A few words."""
+        names = ", ".join(reward.name for reward, _ in self.rewards.parts)
+        return f"{self.method} of {self.candidates} candidates by {names}"
+
+    def nbytes(self, plan: RunPlan) -> int:
+        """Of the rewards' models, a VAE of its own, and what the VAE takes to decode a candidate of every sample."""
+        dim, frames = host.vae_width(self.vae), max(CONTEXT, plan.preset.chunk)
+        decode = WanVAE.decode_bytes(dim, 8 * plan.height, 8 * plan.width, frames, torch.float32)
+        with torch.device("meta"):
+            weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
+        return self.rewards.nbytes + weights + plan.batch * decode
+
+    @contextmanager
+    def sampler(self, batch: int, device: torch.device) -> Iterator[Sampler]:
+        """The method, with its models on a device until it is left."""
+        with self.rewards.on(device) as rewards:
+            verifier = RewardVerifier(rewards, host.own_vae(self.vae), [self.prompt] * batch)
+            yield SEARCHES[self.method](verifier, self.candidates)
+
+
+def search_inputs() -> list:
+    """What a search needs, of a sampler node."""
+    return [
+        RewardType.Input("reward", optional=True, tooltip="For best-of-n and search-over-path: what they choose by."),
+        io.Vae.Input(
+            "vae", optional=True, tooltip="For best-of-n and search-over-path: Wan2.1's VAE, the reward sees frames.",
+        ),
+        io.String.Input(
+            "prompt", default="", optional=True,
+            tooltip="For best-of-n and search-over-path: the prompt as text, which only the reward reads.",
+        ),
+        io.Int.Input(
+            "candidates", default=CANDIDATES, min=2, max=MOST_CANDIDATES, optional=True, advanced=True,
+            tooltip="best-of-n makes each chunk so often, search-over-path each level of it, and keeps the best. The"
+            " time grows with it: 5 take more than five times as long.",
+        ),
+    ]  # fmt: skip
+
+
+def search_of(method: str, reward: Rewards | None, vae: Any, prompt: str, candidates: int) -> RewardSearch | None:
+    """What a sampler node was asked to choose by; None for a method that does not search.
+
+    Raises ValueError where a search lacks something.
+    """
+    if method not in SEARCHES:
+        return None
+    given = {"reward": reward, "vae": vae, "prompt": prompt.strip() or None}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        do = "write what the video is to show into prompt" if missing[0] == "prompt" else f"connect {missing[0]}"
+        raise ValueError(f"method {method} chooses by a reward and needs {' and '.join(missing)}: {do}")
+    return RewardSearch(method, reward, vae, prompt, candidates)
