@@ -7,6 +7,7 @@ from .load import CATEGORY
 from .refiner import RefinerType
 from .rewards import RewardType
 from .train_plan import (
+    GUIDANCE,
     LONGEST,
     METHODS,
     MOST_TEXT,
@@ -111,6 +112,11 @@ def advanced_widgets() -> list:
         io.Int.Input(
             "save_every", default=100, min=1, max=1_000_000, advanced=True,
             tooltip="Steps between two saved states. An interrupted training saves its own.",
+        ),
+        io.Float.Input(
+            "guidance", default=GUIDANCE, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
+            tooltip="With dmd: how far the teacher is pushed from no prompt to the prompt. 0 is the teacher as it is;"
+            " 3 is what samplers call a cfg of 4.",
         ),
     ]  # fmt: skip
 

@@ -43,8 +43,10 @@ def video(frames: int = 33) -> torch.Tensor:
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)) / 255
 
 
-def test_a_training_raises_what_was_loaded(base: Path) -> None:
+def test_a_training_raises_what_was_loaded(base: Path, monkeypatch) -> None:
     pytest.importorskip("peft")
+    moves: list[str] = []
+    monkeypatch.setattr(rewards.Rewards, "_move", lambda self, device: moves.append(device.type))
     graph = training(objective="reward", reward=["5", 0], teacher=None, steps=2, width=64, height=64, l2=0.5)
     graph["5"] = node("AutoRefinerLoadReward", **SPRITES)
     refiner, losses, _ = execute(graph, base)["3"]
@@ -60,6 +62,7 @@ def test_a_training_raises_what_was_loaded(base: Path) -> None:
     assert losses == {"loss": [stage.step(index)["loss"] for index in range(2)]}
     assert all(torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items())
     assert refiner.card.objective == "reward"
+    assert moves == ["cpu", "cpu"]  # there, and back when it has ended
 
 
 def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, capsys) -> None:

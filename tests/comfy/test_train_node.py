@@ -52,6 +52,17 @@ def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
     assert "4 steps in mine" in capsys.readouterr().err
 
 
+def test_the_guidance_of_the_teacher_is_the_nodes(base: Path) -> None:
+    asked = {"steps": 1, "vae": None}
+    plain, own = (
+        execute(training(run=f"g{g}", guidance=g, **asked), base)["3"] for g in (None, RefineOptions().guidance)
+    )
+    assert plain[1] == own[1] and same(plain[0].pairs, own[0].pairs)
+    other = execute(training(run="other", guidance=0.0, **asked), base)["3"]
+    assert not same(other[0].pairs, own[0].pairs)
+    assert "guidance 0.0 and is 2.0 now" in refusal(training(run="other", guidance=2.0, **asked), base)
+
+
 def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch) -> None:
     class Stop(BaseException):
         """As ComfyUI's, no Exception."""
