@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.noise.refiner import Refiner, merged, target_modules
@@ -87,6 +88,24 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     assert (best >= base).all()
     assert (worst <= base).all()
     assert (best > worst).all()
+
+
+def test_the_host_waits_for_the_device_only_where_a_repeat_may_be_saved() -> None:
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def reads(**options) -> int:
+        with Reads() as mode:
+            run(tiny_network(), **options)
+        return mode.count
+
+    chunks, base = 3, reads()
+    assert reads(method=SelfRefine({750: 1, 500: 1}, threshold=0.0)) == base
+    assert reads(method=SelfRefine({750: 3}, threshold=0.0)) == base + 2 * chunks
 
 
 def test_a_place_that_is_certain_keeps_its_first_answer() -> None:

@@ -2,6 +2,10 @@
 
 It learns nothing: AutoRefiner's loop with "draw again" in the place of the refiner, and so its natural control. On
 top of a refiner every repeated noise is refined, too.
+
+Whether a further repeat is needed is read from the device, the one place in the samplers where the host waits for it:
+a pass over a chunk that is saved costs far more than the wait, and one that would change nothing still would overwrite
+the pending keys that a refiner reads. Behind the last repeat nothing is read.
 """
 
 from collections.abc import Iterator
@@ -46,10 +50,11 @@ class SelfRefine:
     def _repeated(self, rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
         """x0 after the level's repeats: a place that was certain once stays as it is."""
         certain = torch.zeros_like(x0[:, :1], dtype=torch.bool)
-        for repeat in range(1, self.repeats.get(level.step, 0) + 1):
+        repeats = self.repeats.get(level.step, 0)
+        for repeat in range(1, repeats + 1):
             again = rollout.predict(rollout.renoise(x0, level, chunk, repeat), level, chunk)
             certain = certain | ((again - x0).abs().mean(dim=1, keepdim=True) < self.threshold)
             x0 = torch.where(certain, x0, again)
-            if certain.float().mean() > self.enough:
+            if repeat < repeats and certain.float().mean() > self.enough:
                 break
         return x0
