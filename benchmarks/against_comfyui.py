@@ -18,6 +18,11 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "comfy"))
+
+from launch import skip_torchvision_fakes  # noqa: E402, how tests start ComfyUI
+
 CASES = {  # sizes of the model, latent frames, latent height and width, text tokens
     "tiny": (dict(dim=256, num_heads=2, ffn_dim=1024, num_layers=6), 21, 16, 16, 512),
     "wide": (dict(dim=1536, num_heads=12, ffn_dim=8960, num_layers=2), 9, 30, 52, 16),
@@ -27,25 +32,12 @@ CHUNK = 3
 
 def import_ours():
     """The package of this checkout under its own name, without installing it."""
-    root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location(
-        "autorefiner", root / "__init__.py", submodule_search_locations=[str(root)]
+        "autorefiner", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["autorefiner"] = module
     spec.loader.exec_module(module)
-
-
-def skip_torchvision_fakes() -> None:
-    """A CUDA build of torchvision on a machine without CUDA registers kernels for operators that are not there."""
-    register = torch.library.register_fake
-
-    def patched(name, *args, **kwargs):
-        if isinstance(name, str) and name.startswith("torchvision::"):
-            return lambda function: function
-        return register(name, *args, **kwargs)
-
-    torch.library.register_fake = patched
 
 
 def comfyui_sampler(path: Path, weights: dict, context, frames: int, height: int, width: int):

@@ -1,12 +1,10 @@
 """Pathwise Refined SAMPLER: the same for SamplerCustomAdvanced."""
 
-from .cache import ReflectiveCacheType
-from .chunk_schedule import ChunkScheduleType
 from .guided import FRESH_NOISE, SamplerOptions
 from .hosts import host, io
 from .load import CATEGORY
-from .refiner import RefinerType
-from .search import CANDIDATES, METHODS, search_inputs, search_of
+from .sampler import options_of_run
+from .search import CANDIDATES, METHODS, search_of
 
 
 class PathwiseRefinedCustomSampler(io.ComfyNode):
@@ -32,18 +30,7 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
                     tooltip="Noise between levels: the same on every device, or the very numbers of ComfyUI's own"
                     " SamplerARVideo, to repeat its results.",
                 ),
-                io.Latent.Input(
-                    "start", optional=True,
-                    tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
-                ),
-                RefinerType.Input(
-                    "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
-                ),
-                ChunkScheduleType.Input(
-                    "chunk_schedule", optional=True, tooltip="Chunk size; levels that contradict SIGMAS are an error.",
-                ),
-                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
-                *search_inputs(),
+                *options_of_run(schedule="Chunk size; levels that contradict SIGMAS are an error."),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
             hidden=[io.Hidden.unique_id],

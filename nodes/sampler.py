@@ -14,6 +14,22 @@ from .search import CANDIDATES, METHODS, search_inputs, search_of
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
 
 
+def options_of_run(schedule: str) -> list:
+    """What both samplers may be connected to; `schedule` is the tooltip of chunk_schedule."""
+    return [
+        io.Latent.Input(
+            "start", optional=True,
+            tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
+        ),
+        RefinerType.Input(
+            "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
+        ),
+        ChunkScheduleType.Input("chunk_schedule", optional=True, tooltip=schedule),
+        ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
+        *search_inputs(),
+    ]  # fmt: skip
+
+
 class PathwiseRefinedSampler(io.ComfyNode):
     """Samples with the preset that came with the MODEL."""
 
@@ -48,16 +64,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                     "latent", optional=True,
                     tooltip="An empty latent whose size, length and batch are used instead of the widgets.",
                 ),
-                io.Latent.Input(
-                    "start", optional=True,
-                    tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
-                ),
-                RefinerType.Input(
-                    "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
-                ),
-                ChunkScheduleType.Input("chunk_schedule", optional=True, tooltip="Levels and chunks of your own."),
-                ReflectiveCacheType.Input("reflective_cache", optional=True, tooltip="Window; what a refiner sees."),
-                *search_inputs(),
+                *options_of_run(schedule="Levels and chunks of your own."),
             ],
             outputs=[io.Latent.Output(tooltip="The whole clip, start included, for VAE Decode or VAE Decode Chunks.")],
             hidden=[io.Hidden.unique_id],
