@@ -61,6 +61,7 @@ from .page import stops as stops
 PRESET = "autorefiner.preset"  # the attachment of a MODEL that names how it is sampled
 BASE = "autorefiner.base"  # and of the fingerprint of its file, by which a refiner knows its base
 RESERVE = "autorefiner.kv"
+LIMITS = ("area", "mask", "timestep_start", "timestep_end", "control", "gligen")  # of an entry of CONDITIONING
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -259,11 +260,17 @@ def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
 
 def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
     """The context [B, L, text_dim] of a guider's one prompt; ValueError when it does more than that."""
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        kind = type(guider).__name__
+        raise ValueError(f"the guider is a {kind}, which mixes predictions: AR models take one prompt, use BasicGuider")
     if guider.cfg != 1:
         raise ValueError(f"the guider has cfg {guider.cfg:g}: AR models are distilled, use BasicGuider or a cfg of 1")
     positive = guider.conds.get("positive", [])
     if len(positive) != 1:
         raise ValueError(f"positive has {len(positive)} entries: the models take one prompt, so connect one")
+    limits = [name for name in LIMITS if positive[0].get(name) is not None]
+    if limits:
+        raise ValueError(f"positive has {' and '.join(limits)}: a prompt holds for all of a clip, connect it without")
     context = positive[0].get("model_conds", {}).get("c_crossattn")
     if context is None:
         raise ValueError("positive holds no text: connect CLIP Text Encode")

@@ -154,7 +154,7 @@ async def asked_of(request: web.Request) -> object:
         return None
     try:
         return await request.json()
-    except (ValueError, RecursionError):
+    except (ValueError, LookupError, RecursionError):  # a charset that is none is a LookupError
         return None
 
 

@@ -310,10 +310,18 @@ def failing(change: str) -> tuple[dict, str, str]:
         graph["60"] = node("ConditioningCombine", conditioning_1=["2", 0], conditioning_2=["2", 0])
         graph["3"]["inputs"]["positive"] = ["60", 0]
         return graph, "3", "positive has 2 entries: the models take one prompt"
+    if change == "range":
+        graph["60"] = node("ConditioningSetTimestepRange", conditioning=["2", 0], start=0.5, end=1.0)
+        graph["3"]["inputs"]["positive"] = ["60", 0]
+        return graph, "3", "positive has timestep_start and timestep_end: a prompt holds for all of a clip"
     graph = custom()
     if change == "cfg":
         graph["5"] = node("CFGGuider", model=["3", 0], positive=["2", 0], negative=["2", 0], cfg=3.0)
         return graph, "9", "the guider has cfg 3: AR models are distilled"
+    if change == "guider":
+        cfg = {"cfg_conds": 1.0, "cfg_cond2_negative": 1.0, "style": "regular"}
+        graph["5"] = node("DualCFGGuider", model=["3", 0], cond1=["2", 0], cond2=["2", 0], negative=["2", 0], **cfg)
+        return graph, "9", "the guider is a Guider_DualCFG, which mixes predictions"
     if change == "sigmas":
         graph["4"]["inputs"]["denoise"] = 0.5
         return graph, "9", "give sigmas that fall from 1 to 0"
@@ -324,7 +332,7 @@ def failing(change: str) -> tuple[dict, str, str]:
     return graph, "9", "CHUNK_SCHEDULE says sigmas 1.0000, 0.7568"
 
 
-@pytest.mark.parametrize("change", ["size", "latent", "outside", "two", "cfg", "sigmas", "schedule"])
+@pytest.mark.parametrize("change", ["size", "latent", "outside", "two", "range", "cfg", "guider", "sigmas", "schedule"])
 def test_what_fails_while_it_runs_says_what_to_do(change: str, server: Server) -> None:
     graph, key, message = failing(change)
     error = server.error(graph)

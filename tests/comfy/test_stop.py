@@ -2,6 +2,8 @@
 
 import json
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -65,3 +67,11 @@ def test_what_is_no_run_cannot_be_stopped(body: object, server: Server) -> None:
     with pytest.raises(Refused) as refused:
         server.post("/autorefiner/stop", body)
     assert "no such run" in refused.value.answer["error"]
+
+
+def test_a_request_in_a_charset_that_is_none_is_refused(server: Server) -> None:
+    kind = {"Content-Type": "application/json; charset=none"}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/autorefiner/stop", b"{}", kind)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 404
