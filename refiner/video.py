@@ -186,6 +186,12 @@ def video_size(path: Path) -> tuple[int, int, int]:
         return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
 
 
+def video_rate(path: Path) -> float:
+    """Frames a second of a video, as it says."""
+    with _open_video(path) as container:
+        return float(container.streams.video[0].guessed_rate)
+
+
 def read_frames(path: Path, every: int = 1) -> np.ndarray:
     """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`. ValueError for a file that is damaged."""
     with _open_video(path) as container:

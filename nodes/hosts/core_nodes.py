@@ -28,6 +28,11 @@ def as_images(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).float() / 255
 
 
+def margin(side: int, kept: float) -> int:
+    """Pixels that are cut off at both ends of a side of which about `kept` stay, at least one."""
+    return min((side - 1) // 2, max(0, round((side - kept) / 2)))
+
+
 class CLIPTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -99,10 +104,8 @@ class ImageScale(io.ComfyNode):
         pixels = image.movedim(-1, 1)
         if crop == "center":
             old_height, old_width = pixels.shape[2:]
-            keep_width = min(old_width, round(old_height * width / height))
-            keep_height = min(old_height, round(old_width * height / width))
-            left, top = (old_width - keep_width) // 2, (old_height - keep_height) // 2
-            pixels = pixels[:, :, top : top + keep_height, left : left + keep_width]
+            left, top = margin(old_width, old_height * width / height), margin(old_height, old_width * height / width)
+            pixels = pixels[:, :, top : old_height - top, left : old_width - left]
         scaled = F.interpolate(pixels, size=(height, width), mode=upscale_method)
         return io.NodeOutput(scaled.movedim(1, -1))
 

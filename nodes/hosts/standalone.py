@@ -17,7 +17,7 @@ from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
-from ...refiner.video import as_bytes, read_frames, video_size
+from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
@@ -291,10 +291,10 @@ def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
 
 
 def inside(root: Path, name: str, what: str) -> Path:
-    """A path by a name that a workflow gives, which must stay in `root`; ValueError for one that leaves it."""
+    """A path by a name that a workflow gives, which must stay in `root`; ValueError for one that leaves it or is it."""
     if name and "\0" not in name:
-        path = (root / name).resolve()
-        if path.is_relative_to(root.resolve()):
+        path, root = (root / name).resolve(), root.resolve()
+        if path.is_relative_to(root) and path != root:
             return path
     raise ValueError(f"{what} {name!r} leaves {root}: give a name inside it")
 
@@ -310,16 +310,20 @@ def input_path(name: str) -> Path:
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
     """A new path in the output folder: PREFIX_00001_.mp4, counted on."""
     stem = inside(_place.outputs, prefix, "filename_prefix")
-    stem.parent.mkdir(parents=True, exist_ok=True)
     counter = 1
-    while (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}")).exists():
-        counter += 1
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        while (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}")).exists():
+            counter += 1
+    except OSError as error:
+        shown = prefix if len(prefix) <= 60 else f"{prefix[:60]}…"
+        raise ValueError(f"filename_prefix {shown!r} cannot be written ({error.strerror}): give another") from error
     return path
 
 
 def video_file(path: Path) -> VideoFile:
     """A VIDEO of a file."""
-    return VideoFile(path=path)
+    return VideoFile(video_rate(path), path=path)
 
 
 def clip_size(clip: Tensor | VideoFile) -> tuple[int, int, int]:

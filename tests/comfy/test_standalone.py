@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, small
+from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, node, small
 from demo_files import STAND_IN
 from standalone_runs import execute, refusal
 
-from autorefiner.nodes import decode
+from autorefiner.nodes import decode, workflow
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.video import count_frames, read_frames
+from autorefiner.refiner.video import count_frames, read_frames, video_rate
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_COMFYUI])
@@ -120,6 +120,29 @@ def test_images_and_webp_are_written(base: Path) -> None:
     assert len(list((base / "output").glob("i_*_.png"))) == 5
 
 
+def test_a_decoded_video_keeps_its_rate(base: Path) -> None:
+    graph = small("quickstart")
+    graph["3"]["inputs"]["length"] = 5
+    graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="first")
+    del graph["5"]
+    graph["6"] = node("SaveVideo", video=["4", 0], filename_prefix="second", format="auto", codec="auto")
+    execute(graph, base)
+    assert [video_rate(base / "output" / f"{name}_00001_.mp4") for name in ("first", "second")] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [((97, 80), (8, 89, 0, 80)), ((80, 97), (0, 80, 8, 89)), ((1, 999), (0, 1, 499, 500))]
+)
+def test_a_picture_is_cropped_about_its_centre_as_in_comfyui(size: tuple, kept: tuple) -> None:
+    width, height = size
+    image = torch.arange(width * height * 3).reshape(1, height, width, 3).float()
+    left, right, top, bottom = kept
+    side = {"width": 64, "height": 64}
+    crop = workflow.CLASSES["ImageScale"].execute
+    found = crop(image, "nearest-exact", **side, crop="center").args[0]
+    assert torch.equal(found, crop(image[:, top:bottom, left:right], "nearest-exact", **side, crop="disabled").args[0])
+
+
 def test_a_workflow_of_other_nodes_needs_comfyui(base: Path) -> None:
     graph = small("sampler_custom_advanced")
     told = refusal(graph, base)
@@ -147,6 +170,9 @@ WRONG = {
     "circle": ({"2": {"clip": ["3", 0]}}, "the nodes go round in a circle"),
     "outside": ({"6": {"filename_prefix": "../../x"}}, "filename_prefix '../../x' leaves"),
     "absolute": ({"6": {"filename_prefix": "/tmp/x"}}, "filename_prefix '/tmp/x' leaves"),
+    "folder": ({"6": {"filename_prefix": "."}}, "filename_prefix '.' leaves"),
+    "back": ({"6": {"filename_prefix": "x/.."}}, "filename_prefix 'x/..' leaves"),
+    "name": ({"6": {"filename_prefix": "x" * 300}}, f"node 6 (Save Video): filename_prefix '{'x' * 60}…' cannot be"),
 }
 
 
@@ -264,11 +290,11 @@ def test_a_file_that_does_not_say_its_preset_is_told_how(base: Path) -> None:
 def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() -> None:
     import inspect
 
-    for node in NODES:
-        schema = node.define_schema()
+    for kind in NODES:
+        schema = kind.define_schema()
         assert schema.description and schema.category == "AutoRefiner"
         assert all(socket.tooltip for socket in schema.inputs)
-        assert len(inspect.getsource(node.execute).splitlines()) <= 40
+        assert len(inspect.getsource(kind.execute).splitlines()) <= 40
 
 
 def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
