@@ -35,7 +35,7 @@ STRETCH = 10.0  # of unit vectors, before facts are read from them
 class RewardOptions:
     """Of the recipe. A step takes `batch` scenes and of each a twin that differs by one attribute."""
 
-    steps: int = 4000
+    steps: int = 2500
     batch: int = 32
     learning_rate: float = 1e-3
     ema: float = 0.998
