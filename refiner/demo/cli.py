@@ -18,7 +18,7 @@ from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 from .show import show
-from .tables import TABLES, TablesOptions, make_tables
+from .tables import REWARDED, TABLES, TRAINING, TablesOptions, make_tables
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student", "reward")
 TRAIN = """\
@@ -68,8 +68,10 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--quick", action="store_true", help="try the command on next to nothing")
     command.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=TABLES, help="default: all")
     command.add_argument("--captions", type=int, help="held-out captions (default 96)")
-    command.add_argument("--steps", type=int, help="of each trained row (default 1000)")
-    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 300)")
+    command.add_argument("--steps", type=int, help=f"of each row trained by dmd (default {TRAINING.steps})")
+    about = f"of each row trained by reward (default {REWARDED.steps})"
+    command.add_argument("--reward-steps", type=int, help=about)
+    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 100)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
     command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
@@ -80,8 +82,11 @@ def tables_options(args: argparse.Namespace) -> TablesOptions:
     options = TablesOptions.quick() if args.quick else TablesOptions()
     given = {"captions": args.captions, "short": args.short_steps}
     options = replace(options, tables=tuple(args.tables), **{k: v for k, v in given.items() if v is not None})
-    training = replace(options.training, compiled=args.compile)
-    return replace(options, training=training if args.steps is None else replace(training, steps=args.steps))
+    trainings = {"training": args.steps, "rewarded": args.reward_steps}
+    for name, steps in trainings.items():
+        training = replace(getattr(options, name), compiled=args.compile)
+        options = replace(options, **{name: training if steps is None else replace(training, steps=steps)})
+    return options
 
 
 def run_demo(args: argparse.Namespace, device: torch.device) -> int:
