@@ -15,9 +15,10 @@ from .chunk_schedule import read_levels
 from .hosts import host
 from .load import DTYPES, choose_preset
 from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, ChunkSchedule, ReflectiveCache, preset_for
+from .refiner import refiner_path
 from .run import ModelFacts, clip_shape, memory_of, plan_run
 from .sampler import LONGEST, WIDEST
-from .sprites import SPRITES, sprite_file, sprite_preset, sprite_refiner
+from .sprites import sprite_file, sprite_preset
 
 MOST = 1 << 20  # of any number of the page
 LONGEST_TEXT = 500
@@ -86,7 +87,7 @@ def _card(refiner: object) -> RefinerCard | None:
     if refiner is None:
         return None
     name = _text(_mapping(refiner, "refiner"), "file")
-    path = sprite_refiner() if name == SPRITES else host.find_file("loras", name)
+    path = refiner_path(name)
     info = _info(path, "auto")
     if info.kind != "refiner":
         raise ValueError(f"{name} is no refiner of this pack")

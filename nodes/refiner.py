@@ -4,14 +4,14 @@ import math
 import re
 from pathlib import Path
 
-from ..refiner.demo.bundle import sprite_refiner_file
+from ..refiner.demo import bundle
+from ..refiner.demo.bundle import REFINERS
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
 from ..refiner.refined import check_fit
 from ..refiner.wan.checkpoint import inspect
 from .hosts import host, io
 from .load import CATEGORY
 from .refined import FORMS, RefinerLora
-from .sprites import SPRITES, sprite_refiner
 
 RefinerType = io.Custom("REFINER")
 SUFFIX = ".refiner.safetensors"
@@ -20,13 +20,18 @@ PART = re.compile(r"\w[\w .()+-]*")  # of a path: no drive, no separator of anot
 
 
 def refiner_files() -> list[str]:
-    """The bundled refiner and the files in models/loras, those first that are called refiners."""
-    return [SPRITES, *sorted(host.list_files("loras"), key=lambda name: not name.endswith(SUFFIX))]
+    """The bundled refiners and the files in models/loras, those first that are called refiners."""
+    return [*REFINERS, *sorted(host.list_files("loras"), key=lambda name: not name.endswith(SUFFIX))]
+
+
+def refiner_path(name: str) -> Path:
+    """A refiner's file as the node lists it: a bundled one, which need not be there, or one in models/loras."""
+    return bundle.WEIGHTS / REFINERS[name] if name in REFINERS else host.find_file("loras", name)
 
 
 def read_refiner(file: str, strength: float, form: str) -> RefinerLora:
     """A REFINER of a file by its name in the list; ValueError for one that holds none."""
-    path = sprite_refiner_file() if file == SPRITES else host.find_file("loras", file)
+    path = bundle.sprite_refiner_file(file) if file in REFINERS else host.find_file("loras", file)
     if not math.isfinite(strength):
         raise ValueError(f"strength {strength} is no number: use 1, or 0 for the base")
     if inspect(path).kind == "lora":
@@ -66,7 +71,7 @@ class LoadRefiner(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model, only to check that the refiner is one of it."),
                 io.Combo.Input(
                     "file", options=refiner_files(),
-                    tooltip="A .refiner.safetensors in models/loras; sprites is the one that comes with the demo.",
+                    tooltip="A .refiner.safetensors in models/loras; sprites and sprites-reward come with the demo.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
@@ -84,7 +89,7 @@ class LoadRefiner(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
         """A file that was saved anew is another one."""
-        path = sprite_refiner() if file == SPRITES else host.find_file("loras", file)
+        path = refiner_path(file)
         return (file, path.stat().st_mtime_ns if path.exists() else 0, *sorted(map(str, others.items())))
 
     @classmethod

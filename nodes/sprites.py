@@ -6,17 +6,10 @@ from ..refiner.demo import bundle
 from ..refiner.demo.captions import unknown_words
 from ..refiner.wan.checkpoint import inspect
 
-SPRITES = "sprites"  # the bundled demo, where files are listed
-
 
 def sprite_file(name: str) -> Path:
     """A file of the bundle."""
     return bundle.WEIGHTS / bundle.FILES[name]
-
-
-def sprite_refiner() -> Path:
-    """The bundled refiner's file, which need not be there."""
-    return bundle.WEIGHTS / bundle.REFINER_FILE
 
 
 def sprite_preset() -> str | None:

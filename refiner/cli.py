@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .bench import SIZES, bench
 from .bench_refiner import bench_refiner
+from .demo.bundle import REFINERS
 from .demo.cli import add_demo, run_demo
 from .generate import (
     DTYPES,
@@ -165,7 +166,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
     how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
-    about = f"a refiner's file, or {SPRITES}: refines the noise between levels, for a pass a level more"
+    about = f"a refiner's file, or {' or '.join(REFINERS)}: refines the noise between levels, for a pass a level more"
     how.add_argument("--refiner", metavar="FILE|NAME", help=about)
     how.add_argument("--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)")
     about = "nominal levels whose noise is refined; default: those it was trained for"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .demo.bundle import FILES, WEIGHTS, load_sprite_text, sprite_refiner_file
+from .demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_text, sprite_refiner_file
 from .demo.captions import unknown_words
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, read_latents
@@ -195,7 +195,8 @@ def prepare(options: GenerateOptions) -> Job:
 
 def plan_refiner(options: GenerateOptions, config: WanConfig, preset: Preset, dtype: torch.dtype) -> RefinerPlan:
     """The refiner that was asked for, read and checked, not yet on a device."""
-    path = sprite_refiner_file() if options.refiner == SPRITES else Path(options.refiner)
+    named = options.refiner in REFINERS
+    path = sprite_refiner_file(options.refiner) if named else Path(options.refiner)
     return RefinerPlan.read(
         path, config, preset.steps, dtype,
         form=options.refiner_form, strength=options.refiner_strength, levels=options.refined_levels,

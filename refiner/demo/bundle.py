@@ -18,15 +18,19 @@ from .reward_model import FRAMES, SpriteVideoText
 from .text_encoder import SpriteTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-REFINER_FILE = "sprites.refiner.safetensors"
+REFINERS = {  # by the name that chooses them: trained by distribution matching, and with the bundled reward
+    "sprites": "sprites.refiner.safetensors",
+    "sprites-reward": "sprites_reward.refiner.safetensors",
+}
+REFINER_FILE = REFINERS["sprites"]
 FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student", "reward")}
 
 
-def sprite_refiner_file() -> Path:
-    """The bundled refiner; ValueError where the bundle has none."""
-    path = WEIGHTS / REFINER_FILE
+def sprite_refiner_file(name: str) -> Path:
+    """A bundled refiner, one of REFINERS; ValueError where the bundle does not have it."""
+    path = WEIGHTS / REFINERS[name]
     if not path.exists():
-        raise ValueError(f"the bundle has no refiner ({path} is not there): train one with autorefiner train")
+        raise ValueError(f"the bundle has no refiner {name} ({path} is not there): train one with autorefiner train")
     return path
 
 

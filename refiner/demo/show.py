@@ -11,7 +11,7 @@ from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..video import VideoWriter, contact_sheet
 from ..wan.causal import CausalWan
-from .bundle import REFINER_FILE, WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae
+from .bundle import REFINERS, WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae
 from .captions import Caption
 from .clips import held_out, student_clips
 from .metrics.evaluate import evaluate_clip
@@ -19,16 +19,18 @@ from .metrics.table import summarise
 
 FRAMES_PER_ROW = 8
 ENLARGED = 4  # a pixel of the sprite world to this many, squared
+SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
 SCORES = ("object", "colour", "action", "quality", "total")
 
 
-def bundled_refiner(student: CausalWan) -> Refiner | None:
-    """T_φ of the bundle, merged; None where the bundle has none."""
-    path = WEIGHTS / REFINER_FILE
-    if not path.exists():
-        return None
-    pairs, card = load_refiner(path)
-    return Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
+def bundled_refiners(student: CausalWan) -> dict[str, Refiner]:
+    """T_φ of each refiner that the bundle has, merged, by what the sheets call it."""
+    found = {}
+    for name, told in SHOWN.items():
+        if (path := WEIGHTS / REFINERS[name]).exists():
+            pairs, card = load_refiner(path)
+            found[told] = Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
+    return found
 
 
 def enlarged(clip: ndarray) -> ndarray:
@@ -39,18 +41,17 @@ def enlarged(clip: ndarray) -> ndarray:
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
     """Write a video of each of the first held-out captions and one sheet of all; yields lines to print.
 
-    Where the bundle has a refiner, each video has the base on the left and the refined clip of the same noise on the
-    right, and the sheet has them below each other.
+    Each video has the base on the left and to its right what the bundle's refiners make of the same noise: refined by
+    the one that was trained by distribution matching, rewarded by the other. The sheet has them below each other.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
     student = load_sprite_network("student", device=device)
     captions = held_out(count)
-    refiners = {"base": None, "refined": bundled_refiner(student)}
+    refiners = {"base": None, **bundled_refiners(student)}
     made = {
         name: list(student_clips(student, text, vae, captions, seed=seed, refiner=refiner))
         for name, refiner in refiners.items()
-        if name == "base" or refiner is not None
     }
     for number, caption in enumerate(captions):
         path = out / f"sprites_{number + 1}.mp4"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import FILES, REFINER_FILE, WEIGHTS, load_sprite_network, told_of
+from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_network, told_of
 from autorefiner.refiner.demo.clips import held_out, returned_clips, score, student_clips
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.table import summarise
 from autorefiner.refiner.demo.recipes.vae import psnr
 from autorefiner.refiner.demo.render import clip_batch
-from autorefiner.refiner.demo.show import bundled_refiner
+from autorefiner.refiner.demo.show import SHOWN, bundled_refiners
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.video import count_frames, read_metadata
 from autorefiner.refiner.wan.weight_file import open_weights
@@ -58,15 +58,15 @@ def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
     assert count_frames(out) == 81 and read_metadata(out)["prompt"] == prompt
 
 
-@pytest.mark.skipif(not (WEIGHTS / REFINER_FILE).exists(), reason="the bundle has no refiner")
-def test_the_refiner_is_the_students(demo: Demo) -> None:
-    _, card = load_refiner(WEIGHTS / REFINER_FILE)
+@pytest.mark.parametrize("name", REFINERS)
+def test_the_refiners_are_the_students(demo: Demo, name: str) -> None:
+    _, card = load_refiner(WEIGHTS / REFINERS[name])
     assert card.base == fingerprint(load_sprite_network("student").model)
-    assert (WEIGHTS / REFINER_FILE).stat().st_size <= 4 * 2**20
+    assert (WEIGHTS / REFINERS[name]).stat().st_size <= 4 * 2**20
     captions = held_out(1)
     base, refined = (
         next(iter(student_clips(demo.student, demo.text, demo.vae, captions, frames=6, refiner=refiner)))
-        for refiner in (None, bundled_refiner(demo.student))
+        for refiner in (None, bundled_refiners(demo.student)[SHOWN[name]])
     )
     assert base.shape == refined.shape and (base != refined).any()
 
