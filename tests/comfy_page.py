@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from comfy_graphs import API, WORKFLOWS
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, ROW, GAP = 400, 26, 60  # pixels of the page
-SHOWN = {  # pixels of what the pack's page adds to its nodes
+COLUMN, GAP = 400, 60  # pixels of the page
+HEAD, SOCKET, WIDGET, TEXT = 62, 20, 30, 100  # heights in the renderer that needs more
+SHOWN = {  # of what the page adds to nodes
     "AutoRefinerSampler": 150, "AutoRefinerCustomSampler": 130, "AutoRefinerReflectiveCache": 150,
-    "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310,
+    "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310, "LoadImage": 220,
 }  # fmt: skip
+LINE = 66  # of a line of text that a run adds
+TELLING = [
+    f"AutoRefiner{name}"
+    for name in ("CompareVideos", "LoadRefiner", "ReflectiveCache", "Sampler", "SaveRefiner", "TrainRefiner")
+]
 
 
 def is_link(value: object) -> bool:
@@ -73,8 +79,8 @@ def to_page(graph: dict, info: dict) -> dict:
             for slot, (name, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))
         ]
         tall = any(options.get("multiline") for _, _, options, _ in inputs_of(definition))
-        height = 40 + ROW * (max(len(sockets), len(outputs)) + len(values)) + (100 if tall else 0)
-        height += SHOWN.get(node["class_type"], 0)
+        height = HEAD + SOCKET * max(len(sockets), len(outputs)) + WIDGET * len(values) + TEXT * tall
+        height += SHOWN.get(node["class_type"], 0) + LINE * (node["class_type"] in TELLING)
         top = heights.get(columns[key], GAP)
         heights[columns[key]] = top + height + GAP
         nodes.append(
