@@ -15,8 +15,8 @@ const PROPERTY = "autorefiner_chunks";
 const TRAINING = "autorefiner_training";
 const LOOK = 600; // milliseconds between two looks at what a cache is connected to
 
-/** What listens to the server's events, by node; a node that leaves the graph leaves this too. */
-const [strips, trainers] = [new WeakMap(), new WeakMap()];
+/** What listens to the server's events, and looks at caches, by node; a node that leaves the graph leaves this too. */
+const [strips, trainers, caches] = [new WeakMap(), new WeakMap(), new WeakMap()];
 
 /**
  * Put an element on a node as its last widget, in either renderer; it is no value of the workflow or the prompt.
@@ -33,6 +33,7 @@ function addElement(node, name, element, height) {
     getMaxHeight: () => height,
   });
   widget.serialize = false;
+  element.style.minHeight = `${height - 2 * (widget.margin ?? 0)}px`; // the Vue renderer asks the element alone
 }
 
 /** Call a function after one that a node may already have by that name. */
@@ -56,23 +57,26 @@ function addStrip(node) {
   strips.set(node, strip);
 }
 
-/** Draw a cache, and draw it again when anything that it is made of has changed. */
+/** Draw a cache again when anything that it is made of has changed. */
 function addCacheView(node) {
   const view = new CacheView();
   let [last, busy] = ["", false];
-  const look = async () => {
-    if (busy || document.hidden || !node.graph) return;
+  addElement(node, "memory", view.element, 132);
+  caches.set(node, async () => {
     const asked = JSON.stringify(askedOf(node));
-    if (asked === last) return;
+    if (busy || asked === last) return;
     busy = true;
     const answer = await api.fetchApi("/autorefiner/cache", { method: "POST", body: asked }).catch(() => null);
     const told = await answer?.json().catch(() => null);
     [last, busy] = [asked, false];
     view.show(told ?? { error: word("no answer") });
-  };
-  addElement(node, "memory", view.element, 132);
-  const timer = setInterval(look, LOOK);
-  after(node, "onRemoved", () => clearInterval(timer));
+  });
+}
+
+/** Look at the caches of the graph that is shown. */
+function lookAtCaches() {
+  if (document.hidden) return;
+  for (const node of app.canvas?.graph?.nodes ?? []) caches.get(node)?.();
 }
 
 function addTrainer(node) {
@@ -85,10 +89,12 @@ function addTrainer(node) {
   trainers.set(node, trainer);
 }
 
-/** Hand an event of the server to what shows its node. */
+/** Hand an event of the server to what shows its node, unless another workflow was opened since. */
 function listen(event, shown) {
   api.addEventListener(event, ({ detail }) => {
-    const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+    const graph = app.rootGraph ?? app.graph;
+    if (detail?.workflow && detail.workflow !== graph.id) return;
+    const node = nodeAt(graph, detail?.node);
     shown.get(node)?.told(detail);
   });
 }
@@ -106,6 +112,7 @@ app.registerExtension({
     addStyles();
     listen("autorefiner.chunk", strips);
     listen("autorefiner.train", trainers);
+    setInterval(lookAtCaches, LOOK);
   },
   nodeCreated(node) {
     if (STRIPS.includes(node.comfyClass)) addStrip(node);

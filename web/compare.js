@@ -30,11 +30,12 @@ export class Compare {
     this.play = make("button", { type: "button", onclick: () => this.toggle() });
     const seek = () => this.seek(Number(this.place.value));
     this.place = make("input", { type: "range", min: 0, max: 0, value: 0, oninput: seek });
-    this.count = make("span", { class: "autorefiner-status" }, word("nothing compared"));
+    this.count = make("span", { class: "autorefiner-status" });
     const bar = make("div", { class: "autorefiner-bar" }, this.play, this.place, this.count);
     this.element = ownPointer(make("div", { class: "autorefiner-strip autorefiner-compare" }, this.screen, bar));
     this.split(0.5);
     this.told(null);
+    new ResizeObserver(() => this.playing && this.run()).observe(this.screen); // it was put back into the page
   }
 
   video(name) {
@@ -52,8 +53,12 @@ export class Compare {
     [this.base, this.refined].forEach((video, side) => {
       const asked = this.clips && new URLSearchParams({ filename: this.clips[side].filename, type: "temp" });
       if (asked) video.src = this.address(`/view?${asked}`);
-      else video.removeAttribute("src");
+      else {
+        video.removeAttribute("src");
+        video.load(); // until then it keeps the clip
+      }
     });
+    if (!this.clips) this.count.textContent = word("nothing compared");
     for (const control of [this.play, this.place]) control.disabled = !this.clips;
     this.place.max = Math.max(0, this.frames - 1);
     this.playing = Boolean(this.clips);
@@ -100,15 +105,14 @@ export class Compare {
 
   /** While they play: begin again together, and set the second right where it is off. */
   follow() {
-    if (!this.playing) return;
+    if (!this.playing || !this.element.isConnected) return;
     this.next = requestAnimationFrame(() => this.follow());
-    if (!this.element.isConnected) return;
     if (this.base.ended || this.refined.ended || this.base.currentTime * this.fps >= this.frames) {
       this.jump(0);
       this.start();
       return;
     }
-    if (this.base.paused) this.start(); // it was taken out of the page and put back
+    if (this.base.paused) this.start(); // it was too early when they were asked to
     const apart = Math.abs(this.base.currentTime - this.refined.currentTime) * this.fps;
     if (apart > APART && !this.refined.seeking) this.refined.currentTime = this.base.currentTime;
     this.show(this.frame());

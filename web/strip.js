@@ -64,7 +64,7 @@ export class Strip {
   /** Begin another run. */
   clear(prompt) {
     Object.assign(this, { prompt, node: null, chunks: [], total: 0, first: 0, frames: 0, elapsed: 0 });
-    Object.assign(this, { ended: null, asked: "", now: null });
+    Object.assign(this, { ended: null, asked: "", now: null, changed: new Set() });
     this.tiles.replaceChildren();
     this.shaped = false;
   }
@@ -98,6 +98,7 @@ export class Strip {
     this.now = chunk;
     const { image, pictures } = this.chunks[chunk.chunk] ?? {};
     this.chunks[chunk.chunk] = image && !chunk.image ? { ...chunk, image, pictures } : chunk;
+    this.changed.add(chunk.chunk);
   }
 
   /** What goes into the workflow. */
@@ -125,7 +126,7 @@ export class Strip {
     this.asked = word("stopping");
     this.draw();
     const answer = await this.actions.stop(this.node, this.prompt).catch(() => null);
-    if (!answer?.ok && !this.ended) this.asked = word("gone");
+    if (!answer?.ok && !this.ended) this.asked = word("no run");
     this.draw();
   }
 
@@ -155,7 +156,8 @@ export class Strip {
     this.button.disabled = !running || Boolean(this.asked);
     this.button.hidden = !running;
     while (this.tiles.childElementCount < this.total) this.tiles.append(this.tile(this.tiles.childElementCount));
-    for (const chunk of this.chunks) if (chunk) this.fill(this.tiles.children[chunk.chunk], chunk);
+    for (const place of this.changed) this.fill(this.tiles.children[place], this.chunks[place]);
+    this.changed.clear();
     if (running) this.follow(this.tiles.children[this.now.chunk]);
   }
 

@@ -1,4 +1,5 @@
 // The words of the page, in the locales that the nodes have.
+import { app } from "../../scripts/app.js";
 
 const WORDS = {
   en: {
@@ -12,7 +13,7 @@ const WORDS = {
     interrupted: "interrupted",
     stop: "Stop after this chunk",
     stopping: "Stopping after this chunk …",
-    gone: "This server does not know the run",
+    "no run": "This server does not know the run",
     frames: "frames",
     enlarge: "click to enlarge",
     close: "Close",
@@ -50,7 +51,7 @@ const WORDS = {
     interrupted: "已中断",
     stop: "完成当前分块后停止",
     stopping: "将在当前分块后停止 …",
-    gone: "服务器上没有这次运行",
+    "no run": "服务器上没有这次运行",
     frames: "帧",
     enlarge: "点击放大",
     close: "关闭",
@@ -81,6 +82,6 @@ const WORDS = {
 
 /** A word in the page's language; English where there is none. */
 export function word(name) {
-  const locale = document.documentElement.lang?.slice(0, 2);
+  const locale = String(app.extensionManager.setting.get("Comfy.Locale") ?? "en").slice(0, 2);
   return (WORDS[locale] ?? WORDS.en)[name] ?? WORDS.en[name];
 }

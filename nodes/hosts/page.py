@@ -97,7 +97,19 @@ def send(event: str, node: str, prompt: str, told: dict) -> None:
     from server import PromptServer
 
     server = PromptServer.instance
-    server.send_sync(event, {"node": node, "prompt": prompt, **told}, server.client_id)
+    about = {"node": node, "prompt": prompt, "workflow": workflow_of(prompt)}
+    server.send_sync(event, {**about, **told}, server.client_id)
+
+
+def workflow_of(prompt: str) -> str | None:
+    """The id of the workflow that a running prompt was made of, where the page told it: others have such nodes too."""
+    from server import PromptServer
+
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    found: object = next((extra for _, key, _, extra, *_ in running if key == prompt), None)
+    for name in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def this_run() -> tuple[str | None, str | None]:
