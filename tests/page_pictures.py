@@ -159,7 +159,6 @@ def main() -> None:
     if find_comfyui() is None or find_chromium() is None:
         raise SystemExit("pictures need ComfyUI and Chromium, as the tests of the page do")
     with server() as running, opened(running, vue=False, size=(1600, 1400)) as page:
-        page.tab.evaluate("() => window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
         for name, kinds in (RUN | OPENED).items():
             load(page, running, name)
             if name in RUN:

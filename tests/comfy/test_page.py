@@ -6,13 +6,16 @@ PAGE_PICTURES names a folder for screenshots.
 import json
 import os
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from comfy_graphs import WORKFLOWS, of_kind, small
-from comfy_page import to_page
+from comfy_graphs import node as graph_node
+from comfy_page import TELLING, to_page
 from comfy_server import Server, find_comfyui
-from page_browser import Page, find_chromium, opened
+from page_browser import FINISHED, STATUS, Page, check_opens, find_chromium, opened, touch_files
+from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.page,
@@ -20,23 +23,11 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium"),
 ]
 FILES = sorted(WORKFLOWS.glob("*.json"))
-STATUS = ".autorefiner-status"
-FINISHED = ".autorefiner-finished"
-
-
-def named(kind: str) -> set[str]:
-    """Files that the workflows have in the loaders of a class."""
-    graphs = (json.loads(path.read_text()) for path in FILES)
-    return {node["widgets_values"][0] for graph in graphs for node in graph["nodes"] if node["type"] == kind}
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
 def page(request, server: Server) -> Iterator[Page]:
-    for folder, kind in (("text_encoders", "CLIPLoader"), ("loras", "AutoRefinerLoadRefiner")):
-        for name in named(kind):  # the page looks whether a file is there, and none is read
-            path = server.base / "models" / folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+    touch_files(server.base)
     with opened(server, request.param == "vue") as page:
         page.name = request.param
         yield page
@@ -50,7 +41,17 @@ def picture(page: Page, name: str) -> None:
 
 def ended(page: Page, how: str) -> None:
     """Wait until the strip says how the run ended."""
-    page.tab.wait_for_function(f"() => document.querySelector('{STATUS}')?.textContent.includes('{how}')")
+    page.until(f"document.querySelector('{STATUS}')?.textContent.includes('{how}')")
+
+
+def finished(page: Page, count: int) -> None:
+    """Wait until so many chunks are shown as finished."""
+    page.until(f"document.querySelectorAll('{FINISHED}').length === {count}")
+
+
+def of_class(graph: dict, kind: str) -> dict:
+    """The node of a class in a workflow of the page."""
+    return next(node for node in graph["nodes"] if node["type"] == kind)
 
 
 def idle(server: Server, page: Page) -> None:
@@ -59,48 +60,90 @@ def idle(server: Server, page: Page) -> None:
         page.tab.wait_for_timeout(100)
 
 
+def sampled(server: Server, name: str, **inputs: object) -> Path:
+    """A workflow that samples at 128x128 and keeps the latent, which is not decoded: that would be most of the time."""
+    graph = small("quickstart")
+    sampler = of_kind(graph, "AutoRefinerSampler")
+    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
+    graph[sampler]["inputs"] |= {"width": 128, "height": 128, **inputs}
+    saved = graph_node("SaveLatent", samples=[sampler, 0], filename_prefix=name)
+    return written(server, name, graph | {"99": saved | {"_meta": {"title": "Save Latent"}}})
+
+
+def written(server: Server, name: str, graph: dict) -> Path:
+    """A graph in API format as a workflow of the page."""
+    path = server.base / f"{name}.json"
+    path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
+    return path
+
+
+def overlapping(page: Page) -> list[tuple[int, int]]:
+    """The nodes that are drawn one over the other."""
+    boxes = page.boxes()
+    return [
+        (one, other)
+        for one, other in combinations(boxes, 2)
+        if all(boxes[a][axis] < boxes[b][axis + 2] for a, b in ((one, other), (other, one)) for axis in (0, 1))
+    ]
+
+
 @pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)
 def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
-    page.errors.clear()
-    page.load(workflow)
-    page.fit()
-    kinds = {node["type"] for node in json.loads(workflow.read_text())["nodes"]}
-    known = set(page.tab.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
-    assert kinds <= known
-    assert not page.tab.evaluate("() => window.app.graph.nodes.some((node) => node.has_errors)")
-    assert page.errors == []
+    check_opens(page, workflow)
+    assert overlapping(page) == []
     picture(page, workflow.stem)
+    page.tab.evaluate(
+        """([kinds, text]) => {
+            for (const node of window.app.graph.nodes.filter((node) => kinds.includes(node.comfyClass))) {
+                window.app.api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
+            }
+        }""",
+        [TELLING, "a line that a run adds to a node, as long as those that are two in the end"],
+    )
+    page.tab.wait_for_timeout(300)
+    page.settle()
+    assert overlapping(page) == []
+    assert page.errors == []
+    picture(page, f"{workflow.stem}-told")
 
 
 def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> None:
     page.errors.clear()
-    page.load(WORKFLOWS / "quickstart.json")
+    path = sampled(server, "strip", length=117, seed=len(page.name))
+    before = json.loads(path.read_text())
+    page.load(path)
     page.look_at("AutoRefinerSampler")
-    page.set("AutoRefinerSampler", length=117, width=128, height=128, seed=len(page.name))
     tab = page.tab
-    seen = set()
+    tab.evaluate(
+        """([tiles, finished]) => {
+            const [counts, seen] = [[], { subtree: true, childList: true, attributes: true }];
+            const count = () => counts.push(document.querySelectorAll(finished).length);
+            new MutationObserver(count).observe(document.querySelector(tiles), seen);
+            window.autorefinerCounts = counts;
+            window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => (window.autorefinerTold = detail));
+        }""",
+        [".autorefiner-tiles", FINISHED],
+    )
     page.queue()
-    tab.wait_for_selector(FINISHED)
-    while "done" not in tab.inner_text(STATUS):
-        seen.add(tab.locator(FINISHED).count())
-    assert len(seen) > 2  # some while others were still to come
+    ended(page, "done")
+    assert set(range(1, 11)) <= set(tab.evaluate("() => window.autorefinerCounts"))  # one after the other
+    assert tab.evaluate("() => window.autorefinerTold.workflow === window.app.graph.id")
     assert tab.locator(FINISHED).count() == 10
     assert tab.evaluate("() => document.querySelector('.autorefiner-picture').style.backgroundImage").startswith("url")
     assert "chunk 10/10" in tab.inner_text(STATUS) and "frames/s" in tab.inner_text(STATUS)
-    picture(page, "strip")
     idle(server, page)
+    picture(page, "strip")
 
     saved = tab.evaluate("() => window.app.graph.serialize()")
-    sampler = next(node for node in saved["nodes"] if node["type"] == "AutoRefinerSampler")
+    sampler, given = (of_class(graph, "AutoRefinerSampler") for graph in (saved, before))
     assert len(json.dumps(sampler["properties"])) < 110_000
-    given = json.loads((WORKFLOWS / "quickstart.json").read_text())
-    before = next(node for node in given["nodes"] if node["type"] == "AutoRefinerSampler")
-    assert len(sampler["widgets_values"]) == len(before["widgets_values"])
+    assert len(sampler["widgets_values"]) == len(given["widgets_values"])
     path = server.base / "kept.json"
     path.write_text(json.dumps(saved))
     page.load(path)
     page.look_at("AutoRefinerSampler")
-    assert tab.locator(FINISHED).count() == 10 and "done" in tab.inner_text(STATUS)
+    finished(page, 10)
+    ended(page, "done")
     tab.click(".autorefiner-tile >> nth=2")
     assert "chunk 3" in tab.inner_text(".autorefiner-dialog")
     tab.keyboard.press("ArrowRight")
@@ -112,18 +155,19 @@ def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> Non
 
 def test_the_button_ends_the_run_and_what_is_finished_is_saved(page: Page, server: Server) -> None:
     page.errors.clear()
-    page.load(WORKFLOWS / "quickstart.json")
+    page.load(sampled(server, "stopped", length=4001, seed=len(page.name)))  # longer than any click
     page.look_at("AutoRefinerSampler")
-    page.set("AutoRefinerSampler", length=4001, width=128, height=128, seed=len(page.name))  # longer than any click
-    videos = len(list((server.base / "output" / "video").glob("*.mp4")))
+    before = set(server.base.glob("output/stopped*.latent"))
     page.queue()
     page.tab.wait_for_selector(FINISHED)
     page.tab.click(".autorefiner-stop")
-    picture(page, "running")
     ended(page, "stopped")
     idle(server, page)
-    assert 0 < page.tab.locator(FINISHED).count() < 334
-    assert len(list((server.base / "output" / "video").glob("*.mp4"))) == videos + 1
+    picture(page, "stopped")
+    made = page.tab.locator(FINISHED).count()
+    assert 0 < made < 334
+    (saved,) = set(server.base.glob("output/stopped*.latent")) - before
+    assert load_file(saved)["latent_tensor"].shape[2] == 3 * made
     assert page.errors == []
 
 
@@ -131,6 +175,7 @@ def test_the_strip_of_a_sampler_shows_on_the_node_that_made_it(page: Page, serve
     page.errors.clear()
     page.load(WORKFLOWS / "sampler_custom_advanced.json")
     page.look_at("AutoRefinerCustomSampler")
+    page.set("EmptyARVideoLatent", length=21)
     page.queue()
     ended(page, "done")
     idle(server, page)
@@ -150,11 +195,11 @@ def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> No
     page.look_at("AutoRefinerCompareVideos")
     page.queue()
     tab, times = page.tab, "() => [...document.querySelectorAll('.autorefiner-video')].map((one) => one.currentTime)"
-    tab.wait_for_function(f"() => ({times})().every((time) => time > 0.3)")
-    apart = [abs(base - refined) for base, refined in (tab.evaluate(times) for _ in range(5))]
-    assert sorted(apart)[2] < 2 / 16
+    page.until(f"({times})().every((time) => time > 0.1)")
+    tab.evaluate("() => { document.querySelector('.autorefiner-refined').playbackRate = 0.25; }")
+    page.until(f"(([base, refined]) => base > 0.8 && base - refined < 0.15)(({times})())")
     tab.locator(".autorefiner-compare input").fill("8")
-    tab.wait_for_function(f"() => ({times})().every((time) => time === 8.5 / 16)")
+    page.until(f"({times})().every((time) => time === 8.5 / 16)")
     assert tab.inner_text(".autorefiner-compare .autorefiner-status") == "9/21"
     box = tab.locator(".autorefiner-screen").bounding_box()
     tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 40)
@@ -171,17 +216,17 @@ def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> No
 def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, server: Server, peft_inside: None) -> None:
     graph = small("train_a_refiner")
     trainer = of_kind(graph, "AutoRefinerTrainRefiner")
-    graph[trainer]["inputs"] |= {"run": f"page {page.name}", "steps": 6}
-    path = server.base / "training.json"
-    path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
+    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(trainer)]}  # without the videos made of it
+    graph[trainer]["inputs"] |= {"run": f"page {page.name}", "steps": 6, "preview_every": 3}
+    path = written(server, "training", graph)
     page.errors.clear()
     page.load(path)
     page.look_at("AutoRefinerTrainRefiner")
     page.queue()
     tab, status = page.tab, ".autorefiner-trainer .autorefiner-status"
-    tab.wait_for_function(f"() => document.querySelector('{status}').textContent.includes('done')")
+    page.until(f"document.querySelector('{status}').textContent.includes('done')")
     assert "step 6/6" in tab.inner_text(status)
-    tab.wait_for_function("() => document.querySelector('.autorefiner-sheet').naturalWidth > 100")
+    page.until("document.querySelector('.autorefiner-sheet').naturalWidth > 100")
     names = tab.locator(".autorefiner-curve text:first-of-type").all_text_contents()
     assert names[0] == "loss" and "gradient" in names
     points = tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points")
@@ -195,7 +240,7 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, serve
     path.write_text(json.dumps(saved))
     page.load(path)
     page.look_at("AutoRefinerTrainRefiner")
-    assert "step 6/6" in tab.inner_text(status) and "done" in tab.inner_text(status)
+    page.until(f"['step 6/6', 'done'].every((told) => document.querySelector('{status}').textContent.includes(told))")
     assert tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points") == points
     assert page.errors == []
 
@@ -206,7 +251,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
         return {kind: page.tab.locator(f".autorefiner-drawing .autorefiner-{kind}").count() for kind in kinds}
 
     def says(part: str) -> None:
-        page.tab.wait_for_function(f"() => document.querySelector('.autorefiner-memory').innerText.includes('{part}')")
+        page.until(f"document.querySelector('.autorefiner-memory').innerText.includes('{part}')")
 
     page.errors.clear()
     page.load(WORKFLOWS / "self_forcing_refiner.json")
@@ -226,7 +271,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
 def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, server: Server) -> None:
     page.errors.clear()
     graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
-    sampler = next(node for node in graph["nodes"] if node["type"] == "AutoRefinerSampler")
+    sampler = of_class(graph, "AutoRefinerSampler")
     evil = "<img src=x onerror='window.owned = 1'>"
     chunk = {"chunk": 0, "level": 4, "levels": 4, "start": evil, "end": 9, "image": f'/9j/"){evil}', "pictures": 1}
     odd = [None, 7, {"chunk": -1}, {"chunk": 1e9}, chunk]
@@ -234,8 +279,7 @@ def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, se
     away = {"filename": "sheet_1.png", "subfolder": "autorefiner/../.."}
     curves = {evil: [[0, 1], [1, 2]], "loss": [["x", evil]], "long": [[0, 1]] * 5000}
     kept = {"step": evil, "steps": 9, "ended": evil, "curves": curves, "sheet": away}
-    trainer = to_page(small("train_a_refiner"), server.get("/object_info"))["nodes"]
-    trainer = next(node for node in trainer if node["type"] == "AutoRefinerTrainRefiner")
+    trainer = of_class(to_page(small("train_a_refiner"), server.get("/object_info")), "AutoRefinerTrainRefiner")
     for socket in trainer["inputs"]:
         socket["link"] = None
     trainer |= {"id": 99, "properties": {"autorefiner_training": kept}, "outputs": []}
@@ -246,6 +290,6 @@ def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, se
     assert page.tab.locator(".autorefiner-curve text:first-of-type").all_text_contents() == [evil[:40]]
     assert page.tab.get_attribute(".autorefiner-sheet", "src") == ""
     page.look_at("AutoRefinerSampler")
-    assert page.tab.locator(FINISHED).count() == 1
+    finished(page, 1)
     assert page.tab.evaluate("() => window.owned === undefined && !document.querySelector('img[src=x]')")
     assert page.errors == []
