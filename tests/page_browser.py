@@ -20,7 +20,9 @@ STATUS, FINISHED = ".autorefiner-status", ".autorefiner-finished"  # of a strip 
 SIZE = (1600, 1000)
 SECONDS = 300  # for a slow machine: a wait ends as soon as what it waits for is there
 OWN = "/extensions/autorefiner/"  # the pack's modules; before a workflow is loaded, other complaints are the page's own
-FORBIDDEN = "Content Security Policy"  # the page asks other hosts for sizes of models, which the server forbids it
+# The page asks other hosts for releases and for sizes of models, which the server forbids it, and the browser here.
+FORBIDDEN, REFUSED = "Content Security Policy", "net::ERR_FAILED"
+LOCAL = "http://127.0.0.1:"
 
 
 def find_browser() -> str | None:
@@ -153,7 +155,7 @@ def opened(
     """The page of a server in the standard renderer, or in that of Vue nodes."""
     for name, value in quiet(vue).items():
         set_setting(server, name, value)
-    with browsed(f"http://127.0.0.1:{server.port}", prepare, size) as page:
+    with browsed(f"{LOCAL}{server.port}", prepare, size) as page:
         yield page
 
 
@@ -189,14 +191,16 @@ def check_opens(page: Page, workflow: Path) -> None:
     page.fit()
     kinds = {node["type"] for node in json.loads(workflow.read_text())["nodes"]}
     assert kinds <= set(page.tab.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
-    assert not page.tab.evaluate("() => window.app.graph.nodes.some((node) => node.has_errors)")
-    assert page.errors == []
+    assert page.tab.evaluate("() => window.app.graph.nodes.every((node) => !node.has_errors)"), "a node has errors"
+    assert page.errors == [], page.errors
 
 
 def note(page: Page, message: object) -> None:
     """Keep an error of the console: of the pack's own modules any, of the page those that a workflow may cause."""
-    where = f"{message.text} ({message.location.get('url', '')})"
-    if message.type == "error" and (OWN in where or (page.ready and FORBIDDEN not in where)):
+    address = message.location.get("url", "")
+    where = f"{message.text} ({address})"
+    elsewhere = FORBIDDEN in where or (REFUSED in where and not address.startswith(LOCAL))
+    if message.type == "error" and (OWN in where or (page.ready and not elsewhere)):
         page.errors.append(where)
 
 
