@@ -24,7 +24,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 pictures: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check playwright
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[page]"
 	$(BIN)/python tests/page_pictures.py
 
 clean:
