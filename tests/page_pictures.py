@@ -166,7 +166,7 @@ def main() -> None:
             take(page, kinds)
             if name == SEEN:
                 keep(overview(page), "page")
-        page.load(WORKFLOWS / "quickstart.json")
+        page.load(WORKFLOWS / "text_to_video.json")
         for kind in ALONE:
             page.tab.evaluate("(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))", f"AutoRefiner{kind}")
         take(page, ALONE)

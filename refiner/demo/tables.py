@@ -26,7 +26,7 @@ TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750,
 BASE = Row("base")
 # As the student was distilled: the teacher's guidance is its own.
 TRAINING = RefineOptions(steps=300, batch=8, rank=32, learning_rate=2e-3, guidance=1.0, shown=16)
-REWARDED = RefineOptions(objective="reward", steps=800, batch=8, frames=9, rank=32, learning_rate=1e-3, shown=8)
+REWARDED = RefineOptions(objective="reward", steps=400, batch=8, frames=9, rank=32, learning_rate=1e-3, shown=8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,8 @@ def alone(server: Server, graph: dict) -> torch.Tensor:
 
 
 def short(length: int = 21, **inputs: object) -> dict:
-    """The quickstart, short."""
-    graph = small("quickstart")
+    """Text to video, short."""
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": length, **inputs}
     return graph
 

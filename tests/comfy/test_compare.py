@@ -49,7 +49,7 @@ class TestInComfyUI:
     pytestmark = COMFYUI
 
     def test_both_clips_lie_in_the_folder_of_previews(self, kind: str, server: Server) -> None:
-        graph = small("quickstart")
+        graph = small("text_to_video")
         graph["3"]["inputs"]["length"] = 21
         shown = ["4", 0] if kind == "images" else ["5", 0]
         graph["9"] = node("AutoRefinerCompareVideos", base=["4", 0], refined=shown, fps=8)

@@ -62,7 +62,7 @@ def idle(server: Server, page: Page) -> None:
 
 def sampled(server: Server, name: str, **inputs: object) -> Path:
     """A workflow that samples at 128x128 and keeps the latent, which is not decoded: that would be most of the time."""
-    graph = small("quickstart")
+    graph = small("text_to_video")
     sampler = of_kind(graph, "AutoRefinerSampler")
     graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
     graph[sampler]["inputs"] |= {"width": 128, "height": 128, **inputs}
@@ -270,7 +270,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
 
 def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, server: Server) -> None:
     page.errors.clear()
-    graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
+    graph = json.loads((WORKFLOWS / "text_to_video.json").read_text())
     sampler = of_class(graph, "AutoRefinerSampler")
     evil = "<img src=x onerror='window.owned = 1'>"
     chunk = {"chunk": 0, "level": 4, "levels": 4, "start": evil, "end": 9, "image": f'/9j/"){evil}', "pictures": 1}

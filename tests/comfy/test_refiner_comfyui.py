@@ -34,8 +34,8 @@ def stand_ins(weights: Path, monkeypatch) -> None:
 
 
 def refined(file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object) -> dict:
-    """The quickstart, short, with a refiner and, last, the same without one on the same MODEL."""
-    graph = small("quickstart")
+    """Text to video, short, with a refiner and, last, the same without one on the same MODEL."""
+    graph = small("text_to_video")
     graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form)
     graph["3"]["inputs"] |= {"length": 21, **inputs}
     graph["60"] = {**graph["3"], "inputs": {**graph["3"]["inputs"]}}

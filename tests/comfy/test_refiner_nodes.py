@@ -23,8 +23,8 @@ from autorefiner.refiner.schedule import PRESETS
 
 
 def refined(file: str = "sprites", length: int = 21, form: str = "auto", strength: float = 1.0, **inputs) -> dict:
-    """The quickstart, short, with a refiner; `inputs` are the sampler's."""
-    graph = small("quickstart")
+    """Text to video, short, with a refiner; `inputs` are the sampler's."""
+    graph = small("text_to_video")
     graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form)
     graph["3"]["inputs"] |= {"length": length, "refiner": ["50", 0], **inputs}
     return graph
@@ -53,7 +53,7 @@ def made(graph: dict, base: Path) -> torch.Tensor:
 def core(cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 500, 250), **options) -> torch.Tensor:
     """The same by the core alone."""
     network = bundle.load_sprite_network("student", bundle.WEIGHTS)
-    context = bundle.load_sprite_text(bundle.WEIGHTS)([small("quickstart")["2"]["inputs"]["text"]])
+    context = bundle.load_sprite_text(bundle.WEIGHTS)([small("text_to_video")["2"]["inputs"]["text"]])
     pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINER_FILE)
     refiner = Refiner(merged(network, pairs), cache or card.cache, frozenset(levels), **options)
     chunks = sample(network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), refiner=refiner)
@@ -68,7 +68,7 @@ def test_a_refiner_makes_what_the_core_makes_with_it_and_the_model_stays_as_it_i
     graph["62"] = node("SaveImage", images=["61", 0], filename_prefix="x")
     results = execute(graph, base)
     assert torch.equal(results["3"][0]["samples"], core())
-    plain = small("quickstart")
+    plain = small("text_to_video")
     plain["3"]["inputs"]["length"] = 21
     assert torch.equal(results["60"][0]["samples"], made(plain, base))
     assert (results["3"][0]["samples"] - results["60"][0]["samples"]).abs().max() > 0.01
@@ -146,7 +146,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change: str, base: Path) 
         "vae": "x.refiner.safetensors is a VAE: pass it as the VAE; a refiner was asked for",
         "no card": "does not say how it was trained",
         "strength": "node 50 (AutoRefinerLoadRefiner), input strength: nan is smaller than the least",
-        "outside": "'../x.refiner.safetensors' is not one of the 3 there are",
+        "outside": "'../x.refiner.safetensors' is not one of the 4 there are",
     }[change]
     match change:
         case "size":

@@ -28,8 +28,8 @@ NEEDED = {"reward": ["40", 0], "vae": ["1", 2], "prompt": PROMPT}
 
 
 def searching(method: str = "best-of-n", **inputs: object) -> dict:
-    """The quickstart, short, with a search of two candidates; an input of None is left out."""
-    graph = small("quickstart")
+    """Text to video, short, with a search of two candidates; an input of None is left out."""
+    graph = small("text_to_video")
     graph["40"] = node("AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0)
     given = {"length": 13, "method": method, "candidates": 2, **NEEDED, **inputs}
     graph["3"]["inputs"] |= {name: value for name, value in given.items() if value is not None}

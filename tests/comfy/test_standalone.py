@@ -30,12 +30,12 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     path = base / "out" / "video" / f"{name}_00001_.mp4"
     assert str(path) in capsys.readouterr().out.splitlines()
     assert count_frames(path) == sampler["inputs"]["length"]
-    sizes = {"compare_controls": (128, 128), "train_a_refiner": (64, 128)}  # several videos in one
+    sizes = {"compare_controls": (128, 128), "quickstart": (64, 128), "train_a_refiner": (64, 128)}  # several videos in one
     assert read_frames(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
 
 
 def test_a_workflow_samples_what_the_core_does(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": 21, "seed": 5}
     raw = execute(graph, base)["3"][0]["samples"]
     network = bundle.load_sprite_network("student", bundle.WEIGHTS)
@@ -54,7 +54,7 @@ def test_a_clip_that_goes_on_equals_the_long_one(base: Path) -> None:
 
 
 def test_a_batch_holds_the_video_of_its_seed_first(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": 9}
     one = execute(graph, base)["3"][0]["samples"]
     graph["3"]["inputs"]["batch_size"] = 2
@@ -65,7 +65,7 @@ def test_a_batch_holds_the_video_of_its_seed_first(base: Path) -> None:
 
 
 def test_decoding_in_chunks_equals_decoding_at_once(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": 25}
     results = execute(graph, base)
     vae, raw = results["1"][2], results["3"][0]["samples"]
@@ -92,7 +92,7 @@ def test_reflective_cache_tells_its_bytes(base: Path, capsys) -> None:
 
 
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
-    (base / "graph.json").write_text(json.dumps(small("quickstart")))
+    (base / "graph.json").write_text(json.dumps(small("text_to_video")))
     values = ["--set", "3.length=5", "--set", "Save Video.filename_prefix=a/b", "--set", "Create Video.fps=8"]
     assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
     assert count_frames(base / "output" / "a" / "b_00001_.mp4") == 5
@@ -107,7 +107,7 @@ def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
 
 
 def test_images_and_webp_are_written(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     graph["6"] = {
         "class_type": "SaveAnimatedWEBP",
@@ -121,7 +121,7 @@ def test_images_and_webp_are_written(base: Path) -> None:
 
 
 def test_a_decoded_video_keeps_its_rate(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="first")
     del graph["5"]
@@ -178,7 +178,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_told_with_its_node_and_what_to_do(case: str, base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     changes, told = WRONG[case]
     for key, inputs in changes.items():
@@ -187,7 +187,7 @@ def test_wrong_input_is_told_with_its_node_and_what_to_do(case: str, base: Path)
 
 
 def test_a_missing_input_is_told(base: Path) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     del graph["3"]["inputs"]["positive"]
     assert "input positive: it is missing" in refusal(graph, base)
 
@@ -223,7 +223,7 @@ def test_own_windows_and_levels_that_do_not_fit_are_told(base: Path) -> None:
         "first_levels": "",
         "refined_levels": "",
     }
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"chunk_schedule": ["9", 0], "length": 9}
     graph["9"] = {"class_type": "AutoRefinerChunkSchedule", "inputs": schedule}
     assert execute(graph, base)["3"][0]["samples"].shape[2] == 3
@@ -298,7 +298,7 @@ def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() ->
 
 
 def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"] |= {"width": 8192, "height": 8192, "length": 16381, "batch_size": 64}
     graph["3"]["inputs"]["reflective_cache"] = ["9", 0]
     options = {"positions": "the model's", "history": "as trained", "previous_x0": "as trained"}
@@ -308,7 +308,7 @@ def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path
     del graph["3"]["inputs"]["reflective_cache"]
     monkeypatch.setattr(standalone, "available_bytes", lambda device: 10**9)
     assert "the keys and values of this clip take 11" in refusal(graph, base)
-    graph = small("quickstart")
+    graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     monkeypatch.setattr(decode, "available_bytes", lambda device: 1000)
     assert "use VAE Decode Chunks to Video" in refusal(graph, base)

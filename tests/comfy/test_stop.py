@@ -18,7 +18,7 @@ LENGTH = 241  # pixel frames: 61 latent frames in 21 chunks, the last of one
 def workflow(name: str, text: str) -> tuple[dict, str]:
     """(a workflow that is long enough to be stopped, with its latents saved; the node that the page shows it on)."""
     graph = small(name)
-    alone = name == "quickstart"
+    alone = name == "text_to_video"
     shown = of_kind(graph, "AutoRefinerSampler" if alone else "AutoRefinerCustomSampler")
     sized = graph[shown] if alone else graph[of_kind(graph, "EmptyARVideoLatent")]
     sized["inputs"] |= {"length": LENGTH, "width": 128, "height": 128}
@@ -45,7 +45,7 @@ def stop(server: Server, shown: str, prompt: str) -> None:
     raise AssertionError("the run did not begin")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "sampler_custom_advanced"])
+@pytest.mark.parametrize("name", ["text_to_video", "sampler_custom_advanced"])
 def test_a_stopped_run_ends_well_with_whole_chunks_and_the_next_one_is_whole(name: str, server: Server) -> None:
     graph, shown = workflow(name, f"stopped in {name}")
     prompt = server.queue(graph)
