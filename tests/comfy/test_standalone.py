@@ -30,7 +30,11 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     path = base / "out" / "video" / f"{name}_00001_.mp4"
     assert str(path) in capsys.readouterr().out.splitlines()
     assert count_frames(path) == sampler["inputs"]["length"]
-    sizes = {"compare_controls": (128, 128), "quickstart": (64, 128), "train_a_refiner": (64, 128)}  # several videos in one
+    sizes = {
+        "compare_controls": (128, 128),
+        "quickstart": (64, 128),
+        "train_a_refiner": (64, 128),
+    }  # several videos in one
     assert read_frames(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
 
 
