@@ -18,13 +18,14 @@ from autorefiner.refiner.wan.vae import WanVAE
 
 STAND_IN = WanConfig(dim=128, num_heads=2, ffn_dim=128, num_layers=2, text_dim=32, text_len=16)
 VAE_DIM = 4
+PREVIEW = [[row / 100, 0.0, -row / 100] for row in range(17)]
 
 
 def write_demo_files(folder: Path) -> Path:
     """sprites_{vae,text,student,teacher,reward}.safetensors and the refiner's in `folder`, which is returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_model(folder, "vae", WanVAE(VAE_DIM), None, {})
+        save_model(folder, "vae", WanVAE(VAE_DIM), None, {"preview": PREVIEW})
         save_model(folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {})
         student = WanTransformer(STAND_IN)
         save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})

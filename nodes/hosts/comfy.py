@@ -148,6 +148,9 @@ def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     else:
         model = load_patcher(str(sprite_file(network)), "fp32", "auto", causal=False)
     weights = {name: tensor.float() for name, tensor in load_vae_state(sprite_file("vae")).items()}
+    if preview := bundle.told_of("vae", bundle.WEIGHTS).get("preview"):
+        latents = model.model.latent_format  # this model's own: its previews are in the colours of the demo's VAE
+        *latents.latent_rgb_factors, latents.latent_rgb_factors_bias = preview
     return model, sprite_clip(bundle.load_sprite_text(bundle.WEIGHTS)), comfy.sd.VAE(sd=weights, dtype=torch.float32)
 
 

@@ -16,7 +16,7 @@ from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
-from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
+from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, preview_map
 from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TablesOptions, make_tables
 
@@ -71,7 +71,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--steps", type=int, help=f"of each row trained by dmd (default {TRAINING.steps})")
     about = f"of each row trained by reward (default {REWARDED.steps})"
     command.add_argument("--reward-steps", type=int, help=about)
-    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 100)")
+    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 50)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
     command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
@@ -125,7 +125,8 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
     told = {"recipe": name, "steps": steps, "commit": own_commit(), **figures_of(run / name)}
     if name in ("vae", "decoder"):
-        save_model(run, "vae", stage.finished(), None, told)
+        vae = stage.finished()
+        save_model(run, "vae", vae, None, told | {"preview": preview_map(vae)})
     elif name == "text":
         save_model(run, "text", stage.learner.average.encoder, None, told)
     elif name == "reward":

@@ -38,7 +38,7 @@ class TablesOptions:
     frames: int = LATENT_FRAMES
     training: RefineOptions = TRAINING  # by distribution matching
     rewarded: RefineOptions = REWARDED
-    short: int = 100  # steps of each row of Table 4
+    short: int = 50  # steps of each row of Table 4
     tables: tuple[int, ...] = TABLES
 
     @classmethod

@@ -28,9 +28,11 @@ with torch.inference_mode():
     narrow_model = model.clone()
     narrow_model.set_model_compute_dtype(torch.bfloat16)
     narrow = sampled(narrow_model, run)
+    demo = host.load_demo("student")[0]
 with torch.inference_mode(False):
     fresh = model.clone(force_deepcopy=True)
     own, other = model.model.state_dict(), fresh.model.state_dict()
+formats = [one.model.latent_format for one in (demo, model)]
 print(
     json.dumps(
         {
@@ -41,6 +43,7 @@ print(
             "narrow": torch.corrcoef(torch.stack((wide.flatten(), narrow.flatten())))[0, 1].item(),
             "differs": not torch.equal(wide, narrow),
             "copied": all(torch.equal(own[name], other[name]) for name in own),
+            "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
             "preset": fresh.get_attachment(host.PRESET),
         }
     )

@@ -15,7 +15,7 @@ import torch
 from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small, training
 from comfy_page import to_api, to_page
 from comfy_server import Refused, Server, find_comfyui
-from demo_files import STAND_IN
+from demo_files import PREVIEW, STAND_IN
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
@@ -400,3 +400,8 @@ def test_a_model_that_computes_in_bf16_stays_near(inside: dict) -> None:
 
 def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
     assert inside["copied"] and inside["preset"] == "self-forcing"
+
+
+def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> None:
+    own, published = inside["previews"]
+    assert own == PREVIEW and published != PREVIEW and len(published) == len(PREVIEW)

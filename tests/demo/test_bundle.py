@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_network, told_of
@@ -41,6 +42,13 @@ def test_the_vae_returns_held_out_clips(demo: Demo) -> None:
     assert psnr(demo.vae.decode(demo.vae.encode(pixels)), pixels) > 28
     found = summarise(score(returned_clips(demo.vae, held_out(2)), held_out(2)))
     assert found["colour"].mean > 95 and found["action"].mean > 80
+
+
+def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
+    pixels, _ = clip_batch(range(2), "test", 17)
+    mapped = F.pad(demo.vae.encode(pixels).movedim(1, -1), (0, 1), value=1.0) @ torch.tensor(told_of("vae")["preview"])
+    error = mapped - F.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)).movedim(1, -1)
+    assert error.square().mean() < 0.5 * pixels.var()
 
 
 def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:

@@ -65,6 +65,7 @@ def test_a_model_tells_how_its_total_rose(run) -> None:
     assert told_of("student", run)["totals"] == {"2": round(last["total"], 1)}
     assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
     assert "totals" not in told_of("vae", run)
+    assert len(told_of("vae", run)["preview"]) == 17
 
 
 def test_clips_are_encoded_with_the_runs_own_vae(run) -> None:

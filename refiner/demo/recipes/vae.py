@@ -15,7 +15,7 @@ from ...training.precision import mixed_precision
 from ...video import contact_sheet, to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
-from ..render import render, to_pixels
+from ..render import clip_batch, render, to_pixels
 from ..world import sample_scene
 
 
@@ -224,3 +224,17 @@ def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[T
     means = [vae.moments(to_pixels(render(sample_scene(seed), frames))[None])[0] for seed in range(clips)]
     latents = torch.cat(means)
     return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+
+
+@torch.no_grad()
+def preview_map(vae: WanVAE, clips: int = 24, frames: int = 33) -> list[list[float]]:
+    """A linear map [17, 3] of a latent's 16 channels and a 1 to the mean colour in [-1, 1] of its 8x8 pixels.
+
+    The last of a latent's frames counts. Least squares over clips of the world; previews without a VAE use it.
+    """
+    pixels, _ = clip_batch(range(clips), frames=frames)
+    latents = vae.encode(pixels.to(vae.conv1.weight.device)).cpu()
+    colours = F.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
+    known, wanted = (part.double().movedim(1, -1).flatten(0, -2) for part in (latents, colours))
+    solved = torch.linalg.lstsq(F.pad(known, (0, 1), value=1.0), wanted).solution
+    return [[round(weight, 4) for weight in row] for row in solved.tolist()]
