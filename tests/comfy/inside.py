@@ -1,4 +1,4 @@
-"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT prints it as one line of JSON.
+"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER prints it as one line of JSON.
 
 Run with ComfyUI's interpreter.
 """
@@ -9,6 +9,7 @@ import torch
 from packed import SHAPE, files, host, plain_run, sampled
 
 # isort: split
+import comfy.sd
 from pack.nodes.run import kv_bytes
 
 asked: list[float] = []
@@ -29,6 +30,7 @@ with torch.inference_mode():
     narrow_model.set_model_compute_dtype(torch.bfloat16)
     narrow = sampled(narrow_model, run)
     demo = host.load_demo("student")[0]
+    loaded = [comfy.sd.load_diffusion_model(file) for file in files]
 with torch.inference_mode(False):
     fresh = model.clone(force_deepcopy=True)
     own, other = model.model.state_dict(), fresh.model.state_dict()
@@ -43,6 +45,7 @@ print(
             "narrow": torch.corrcoef(torch.stack((wide.flatten(), narrow.flatten())))[0, 1].item(),
             "differs": not torch.equal(wide, narrow),
             "copied": all(torch.equal(own[name], other[name]) for name in own),
+            "kinds": [type(one.model).__name__ for one in loaded],
             "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
             "preset": fresh.get_attachment(host.PRESET),
         }

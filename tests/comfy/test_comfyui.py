@@ -382,7 +382,8 @@ def inside(server: Server, weights: Path) -> dict:
     comfyui, python = find_comfyui()
     pack = server.base / "custom_nodes" / "autorefiner"
     script = Path(__file__).with_name("inside.py")
-    command = [str(python), str(script), str(comfyui), str(pack), str(weights / bundle.FILES["student"])]
+    command = [str(python), str(script), str(comfyui), str(pack)]
+    command += [str(weights / bundle.FILES[name]) for name in ("student", "teacher")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])
@@ -405,3 +406,7 @@ def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
 def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> None:
     own, published = inside["previews"]
     assert own == PREVIEW and published != PREVIEW and len(published) == len(PREVIEW)
+
+
+def test_comfyuis_own_loader_knows_both_networks_of_the_bundle(inside: dict) -> None:
+    assert inside["kinds"] == ["WAN21_CausalAR", "WAN21"]
