@@ -73,6 +73,8 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--reward-steps", type=int, help=about)
     command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 50)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
+    about = "time the rows of Table 2 anew, each on a batch of clips, where the machine was busy before"
+    command.add_argument("--time", action="store_true", help=about)
     command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
 
@@ -102,7 +104,7 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
             print(line)
         return 0
     if args.action == "tables":
-        body = make_tables(args.run, tables_options(args), device)
+        body = make_tables(args.run, tables_options(args), device, args.time)
         write_section(args.out, "The refiner", body)
         print(body)
         return 0

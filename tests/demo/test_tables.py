@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.rows import Cost, Outcome, counted, timed
-from autorefiner.refiner.demo.tables import KINDS, TABLES, TablesOptions
+from autorefiner.refiner.demo.bundle import WEIGHTS
+from autorefiner.refiner.demo.clips import held_out
+from autorefiner.refiner.demo.evaluation import Demo
+from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
+from autorefiner.refiner.demo.tables import BASE, KINDS, TABLES, TablesOptions
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 
 from tiny import TINY, tiny_network
 
 pytest.importorskip("peft")
+CPU = torch.device("cpu")
 
 
 def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path) -> None:
@@ -29,6 +33,16 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path) -> None
     assert main(command) == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")} == before
     assert out.read_text() == text
+
+
+def test_rows_are_timed_again_and_nothing_else_of_them_changes(tmp_path: Path) -> None:
+    bench = Bench(Demo.load(WEIGHTS, CPU), held_out(1), 2, 6, tmp_path)
+    before = bench.outcome(BASE, CPU)
+    bench.time_again(BASE, CPU)
+    after = bench.outcome(BASE, CPU)
+    assert after.cost.seconds != before.cost.seconds
+    assert (after.frames, after.cost.passes) == (before.frames, before.cost.passes)
+    assert repr(after.scores) == repr(before.scores)  # as text, because some are NaN
 
 
 def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
