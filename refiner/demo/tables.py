@@ -22,6 +22,7 @@ from .rows import Bench, Outcome, Row
 
 TABLES = (1, 2, 3, 4, 7)
 TOTALS = ("quality", "semantic", "total")
+GAINS = ("semantic", "total")
 TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 BASE = Row("base")
 # As the student was distilled: the teacher's guidance is its own.
@@ -96,10 +97,10 @@ def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
     return [str(resampled_interval(outcome.spreads, of_spreads)), str(summarise(outcome.scores)["dynamic"])]
 
 
-def gain(outcome: Outcome, base: Outcome, captions: int) -> Interval:
-    """Of the total, paired by caption and seed; the seeds of a caption are drawn together."""
+def gains(outcome: Outcome, base: Outcome, captions: int) -> dict[str, Interval]:
+    """Of every row of scores, paired by caption and seed; the seeds of a caption are drawn together."""
     groups = [number % captions for number in range(len(outcome.scores))]
-    return paired_difference(outcome.scores, base.scores, groups)["total"]
+    return paired_difference(outcome.scores, base.scores, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,13 @@ KINDS = {
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
     """A table in Markdown."""
     base, captions = outcomes[BASE.name], options.captions
-    lines = [["", *TOTALS, "total less base's", *table.columns]]
+    lines = [["", *TOTALS, *(f"{name} less base's" for name in GAINS), *table.columns]]
     for row in table.rows(options):
         outcome = outcomes[row.name]
         found = summarise(outcome.scores, [number % captions for number in range(len(outcome.scores))])
-        less = "–" if row == BASE else str(gain(outcome, base, captions))
-        lines.append([row.name, *(str(found[name]) for name in TOTALS), less, *table.cells(outcome, base)])
+        more = gains(outcome, base, captions)
+        less = ["–" if row == BASE else str(more[name]) for name in GAINS]
+        lines.append([row.name, *(str(found[name]) for name in TOTALS), *less, *table.cells(outcome, base)])
     return f"### {table.title}\n\n{aligned(lines)}"
 
 
