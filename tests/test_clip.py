@@ -64,7 +64,6 @@ def test_pictures_keep_their_graph_and_the_model_gets_none(folder, frames) -> No
 
 @pytest.mark.parametrize("size", [(20, 28), (40, 24), (16, 16), (64, 64)])
 def test_pictures_go_in_as_transformers_sends_them(folder, size) -> None:
-    pytest.importorskip("PIL")
     coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))  # nothing that PIL would cut off
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
     pictures = (40 + 160 * smooth).byte().permute(0, 2, 3, 1).numpy()

@@ -14,7 +14,7 @@ from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
 from comfy_page import TELLING, to_page
 from comfy_server import Server, find_comfyui
-from page_browser import FINISHED, STATUS, Page, check_opens, find_chromium, opened, touch_files
+from page_browser import FINISHED, STATUS, Page, complaints, find_chromium, opened, touch_files
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -89,7 +89,7 @@ def overlapping(page: Page) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)
 def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
-    check_opens(page, workflow)
+    assert complaints(page, workflow) == []
     assert overlapping(page) == []
     picture(page, workflow.stem)
     page.tab.evaluate(
