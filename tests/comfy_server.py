@@ -33,7 +33,7 @@ def find_comfyui() -> tuple[Path, Path] | None:
 
 
 def install_pack(base: Path, weights: Path) -> None:
-    """A copy of the pack in custom_nodes/, as a clone is; where the bundle is not trained yet, with stand-ins."""
+    """A copy of the pack in custom_nodes/, as a clone is, with these files in the place of its bundle."""
     pack = base / "custom_nodes" / "autorefiner"
     shutil.copytree(PACK, pack, ignore=LEFT_OUT)
     own = pack / bundle.WEIGHTS.relative_to(PACK)

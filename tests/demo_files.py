@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autorefiner.refiner.demo.bundle import FILES, REFINER_FILE, save_model
+from autorefiner.refiner.demo.bundle import FILES, REFINERS, save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
@@ -31,7 +31,7 @@ def write_demo_files(folder: Path) -> Path:
         save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})
         save_model(folder, "teacher", WanTransformer(STAND_IN), STAND_IN, {})
         save_model(folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {})
-    write_refiner(folder / REFINER_FILE, base=fingerprint(student))
+    write_refiner(folder / REFINERS["sprites"], base=fingerprint(student))
     return folder
 
 
@@ -64,7 +64,7 @@ def write_base(base: Path, weights: Path) -> None:
         shutil.copy(weights / FILES[kind], path)
     loras = base / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
-    shutil.copy(weights / REFINER_FILE, loras / "self_forcing.refiner.safetensors")
+    shutil.copy(weights / REFINERS["sprites"], loras / "self_forcing.refiner.safetensors")
     (base / "input").mkdir(exist_ok=True)
     picture = np.random.default_rng(0).integers(0, 255, (80, 96, 3), dtype=np.uint8)
     write_png(picture, base / "input" / "example.png")

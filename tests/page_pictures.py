@@ -1,12 +1,11 @@
 """Pictures of the nodes for their help pages and of the page for the README, taken in a real ComfyUI by Chromium.
 
 python tests/page_pictures.py writes web/docs/pictures/NODE.png. It needs what the tests of the page need. The videos in
-them are the bundled models'; where these are not there, stand-ins of random weights make noise.
+them are the bundled models'.
 """
 
 import io
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,10 @@ import av
 from comfy_graphs import WORKFLOWS, small
 from comfy_page import to_page
 from comfy_server import PACK, Server, find_comfyui, install_pack
-from demo_files import write_base, write_demo_files, write_refiner
+from demo_files import write_base
 from page_browser import Page, find_chromium, opened
 
 from autorefiner.refiner.demo import bundle
-from autorefiner.refiner.noise.file import fingerprint
 
 FOLDER = PACK / "web" / "docs" / "pictures"
 EDGE, COLOURS = 8, 64  # pixels around a node; of a picture
@@ -41,28 +39,15 @@ SEEN, CORNER, SCALE = "compare_controls", (440, 40), 0.85  # what the README sho
 def server() -> Iterator[Server]:
     """A ComfyUI with the pack and its models."""
     with tempfile.TemporaryDirectory() as folder:
-        base, weights = Path(folder) / "comfyui", models(Path(folder) / "weights")
+        base = Path(folder) / "comfyui"
         base.mkdir()
-        write_base(base, weights)
-        install_pack(base, weights)
+        write_base(base, bundle.WEIGHTS)
+        install_pack(base, bundle.WEIGHTS)
         running = Server.start(*find_comfyui(), base)
         try:
             yield running
         finally:
             running.stop()
-
-
-def models(folder: Path) -> Path:
-    """The bundled models in `folder`; a refiner that is not there yet is a fresh one, which changes nothing."""
-    for path in bundle.WEIGHTS.iterdir() if bundle.WEIGHTS.is_dir() else ():
-        folder.mkdir(exist_ok=True)
-        shutil.copy(path, folder)
-    if not folder.exists():
-        return write_demo_files(folder)
-    if not (folder / bundle.REFINER_FILE).exists():
-        student = bundle.load_sprite_network("student", folder)
-        write_refiner(folder / bundle.REFINER_FILE, student.config, scale=0.0, base=fingerprint(student.model))
-    return folder
 
 
 def load(page: Page, server: Server, name: str) -> None:

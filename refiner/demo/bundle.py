@@ -22,7 +22,6 @@ REFINERS = {  # by the name that chooses them: trained by distribution matching,
     "sprites": "sprites.refiner.safetensors",
     "sprites-reward": "sprites_reward.refiner.safetensors",
 }
-REFINER_FILE = REFINERS["sprites"]
 FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student", "reward")}
 
 

@@ -98,7 +98,7 @@ def test_a_refiner_works_upon_a_user_lora(server: Server, weights: Path) -> None
     model, info = load_transformer(weights / bundle.FILES["student"], lora=path, dtype=torch.float32)
     network = CausalWan(model, info.config)
     context = bundle.load_sprite_text(weights)([refined()["2"]["inputs"]["text"]])
-    refiner = Refiner(merged(network, load_refiner(weights / bundle.REFINER_FILE)[0]))
+    refiner = Refiner(merged(network, load_refiner(weights / bundle.REFINERS["sprites"])[0]))
     chunks = sample(network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=2, refiner=refiner)
     expected = raw_latents(torch.cat(list(chunks), 2))
     for form in ("merged", "unmerged"):
@@ -152,7 +152,7 @@ def test_a_refiner_is_saved_and_loaded_again(server: Server, weights: Path) -> N
     graph["55"] = node("AutoRefinerSaveRefiner", refiner=["50", 0], name="mine/saved", overwrite=True)
     (made,) = sampled(server, graph, "3")
     pairs, card = load_refiner(server.base / "models" / "loras" / "mine" / "saved.refiner.safetensors")
-    first, first_card = load_refiner(weights / bundle.REFINER_FILE)
+    first, first_card = load_refiner(weights / bundle.REFINERS["sprites"])
     assert card == first_card and all(torch.equal(pairs[name].up, first[name].up) for name in first)
     assert torch.equal(sampled(server, refined("mine/saved.refiner.safetensors", seed=4), "3")[0], made)
 
@@ -236,7 +236,7 @@ def inside(server: Server, weights: Path) -> dict:
     comfyui, python = find_comfyui()
     pack = server.base / "custom_nodes" / "autorefiner"
     script = Path(__file__).with_name("inside_refiner.py")
-    files = (weights / bundle.FILES["student"], weights / bundle.REFINER_FILE)
+    files = (weights / bundle.FILES["student"], weights / bundle.REFINERS["sprites"])
     command = [str(python), str(script), str(comfyui), str(pack), *map(str, files)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]

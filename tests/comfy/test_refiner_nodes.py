@@ -54,7 +54,7 @@ def core(cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 5
     """The same by the core alone."""
     network = bundle.load_sprite_network("student", bundle.WEIGHTS)
     context = bundle.load_sprite_text(bundle.WEIGHTS)([small("text_to_video")["2"]["inputs"]["text"]])
-    pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINER_FILE)
+    pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINERS["sprites"])
     refiner = Refiner(merged(network, pairs), cache or card.cache, frozenset(levels), **options)
     chunks = sample(network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), refiner=refiner)
     return standalone.raw_latents(torch.cat(list(chunks), 2))
@@ -184,7 +184,7 @@ def test_levels_that_the_run_does_not_have_are_refused(base: Path) -> None:
 
 def test_a_refiner_of_another_model_is_refused_by_the_sampler(base: Path) -> None:
     graph = refined(length=9)
-    pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINER_FILE)
+    pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINERS["sprites"])
     from autorefiner.nodes.refined import RefinerLora
     from autorefiner.nodes.sampler import PathwiseRefinedSampler
 
