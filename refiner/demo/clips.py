@@ -1,7 +1,9 @@
 """Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -98,11 +100,15 @@ def returned_clips(vae: WanVAE, captions: Sequence[Caption], frames: int = 81) -
         yield from decoded(vae, vae.encode(pixels.to(device)))
 
 
-def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "") -> list[ClipScores]:
-    """Scores of each clip against its caption."""
+def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "", workers: int = 0) -> list[ClipScores]:
+    """Scores of each clip against its caption, found by so many processes, or by this one."""
     pairs = zip(clips, captions, strict=True)
     bar = tqdm(pairs, total=len(captions), desc=told, unit="clip", disable=not told, dynamic_ncols=True)
-    return [evaluate_clip(clip, caption) for clip, caption in bar]
+    if not workers:
+        return [evaluate_clip(clip, caption) for clip, caption in bar]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs = [pool.submit(evaluate_clip, clip, caption) for clip, caption in bar]
+        return [job.result() for job in jobs]
 
 
 def show_clips(

@@ -8,6 +8,7 @@ import torch
 from numpy import ndarray
 
 from ..samplers import ode
+from ..training.ahead import helpers
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
 from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, told_of
@@ -81,7 +82,7 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
             ), captions[: options.long_captions],
         ),
     }  # fmt: skip
-    scores = {name: score(*make(), told=name) for name, make in columns.items()}
+    scores = {name: score(*make(), name, helpers(device)) for name, make in columns.items()}
     pairs = captions[: options.pairs]
     again = list(student_clips(*models, pairs, seed=1))
     differ = diversity(kept + again, [*pairs, *pairs])

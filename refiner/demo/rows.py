@@ -24,6 +24,7 @@ from ..samplers import SEARCHES, self_forcing
 from ..schedule import Chunk, plan_chunks
 from ..train import train_refiner
 from ..train_config import RewardConfig, TrainConfig
+from ..training.ahead import helpers
 from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
 from ..training.rewards.verifier import RewardVerifier
@@ -31,10 +32,10 @@ from ..wan.causal import CausalWan, embed
 from ..wan.lora import read_lora
 from .bundle import FILES, WEIGHTS
 from .captions import Caption
-from .clips import BATCH, PRESET, student_clips
+from .clips import BATCH, PRESET, score, student_clips
 from .evaluation import Demo
 from .metrics.diversity import spreads
-from .metrics.evaluate import ClipScores, evaluate_clip
+from .metrics.evaluate import ClipScores
 
 Search = Literal["", "best-of-n", "search-over-path"]
 
@@ -111,7 +112,7 @@ class Bench:
         key, path = self._key(row, factors), self._path(row)
         if found := Outcome.read(path, key):
             return found
-        found = self._measure(row, *self._models(row, factors))
+        found = self._measure(row, *self._models(row, factors), helpers(device))
         found.write(path, key)
         return found
 
@@ -157,20 +158,23 @@ class Bench:
         levels = card.levels if row.levels is None else row.levels
         return student, Refiner(merged(student, pairs), card.cache, frozenset(levels))
 
-    def _measure(self, row: Row, network: CausalWan, refiner: Refiner | None) -> Outcome:
+    def _measure(self, row: Row, network: CausalWan, refiner: Refiner | None, workers: int) -> Outcome:
         cost = Cost()
         network = counted(network, cost)
         if refiner is not None:
             refiner = replace(refiner, network=counted(refiner.network, cost))
-        scores, clips = [], []
-        for seed in range(self.seeds):
-            made = self._clips(row, network, refiner, self.captions, seed, cost)
-            for clip, caption in zip(timed(made, cost), self.captions, strict=True):
-                scores.append(evaluate_clip(clip, caption))
-                clips.append(clip)
+        captions, clips = [*self.captions] * self.seeds, []
+
+        def made() -> Iterator[ndarray]:
+            for seed in range(self.seeds):
+                for clip in timed(self._clips(row, network, refiner, self.captions, seed, cost), cost):
+                    clips.append(clip)
+                    yield clip
+
+        scores = score(made(), captions, row.name, workers)
         frames = sum(map(len, clips))
         chunks = len(clips) * len(plan_chunks(PRESET, self.frames)[1])
-        return Outcome(scores, spreads(clips, [*self.captions] * self.seeds), cost, frames, chunks)
+        return Outcome(scores, spreads(clips, captions), cost, frames, chunks)
 
     def _clips(
         self, row: Row, network: CausalWan, refiner: Refiner | None, captions: Sequence[Caption], seed: int, cost: Cost

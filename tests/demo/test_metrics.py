@@ -7,6 +7,7 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
+from autorefiner.refiner.demo.clips import held_out, score, truth_clips
 from autorefiner.refiner.demo.metrics.action import see_action
 from autorefiner.refiner.demo.metrics.classify import blur
 from autorefiner.refiner.demo.metrics.diversity import diversity
@@ -331,3 +332,9 @@ def test_any_frames_at_all_have_scores(seed):
     scores = evaluate_clip(clip, sample_scene(seed, "test").caption).array
     assert np.nanmin(scores) >= 0
     assert np.nanmax(scores) <= 100
+
+
+def test_clips_are_scored_alike_by_other_processes() -> None:
+    captions = held_out(2)
+    alone, helped = (score(truth_clips(captions, frames=17), captions, workers=workers) for workers in (0, 1))
+    assert np.array_equal([one.array for one in alone], [one.array for one in helped], equal_nan=True)

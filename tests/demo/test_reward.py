@@ -23,7 +23,6 @@ from autorefiner.refiner.demo.render import render
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.shapes import SHAPES
 from autorefiner.refiner.demo.world import sample_scene
-from autorefiner.refiner.training.learner import stream
 from autorefiner.refiner.training.rewards.reward import scored
 
 RED = Stated("star", "red", "spin", speed="slow")
@@ -77,7 +76,7 @@ def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
 
 def test_a_batch_holds_scenes_and_twins_at_the_same_times() -> None:
     options = RewardOptions(batch=3)
-    batch = make_batch(stream(0, 0, 0), options)
+    batch = make_batch(options, 0)
     assert batch.frames.shape == (*batch.numbers.shape, 3, 64, 64)
     assert len(batch.frames) == 6
     assert torch.equal(batch.numbers[::2], batch.numbers[1::2])

@@ -1,6 +1,7 @@
 """Encoded clips of the world on disk: rendered once, encoded once, then read whole into memory."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ...training.ahead import Ahead, helpers
 from ...training.precision import mixed_precision
 from ...wan.checkpoint import save_safetensors
 from ...wan.vae import WanVAE
@@ -25,18 +27,25 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"clips_{number:05d}.safetensors"
 
 
+def shard_part(shard: int, index: int) -> Tensor:
+    """Pixels [B, 3, F, H, W] of the part `index`, counted over all shards of `shard` clips."""
+    parts = -(-shard // AT_ONCE)
+    first, start = index // parts * shard, index % parts * AT_ONCE
+    return clip_batch(range(first + start, first + min(start + AT_ONCE, shard)), "train", FRAMES)[0]
+
+
 @torch.no_grad()
 def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
     """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards − 1."""
     folder.mkdir(parents=True, exist_ok=True)
     device = vae.conv1.weight.device
+    parts = -(-SHARD // AT_ONCE)
+    rendered = Ahead(partial(shard_part, SHARD), shards * parts, helpers(device))
     for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
         made = []
-        seeds = range(number * SHARD, (number + 1) * SHARD)
-        for start in range(0, SHARD, AT_ONCE):
-            pixels, _ = clip_batch(seeds[start : start + AT_ONCE], "train", FRAMES)
+        for index in range(number * parts, (number + 1) * parts):
             with mixed_precision(device):
-                made.append(vae.encode(pixels.to(device)).cpu())
+                made.append(vae.encode(rendered(index).to(device)).cpu())
         save_safetensors(shard_path(folder, number), {"latents": torch.cat(made).bfloat16()}, {"frames": str(FRAMES)})
 
 

@@ -5,6 +5,7 @@ of vectors besides.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...training.ahead import Ahead, helpers
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision
 from ..captions import Caption, write
@@ -83,10 +85,11 @@ class RewardStage(LearnerStage):
             torch.manual_seed(options.seed)
             reader = Reader().to(device)
         self.learner = Learner(reader, options.learning_rate, options.ema, decay=0.01)
+        self.batches = Ahead(partial(make_batch, options), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        batch = make_batch(stream(options.seed, index, 0), options)
+        batch = self.batches(index)
         generator = noise_stream(self.device, options.seed, index, 1)
         frames = worn(batch.frames.to(self.device), options, generator)
         reader, model = self.learner.model, self.learner.model.model
@@ -130,8 +133,9 @@ class RewardStage(LearnerStage):
         return {"found": found, "right": float(np.mean(shares))}
 
 
-def make_batch(rng: np.random.Generator, options: RewardOptions) -> Batch:
-    """Scenes and their twins, in turn; all clips have as many frames."""
+def make_batch(options: RewardOptions, index: int) -> Batch:
+    """Of a step: scenes and their twins, in turn; all clips have as many frames."""
+    rng = stream(options.seed, index, 0)
     scenes: list[Scene] = []
     for seed in rng.integers(1 << 40, size=options.batch):
         scene = sample_scene(int(seed))

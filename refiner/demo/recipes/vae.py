@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...training.ahead import Ahead, helpers
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision
 from ...video import contact_sheet, to_frames
@@ -54,28 +56,11 @@ class VaeStage(LearnerStage):
             self.model = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
             start_linear(self.model)
         self.learner = Learner(self.model.to(device), options.learning_rate, options.ema, muon=options.muon)
-
-    def batch(self, index: int) -> Tensor:
-        """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
-        options = self.options
-        crops = index < options.crop_share * options.steps
-        frames = options.crop_frames[index % 2] if crops else options.frames
-        count = options.batch
-        if crops:
-            count = max(1, 2 * options.batch * options.frames // frames)
-        rng = stream(options.seed, index, 0)
-        clips = []
-        for seed in rng.integers(1 << 40, size=count):
-            clip = render(sample_scene(int(seed)), frames)
-            if crops:
-                top, left = rng.integers(0, clip.shape[1] - options.crop + 1, size=2)
-                clip = clip[:, top : top + options.crop, left : left + options.crop]
-            clips.append(to_pixels(clip))
-        return torch.stack(clips).to(self.device)
+        self.pixels = Ahead(partial(training_pixels, options), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        pixels = self.batch(index)
+        pixels = self.pixels(index).to(self.device)
         generator = noise_stream(self.device, options.seed, index, 1)
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
@@ -99,6 +84,24 @@ class VaeStage(LearnerStage):
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         return show_vae(self.learner.average, folder, index)
+
+
+def training_pixels(options: VaeOptions, index: int) -> Tensor:
+    """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
+    crops = index < options.crop_share * options.steps
+    frames = options.crop_frames[index % 2] if crops else options.frames
+    count = options.batch
+    if crops:
+        count = max(1, 2 * options.batch * options.frames // frames)
+    rng = stream(options.seed, index, 0)
+    clips = []
+    for seed in rng.integers(1 << 40, size=count):
+        clip = render(sample_scene(int(seed)), frames)
+        if crops:
+            top, left = rng.integers(0, clip.shape[1] - options.crop + 1, size=2)
+            clip = clip[:, top : top + options.crop, left : left + options.crop]
+        clips.append(to_pixels(clip))
+    return torch.stack(clips)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +129,11 @@ class DecoderStage(LearnerStage):
         vae.conv2.requires_grad_(True)
         parts = nn.ModuleList([vae.decoder, vae.conv2])
         self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon)
+        self.pixels = Ahead(partial(decoder_pixels, options), options.steps, helpers(self.device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        rng = stream(options.seed, index, 0)
-        scenes = [sample_scene(int(seed)) for seed in rng.integers(1 << 40, size=options.batch)]
-        pixels = torch.stack([to_pixels(render(scene, options.frames)) for scene in scenes]).to(self.device)
+        pixels = self.pixels(index).to(self.device)
         generator = noise_stream(self.device, options.seed, index, 1)
         with mixed_precision(self.device):
             with torch.no_grad():
@@ -152,6 +154,12 @@ class DecoderStage(LearnerStage):
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         return show_vae(self.finished().to(self.device), folder, index)
+
+
+def decoder_pixels(options: DecoderOptions, index: int) -> Tensor:
+    """Pixels [B, 3, F, H, W] of a step."""
+    seeds = stream(options.seed, index, 0).integers(1 << 40, size=options.batch)
+    return clip_batch(seeds.tolist(), frames=options.frames)[0]
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[Tensor, Tensor]:
