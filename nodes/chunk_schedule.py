@@ -52,9 +52,11 @@ class ChunkScheduleNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, levels: str = "", first_levels: str = "", refined_levels: str = "") -> bool | str:
+    def validate_inputs(
+        cls, levels: str | None = "", first_levels: str | None = "", refined_levels: str | None = ""
+    ) -> bool | str:
         try:
-            read_levels(levels, first_levels, refined_levels)
+            read_levels(levels or "", first_levels or "", refined_levels or "")  # None: a link, not known yet
         except ValueError as error:
             return str(error)
         return True

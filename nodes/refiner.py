@@ -87,10 +87,10 @@ class LoadRefiner(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **others: object) -> tuple:
-        """A file that was saved anew is another one."""
-        path = refiner_path(file)
-        return (file, path.stat().st_mtime_ns if path.exists() else 0, *sorted(map(str, others.items())))
+    def fingerprint_inputs(cls, file: str | None, **others: object) -> tuple:
+        """A file that was saved anew is another one; None is a link, whose node tells it from others."""
+        path = refiner_path(file) if file is not None else None
+        return (file, path.stat().st_mtime_ns if path and path.exists() else 0, *sorted(map(str, others.items())))
 
     @classmethod
     def execute(cls, model, file: str, strength: float, form: str) -> io.NodeOutput:
@@ -134,9 +134,10 @@ class SaveRefiner(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, name: str = "my") -> bool | str:
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
         try:
-            new_file(Path(), name, overwrite=True)
+            if name is not None:  # else it is linked, and looked at when it is known
+                new_file(Path(), name, overwrite=True)
         except ValueError as error:
             return str(error)
         return True

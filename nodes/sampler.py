@@ -30,6 +30,13 @@ def options_of_run(schedule: str) -> list:
     ]  # fmt: skip
 
 
+def check_length(length: int) -> None:
+    """Raise ValueError for pixel frames that no clip has."""
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"length {length}: a clip has 1 to {LONGEST} pixel frames")
+    latent_frames(length)
+
+
 class PathwiseRefinedSampler(io.ComfyNode):
     """Samples with the preset that came with the MODEL."""
 
@@ -71,11 +78,10 @@ class PathwiseRefinedSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, length: int = 1) -> bool | str:
-        if not 1 <= length <= LONGEST:
-            return f"length {length}: a clip has 1 to {LONGEST} pixel frames"
+    def validate_inputs(cls, length: int | None = None) -> bool | str:
         try:
-            latent_frames(length)
+            if length is not None:  # else it is linked, and looked at when it is known
+                check_length(length)
         except ValueError as error:
             return str(error)
         return True
@@ -92,6 +98,8 @@ class PathwiseRefinedSampler(io.ComfyNode):
         prompt: str = "", candidates: int = CANDIDATES,
     ) -> io.NodeOutput:  # fmt: skip
         search = search_of(method, reward, vae, prompt, candidates)
+        if latent is None:
+            check_length(length)
         facts = host.facts(model)
         if facts.preset is None:
             host.notice(f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is taken")

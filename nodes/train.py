@@ -121,9 +121,10 @@ def advanced_widgets() -> list:
     ]  # fmt: skip
 
 
-def first(value: object) -> object:
-    """Of an input that may come as a list."""
-    return value[0] if isinstance(value, list) and value else value
+def first(value: object) -> str | None:
+    """The text of an input that comes in a list, or alone; None of a link, which is not known before it runs."""
+    one = value[0] if isinstance(value, (list, tuple)) and value else value
+    return None if one is None else str(one)
 
 
 class TrainRefiner(io.ComfyNode):
@@ -150,10 +151,11 @@ class TrainRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, run: object = "my_refiner", prompts: object = "") -> bool | str:
-        if len(str(first(prompts))) > MOST_TEXT:
-            return f"prompts have {len(str(first(prompts)))} characters: at most {MOST_TEXT} are taken"
+        if len(text := first(prompts) or "") > MOST_TEXT:
+            return f"prompts have {len(text)} characters: at most {MOST_TEXT} are taken"
         try:
-            check_name(str(first(run)))
+            if (name := first(run)) is not None:
+                check_name(name)
         except ValueError as error:
             return str(error)
         return True

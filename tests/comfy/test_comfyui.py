@@ -291,6 +291,20 @@ def test_prompts_that_cannot_run_are_refused_with_what_to_do(server: Server) -> 
     assert "give steps that fall strictly" in told(server, graph)
 
 
+def test_widgets_may_be_links(server: Server) -> None:
+    graph = short()
+    graph["60"] = node("PrimitiveInt", value=9)
+    graph["61"] = node("PrimitiveString", value="1000, 500")
+    graph["62"] = node(
+        "AutoRefinerChunkSchedule", preset="the model's", levels=["61", 0], frames_per_chunk=0, first_levels="",
+        refined_levels="",
+    )  # fmt: skip
+    graph["3"]["inputs"] |= {"length": ["60", 0], "chunk_schedule": ["62", 0]}
+    server.run(graph)
+    graph["60"]["inputs"]["value"] = 99997
+    assert "a clip has 1 to 16381 pixel frames" in server.error(graph)["exception_message"]
+
+
 def failing(change: str) -> tuple[dict, str, str]:
     """(graph, the node that fails, what its message says)."""
     graph = short(9)

@@ -12,6 +12,7 @@ from standalone_runs import execute, refusal
 from autorefiner.nodes import decode, workflow
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.refiner import LoadRefiner
 from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
@@ -299,6 +300,19 @@ def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() ->
         assert schema.description and schema.category == "AutoRefiner"
         assert all(socket.tooltip for socket in schema.inputs)
         assert len(inspect.getsource(kind.execute).splitlines()) <= 40
+
+
+def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
+    """ComfyUI checks a prompt with None in the place of every link, in a tuple where a node takes lists."""
+    import inspect
+
+    for kind in NODES:
+        if (validate := getattr(kind, "validate_inputs", None)) is not None:
+            link = (None,) if kind.define_schema().is_input_list else None
+            told = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
+            assert told is True, f"{kind.__name__}: {told}"
+    one, other = (LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto") for by in (1.0, 0.5))
+    assert one == LoadRefiner.fingerprint_inputs(file=None, model=None, strength=1.0, form="auto") != other
 
 
 def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
