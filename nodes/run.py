@@ -114,12 +114,6 @@ class Run:
         return torch.cat(made, dim=2)
 
 
-def steps_of(run: Run) -> int:
-    """Predictions of a whole run, for a progress bar."""
-    chunks = plan_chunks(run.plan.preset, run.plan.frames, run.plan.given)[1]
-    return (run.search.candidates if run.search else 1) * sum(len(chunk.levels) for chunk in chunks)
-
-
 def normalized(raw_BCFhw: Tensor) -> Tensor:
     """The pack's latents of a LATENT's, which are the VAE's raw ones."""
     mean, std = (torch.tensor(column).view(-1, 1, 1, 1).to(raw_BCFhw) for column in (LATENT_MEAN, LATENT_STD))

@@ -4,6 +4,7 @@ import { aspect, enlarge, isPicture, show } from "./film.js";
 import { word } from "./words.js";
 
 const MOST_CHUNKS = 2048; // of an event or a workflow file; more is not believed
+const MOST_PASSES = 100_000; // of a chunk: every level, of every candidate
 const MOST_KEPT = 96 * 1024; // characters of pictures in a saved workflow
 
 /** A whole number within bounds, or null. */
@@ -24,7 +25,7 @@ export function clock(seconds) {
 function readChunk(told) {
   const chunks = whole(told?.chunks, 1, MOST_CHUNKS);
   const chunk = whole(told?.chunk, 0, (chunks ?? 0) - 1);
-  const [level, levels] = [whole(told?.level, 0, 1000), whole(told?.levels, 1, 1000)];
+  const [level, levels] = [whole(told?.level, 0, MOST_PASSES), whole(told?.levels, 1, MOST_PASSES)];
   if (chunk === null || level === null || levels === null) return null;
   const [start, end] = [whole(told.start, 0, 1e6) ?? 0, whole(told.end, 0, 1e6) ?? 0];
   const pictured = isPicture(told.image) && whole(told.pictures, 1, 16);
@@ -141,7 +142,7 @@ export class Strip {
     const made = this.made();
     const rate = this.elapsed > 0 ? made / this.elapsed : 0;
     const parts = [`${word("chunk")} ${this.now.chunk + 1}/${this.total}`];
-    if (!this.ended) parts.push(`${word("level")} ${this.now.level}/${this.now.levels}`);
+    if (!this.ended) parts.push(`${word("pass")} ${this.now.level}/${this.now.levels}`);
     if (rate > 0) parts.push(`${rate.toFixed(1)} ${word("rate")}`);
     if (this.ended) parts.push(`${word(this.ended)}, ${clock(this.elapsed)}`);
     else if (rate > 0) parts.push(`${clock((this.frames - this.first - made) / rate)} ${word("left")}`);

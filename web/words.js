@@ -5,7 +5,7 @@ const WORDS = {
   en: {
     idle: "Chunks show here as they are made",
     chunk: "chunk",
-    level: "level",
+    pass: "pass",
     rate: "frames/s",
     left: "left",
     done: "done",
@@ -43,7 +43,7 @@ const WORDS = {
   zh: {
     idle: "生成的分块会依次显示在这里",
     chunk: "分块",
-    level: "噪声级",
+    pass: "预测",
     rate: "帧/秒",
     left: "剩余",
     done: "完成",

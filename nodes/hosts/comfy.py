@@ -31,7 +31,8 @@ from ...refiner.wan.causal import CausalWan, Host
 from ...refiner.wan.checkpoint import CheckpointInfo
 from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
-from ..run import CHANNELS, ModelFacts, Run, held_bytes, steps_of
+from ..passes import Passes
+from ..run import CHANNELS, ModelFacts, Run, held_bytes
 from . import comfy_layers, page
 from .comfy_training import (  # noqa: F401, part of what a host is
     copied_network,
@@ -307,7 +308,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
             weights = comfy_layers.weights_on(model.load_device, told.dtype)
             clip = run.clip(network, context, model.load_device, told.dtype, report, stop, weights).to(noise.device)
         if callback is not None:  # what SamplerCustomAdvanced calls its denoised output
-            total = steps_of(run)
+            total = Passes(run).total
             callback(total - 1, clip, clip, total)
         return clip
 
@@ -336,22 +337,21 @@ def reporter(
     model: ModelPatcher, run: Run, callback: Callable | None, watch: page.Watch | None
 ) -> Callable[[Progress], None]:
     """Progress of every prediction, with a preview of the newest frame; interrupts end the run here."""
-    total, done = steps_of(run), 0
-    bar = comfy.utils.ProgressBar(total) if callback is None else None
+    passes = Passes(run)
+    bar = comfy.utils.ProgressBar(passes.total) if callback is None else None
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format) if bar else None
 
     def report(progress: Progress) -> None:
-        nonlocal done
         management.throw_exception_if_processing_interrupted()
-        done += 1
+        passes.step(progress)
         if watch is not None:
-            watch.step(progress)
+            watch.step(progress, passes)
         newest = progress.x0[:, :, -1:]
         if callback is not None:
-            callback(done - 1, newest, newest, total)
+            callback(passes.done - 1, newest, newest, passes.total)
             return
         image = previewer.decode_latent_to_preview_image("JPEG", newest) if previewer else None
-        bar.update_absolute(done, total, image)
+        bar.update_absolute(passes.done, passes.total, image)
 
     return report
 

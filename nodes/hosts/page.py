@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...refiner.rollout import Progress
+from ..passes import Passes
 from ..run import Run
 
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
@@ -39,15 +40,12 @@ class Watch:
     begun: float = field(default_factory=time.perf_counter)
     shown: float = 0.0
     last: dict = field(default_factory=dict)
+    newest: Tensor | None = None  # the last prediction
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: Progress, passes: Passes) -> None:
         """Tell of a prediction; with pictures where the chunk is finished, or some time has passed."""
-        chunk, now = progress.chunk, time.perf_counter()
-        finished = progress.level + 1 == len(chunk.levels)
-        if not finished and now < self.shown + SECONDS:
-            return
-        self.shown = now
-        given = self.run.plan.given
+        chunk, given = progress.chunk, self.run.plan.given
+        self.newest = progress.x0
         self.last = {
             "chunk": chunk.index,
             "chunks": progress.chunks,
@@ -55,17 +53,26 @@ class Watch:
             "end": pixel_frames(chunk.start + chunk.length),
             "first": pixel_frames(given),
             "frames": pixel_frames(given + self.run.plan.frames),
-            "level": progress.level + 1,
-            "levels": len(chunk.levels),
+            "level": passes.made,
+            "levels": passes.needed,
         }
-        self.send({**self.last, **contact(progress.x0, self.picture)})
+        if passes.made == passes.needed or time.perf_counter() >= self.shown + SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell of the last prediction, with pictures."""
+        self.shown = time.perf_counter()
+        self.send({**self.last, **contact(self.newest, self.picture)})
 
     def send(self, told: dict) -> None:
         """An event to the page that queued the prompt."""
         send(CHUNK, self.node, self.prompt, {"elapsed": time.perf_counter() - self.begun, **told})
 
     def stopped(self) -> bool:
-        """Whether the run is to end with the chunk that was just finished."""
+        """Whether the run is to end with the chunk that was just finished, maybe in fewer passes than were counted."""
+        if self.last and self.last["level"] < self.last["levels"]:
+            self.last["level"] = self.last["levels"]
+            self.tell()
         if self.asked and self.last and self.last["chunk"] + 1 < self.last["chunks"]:
             _stops[self.node] = stops(self.node) + 1
             return True

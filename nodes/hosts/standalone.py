@@ -22,7 +22,8 @@ from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
-from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents, steps_of
+from ..passes import Passes
+from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
 from ..sprites import sprite_preset, unknown_told
 from . import schema as io
 
@@ -252,12 +253,14 @@ def sample(model: Model, positive: list, run: Run) -> Tensor:
     if len(positive) != 1:
         raise ValueError(f"positive has {len(positive)} entries: the models take one prompt, so connect one")
     parameter = next(model.network.model.parameters())
-    with tqdm(total=steps_of(run), unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
+    passes = Passes(run)
+    with tqdm(total=passes.total, unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
 
         def step(progress: Progress) -> None:
+            passes.step(progress)
             level = progress.chunk.levels[progress.level].step
             bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
-            bar.update()
+            bar.update(passes.done - bar.n)
 
         clip = run.clip(model.network, positive[0][0], parameter.device, parameter.dtype, step)
     return raw_latents(clip)

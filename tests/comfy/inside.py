@@ -6,11 +6,16 @@ Run with ComfyUI's interpreter.
 import json
 
 import torch
-from packed import SHAPE, files, host, plain_run, sampled
+from packed import PRESETS, SHAPE, Run, files, host, plain_run, plan_run, sampled
+from PIL import Image
 
 # isort: split
 import comfy.sd
+from pack.nodes.hosts import page
+from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
+from pack.refiner.rollout import Progress
+from pack.refiner.schedule import plan_chunks
 
 asked: list[float] = []
 
@@ -19,6 +24,21 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
     """Note what the shape that memory is asked for comes to."""
     asked.append(model.model.memory_required(list(noise_shape)))
     return executor(model, noise_shape, conds, *args, **options)
+
+
+def told_of_saved_repeats() -> list[tuple[int, int, int]]:
+    """What the page is told of a chunk whose last level is repeated less often than it may be: (pass, of, pictures)."""
+    plan = plan_run(PRESETS["self-forcing"].changed(steps=(1000, 750)), SHAPE, None)
+    run, sent = Run(plan, 0, "self-refine"), []
+    page.send = lambda event, node, prompt, told: sent.append((told["level"], told["levels"], told["pictures"]))
+    watch, passes = page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))), Passes(run)
+    chunks = plan_chunks(plan.preset, plan.frames)[1]
+    for level in (0, 1):
+        progress = Progress(chunks[0], len(chunks), level, torch.zeros(1, 16, 3, 2, 2))
+        passes.step(progress)
+        watch.step(progress, passes)
+    watch.stopped()
+    return sent
 
 
 with torch.inference_mode():
@@ -47,6 +67,7 @@ print(
             "copied": all(torch.equal(own[name], other[name]) for name in own),
             "kinds": [type(one.model).__name__ for one in loaded],
             "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
+            "told": told_of_saved_repeats(),
             "preset": fresh.get_attachment(host.PRESET),
         }
     )

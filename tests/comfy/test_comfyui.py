@@ -417,6 +417,10 @@ def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
     assert inside["copied"] and inside["preset"] == "self-forcing"
 
 
+def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict) -> None:
+    assert inside["told"][-1] == [4, 4, 3]  # of one pass, and one with two repeats that were not needed: 3 pictures
+
+
 def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> None:
     own, published = inside["previews"]
     assert own == PREVIEW and published != PREVIEW and len(published) == len(PREVIEW)

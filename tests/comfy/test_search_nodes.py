@@ -11,9 +11,10 @@ from standalone_runs import execute, refusal
 from autorefiner.nodes.custom_sampler import PathwiseRefinedCustomSampler
 from autorefiner.nodes.guided import SamplerOptions
 from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.passes import Passes
 from autorefiner.nodes.refined import RefinerLora
 from autorefiner.nodes.rewards import Rewards
-from autorefiner.nodes.run import Run, held_bytes, plan_run, steps_of
+from autorefiner.nodes.run import Run, held_bytes, plan_run
 from autorefiner.nodes.search import RewardSearch, search_of
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.noise.file import RefinerCard
@@ -94,7 +95,7 @@ def test_the_memory_of_a_search_is_counted_and_refused(base: Path, search: Rewar
     weights = sum(p.nbytes for model in (search.vae, search.rewards.parts[0][0].model) for p in model.parameters())
     more = held_bytes(run, facts) - held_bytes(plain, facts)
     assert more == search.nbytes(plan) > weights
-    assert steps_of(run) == 2 * steps_of(plain)
+    assert Passes(run).total == 2 * Passes(plain).total
     monkeypatch.setattr(standalone, "available_bytes", lambda device: held_bytes(plain, facts) + weights)
     assert "and the search's VAE and reward of this clip take" in refusal(searching(batch_size=2), base)
     assert made(searching("self-forcing", batch_size=2), base).isfinite().all()
