@@ -68,7 +68,7 @@ function addCacheView(node) {
     busy = true;
     const answer = await api.fetchApi("/autorefiner/cache", { method: "POST", body: asked }).catch(() => null);
     const told = await answer?.json().catch(() => null);
-    [last, busy] = [asked, false];
+    [last, busy] = [answer ? asked : "", false]; // where none came, it is asked again
     view.show(told ?? { error: word("no answer") });
   });
 }

@@ -23,7 +23,9 @@ export function targets(node) {
   return (node.outputs ?? []).flatMap((_, slot) => node.getOutputNodes(slot) ?? []);
 }
 
-/** What a widget of a node says; undefined when it has none by that name. */
+/** What a widget of a node says, or what it is linked to; undefined where neither is known. */
 export function valueOf(node, name) {
-  return node?.widgets?.find((widget) => widget.name === name)?.value;
+  const linked = source(node, name);
+  const [from, called] = linked ? [linked, "value"] : [node, name];
+  return from?.widgets?.find((widget) => widget.name === called)?.value;
 }

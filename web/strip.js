@@ -79,7 +79,8 @@ export class Strip {
 
   /** An event of the server. */
   told(event) {
-    if (event.prompt !== this.prompt) this.clear(event.prompt);
+    const another = this.ended && !event.ended; // of the same prompt: one SAMPLER may be used twice
+    if (event.prompt !== this.prompt || another) this.clear(event.prompt);
     this.node = event.node;
     this.elapsed = Number.isFinite(event.elapsed) ? event.elapsed : this.elapsed;
     if (typeof event.ended === "string") this.ended = event.ended;

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from page_words import asked, words
 
 import autorefiner
 from autorefiner.nodes.registry import NODES
@@ -39,6 +40,15 @@ def test_the_chinese_locale_has_every_node_and_input() -> None:
         assert found[kind]["display_name"] and found[kind]["description"]
         assert set(found[kind]["inputs"]) == {socket.id for socket in schema.inputs}
         assert all(told["name"] and told["tooltip"] for told in found[kind]["inputs"].values())
+
+
+def test_the_page_has_each_of_its_words_in_every_language() -> None:
+    found = words()
+    assert set(found) == {"en", "zh"} and set(found["en"]) == set(found["zh"])
+    assert all(text for language in found.values() for text in language.values())
+    assert asked() and asked() <= set(found["en"])
+    source = (ROOT / "web" / "words.js").read_text(encoding="utf-8")
+    assert sum(map(len, found.values())) == source.count('",\n'), "each word on a line of its own"
 
 
 @pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])

@@ -1,14 +1,24 @@
 """The page where ComfyUI is not at hand: every workflow opens in its frontend package, with recorded answers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from comfy_graphs import WORKFLOWS
 from comfy_page import inputs_of
 from comfy_server import Server, find_comfyui
-from page_browser import Page, complaints, find_chromium
+from page_browser import STATUS, Page, complaints, find_chromium
+from page_words import words
 from recorded_page import FILES, RECORDED, find_frontend, kinds, replayed
+
+ZH = words()["zh"]
+
+
+def in_the_page(test: Callable) -> Callable:
+    """A test that needs a browser and the frontend package."""
+    test = pytest.mark.skipif(find_frontend() is None, reason="no comfyui-frontend-package")(test)
+    return pytest.mark.page(pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")(test))
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
@@ -17,12 +27,101 @@ def page(request) -> Iterator[Page]:
         yield page
 
 
-@pytest.mark.page
-@pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")
-@pytest.mark.skipif(find_frontend() is None, reason="no comfyui-frontend-package")
+@in_the_page
 @pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)
 def test_workflows_open_where_no_server_is(workflow: Path, page: Page) -> None:
     assert complaints(page, workflow) == []
+
+
+def status(page: Page, widget: str = "head") -> str:
+    return page.tab.inner_text(f".autorefiner-{widget} .autorefiner-status")
+
+
+def tell(page: Page, event: str, **told: object) -> None:
+    """An event of the server for the node of the strip, or of the training."""
+    page.tab.evaluate(
+        """([event, told]) => {
+            const kind = event === "chunk" ? "AutoRefinerSampler" : "AutoRefinerTrainRefiner";
+            const node = String(window.app.graph.nodes.find((node) => node.comfyClass === kind).id);
+            const workflow = told.workflow === "this" ? window.app.graph.id : told.workflow;
+            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, { ...told, node, workflow });
+        }""",
+        [event, told],
+    )
+
+
+CHUNK = {"chunk": 0, "chunks": 7, "start": 0, "end": 9, "first": 0, "frames": 81, "level": 1, "levels": 4, "elapsed": 2}
+
+
+@in_the_page
+def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
+    page.load(WORKFLOWS / "train_a_refiner.json")
+    idle, untrained = status(page), status(page, "trainer")
+    training = {"step": 3, "steps": 9, "elapsed": 6.0, "curves": {}}
+    tell(page, "chunk", prompt="a", workflow="another", **CHUNK)
+    tell(page, "train", prompt="a", workflow="another", **training)
+    assert (status(page), status(page, "trainer")) == (idle, untrained)
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    tell(page, "train", prompt="a", workflow=None, **training)  # of a prompt that no page made
+    assert "chunk 1/7" in status(page) and "step 3/9" in status(page, "trainer")
+    tell(page, "chunk", prompt="b", workflow="another", ended="interrupted")
+    assert "interrupted" not in status(page)
+
+
+@in_the_page
+def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
+    page.load(WORKFLOWS / "text_to_video.json")
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"level": 4})
+    tell(page, "chunk", prompt="a", workflow="this", ended="stopped", elapsed=2.0)
+    assert "stopped" in status(page) and not page.tab.is_visible(".autorefiner-stop")
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    assert "stopped" not in status(page) and "pass 1/4" in status(page)
+    assert page.tab.is_visible(".autorefiner-stop") and page.tab.locator(".autorefiner-finished").count() == 0
+
+
+@in_the_page
+def test_a_cache_that_got_no_answer_asks_again(page: Page) -> None:
+    page.load(WORKFLOWS / "self_forcing_refiner.json")
+    drawn = "document.querySelectorAll('.autorefiner-drawing rect').length"
+    page.until(f"{drawn} > 0")
+    page.tab.route("**/autorefiner/cache", lambda route: route.abort(), times=1)
+    page.set("AutoRefinerReflectiveCache", window=20)
+    page.until(f"{drawn} === 0")
+    page.until(f"{drawn} > 0")
+
+
+@in_the_page
+def test_a_linked_widget_says_what_it_is_linked_to(page: Page) -> None:
+    found = page.tab.evaluate(
+        """async () => {
+            const { valueOf } = await import("/extensions/autorefiner/graph.js");
+            const of = (linked) => valueOf({
+                inputs: [{ name: "length" }],
+                getInputNode: () => linked,
+                widgets: [{ name: "length", value: 81 }],
+            }, "length");
+            return [of(null), of({ widgets: [{ name: "value", value: 9 }] }), of({ widgets: [] }) === undefined];
+        }"""
+    )
+    assert found == [81, 9, True]
+
+
+@in_the_page
+def test_the_page_speaks_chinese_where_the_locale_is(page: Page) -> None:
+    def speak(locale: str) -> None:
+        """Change the locale, with which the page opens its workflow again."""
+        page.load(WORKFLOWS / "text_to_video.json")
+        page.tab.evaluate("(locale) => window.app.extensionManager.setting.set('Comfy.Locale', locale)", locale)
+        page.until(f"document.querySelector('{STATUS}')?.textContent === '{words()[locale]['idle']}'")
+
+    speak("zh")
+    page.load(WORKFLOWS / "train_a_refiner.json")
+    shown = {widget: status(page, widget) for widget in ("head", "trainer", "compare")}
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    chunk, button = status(page), page.tab.inner_text(".autorefiner-stop")
+    speak("en")
+    assert shown == {"head": ZH["idle"], "trainer": ZH["no training"], "compare": ZH["nothing compared"]}
+    assert chunk.startswith(f"{ZH['chunk']} 1/7 · {ZH['pass']} 1/4") and button == ZH["stop"]
 
 
 @pytest.mark.comfyui
