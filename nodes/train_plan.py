@@ -132,7 +132,7 @@ def run_folder(run: str) -> Path:
 
 
 def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence[str]) -> int:
-    """Steps that the run has taken; a new one notes what it was begun with.
+    """Steps that the run has taken; one that has taken none notes what it is begun with.
 
     `told` are the words that a run depends on: prompts, and the names of rewards. ValueError where a run of that name
     was begun otherwise, or went farther.
@@ -140,7 +140,7 @@ def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence
     words = hashlib.sha256("\n".join(told).encode()).hexdigest()
     now = json.loads(json.dumps({**asdict(options), "base": base, "words": words}))
     note = folder / "run.json"
-    if not note.exists():
+    if not note.exists() or not has_begun(folder):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = note.with_name(".run.json.partial")
         temporary.write_text(json.dumps(now, indent=1) + "\n")
@@ -158,6 +158,12 @@ def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence
     if done > options.steps:
         raise ValueError(f"run {folder.name} has taken {done} steps: ask for that many or more, or give another name")
     return done
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a step of a run is saved or logged. Until then, as when its device was too small, it may be changed."""
+    log = folder / "log.jsonl"
+    return (folder / "state.pt").exists() or (log.exists() and log.stat().st_size > 0)
 
 
 def steps_taken(folder: Path) -> int:

@@ -17,7 +17,7 @@ from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
-from ...refiner.video import as_bytes, read_frames, video_rate, video_size
+from ...refiner.video import as_bytes, partial_path, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
@@ -311,12 +311,12 @@ def input_path(name: str) -> Path:
 
 
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
-    """A new path in the output folder: PREFIX_00001_.mp4, counted on."""
+    """A new path in the output folder: PREFIX_00001_.mp4, counted on, also behind what an interrupted run left."""
     stem = inside(_place.outputs, prefix, "filename_prefix")
     counter = 1
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        while (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}")).exists():
+        while any(map(Path.exists, (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}"), partial_path(path)))):
             counter += 1
     except OSError as error:
         shown = prefix if len(prefix) <= 60 else f"{prefix[:60]}…"

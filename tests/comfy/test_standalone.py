@@ -135,6 +135,17 @@ def test_a_decoded_video_keeps_its_rate(base: Path) -> None:
     assert [video_rate(base / "output" / f"{name}_00001_.mp4") for name in ("first", "second")] == [8, 8]
 
 
+def test_what_an_interrupted_run_left_stays(base: Path) -> None:
+    graph = small("text_to_video")
+    graph["3"]["inputs"]["length"] = 5
+    left = base / "output" / "video" / "text_to_video_00001_.partial.mp4"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"what is finished")
+    execute(graph, base)
+    assert left.read_bytes() == b"what is finished"
+    assert count_frames(left.with_name("text_to_video_00002_.mp4")) == 5
+
+
 @pytest.mark.parametrize(
     ("size", "kept"), [((97, 80), (8, 89, 0, 80)), ((80, 97), (0, 80, 8, 89)), ((1, 999), (0, 1, 499, 500))]
 )

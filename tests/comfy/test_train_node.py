@@ -89,6 +89,18 @@ def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) ->
     assert "has taken 4 steps" in refusal(training(steps=3), base)
 
 
+def test_a_run_that_failed_before_its_first_step_may_be_changed(base: Path, monkeypatch) -> None:
+    def fail(stage: RefineStage, index: int) -> dict:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RefineStage, "step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            execute(training(vae=None), base)
+    assert execute(training(steps=1, batch_size=1, vae=None), base)["3"][2] == 1
+    assert "another batch 1 and is 2 now" in refusal(training(), base)
+
+
 def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
     graph = training(run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None)
     told = training()["3"]["inputs"]["prompts"].splitlines()
