@@ -15,6 +15,7 @@ from .registry import NODES
 CLASSES: dict[str, type[ComfyNode]] = {node.define_schema().node_id: node for node in (*CORE_NODES, *NODES)}
 NEEDS_COMFYUI = {"AutoRefinerCustomSampler"}
 LARGEST = 4 << 20  # bytes of a workflow file
+LONGEST_SHOWN = 80  # characters of a name of its
 CASTS: dict[str, Callable[[Any], Any]] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
@@ -29,11 +30,16 @@ class Node:
 
     @property
     def name(self) -> str:
-        return f"node {self.id} ({self.title})"
+        return f"node {plain(self.id)} ({plain(self.title)})"
 
     @property
     def schema(self) -> Schema:
         return CLASSES[self.kind].define_schema()
+
+
+def plain(text: str) -> str:
+    """What a workflow calls something, as one line of a terminal can show it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:LONGEST_SHOWN])
 
 
 def is_link(value: object) -> bool:
@@ -76,12 +82,13 @@ def with_values(nodes: dict[str, Node], settings: Sequence[str]) -> dict[str, No
             raise ValueError(f"--set {setting!r}: give node.input=value, like 5.seed=7 or 'Load AR-VDM.preset=causvid'")
         found = [node for node in nodes.values() if where in (node.id, node.title, node.kind)]
         if len(found) != 1:
-            listed = ", ".join(f"{node.id} ({node.title})" for node in nodes.values())
+            listed = ", ".join(f"{plain(node.id)} ({plain(node.title)})" for node in nodes.values())
             raise ValueError(f"--set {setting!r}: {len(found)} nodes are {where!r}; the nodes are {listed}")
         node = found[0]
         known = {socket.id for socket in node.schema.inputs} if node.kind in CLASSES else set(node.inputs)
         if name not in known:
-            raise ValueError(f"--set {setting!r}: {node.name} has no input {name!r}, only {', '.join(sorted(known))}")
+            listed = ", ".join(map(plain, sorted(known)))
+            raise ValueError(f"--set {setting!r}: {node.name} has no input {name!r}, only {listed}")
         nodes[node.id] = replace(node, inputs={**node.inputs, name: text})
     return nodes
 
@@ -90,7 +97,7 @@ def outputs_of(nodes: dict[str, Node]) -> list[Node]:
     """The nodes that save or show; ValueError for nodes that are not here, or none that saves."""
     foreign = [node for node in nodes.values() if node.kind not in CLASSES or node.kind in NEEDS_COMFYUI]
     if foreign:
-        listed = ", ".join(f"{node.name} of class {node.kind}" for node in foreign[:5])
+        listed = ", ".join(f"{node.name} of class {plain(node.kind)}" for node in foreign[:5])
         raise ValueError(f"{listed}: this workflow needs ComfyUI, run it there")
     outputs = [node for node in nodes.values() if node.schema.is_output_node]
     if not outputs:
@@ -116,10 +123,11 @@ def order(nodes: dict[str, Node], outputs: Sequence[Node]) -> list[Node]:
         for name, value in node.inputs.items():
             if not is_link(value):
                 continue
+            where = f"{node.name}, input {plain(name)}"
             if value[0] not in nodes:
-                raise ValueError(f"{node.name}, input {name}: it is linked to node {value[0]}, which is not there")
+                raise ValueError(f"{where}: it is linked to node {plain(value[0])}, which is not there")
             if value[0] in path:
-                raise ValueError(f"{node.name}, input {name}: the nodes go round in a circle through it")
+                raise ValueError(f"{where}: the nodes go round in a circle through it")
             open_.append((nodes[value[0]], False))
     return list(done.values())
 

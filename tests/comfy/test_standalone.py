@@ -275,6 +275,16 @@ def test_untrusted_files_are_refused(base: Path) -> None:
     assert "is not a readable picture" in refusal(graph, base)
 
 
+def test_what_a_workflow_calls_its_nodes_stays_one_plain_line(base: Path) -> None:
+    graph = small("text_to_video")
+    graph["3"]["_meta"]["title"] = "Sampler\n\x1b[2J" + "x" * 1000
+    graph["3"]["inputs"] |= {"length": 5, "positive": ["gone\n\x1b[2J", 0]}
+    told = refusal(graph, base)
+    assert "node 3 (Sampler  [2Jx" in told and "is linked to node gone  [2J, which" in told and len(told) < 300
+    graph["3"]["class_type"] = "Other\n\x1b[2J"
+    assert "of class Other  [2J: this workflow needs ComfyUI" in refusal(graph, base)
+
+
 def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
     path = base / "graph.json"
     for text, told in (
