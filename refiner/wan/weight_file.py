@@ -162,7 +162,8 @@ def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
 def _tensors(content: object) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         return {}
-    return {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    named = ((name, value) for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor))
+    return {name: value.detach() for name, value in named}
 
 
 def _refusal(path: Path, error: Exception) -> str:

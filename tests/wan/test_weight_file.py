@@ -124,6 +124,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 def test_torch_files_without_a_model(tmp_path: Path) -> None:
     assert "holds a list and not a state dict" in message(write(tmp_path / "a.pt", [1, 2]))
     assert "holds no tensors, only step, optimizer" in message(write(tmp_path / "b.pt", {"step": 1, "optimizer": {}}))
+    assert "holds no tensors, only 7" in message(write(tmp_path / "c.pt", {7: torch.zeros(2)}))  # names are text
     assert "is no file of a known kind" in message(write(tmp_path / "c.pt", {"a": torch.zeros(1)}))
 
 
