@@ -128,7 +128,7 @@ export class Strip {
     this.asked = word("stopping");
     this.draw();
     const answer = await this.actions.stop(this.node, this.prompt).catch(() => null);
-    if (!answer?.ok && !this.ended) this.asked = word("no run");
+    if (!answer?.ok && !this.ended) this.asked = word(answer ? "no run" : "no answer");
     this.draw();
   }
 
@@ -155,7 +155,7 @@ export class Strip {
     this.status.textContent = this.sentence();
     this.status.title = this.status.textContent;
     this.button.textContent = this.asked && running ? this.asked : word("stop");
-    this.button.disabled = !running || Boolean(this.asked);
+    this.button.disabled = !running || this.asked === word("stopping");
     this.button.hidden = !running;
     while (this.tiles.childElementCount < this.total) this.tiles.append(this.tile(this.tiles.childElementCount));
     for (const place of this.changed) this.fill(this.tiles.children[place], this.chunks[place]);

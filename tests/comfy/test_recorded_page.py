@@ -12,7 +12,7 @@ from page_browser import STATUS, Page, complaints, find_chromium
 from page_words import words
 from recorded_page import FILES, RECORDED, find_frontend, kinds, replayed
 
-ZH = words()["zh"]
+EN, ZH = (words()[language] for language in ("en", "zh"))
 
 
 def in_the_page(test: Callable) -> Callable:
@@ -77,6 +77,18 @@ def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
     assert "stopped" not in status(page) and "pass 1/4" in status(page)
     assert page.tab.is_visible(".autorefiner-stop") and page.tab.locator(".autorefiner-finished").count() == 0
+
+
+@in_the_page
+def test_a_stop_that_got_no_answer_may_be_asked_again(page: Page) -> None:
+    page.load(WORKFLOWS / "text_to_video.json")
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    page.look_at("AutoRefinerSampler")
+    page.tab.route("**/autorefiner/stop", lambda route: route.abort(), times=1)
+    for says in ("no answer", "stopping"):
+        page.tab.click(".autorefiner-stop")
+        page.until(f"document.querySelector('.autorefiner-stop').textContent === '{EN[says]}'")
+    assert page.tab.is_disabled(".autorefiner-stop")
 
 
 @in_the_page
