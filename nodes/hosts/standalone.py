@@ -1,7 +1,9 @@
 """The nodes' surroundings without ComfyUI: models and folders in its layout, this machine's device, a progress bar."""
 
 import copy
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -201,8 +203,8 @@ def encode_prompt(clip: Clip, text: str) -> Tensor:
     return clip.context(text)
 
 
-def torch_device() -> torch.device:
-    """Where models run."""
+def torch_device(nbytes: int = 0) -> torch.device:
+    """Where models run; nothing else keeps `nbytes` from being free there."""
     return _place.device
 
 
@@ -219,9 +221,22 @@ def training() -> Iterator[None]:
 
 
 class TrainWatch:
-    """Nobody looks on: the training prints its own bar."""
+    """Nobody looks on: the training prints its own bar. Ctrl-C ends it behind a step, so that none is lost."""
 
-    def report(self, done: int) -> None: ...
+    def __init__(self) -> None:
+        self.asked = False
+
+    def interrupt(self, *_: object) -> None:
+        """Of a signal; the second one ends it at once."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        notice("stopping behind this step, again to stop at once")
+
+    def report(self, done: int) -> None:
+        """Raises what Ctrl-C does, where it was pressed."""
+        if self.asked:
+            raise KeyboardInterrupt
 
     def add(self, index: int, figures: Mapping[str, float]) -> None: ...
 
@@ -231,7 +246,15 @@ class TrainWatch:
 @contextmanager
 def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
     """The watch of a training."""
-    yield TrainWatch()
+    watch = TrainWatch()
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield watch
+        return
+    before = signal.signal(signal.SIGINT, watch.interrupt)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_sheet(folder: Path, text: str) -> list[Path]:

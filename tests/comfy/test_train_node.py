@@ -1,5 +1,7 @@
 """Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it refuses."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,22 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch) -> None:
     assert train_plan.steps_taken(run) == 3 and not (base / SAVED).exists()
     on, through = execute(training(), base)["3"], execute(training(run="other"), base)["3"]
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
+
+
+def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch) -> None:
+    own, before = RefineStage.step, signal.getsignal(signal.SIGINT)
+
+    def step(stage: RefineStage, index: int) -> dict:
+        for _ in range({1: 1, 2: 2}.get(index, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return own(stage, index)
+
+    monkeypatch.setattr(RefineStage, "step", step)
+    run = base / "output" / "autorefiner" / "mine"
+    for _ in range(2):  # the second training begins with step 2, which is ended at once
+        with pytest.raises(KeyboardInterrupt):
+            execute(training(vae=None), base)
+        assert train_plan.steps_taken(run) == 2 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) -> None:
