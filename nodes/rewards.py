@@ -141,7 +141,7 @@ class ScoreVideo(io.ComfyNode):
     def execute(cls, video, reward: Rewards, prompt: str) -> io.NodeOutput:
         check_room(3 * PIXEL_BYTES * math.prod(host.clip_size(video)), "scoring this video")
         frames, _ = host.clip_frames(video, 16)
-        device = host.torch_device()
+        device = host.torch_device(reward.nbytes)
         with reward.on(device) as mixture, torch.no_grad():
             drawn = mixture.newest(len(frames), len(frames))
             numbers = sorted(set().union(*drawn))

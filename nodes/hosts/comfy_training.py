@@ -47,9 +47,12 @@ def _folders(kind: str) -> dict[str, Path]:
     return {path.parent.name: path.parent for root in reversed(roots) for path in root.glob("*/config.json")}
 
 
-def torch_device() -> torch.device:
-    """Where models run."""
-    return management.get_torch_device()
+def torch_device(nbytes: int = 0) -> torch.device:
+    """Where models run, where others make way for `nbytes` of one that ComfyUI does not know."""
+    device = management.get_torch_device()
+    if nbytes and not management.is_device_cpu(device):
+        management.free_memory(nbytes + management.minimum_inference_memory(), device)
+    return device
 
 
 @contextmanager

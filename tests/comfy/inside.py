@@ -10,6 +10,7 @@ from packed import PRESETS, SHAPE, Run, files, host, plain_run, plan_run, sample
 from PIL import Image
 
 # isort: split
+import comfy.model_management as management
 import comfy.sd
 from pack.nodes.hosts import page
 from pack.nodes.passes import Passes
@@ -41,6 +42,16 @@ def told_of_saved_repeats() -> list[tuple[int, int, int]]:
     return sent
 
 
+def freed_for(nbytes: int) -> list[tuple[int, str]]:
+    """What is asked of ComfyUI where a reward's models come on a GPU."""
+    found, own = [], (management.get_torch_device, management.free_memory)
+    management.get_torch_device = lambda: torch.device("cuda")
+    management.free_memory = lambda nbytes, device: found.append((nbytes, device.type))
+    host.torch_device(nbytes)
+    management.get_torch_device, management.free_memory = own
+    return found
+
+
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
@@ -67,6 +78,8 @@ print(
             "copied": all(torch.equal(own[name], other[name]) for name in own),
             "kinds": [type(one.model).__name__ for one in loaded],
             "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
+            "freed": freed_for(1000),
+            "least": management.minimum_inference_memory(),
             "told": told_of_saved_repeats(),
             "preset": fresh.get_attachment(host.PRESET),
         }

@@ -421,6 +421,10 @@ def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict)
     assert inside["told"][-1] == [4, 4, 3]  # of one pass, and one with two repeats that were not needed: 3 pictures
 
 
+def test_others_make_way_for_a_rewards_models(inside: dict) -> None:
+    assert inside["freed"] == [[1000 + inside["least"], "cuda"]]
+
+
 def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> None:
     own, published = inside["previews"]
     assert own == PREVIEW and published != PREVIEW and len(published) == len(PREVIEW)

@@ -92,6 +92,14 @@ def test_what_is_no_reward_is_said(change: dict, base: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_score_asks_for_room_for_its_models(base: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(standalone, "torch_device", lambda nbytes=0: asked.append(nbytes) or torch.device("cpu"))
+    reward = LoadReward.execute(**SPRITES).args[0]
+    ScoreVideo.execute(video(), reward, "a red star")
+    assert asked == [reward.nbytes] and reward.nbytes > 0
+
+
 def test_a_video_that_does_not_fit_in_memory_is_not_scored(base: Path, monkeypatch) -> None:
     monkeypatch.setattr("autorefiner.nodes.compare.available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="scoring this video takes"):
