@@ -12,15 +12,25 @@ export function nodeAt(graph, id) {
   return inside?.getNodeById(Number(last)) ?? undefined;
 }
 
-/** The node that an input of a node is connected to, if any. */
+const FARTHEST = 32; // reroutes one behind the other; a workflow file may have them go round in a circle
+const isReroute = (node) => node?.type === "Reroute";
+
+/** The node that an input of a node is connected to, behind reroutes, if any. */
 export function source(node, name) {
   const slot = node?.inputs?.findIndex((input) => input.name === name) ?? -1;
-  return slot < 0 ? null : node.getInputNode(slot);
+  let found = slot < 0 ? null : node.getInputNode(slot);
+  for (let step = 0; isReroute(found) && step < FARTHEST; step += 1) found = found.getInputNode(0);
+  return isReroute(found) ? null : found;
 }
 
-/** The nodes that any output of a node goes to. */
+/** The nodes that any output of a node goes to, behind reroutes. */
 export function targets(node) {
-  return (node.outputs ?? []).flatMap((_, slot) => node.getOutputNodes(slot) ?? []);
+  const [found, looked] = [[], new Set([node])];
+  for (const one of looked) {
+    const next = (one.outputs ?? []).flatMap((_, slot) => one.getOutputNodes(slot) ?? []);
+    for (const other of next) isReroute(other) ? looked.add(other) : found.push(other);
+  }
+  return found;
 }
 
 /** What a widget of a node says, or what it is linked to; undefined where neither is known. */

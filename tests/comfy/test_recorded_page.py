@@ -119,6 +119,29 @@ def test_a_linked_widget_says_what_it_is_linked_to(page: Page) -> None:
 
 
 @in_the_page
+def test_reroutes_are_looked_through_even_in_a_circle(page: Page) -> None:
+    found = page.tab.evaluate(
+        """async () => {
+            const { source, targets } = await import("/extensions/autorefiner/graph.js");
+            const [loader, sampler] = [{ type: "loader" }, { type: "sampler" }];
+            const reroute = (from, to) => ({
+                type: "Reroute", outputs: [{}], getInputNode: () => from, getOutputNodes: () => to,
+            });
+            const circle = reroute(null, []);
+            circle.getInputNode = () => circle;
+            circle.getOutputNodes = () => [circle, circle];
+            const node = (from, to) => ({
+                inputs: [{ name: "model" }], outputs: [{}], getInputNode: () => from, getOutputNodes: () => to,
+            });
+            const far = node(reroute(reroute(loader), []), [reroute(null, [reroute(null, [sampler])])]);
+            const lost = node(circle, [circle]);
+            return [source(far, "model").type, targets(far)[0].type, source(lost, "model"), targets(lost).length];
+        }"""
+    )
+    assert found == ["loader", "sampler", None, 0]
+
+
+@in_the_page
 def test_the_page_speaks_chinese_where_the_locale_is(page: Page) -> None:
     def speak(locale: str) -> None:
         """Change the locale, with which the page opens its workflow again."""
