@@ -15,6 +15,7 @@ from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, load_pairs, pairs_of
+from autorefiner.refiner.training.precision import mixed_precision
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan
 
@@ -98,6 +99,21 @@ def test_after_a_step_gradients_reach_every_factor_and_nothing_else(cache, check
     optimizer.step()
     assert step() == set(factors)
     assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+def test_factors_that_were_used_without_gradients_get_theirs_in_bf16() -> None:
+    """The levels before the trained one use the same factors: a cast of them that is kept would have no gradient."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        base = tiny_network()
+        tree = shaken(attach_branches(base, RANK, silent_head=True))
+        with mixed_precision(torch.device("cpu"), precision):
+            assert precision == "fp32" or not torch.is_autocast_cache_enabled()  # newer torch casts right in any case
+            made = self_rollout(rollout_of(base, Refiner(tree)), exit_level=3)
+        made.float().square().mean().backward()
+        found.append({name: factor.grad.flatten() for name, factor in branch_parameters(tree).items()})
+    for name, gradient in found[0].items():
+        assert torch.cosine_similarity(gradient, found[1][name], dim=0) > 0.99, name
 
 
 def test_checkpointing_changes_no_gradient() -> None:
