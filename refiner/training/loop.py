@@ -105,9 +105,10 @@ class _Log:
     def __init__(self, path: Path | None, start: int, steps: int) -> None:
         self.path = path
         if path is not None:
-            lines = _lines_before(path, start)
-            self.file = open(path, "w")  # noqa: SIM115, closed at the end
-            self.file.writelines(lines)
+            kept = path.with_name(f".{path.name}.partial")
+            kept.write_text("".join(_lines_before(path, start)))
+            os.replace(kept, path)  # whole at any time, so that a kill loses no line
+            self.file = open(path, "a")  # noqa: SIM115, closed at the end
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> "_Log":
@@ -142,16 +143,25 @@ def save(stage: Stage, run: Path, done: int) -> None:
 def restore(stage: Stage, run: Path) -> int:
     """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run.
 
-    ValueError for a run of one process that several go on with, and the other way round.
+    ValueError for a run of one process that several go on with, and the other way round, and for a state that is not of
+    this stage's tensors.
     """
     path, shards = run / "state.pt", saved_shards(run)
     if shards if world() == 1 else path.exists():
         begun, now = ("several processes", "one") if world() == 1 else ("one process", "several")
         raise ValueError(f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder")
-    if world() > 1:
-        return _restore_shards(stage, run) if shards else 0
-    if not path.exists():
+    if not shards and not path.exists():
         return 0
+    try:
+        return _restore_shards(stage, run) if world() > 1 else _restore_whole(stage, path)
+    except (KeyError, ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"{run} holds another training ({said}): give the options that it was begun with, or train in another folder"
+        ) from error
+
+
+def _restore_whole(stage: Stage, path: Path) -> int:
     state = torch.load(path, map_location="cpu", weights_only=True)
     stage.load_state_dict(state["stage"])
     return state["done"]
