@@ -1,6 +1,7 @@
 """Latents of a video in a .safetensors file that grows by a chunk at a time and is readable whenever it stops."""
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from .video import partial_path
 
 KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
 HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed
+OTHER_FILE = (OSError, struct.error, ValueError, TypeError, KeyError, RecursionError)  # what reading its header raises
 
 
 class LatentWriter:
@@ -90,12 +92,13 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
         with open(path, "rb") as file:
             frame, metadata = _read_header(file)
             body = bytearray(file.read())
-    except (OSError, struct.error, ValueError, TypeError, KeyError):
+    except OTHER_FILE:
         raise ValueError(f"{path} is not a latents file: give one written by --save-latents") from None
-    whole = len(body) // (4 * frame.numel())  # a chunk cut off in the middle of a frame loses that frame
+    size = math.prod(frame)
+    whole = len(body) // (4 * size)  # a chunk cut off in the middle of a frame loses that frame
     if not whole:
         raise ValueError(f"{path} holds no finished chunk: start again without it")
-    flat = torch.frombuffer(body, dtype=torch.float32, count=whole * frame.numel())
+    flat = torch.frombuffer(body, dtype=torch.float32, count=whole * size)
     return flat.reshape(1, whole, *frame).transpose(1, 2), metadata
 
 
@@ -104,18 +107,20 @@ def is_latents(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             _read_header(file)
-    except (OSError, struct.error, ValueError, TypeError, KeyError):
+    except OTHER_FILE:
         return False
     return True
 
 
-def _read_header(file: BinaryIO) -> tuple[torch.Size, dict[str, str]]:
+def _read_header(file: BinaryIO) -> tuple[tuple[int, int, int], dict[str, str]]:
     """Shape [C, h, w] of a frame, and metadata; raises one of several errors for a file of another kind."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length != HEADER:
         raise ValueError
     header = json.loads(file.read(length))
-    frame = torch.Size(header[KEY]["shape"][1:])
-    if len(frame) != 3 or min(frame) < 1:
+    frame, metadata = tuple(header[KEY]["shape"][1:]), header.get("__metadata__", {})
+    if len(frame) != 3 or any(type(side) is not int or side < 1 for side in frame):
         raise ValueError
-    return frame, header.get("__metadata__", {})
+    if not all(isinstance(value, str) for value in dict(metadata).values()):
+        raise ValueError
+    return frame, metadata

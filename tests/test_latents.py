@@ -63,7 +63,10 @@ def test_other_files_are_refused_in_one_line(tmp_path) -> None:
     write(empty, [])
     with pytest.raises(ValueError, match="holds no finished chunk"):
         read_latents(empty)
-    for header in (b"[]", b'{"latents": 3}', b'{"latents": {"shape": [1, 0, 4, 6]}}', b"\xff"):
+    shaped = b'{"latents": {"shape": [1, 16, 4, 6]}, "__metadata__": %s}'
+    untold = [shaped % metadata for metadata in (b"[1]", b'{"seed": 7}')]
+    wrong = (b"[]", b"[" * HEADER, b'{"latents": 3}', b'{"latents": {"shape": [1, 0, 4, 6]}}', b"\xff", *untold)
+    for header in wrong:
         text.write_bytes(struct.pack("<Q", HEADER) + header.ljust(HEADER))
         assert not is_latents(text)
         with pytest.raises(ValueError, match="is not a latents file"):
@@ -71,3 +74,12 @@ def test_other_files_are_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match="shorten the prompt"):
         LatentWriter(tmp_path / "b.safetensors", (16, 4, 6), {"prompt": "x" * 20000})
     assert not list(tmp_path.glob("b*"))
+
+
+def test_frames_larger_than_the_file_are_no_chunk(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    for sides in (f"{1 << 32}, {1 << 32}", f"{1 << 70}, 1"):  # more values than 64 bits count
+        header = f'{{"latents": {{"shape": [1, {sides}, 4]}}}}'.encode()
+        path.write_bytes(struct.pack("<Q", HEADER) + header.ljust(HEADER) + bytes(64))
+        with pytest.raises(ValueError, match="holds no finished chunk"):
+            read_latents(path)

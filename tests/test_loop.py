@@ -39,7 +39,7 @@ def test_a_run_that_goes_on_never_lacks_a_line_of_its_log(tmp_path) -> None:
 
 def test_a_state_of_another_training_is_refused_in_one_line(tmp_path) -> None:
     train(Line(2), LoopOptions(tmp_path, 1))
-    with pytest.raises(ValueError, match="holds another training .*: give the options that it was begun with") as told:
+    with pytest.raises(ValueError, match=r"holds another training .*: give the options that it was begun with") as told:
         restore(Line(3), tmp_path)
     assert "\n" not in str(told.value)
     assert restore(Line(2), tmp_path) == 1

@@ -74,6 +74,7 @@ def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
         ({"version": 99}, "update AutoRefiner"),
         ({"levels": []}, "update AutoRefiner"),
         ({"levels": None}, "does not say how"),
+        ({"rank": float("inf")}, "does not say how"),
     ],
 )
 def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
@@ -81,6 +82,19 @@ def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
     path = tmp_path / "x.refiner.safetensors"
     save_file(PAIR, path, metadata={"autorefiner": json.dumps(told)})
     with pytest.raises(ValueError, match=said):
+        load_refiner(path)
+
+
+def test_a_card_of_brackets_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not say how"):
+        RefinerCard.parse("[" * 100_000)
+
+
+def test_quantised_factors_are_refused(tmp_path) -> None:
+    path = tmp_path / "x.refiner.safetensors"
+    card = {"autorefiner": json.dumps({"rank": 4, "levels": [750], "history": "shared", "previous": "none"})}
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in PAIR.items()}, path, metadata=card)
+    with pytest.raises(ValueError, match="is quantised: pass the bf16 file"):
         load_refiner(path)
 
 

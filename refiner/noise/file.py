@@ -50,7 +50,7 @@ class RefinerCard:
                 int(told.get("steps", 0)), int(told.get("version", VERSION)),
             )  # fmt: skip
             card.cache  # noqa: B018, it checks the two modes
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"does not say how it was trained ({error}): it is no refiner of this pack") from error
         if card.version > VERSION or not card.levels:
             raise ValueError(f"is of version {card.version} with levels {list(card.levels)}: update AutoRefiner")
@@ -101,6 +101,8 @@ def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
                     f"has factors of {list(up.shape)} and {list(down.shape)} for {name} and says rank {card.rank}: its"
                     " ranks do not match"
                 )
+            if min(down.dtype.itemsize, up.dtype.itemsize) < 2:
+                raise ValueError(f"has {name} in {down.dtype}, so it is quantised: pass the bf16 file")
             pairs[name.removeprefix(REFINER_PREFIX).removesuffix(".lora_A.weight")] = LoraPair(down, up, 1.0)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error

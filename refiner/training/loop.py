@@ -157,7 +157,7 @@ def restore(stage: Stage, run: Path) -> int:
     except (KeyError, ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
-            f"{run} holds another training ({said}): give the options that it was begun with, or train in another folder"
+            f"{run} holds another training ({said}): give the options that it was begun with, or another folder"
         ) from error
 
 

@@ -136,10 +136,12 @@ def load_vae_state(path: Path | str) -> dict[str, Tensor]:
             f"{path} is a VAE in diffusers' names: pass Wan2.1_VAE.pth or ComfyUI's wan_2.1_vae.safetensors"
         )
     tensors = _tensors(file, info, layout)
-    channels = tensors["conv2.weight"].shape[0] if "conv2.weight" in tensors else 0
-    if channels != VAE_CHANNELS:
+    channels = tensors["conv2.weight"].shape[:1] if "conv2.weight" in tensors else ()
+    if not tensors["decoder.head.0.gamma"].ndim:
+        raise ValueError(f"{path} is a VAE whose decoder.head.0.gamma is one number: it is damaged, download it again")
+    if channels != (VAE_CHANNELS,):
         raise ValueError(
-            f"{path} is a VAE of {channels} latent channels and not Wan2.1's {VAE_CHANNELS}: pass Wan2.1_VAE.pth"
+            f"{path} is a VAE of {sum(channels)} latent channels and not Wan2.1's {VAE_CHANNELS}: pass Wan2.1_VAE.pth"
         )
     return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}
 
@@ -212,7 +214,7 @@ def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) 
         modules = lora_modules(layout.names)
     except ValueError as error:
         return _noted(info, f"the file {error}")
-    ranks = sorted({group[parts["down"]].shape[0] for parts in modules.values()})
+    ranks = sorted({len(down) for parts in modules.values() if (down := group[parts["down"]]).ndim})
     return _noted(info, f"rank {', '.join(map(str, ranks))} on {len(modules)} linear layers")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .layouts import choose_top_key, read_layout
@@ -68,12 +69,16 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
         pairs = {}
         for module, parts in modules.items():
             down, up = file.read(group, parts["down"]), file.read(group, parts["up"])
-            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+            if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
                 raise ValueError(
                     f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
                 )
-            alpha = file.read(group, parts["alpha"]).item() if "alpha" in parts else down.shape[0]
-            pairs[module] = LoraPair(down, up, alpha / down.shape[0])
+            alpha = file.read(group, parts["alpha"]) if "alpha" in parts else torch.tensor(len(down))
+            if alpha.numel() != 1:
+                raise ValueError(
+                    f"has an alpha of {list(alpha.shape)} for {module}, which is one number: it is damaged"
+                )
+            pairs[module] = LoraPair(down, up, alpha.item() / len(down))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return pairs

@@ -114,6 +114,8 @@ def open_umt5(path: Path | str) -> Umt5File:
         embedded = names.pop(TOKENIZER_TENSOR, None)
         names = {name: stored for name, stored in names.items() if _is_weight(name)}
         sizes = _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
+        if embedded and file.groups[group][embedded].dtype != torch.uint8:
+            raise ValueError(f"has a tokenizer of {file.groups[group][embedded].dtype}, which is bytes: it is damaged")
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     tokenizer = file.read(group, embedded).numpy().tobytes() if embedded else None
@@ -140,7 +142,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no config.json, so it is no encoder folder: pass one, or a weights file"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     kind = config.get("model_type") if isinstance(config, dict) else "not readable"
     if kind != "umt5":
@@ -170,7 +172,7 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]:
-    if name not in tensors or tensors[name].ndim != 2:
+    if name not in tensors or tensors[name].ndim != 2 or not tensors[name].numel():
         raise ValueError(f"lacks {name}, which tells the encoder's size: pass a whole umT5 encoder")
     rows, columns = tensors[name].shape
     return rows, columns

@@ -128,7 +128,7 @@ def _open_safetensors(path: Path) -> WeightFile:
                 raise ValueError(f"{path} holds {part.get_dtype()} tensors ({name}), an unknown type: pass a bf16 file")
             tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
         metadata = dict(header.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two for sides beyond 64 bits
         raise ValueError(f"{path} is damaged or cut short ({_line(error)}): download it again") from error
     return WeightFile(path, "safetensors", {FLAT: tensors}, (), metadata, dict.fromkeys(tensors, _Reader(path)))
 
@@ -200,7 +200,7 @@ def _open_shards(index: Path) -> WeightFile:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
     tensors, readers = {}, {}
     for shard in shards:

@@ -399,6 +399,8 @@ def test_files_that_are_no_wan_vae(state: State, tmp_path: Path) -> None:
         "is a video transformer: pass it as the model; the VAE is Wan2.1_VAE.pth": state,
         "is a VAE in diffusers' names": {"decoder.conv_in.weight": torch.zeros(1)},
         "is a VAE of 48 latent channels": whole | {"conv2.weight": torch.zeros(48, 48, 1, 1, 1)},
+        "is a VAE of 0 latent channels": whole | {"conv2.weight": torch.zeros(())},
+        "is a VAE whose decoder.head.0.gamma is one number": whole | {"decoder.head.0.gamma": torch.zeros(())},
         "is no file of a known kind": {"a": torch.zeros(1)},
     }
     for number, (text, content) in enumerate(cases.items()):

@@ -106,11 +106,16 @@ def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:
         "has a LoRA of [256, 8] for blocks.1.ffn.0, which is [256, 256]": lora | {key + "A.weight": torch.zeros(4, 8)},
         "has half a pair for blocks.1.ffn.0": {n: part for n, part in lora.items() if n != key + "B.weight"},
         "do not multiply": lora | {key + "A.weight": torch.zeros(3, 256)},
+        "parts of [256, 0] and [0, 256]": lora
+        | {key + "A.weight": torch.zeros(0, 256), key + "B.weight": torch.zeros(256, 0)},
+        "parts of [256, 4] and []": lora | {key + "A.weight": torch.zeros(())},
+        "an alpha of [2] for blocks.1.ffn.0": lora | {"base_model.model.blocks.1.ffn.0.alpha": torch.zeros(2)},
         "has blocks.0.diff, which is no part of a LoRA pair": lora | {"blocks.0.diff": torch.zeros(1)},
         "is not a LoRA but a file of kind 'transformer'": state,
     }
     for number, (text, content) in enumerate(cases.items()):
         path = write(tmp_path / f"{number}.safetensors", content)
+        assert inspect(path).kind in ("lora", "transformer")  # looking at it is never an error
         with pytest.raises(ValueError) as raised:
             load_transformer(base, lora=path)
         assert text in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)

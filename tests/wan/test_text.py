@@ -401,6 +401,8 @@ def test_files_that_are_no_umt5(folder: Path, state: State, tmp_path: Path) -> N
         f"lacks {query}: the file is not complete": {k: v for k, v in state.items() if k != query},
         f"has a {query} of [2, 64], which should be [48, 64]": state | {query: torch.zeros(2, 64)},
         "has encoder.extra, which no umT5 encoder has": state | {"encoder.extra": torch.zeros(1)},
+        f"lacks {bias}, which tells the encoder's size": state | {bias: torch.zeros(32, 0)},
+        "has a tokenizer of torch.bfloat16": state | {"spiece_model": torch.zeros(4, dtype=torch.bfloat16)},
         "in torch.int8, so it is quantised": state | {query: torch.zeros(48, 64, dtype=torch.int8)},
     }
     for number, (text, content) in enumerate(cases.items()):

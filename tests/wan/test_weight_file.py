@@ -126,6 +126,15 @@ def test_torch_files_without_a_model(tmp_path: Path) -> None:
     assert "holds no tensors, only step, optimizer" in message(write(tmp_path / "b.pt", {"step": 1, "optimizer": {}}))
     assert "holds no tensors, only 7" in message(write(tmp_path / "c.pt", {7: torch.zeros(2)}))  # names are text
     assert "is no file of a known kind" in message(write(tmp_path / "c.pt", {"a": torch.zeros(1)}))
+    assert "is no file of a known kind" in message(write(tmp_path / "d.pt", {0: torch.zeros(1)}))  # a list, by number
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 62, 1 << 62], [0, 1 << 63]])
+def test_sides_that_no_tensor_has(shape: list[int], tmp_path: Path) -> None:
+    """The library counts values and not sides, so with a side of 0 it takes any others."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "is damaged" in message(tmp_path / "a.safetensors")
 
 
 # ---- shards
@@ -156,6 +165,7 @@ def test_damaged_folders_of_shards(state: State, tmp_path: Path) -> None:
     shard = names["head.head.bias"]
     for text, content in {
         "is not an index of shards": "[]",
+        "is not an index of shards (no `weight_map`)": "[" * 100_000,
         "names a shard outside its folder (../x.safetensors)": json.dumps({"weight_map": {"a": "../x.safetensors"}}),
         "lacks 1 tensors of its index (a)": json.dumps({"weight_map": names | {"a": shard}}),
     }.items():
