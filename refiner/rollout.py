@@ -12,6 +12,7 @@ from .noise.refiner import Refiner
 from .noise.source import Draw, NoiseSource
 from .schedule import Chunk, Level
 from .wan.causal import CausalWan, KeyValue, View
+from .wan.upload import upload
 
 
 class Memory(Protocol):
@@ -100,7 +101,7 @@ class Rollout:
         batch, channels, height, width = self.frame_shape
         draw = Draw(chunk.levels.index(level), repeat, self.candidate)
         noise = self.noise(chunk, draw, (batch, channels, chunk.length, height, width))
-        noise = noise.to(self.device, self.dtype, non_blocking=True)
+        noise = upload(noise, self.device, self.dtype)
         if self.refiner is None or not self.refiner.at(level):
             return noise
         return noise + self.residual(noise, x0, level, chunk)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
@@ -92,6 +93,34 @@ def test_bf16_networks_run_and_stay_near(context) -> None:
     half = run(tiny_network(dtype=torch.bfloat16), context)
     assert half.dtype == torch.float32
     assert (half - run(tiny_network(), context)).abs().mean() < 0.02
+
+
+class Uploads(TorchDispatchMode):
+    """Copies from the CPU to the meta device: whether each waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        to = (kwargs or {}).get("device")
+        if function is torch.ops.aten._to_copy.default and to is not None and args[0].device.type != to.type:
+            self.waits.append(not kwargs.get("non_blocking", False))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [self_forcing, ode])
+@pytest.mark.parametrize("preset", ["longlive", "krea-14b"])
+def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> None:
+    """The meta device has no values: a run that reads one fails there."""
+    network, frames = tiny_network(), 15
+    network.model.to("meta")
+    chunks = sample(network, context.to("meta"), RunPlan(PRESETS[preset], frames, HEIGHT, WIDTH), method=method)
+    next(chunks)
+    with Uploads() as uploads:
+        assert sum(x0.shape[2] for x0 in chunks) == frames - 3
+    assert uploads.waits
+    assert not any(uploads.waits)
 
 
 def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:

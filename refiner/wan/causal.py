@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .rope import rotate, rotation_table
 from .transformer import EPS, PATCH, WanConfig
+from .upload import upload
 
 
 class KeyValue(NamedTuple):
@@ -234,7 +235,7 @@ class CausalWan:
         model, heads = self.model, self.config.num_heads
         grid = (height // PATCH[1], width // PATCH[2])
         tokens = self.host.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
-        e = model.time_embedding(timestep_features(t, self.config.freq_dim).to(tokens))
+        e = model.time_embedding(upload(timestep_features(t, self.config.freq_dim), tokens.device, tokens.dtype))
         e0 = model.time_projection(e).unflatten(-1, (6, -1))
         table = rotation_table(view.positions, *grid, self.config.head_dim, like=tokens)
         text = [KeyValue(*(part.expand(len(x), -1, -1, -1) for part in layer)) for layer in text]

@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .upload import upload
+
 THETA = 10000.0
 
 
@@ -32,7 +34,7 @@ def rotations(
         frequency = THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
         turns.append(grid.flatten().double().outer(frequency))
     angle = torch.cat(turns, dim=1)
-    return torch.polar(torch.ones_like(angle), angle).to(dtype).to(device)
+    return upload(torch.polar(torch.ones_like(angle), angle), device, dtype)
 
 
 def span(start: int, frames: int) -> tuple[int, ...]:
