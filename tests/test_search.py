@@ -5,11 +5,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.reflect import ReflectiveCache
+from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.noise.refiner import Refiner, merged, target_modules
+from autorefiner.refiner.noise.source import WhiteNoise
+from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
-from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
 
@@ -88,6 +92,25 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     assert (best >= base).all()
     assert (worst <= base).all()
     assert (best > worst).all()
+
+
+@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+@torch.no_grad()
+def test_a_search_follows_a_prompt_switch(kind) -> None:
+    network = tiny_network()
+
+    def second_chunk(switched: bool) -> Tensor:
+        rollout = Rollout(
+            network, network.text(CONTEXT), RingMemory(MemoryPlan.of(TINY, (2, 16, 6, 4, 4))), WhiteNoise(3),
+            plan_chunks(PRESET, 6)[1], (2, 16, 4, 4), torch.device("cpu"), torch.float32,
+        )  # fmt: skip
+        chunks = kind(indifferent, 2)(rollout)
+        next(chunks)
+        if switched:
+            rollout.event(PromptSwitch(-CONTEXT))
+        return next(chunks)
+
+    assert (second_chunk(True) - second_chunk(False)).abs().max() > 1e-3
 
 
 def test_the_host_waits_for_the_device_only_where_a_repeat_may_be_saved() -> None:

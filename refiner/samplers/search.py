@@ -83,9 +83,9 @@ class SearchOverPath:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
         if rollout.refiner is not None:
             check_reads(rollout.refiner.cache)
-        forks, past = rollout.fork(self.candidates), []
+        past: list[Tensor] = []
         for chunk in rollout.chunks:
-            x0: Tensor | None = None
+            forks, x0 = rollout.fork(self.candidates), None  # anew, as an event may have changed the prompt
             for level in chunk.levels:
                 made = []
                 for fork in forks:
