@@ -37,13 +37,17 @@ SHEET_PROMPTS = 4
 
 
 def read_prompts(name: str) -> list[str]:
-    """Prompts of a text file, or training captions of the sprite world; ValueError for a file with none."""
+    """Prompts of a UTF-8 file, or training captions of the sprite world; ValueError for a file with none."""
     if name == SPRITES:
         return [sample_scene(seed).caption.text for seed in range(SPRITE_PROMPTS)]
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"{path} is not there: `prompts` names a text file with a prompt a line")
-    lines = [line.strip() for line in path.read_text().splitlines()[:MAX_PROMPTS]]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8, a prompt a line") from error
+    lines = [line.strip() for line in text.splitlines()[:MAX_PROMPTS]]
     prompts = [line for line in lines if line]
     if not prompts:
         raise ValueError(f"{path} is empty: write a prompt a line")

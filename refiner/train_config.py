@@ -76,7 +76,7 @@ class TrainConfig:
         except ImportError as error:
             raise ValueError("training files need Python 3.11 or newer, which reads TOML") from error
         try:
-            told = tomllib.loads(path.read_text())
+            told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no TOML file: {error}") from error
         try:

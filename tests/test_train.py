@@ -139,3 +139,15 @@ def test_an_empty_prompts_file_is_refused(tmp_path, capsys) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     assert main(["train", str(write(tmp_path, 'prompts = "empty.txt"')), "--device", "cpu"]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+def test_prompts_are_utf8_whatever_the_system_reads(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a red fox\nein grüner Kreis\n红色的星\n".encode("utf-8-sig"))
+    read = training.Path.read_text
+    usual = lambda self, encoding="latin-1", **options: read(self, encoding=encoding, **options)  # noqa: E731
+    monkeypatch.setattr(training.Path, "read_text", usual)
+    assert training.read_prompts(str(path)) == ["a red fox", "ein grüner Kreis", "红色的星"]
+    path.write_bytes("ein grüner Kreis".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is no UTF-8 text .*: save it as UTF-8"):
+        training.read_prompts(str(path))
