@@ -191,7 +191,7 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
 
 def run_generate(args: argparse.Namespace) -> int:
     job = prepare(options_of(args))
-    print("\n".join([summary(job), *notes(job.options)]), file=sys.stderr)
+    print("\n".join([summary(job), *notes(job)]), file=sys.stderr)
     if args.dry_run:
         print(job.estimate.lines())
         return 0

@@ -18,7 +18,7 @@ from .latents import LatentWriter, read_latents
 from .refined import Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, sample
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, SelfRefine
 from .schedule import PRESETS, Preset, get_preset, latent_frames
 from .video import VideoWriter, check_output, contact_sheet, read_frames, to_frames
 from .wan.causal import CausalWan
@@ -82,13 +82,19 @@ class GenerateOptions:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
 
 
-def notes(options: GenerateOptions) -> list[str]:
+def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
+    options, told = job.options, []
+    if options.refiner and options.method == "ode":
+        told.append("ode draws no noise between levels, so the refiner has nothing to refine")
+    method = SAMPLERS[options.method]
+    if isinstance(method, SelfRefine) and not (levels := method.levels) & {*job.preset.steps, *job.preset.first_steps}:
+        listed = ",".join(map(str, sorted(levels, reverse=True)))
+        told.append(f"self-refine repeats levels {listed}, of which this run has none: it changes nothing")
     if options.model == RANDOM_TINY:
-        return ["random weights: the video is noise"]
+        return [*told, "random weights: the video is noise"]
     if options.model != SPRITES or options.context:
-        return []
-    told = []
+        return told
     if unknown := unknown_words(options.prompt):
         told.append(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}: what they do know is in the README")
     if (options.width, options.height) != SPRITES_SIZE:

@@ -194,6 +194,21 @@ def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--method", "ode", "--refiner", "sprites"], "the refiner has nothing to refine"),
+        (["--method", "self-refine", "--preset", "causvid"], "levels 750,500, of which this run has none"),
+        (["--method", "self-refine"], None),
+    ],
+)
+def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, said) -> None:
+    command = ["generate", "--model", "sprites", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "x.mp4")]
+    assert main([*command, *extra]) == 0
+    told = capsys.readouterr().err
+    assert said in told if said else "nothing" not in told
+
+
 def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
     out = tmp_path / "noise.mp4"
     assert main(["generate", "--model", "random-tiny", "--frames", "9", "--size", "32x32", "--out", str(out)]) == 0

@@ -36,6 +36,11 @@ class SelfRefine:
                 " of 0 or more, and a share within (0, 1]"
             )
 
+    @property
+    def levels(self) -> frozenset[int]:
+        """Nominal steps that are repeated, where a run has them."""
+        return frozenset(step for step, count in self.repeats.items() if count)
+
     def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
         for chunk in rollout.chunks:
