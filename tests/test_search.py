@@ -78,6 +78,16 @@ def test_passes_are_what_the_method_says() -> None:
     assert passes(SearchOverPath(brightness, 5)) == chunks * levels * 5 + commits
 
 
+def test_a_sample_stops_repeating_by_itself() -> None:
+    """Of these two, the first is certain before the second is."""
+    network, method = tiny_network(), SelfRefine({750: 3, 500: 3, 250: 3}, threshold=0.5, enough=0.2)
+    both, alone = (
+        next(iter(sample(network, CONTEXT[:batch], RunPlan(PRESET, 3, 4, 4, batch=batch), seed=3, method=method)))
+        for batch in (2, 1)
+    )
+    assert torch.allclose(both[:1], alone, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
 def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     network = tiny_network()
