@@ -79,7 +79,8 @@ def sample(
     `context` is [1 or B, L, text_dim]; `initial` holds the `plan.given` clean latents [B, C, given, h, w] to go on
     from; `noise` replaces the seed's white noise; `refiner` works on whatever noise that is. Device and dtype of a
     pass are those of the weights, unless a host that keeps its weights elsewhere (offloaded, quantised) says where and
-    in what it computes. Closing the iterator frees the memory. Raises ValueError when `initial` does not fit the plan.
+    in what it computes. Closing the iterator frees the memory. Raises ValueError when `initial` or `context` do not
+    fit the plan.
     """
     parameter = next(network.model.parameters())
     device, dtype = device or parameter.device, dtype or parameter.dtype
@@ -87,6 +88,10 @@ def sample(
     if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):
         came = "none" if initial is None else str(tuple(initial.shape))
         raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
+    if len(context) not in (1, plan.batch):
+        raise ValueError(
+            f"context of {len(context)} prompts for {plan.batch} videos: give one for all, or one for each"
+        )
     given, new = plan_chunks(plan.preset, plan.frames, plan.given)
     memory = RingMemory(plan.memory(network, dtype, refined=refiner is not None), device)
     context = context.to(device, dtype)

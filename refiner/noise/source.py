@@ -33,11 +33,16 @@ class WhiteNoise:
     """N(0, I) from one CPU generator for each (seed, sample, first latent frame, level, repeat, candidate).
 
     So the same seed gives the same noise on every device, at every batch size, and in a run that was stopped and
-    continued; the global generator is never touched. `first` is the number of the batch's first sample.
+    continued; the global generator is never touched. `first` is the number of the batch's first sample. Raises
+    ValueError for a seed of more than 64 bits, sign included.
     """
 
     seed: int
     first: int = 0
+
+    def __post_init__(self) -> None:
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}: give one from {-(1 << 63)} to {(1 << 63) - 1}")
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         samples = []
