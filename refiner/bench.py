@@ -1,7 +1,7 @@
 """Speed and memory of sampling on this machine, with random weights of a published size."""
 
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .memory.plan import MemoryPlan
@@ -202,7 +207,9 @@ def measure_decode(vae: WanVAE, latents: list[Tensor], device: torch.device) -> 
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest allocation on the device so far; on a CPU the process's largest resident size."""
+    """Highest allocation on the device so far; on a CPU the process's largest resident size (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -41,12 +41,14 @@ class LatentWriter:
         self.frames = 0
         self.check(metadata)
         begun = self.partial.with_name(f".{self.partial.name}")
-        self.file = open(begun, "wb")  # noqa: SIM115, closed by close()
+        self.file = open(begun, "wb")  # noqa: SIM115, closed below
         self.file.write(self._header())
         if given is not None:
             self.write(given)
-        self.file.flush()
+        self.file.close()  # Windows renames no open file
         os.replace(begun, self.partial)
+        self.file = open(self.partial, "r+b")  # noqa: SIM115, closed by close()
+        self.file.seek(0, os.SEEK_END)
 
     def write(self, latents_BCFhw: Tensor) -> None:
         """Append a chunk [1, C, F, h, w] and push it to the file system."""

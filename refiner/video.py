@@ -91,6 +91,8 @@ class VideoWriter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         os.ftruncate(self.file.fileno(), self.finished)  # what a full disk or a signal cut off goes
         os.fsync(self.file.fileno())
+        if fcntl is None:
+            self.file.close()  # Windows renames no open file
         if kind is None and self.frames:
             os.replace(self.partial, self.path)
         elif not self.frames:
