@@ -67,6 +67,17 @@ def test_training_samples_what_sampling_samples(previous) -> None:
     assert torch.allclose(self_rollout(rollout_of(base, None), exit_level=3), sampled(base), atol=1e-5)
 
 
+def test_every_chunk_ends_at_the_same_step() -> None:
+    """Also a first one that has more levels than the others, as of Causal-Forcing++'s 2-step model."""
+    ends: dict[int, int] = {}
+    rollout = rollout_of(tiny_network(), None)
+    rollout.chunks = plan_chunks(PRESETS["causal-forcing-2step"], 3)[1]
+    rollout.callback = lambda told: ends.update({told.chunk.index: told.chunk.levels[told.level].step})
+    with torch.no_grad():
+        self_rollout(rollout, exit_level=1)
+    assert ends == {0: 500, 1: 500, 2: 500}
+
+
 def test_a_fresh_tree_changes_no_bit_and_the_base_never_knows() -> None:
     base = tiny_network()
     before = sampled(base)

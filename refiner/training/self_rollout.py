@@ -7,19 +7,22 @@ from ..rollout import Rollout
 
 
 def self_rollout(rollout: Rollout, exit_level: int, grad_level: int | None = None) -> Tensor:
-    """Sample every chunk down to `exit_level` (an index into its levels) and stop there; [B, C, F, h, w].
+    """Sample every chunk down to `exit_level` (an index into the last one's levels) and stop there; [B, C, F, h, w].
 
-    The noise of `grad_level` (default: the exit level, as AutoRefiner's Algorithm 1 has it), its refinement and every
-    prediction from there on have a graph; history is detached, as latents and as keys and values, and so is the
-    prediction before. The rollout's memory must be a GraphMemory.
+    A first chunk with levels of its own ends at the same nominal step. The noise of `grad_level` (default: the exit
+    level, as AutoRefiner's Algorithm 1 has it), its refinement and every prediction from there on have a graph; history
+    is detached, as latents and as keys and values, and so is the prediction before. The rollout's memory must be a
+    GraphMemory.
     """
-    grad_level = exit_level if grad_level is None else grad_level
+    usual = rollout.chunks[-1].levels
+    last, first_grad = usual[exit_level].step, usual[exit_level if grad_level is None else grad_level].step
     made = []
     for chunk in rollout.chunks:
-        levels = chunk.levels[: exit_level + 1]
         x0: Tensor | None = None
-        for index, level in enumerate(levels):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= grad_level):
+        for level in chunk.levels:
+            if level.step < last:
+                break
+            with torch.set_grad_enabled(torch.is_grad_enabled() and level.step <= first_grad):
                 x = rollout.draw(chunk, level) if x0 is None else rollout.renoise(x0, level, chunk)
                 x0 = rollout.predict(x, level, chunk)
         with torch.no_grad():
