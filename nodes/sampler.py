@@ -104,8 +104,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
         if facts.preset is None:
             host.notice(f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is taken")
         preset = preset_for(facts.preset, chunk_schedule, reflective_cache, refiner is not None)
-        steps = {*preset.steps, *preset.first_steps}
-        refined = plan_refiner(refiner, facts.config, facts.dtype, steps, chunk_schedule, reflective_cache)
+        refined = plan_refiner(refiner, facts.config, facts.dtype, preset.all_steps, chunk_schedule, reflective_cache)
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start, shape)
         plan = plan_run(preset, shape, initial)

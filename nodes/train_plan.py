@@ -1,8 +1,5 @@
 """What Train Refiner LoRA was asked for, checked before anything is loaded, and the folder that it trains in."""
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from ..refiner.estimate import parameter_count
 from ..refiner.memory import reflect
 from ..refiner.noise.file import RefinerCard
 from ..refiner.schedule import Preset
+from ..refiner.training import begun
 from ..refiner.training.options import RefineOptions
 from ..refiner.wan.lora import LoraPair
 from .hosts import host
@@ -132,38 +130,16 @@ def run_folder(run: str) -> Path:
 
 
 def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence[str]) -> int:
-    """Steps that the run has taken; one that has taken none notes what it is begun with.
+    """Steps that the run has taken.
 
     `told` are the words that a run depends on: prompts, and the names of rewards. ValueError where a run of that name
     was begun otherwise, or went farther.
     """
-    words = hashlib.sha256("\n".join(told).encode()).hexdigest()
-    now = json.loads(json.dumps({**asdict(options), "base": base, "words": words}))
-    note = folder / "run.json"
-    if not note.exists() or not has_begun(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(".run.json.partial")
-        temporary.write_text(json.dumps(now, indent=1) + "\n")
-        os.replace(temporary, note)
-        return 0
-    try:
-        before = json.loads(note.read_text())
-        other = next((name for name in now if name not in GROWS and before[name] != now[name]), None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
-    if other is not None:
-        values = "" if other in ("base", "words", "preset") else f" {before[other]} and is {now[other]} now"
-        raise ValueError(f"run {folder.name} was begun with another {other}{values}: give the run another name")
+    begun.begin(folder, {**asdict(options), "base": base, "words": begun.digest(told)}, GROWS)
     done = steps_taken(folder)
     if done > options.steps:
         raise ValueError(f"run {folder.name} has taken {done} steps: ask for that many or more, or give another name")
     return done
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether a step of a run is saved or logged. Until then, as when its device was too small, it may be changed."""
-    log = folder / "log.jsonl"
-    return (folder / "state.pt").exists() or (log.exists() and log.stat().st_size > 0)
 
 
 def steps_taken(folder: Path) -> int:

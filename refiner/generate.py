@@ -88,7 +88,7 @@ def notes(job: "Job") -> list[str]:
     if options.refiner and options.method == "ode":
         told.append("ode draws no noise between levels, so the refiner has nothing to refine")
     method = SAMPLERS[options.method]
-    if isinstance(method, SelfRefine) and not (levels := method.levels) & {*job.preset.steps, *job.preset.first_steps}:
+    if isinstance(method, SelfRefine) and not (levels := method.levels) & {*job.preset.all_steps}:
         listed = ",".join(map(str, sorted(levels, reverse=True)))
         told.append(f"self-refine repeats levels {listed}, of which this run has none: it changes nothing")
     if options.model == RANDOM_TINY:
@@ -204,7 +204,7 @@ def plan_refiner(options: GenerateOptions, config: WanConfig, preset: Preset, dt
     named = options.refiner in REFINERS
     path = sprite_refiner_file(options.refiner) if named else Path(options.refiner)
     return RefinerPlan.read(
-        path, config, preset.steps, dtype,
+        path, config, preset.all_steps, dtype,
         form=options.refiner_form, strength=options.refiner_strength, levels=options.refined_levels,
     )  # fmt: skip
 

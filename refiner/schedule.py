@@ -83,6 +83,11 @@ class Preset:
                 f" at least {self.sink + self.chunk}, or -1 for full history"
             )
 
+    @property
+    def all_steps(self) -> tuple[int, ...]:
+        """Nominal steps of any chunk, from the highest down."""
+        return tuple(sorted({*self.steps, *self.first_steps}, reverse=True))
+
     def levels(self, first: bool = False) -> tuple[Level, ...]:
         """Levels of a chunk, from pure noise down."""
         steps = self.first_steps if first and self.first_steps else self.steps

@@ -1,9 +1,10 @@
 """`autorefiner train CONFIG`: a TOML file to a trained refiner's file."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .noise.file import FINGERPRINTED, RefinerCard, fingerprint_of, save_refiner
 from .noise.refiner import Refiner, merged
 from .sample import RunPlan, sample
 from .train_config import SPRITES, RewardConfig, TrainConfig
+from .training.begun import begin, digest
 from .training.distributed import is_first, whole, world
 from .training.dmd_objective import DmdObjective
 from .training.loop import LoopOptions, keep_freed_memory, train
@@ -34,6 +36,7 @@ from .wan.vae import WanVAE
 MAX_PROMPTS = 1_000_000
 SPRITE_PROMPTS = 4096
 SHEET_PROMPTS = 4
+MAY_CHANGE = ("steps", "shown", "compiled", "checkpointing")  # when a run goes on
 
 
 def read_prompts(name: str) -> list[str]:
@@ -154,6 +157,12 @@ def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | N
     return base, Refiner(merged(base, pairs), stage.options.cache, stage.options.refined)
 
 
+def begun_with(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict[str, Any]:
+    """What a run depends on, wherever its files lie."""
+    rewards = [{name: value for name, value in asdict(one).items() if name != "path"} for one in config.rewards]
+    return {**asdict(config.refiner), "base": base, "prompts": digest(prompts), "rewards": rewards}
+
+
 def run_training(path: Path, device: torch.device) -> Path:
     """Train what a file says to its end and write the result; returns where."""
     return train_refiner(TrainConfig.read(path), device)
@@ -170,9 +179,10 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
     if is_first():
         several = f", in {world()} processes" if world() > 1 else ""
         print(f"{options.method}: {options.steps} steps on {device} in {config.run}{several}", file=sys.stderr)
+    base = fingerprint_of({name: whole(stage.base.model.get_parameter(name)) for name in FINGERPRINTED})
+    begin(config.run, begun_with(config, base, stage.prompts), MAY_CHANGE, first=is_first())
     train(stage, LoopOptions(config.run, options.steps, config.save_every, config.show_every))
     pairs = stage.average()
-    base = {name: whole(stage.base.model.get_parameter(name)) for name in FINGERPRINTED}
     if not is_first():
         return config.out
     if options.method == "lora":
@@ -181,7 +191,7 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
     cache = options.cache
     card = RefinerCard(
         rank=options.rank, levels=tuple(sorted(options.refined, reverse=True)), history=cache.history,
-        previous=cache.previous, base=fingerprint_of(base), objective=options.objective, steps=options.steps,
+        previous=cache.previous, base=base, objective=options.objective, steps=options.steps,
     )  # fmt: skip
     save_refiner(config.out, pairs, card)
     return config.out

@@ -53,6 +53,12 @@ def test_a_refiner_changes_the_video_and_strength_zero_does_not(tmp_path, refine
     assert not torch.equal(made(tmp_path, "--refiner", str(refiner), "--refined-levels", "250"), refined)
 
 
+def test_levels_of_the_first_chunk_alone_are_refined_there(tmp_path, refiner) -> None:
+    preset = ["--preset", "causal-forcing-1step"]  # 1000,750,500,250, then 1000
+    base, refined = made(tmp_path, *preset), made(tmp_path, *preset, "--refiner", str(refiner))
+    assert not torch.equal(refined[:, :, :1], base[:, :, :1])
+
+
 def test_its_bytes_are_counted_and_another_base_is_told(tmp_path, refiner, capsys) -> None:
     plan = RefinerPlan.read(refiner, WAN_TINY, STEPS, torch.float32)
     factors = sum(pair.up.numel() + pair.down.numel() for pair in plan.pairs.values())

@@ -104,6 +104,25 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, capsys) -> None:
+    assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 0
+    rows = rows_of(tmp_path / "small_run")
+    changes = {
+        "seed = 1": "another seed 0 and is 1 now", 'method = "lora"': "another method autorefiner and is lora now",
+        "levels = [500]": "another levels:", SPRITES: "another objective dmd and is reward now",
+    }  # fmt: skip
+    for inner, said in changes.items():
+        assert main(["train", str(write(tmp_path, inner=inner)), "--device", "cpu"]) == 2
+        assert f"run small_run was begun with {said}" in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text("a red star")
+    assert main(["train", str(write(tmp_path, 'prompts = "other.txt"')), "--device", "cpu"]) == 2
+    assert "begun with another prompts: give the run another name" in capsys.readouterr().err
+    assert rows_of(tmp_path / "small_run") == rows
+    (tmp_path / "small.toml").write_text(write(tmp_path).read_text().replace("steps = 4", "steps = 5"))
+    assert main(["train", str(tmp_path / "small.toml"), "--device", "cpu"]) == 0
+    assert rows_of(tmp_path / "small_run")[:4] == rows and len(rows_of(tmp_path / "small_run")) == 5
+
+
 @pytest.mark.parametrize(
     ("more", "inner", "said"),
     [
