@@ -100,8 +100,7 @@ class TrainConfig:
             if "kind" not in one:
                 raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
         preset = get_preset(told.get("preset", "self-forcing"))
-        if "levels" in inner:
-            inner["levels"] = tuple(inner["levels"])
+        inner["levels"] = tuple(inner.get("levels", preset.steps[1:]))
         if "out" not in told:
             raise ValueError("does not say `out`, the file to write")
         folder = path.parent

@@ -154,6 +154,13 @@ def test_what_a_file_cannot_say_is_one_line(tmp_path, capsys, more, inner, said)
     assert error.count("\n") == 1
 
 
+def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
+    read = training.TrainConfig.read
+    assert read(write(tmp_path)).refiner.levels == (750, 500, 250)
+    assert read(write(tmp_path, 'preset = "causvid"')).refiner.levels == (757, 522)
+    assert read(write(tmp_path, inner="levels = [500]")).refiner.levels == (500,)
+
+
 def test_an_empty_prompts_file_is_refused(tmp_path, capsys) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     assert main(["train", str(write(tmp_path, 'prompts = "empty.txt"')), "--device", "cpu"]) == 2
