@@ -37,6 +37,7 @@ from .evaluation import Demo
 from .metrics.diversity import spreads
 from .metrics.evaluate import ClipScores
 
+AIMED_BY = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # what an objective looks at the student's clips with
 Search = Literal["", "best-of-n", "search-over-path"]
 
 
@@ -49,11 +50,12 @@ class Row:
     levels: tuple[int, ...] | None = None  # those it was trained with unless told
     search: Search = ""
 
-    @property
     def file(self) -> str:
-        """Of its factors; rows that train the same share them, compiled or not."""
-        told = repr(replace(self.training, compiled=False))
-        return f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
+        """Of its factors; rows that train the same with the same models share them, compiled or not."""
+        digest = hashlib.sha256(repr(replace(self.training, compiled=False)).encode())
+        for name in ("student", "text", *AIMED_BY[self.training.objective]):
+            digest.update((WEIGHTS / FILES[name]).read_bytes())
+        return f"{digest.hexdigest()[:16]}.safetensors"
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class Bench:
     def _factors(self, row: Row, device: torch.device) -> Path | None:
         if row.training is None:
             return None
-        out = self.run / row.file
+        out = self.run / row.file()
         if not out.exists():
             rewards = (RewardConfig(SPRITES),) if row.training.objective == "reward" else ()
             train_refiner(TrainConfig(out, self.run / out.stem, refiner=row.training, rewards=rewards), device)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import WEIGHTS
+from autorefiner.refiner.demo import rows
+from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.clips import held_out
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
@@ -48,14 +49,28 @@ def test_rows_are_timed_again_and_nothing_else_of_them_changes(tmp_path: Path) -
 def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
     options = TablesOptions()
     for number in TABLES:
-        rows = KINDS[number].rows(options)
-        assert rows[0].name == "base" and rows[0].training is None
-        assert len({row.name for row in rows}) == len(rows)
-        trained = [row.training for row in rows if row.training is not None]
+        found = KINDS[number].rows(options)
+        assert found[0].name == "base" and found[0].training is None
+        assert len({row.name for row in found}) == len(found)
+        trained = [row.training for row in found if row.training is not None]
         assert len({(one.steps, one.batch, one.rank, one.seed, one.objective) for one in trained}) == 1
     levels = KINDS[3].rows(options)
-    assert len({row.file for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
-    assert len({row.file for row in KINDS[4].rows(options)[1:]}) == 6
+    assert len({row.file() for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
+    assert len({row.file() for row in KINDS[4].rows(options)[1:]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [("student", {1, 2}), ("text", {1, 2}), ("teacher", {1}), ("vae", {2}), ("reward", {2})],
+)
+def test_factors_are_those_of_the_models_that_they_were_trained_with(tmp_path, monkeypatch, changed, again) -> None:
+    monkeypatch.setattr(rows, "WEIGHTS", tmp_path)
+    for name in FILES.values():
+        (tmp_path / name).write_bytes(b"one")
+    trained = {number: KINDS[number].rows(TablesOptions())[-1] for number in (1, 2)}
+    before = {number: row.file() for number, row in trained.items()}
+    (tmp_path / FILES[changed]).write_bytes(b"other")
+    assert {number for number, row in trained.items() if row.file() != before[number]} == again
 
 
 def test_passes_are_counted_by_the_network() -> None:
