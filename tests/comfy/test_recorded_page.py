@@ -96,10 +96,18 @@ def test_a_cache_that_got_no_answer_asks_again(page: Page) -> None:
     page.load(WORKFLOWS / "self_forcing_refiner.json")
     drawn = "document.querySelectorAll('.autorefiner-drawing rect').length"
     page.until(f"{drawn} > 0")
-    page.tab.route("**/autorefiner/cache", lambda route: route.abort(), times=1)
+    refused = []
+
+    def refuse(route) -> None:
+        refused.append(route.request.url)
+        route.abort()
+
+    page.tab.route("**/autorefiner/cache", refuse, times=1)
     page.set("AutoRefinerReflectiveCache", window=20)
     page.until(f"{drawn} === 0")
+    assert len(refused) == 1
     page.until(f"{drawn} > 0")
+    assert page.tab.locator(".autorefiner-drawing rect").first.is_visible()
 
 
 @in_the_page

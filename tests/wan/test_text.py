@@ -1,16 +1,14 @@
-"""A small random umT5 gives the context that transformers gives, from every layout and from the cache."""
+"""A small random umT5 gives the context that transformers gives, from every layout."""
 
-import io
 import json
 import re
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from autorefiner.refiner.cli import main
@@ -18,74 +16,14 @@ from autorefiner.refiner.latents import read_latents
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import get_preset
 from autorefiner.refiner.wan.text import load_text_encoder
-from autorefiner.refiner.wan.tokenizer import PIP_LINE, Tokenizer, clean
+from autorefiner.refiner.wan.tokenizer import Tokenizer, clean
 from autorefiner.refiner.wan.transformer import WanConfig
-from autorefiner.refiner.wan.umt5 import Umt5File
 from autorefiner.refiner.wan.vae import WanVAE
 
 from tiny import tiny_network
+from tiny_umt5 import PROMPTS, TEXT_LEN, WORDS, error, expected
 
-transformers = pytest.importorskip("transformers", reason=f"the text encoder needs transformers: {PIP_LINE}")
-tokenizers = pytest.importorskip("tokenizers", reason=f"the text encoder needs tokenizers: {PIP_LINE}")
-sentencepiece = pytest.importorskip("sentencepiece", reason=f"the text encoder needs sentencepiece: {PIP_LINE}")
-
-WORDS = ["a", "red", "circle", "moves", "to", "the", "left", "slowly", "&"]
-VOCABULARY = 64
-TEXT_LEN = 12
-PROMPTS = ["a red circle moves", "the circle", ""]
 State = dict[str, Tensor]
-
-
-def make_tokenizer(words: list[str] = WORDS) -> "tokenizers.Tokenizer":
-    ids = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: config.json, model.safetensors, tokenizer.json."""
-    path = tmp_path_factory.mktemp("umt5")
-    config = transformers.UMT5Config(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=3,
-        relative_attention_max_distance=64,
-    )
-    model = transformers.UMT5EncoderModel(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
-    model.save_pretrained(path)
-    make_tokenizer().save(str(path / "tokenizer.json"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def state(folder: Path) -> State:
-    return load_file(folder / "model.safetensors")
-
-
-def expected(folder: Path, prompts: list[str], text_len: int = TEXT_LEN) -> Tensor:
-    """The context as transformers' own classes make it."""
-    model = transformers.UMT5EncoderModel.from_pretrained(folder).eval()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    rows = []
-    for prompt in prompts:
-        batch = tokenizer(prompt, padding="max_length", max_length=text_len, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            output = model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows.append(output * batch.attention_mask[..., None])
-    return torch.cat(rows)
 
 
 def wan_name(name: str) -> str:
@@ -97,14 +35,6 @@ def wan_name(name: str) -> str:
     for theirs, ours in (("wi_0", "gate.0"), ("wi_1", "fc1"), ("wo", "fc2")):
         name = name.replace(f"layer.1.DenseReluDense.{theirs}", f"ffn.{ours}")
     return name
-
-
-def error(*args, **options) -> str:
-    """The error of loading an encoder and encoding with it, which must be one line."""
-    with pytest.raises(ValueError) as raised:
-        load_text_encoder(*args, **options).encode(["a red circle"])
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 # ---- the context
@@ -218,163 +148,6 @@ def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> N
     assert torch.equal(first, second)
 
 
-# ---- tokenizers
-
-
-@pytest.fixture(scope="module")
-def spiece() -> bytes:
-    """A sentencepiece model with T5's special ids."""
-    model = io.BytesIO()
-    text = iter([" ".join(WORDS)] * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=text, model_writer=model, vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()
-
-
-def test_a_sentencepiece_model_inside_or_beside_the_file(spiece: bytes, state: State, tmp_path: Path) -> None:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
-    ids, count = Tokenizer(spiece, "it")("a red circle", 40)
-    right = [*processor.encode("a red circle"), 1]
-    assert ids.tolist() == [right + [0] * (40 - len(right))] and count == len(right)
-
-    embedded = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
-    (tmp_path / "in").mkdir()
-    save_file(state | {"spiece_model": embedded}, tmp_path / "in" / "umt5.safetensors")
-    save_file(state, tmp_path / "umt5.safetensors")
-    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
-    (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(spiece)
-    inside = load_text_encoder(tmp_path / "in" / "umt5.safetensors", text_len=40).encode(["a red circle"])
-    beside = load_text_encoder(tmp_path / "umt5.safetensors", text_len=40).encode(["a red circle"])
-    assert torch.equal(inside, beside)
-    assert int((inside[0] != 0).any(1).sum()) == count
-
-
-def test_a_given_tokenizer_wins(spiece: bytes, folder: Path, state: State, tmp_path: Path) -> None:
-    embedded = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
-    save_file(state | {"spiece_model": embedded}, tmp_path / "umt5.safetensors")
-    right = expected(folder, PROMPTS)
-    for tokenizer in (folder, folder / "tokenizer.json"):
-        encoder = load_text_encoder(tmp_path / "umt5.safetensors", tokenizer, text_len=TEXT_LEN)
-        assert torch.equal(encoder.encode(PROMPTS), right)
-
-
-def test_padding_and_truncation_of_the_tokenizer_file_are_not_used() -> None:
-    stated = make_tokenizer()
-    stated.enable_truncation(2)
-    stated.enable_padding(length=9)
-    given = Tokenizer(stated.to_str().encode(), "it")("a red circle", 6)
-    assert (given[0].tolist(), given[1]) == ([[3, 4, 5, 1, 0, 0]], 4)
-
-
-def test_tokenizers_that_do_not_serve(folder: Path, state: State, tmp_path: Path) -> None:
-    save_file(state, tmp_path / "umt5.safetensors")
-    path = tmp_path / "umt5.safetensors"
-    assert "has no tokenizer (tokenizer.json or spiece.model) in or beside it" in error(path)
-    assert "none.json has no tokenizer" in error(path, tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{}")
-    assert "bad.json is not a tokenizer that can be read" in error(path, tmp_path / "bad.json")
-    (tmp_path / "bad.model").write_bytes(b"\x00" * 9)
-    assert "bad.model is not a tokenizer that can be read" in error(path, tmp_path / "bad.model")
-    make_tokenizer(["<extra>"] * 1 + [f"w{n}" for n in range(VOCABULARY)] + WORDS).save(str(tmp_path / "large.json"))
-    assert f"but the encoder knows {VOCABULARY}: pass the tokenizer of this" in error(path, tmp_path / "large.json")
-    no_end = (folder / "tokenizer.json").read_text().replace("</s>", "<end>")
-    (tmp_path / "end.json").write_text(no_end)
-    assert "end.json has no </s> token" in error(path, tmp_path / "end.json")
-
-
-# ---- the cache
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The encoders whose weights were loaded, in order."""
-    loaded = []
-    load = Umt5File.load
-
-    def counted(self, *args):
-        loaded.append(self.file.path)
-        return load(self, *args)
-
-    monkeypatch.setattr(Umt5File, "load", counted)
-    return loaded
-
-
-def test_cached_prompts_need_no_weights(folder: Path, tmp_path: Path, loads: list[Path]) -> None:
-    def encode(prompts: list[str], **options) -> Tensor:
-        return load_text_encoder(folder, cache_dir=tmp_path / "cache", **{"text_len": TEXT_LEN} | options).encode(
-            prompts
-        )
-
-    first = encode(PROMPTS)
-    assert len(loads) == 1 and torch.equal(first, expected(folder, PROMPTS))
-    assert torch.equal(encode(PROMPTS), first)
-    assert torch.equal(encode([" the\ncircle"]), first[1:2])
-    assert len(loads) == 1
-    encode([*PROMPTS, "a red"])
-    assert len(loads) == 2
-    assert encode(PROMPTS, dtype=torch.bfloat16).dtype == torch.bfloat16
-    encode(PROMPTS, text_len=TEXT_LEN + 1)
-    assert len(loads) == 4
-    assert len(list((tmp_path / "cache").iterdir())) == 4 + 3 + 3
-
-
-def test_another_encoder_or_tokenizer_misses_the_cache(
-    folder: Path, state: State, tmp_path: Path, loads: list[Path]
-) -> None:
-    make_tokenizer(WORDS[::-1]).save(str(tmp_path / "other.json"))
-    save_file(state, tmp_path / "a.safetensors")
-    changed = state | {"encoder.block.1.layer.0.SelfAttention.q.weight": state["shared.weight"][:48].clone()}
-    save_file(changed, tmp_path / "b.safetensors")
-    contexts = [
-        load_text_encoder(path, tokenizer, text_len=TEXT_LEN, cache_dir=tmp_path / "cache").encode(["a red circle"])
-        for path, tokenizer in (
-            (tmp_path / "a.safetensors", folder),
-            (tmp_path / "b.safetensors", folder),
-            (tmp_path / "a.safetensors", tmp_path / "other.json"),
-        )
-    ]
-    assert len(loads) == 3
-    assert not torch.equal(contexts[0], contexts[1]) and not torch.equal(contexts[0], contexts[2])
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "width", "dtype", "name", "length", "axes"])
-def test_a_damaged_cache_file_is_written_anew(damage: str, folder: Path, tmp_path: Path, loads: list[Path]) -> None:
-    def encode() -> Tensor:
-        return load_text_encoder(folder, text_len=TEXT_LEN, cache_dir=tmp_path).encode(["a red circle"])
-
-    first = encode()
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    tensor = load_file(path)["context"]
-    if damage in ("cut", "text"):
-        path.write_bytes(whole[:-3] if damage == "cut" else b"no weights at all" * 9)
-    else:
-        wrong = {
-            "width": {"context": tensor[:, :3].clone()},
-            "dtype": {"context": tensor.half()},
-            "name": {"prompt": tensor},
-            "length": {"context": torch.zeros(TEXT_LEN + 1, 64)},
-            "axes": {"context": tensor[0].clone()},
-        }
-        save_file(wrong[damage], path)
-    assert torch.equal(encode(), first)
-    assert len(loads) == 2
-    assert path.read_bytes() == whole
-
-
-def test_release_frees_the_weights_and_encoding_loads_them_again(folder: Path, loads: list[Path]) -> None:
-    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
-    assert not loads
-    first = encoder.encode(PROMPTS)
-    encoder.encode(["a"])
-    assert len(loads) == 1
-    encoder.release()
-    assert torch.equal(encoder.encode(PROMPTS), first)
-    assert len(loads) == 2
-
-
 # ---- what is no encoder
 
 
@@ -418,16 +191,6 @@ def test_wrong_arguments(folder: Path) -> None:
     for prompts in ("a red circle", [], [1]):
         with pytest.raises(ValueError, match="give a list of at least one string"):
             encoder.encode(prompts)
-
-
-@pytest.mark.parametrize("missing", ["transformers", "tokenizers", "sentencepiece"])
-def test_missing_libraries_name_the_pip_line(
-    missing: str, spiece: bytes, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "spiece.model").write_bytes(spiece)
-    monkeypatch.setitem(sys.modules, missing, None)
-    text = error(folder, tmp_path if missing == "sentencepiece" else None, text_len=TEXT_LEN)
-    assert 'pip install "transformers>=4.50.3" "sentencepiece>=0.2"' in text
 
 
 def test_a_prompt_reaches_a_checkpoint(folder: Path, tmp_path: Path) -> None:
