@@ -1,5 +1,7 @@
 """Load AR-VDM and Load AR-VDM Demo."""
 
+from pathlib import Path
+
 from ..refiner.schedule import PRESETS
 from ..refiner.wan.checkpoint import CheckpointInfo, inspect
 from .hosts import host, io
@@ -17,6 +19,11 @@ def choose_preset(choice: str, info: CheckpointInfo) -> str:
         reason = info.preset_reason.replace("pass --preset", "choose the preset")
         raise ValueError(f"preset of {info.path.name}: {reason}; they are {', '.join(PRESETS)}")
     return info.preset
+
+
+def stamped(path: Path | None, **inputs: object) -> tuple:
+    """What ComfyUI tells two runs of a loader by: when its file was written, which another may replace, and inputs."""
+    return (path.stat().st_mtime_ns if path and path.exists() else 0, *sorted(map(str, inputs.items())))
 
 
 class LoadARVDM(io.ComfyNode):
@@ -59,6 +66,11 @@ class LoadARVDM(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The model, with its preset attached; LoRAs and patches apply as usual.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, **others: object) -> tuple:
+        """None is a link, whose node tells its file from others."""
+        return stamped(host.find_file("diffusion_models", file) if file is not None else None, file=file, **others)
 
     @classmethod
     def execute(cls, file: str, preset: str, dtype: str, weights: str) -> io.NodeOutput:

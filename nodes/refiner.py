@@ -10,7 +10,7 @@ from ..refiner.noise.file import load_refiner, other_base, save_refiner
 from ..refiner.refined import check_fit
 from ..refiner.wan.checkpoint import inspect
 from .hosts import host, io
-from .load import CATEGORY
+from .load import CATEGORY, stamped
 from .refined import FORMS, RefinerLora
 
 RefinerType = io.Custom("REFINER")
@@ -88,9 +88,8 @@ class LoadRefiner(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, **others: object) -> tuple:
-        """A file that was saved anew is another one; None is a link, whose node tells it from others."""
-        path = refiner_path(file) if file is not None else None
-        return (file, path.stat().st_mtime_ns if path and path.exists() else 0, *sorted(map(str, others.items())))
+        """None is a link, whose node tells its file from others."""
+        return stamped(refiner_path(file) if file is not None else None, file=file, **others)
 
     @classmethod
     def execute(cls, model, file: str, strength: float, form: str) -> io.NodeOutput:

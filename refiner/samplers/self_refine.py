@@ -55,7 +55,8 @@ class SelfRefine:
     def _repeated(self, rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
         """x0 after the level's repeats: a place that was certain once stays as it is, and so does a whole sample.
 
-        A sample stops by its own share, so what it becomes does not depend on the others in the batch.
+        A sample stops by its own share, so what it becomes does not depend on the others in the batch; the pending keys
+        that a refiner reads are always those of the last repeat of the batch.
         """
         certain = torch.zeros_like(x0[:, :1], dtype=torch.bool)
         repeats = self.repeats.get(level.step, 0)

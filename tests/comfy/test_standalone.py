@@ -1,6 +1,7 @@
 """Workflows without ComfyUI: what they make, and what wrong ones are told."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from standalone_runs import execute, refusal
 from autorefiner.nodes import decode, workflow
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
+from autorefiner.nodes.load import LoadARVDM
 from autorefiner.nodes.refiner import LoadRefiner
 from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.demo import bundle
@@ -334,6 +336,19 @@ def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
             assert told is True, f"{kind.__name__}: {told}"
     one, other = (LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto") for by in (1.0, 0.5))
     assert one == LoadRefiner.fingerprint_inputs(file=None, model=None, strength=1.0, form="auto") != other
+
+
+def test_a_model_that_took_the_place_of_another_is_read_again(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"one")
+    monkeypatch.setattr(standalone, "find_file", lambda folder, name: path)
+    inputs = {"file": "model.pt", "preset": "auto", "dtype": "auto", "weights": "auto"}
+    first = LoadARVDM.fingerprint_inputs(**inputs)
+    assert LoadARVDM.fingerprint_inputs(**inputs) == first
+    assert LoadARVDM.fingerprint_inputs(**inputs | {"weights": "raw"}) != first
+    os.utime(path, (1, 1))
+    assert LoadARVDM.fingerprint_inputs(**inputs) != first
+    assert LoadARVDM.fingerprint_inputs(**inputs | {"file": None}) != first
 
 
 def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
