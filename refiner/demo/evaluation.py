@@ -112,10 +112,9 @@ def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
 
 
 def told_models(folder: Path) -> str:
-    """The recipes and steps that the bundle's files tell."""
-    return ", ".join(
-        f"{name} {told_of(name, folder).get('steps', '?')} steps" for name in ("vae", "teacher", "student")
-    )
+    """The recipes and steps that the bundle's files tell: each its last one's."""
+    told = {name: told_of(name, folder) for name in ("vae", "teacher", "student")}
+    return ", ".join(f"{one.get('recipe', name)} {one.get('steps', '?')} steps" for name, one in told.items())
 
 
 def told_totals(folder: Path) -> list[str]:

@@ -30,7 +30,7 @@ class TeacherOptions:
     """Of the recipe."""
 
     width: int = 128
-    steps: int = 10000
+    steps: int = 17000
     batch: int = 16  # whole clips; twice as many short ones
     short_share: float = 0.45  # of the steps, on the clips' beginnings, for half the work
     short_frames: int = 9

@@ -108,7 +108,7 @@ def training_pixels(options: VaeOptions, index: int) -> Tensor:
 class DecoderOptions:
     """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp."""
 
-    steps: int = 2000
+    steps: int = 2500
     batch: int = 2
     frames: int = 33
     learning_rate: float = 2e-3
