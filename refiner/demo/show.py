@@ -20,6 +20,7 @@ from .metrics.table import summarise
 FRAMES_PER_ROW = 8
 ENLARGED = 4  # a pixel of the sprite world to this many, squared
 SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
+MARKS = {"base": ("grey", (128, 128, 128)), "refined": ("blue", (30, 100, 230)), "rewarded": ("orange", (240, 140, 20))}
 SCORES = ("object", "colour", "action", "quality", "total")
 
 
@@ -42,7 +43,8 @@ def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str
     """Write a video of each of the first held-out captions and one sheet of all; yields lines to print.
 
     Each video has the base on the left and to its right what the bundle's refiners make of the same noise: refined by
-    the one that was trained by distribution matching, rewarded by the other. The sheet has them below each other.
+    the one that was trained by distribution matching, rewarded by the other. The sheet has them below each other, each
+    row with a mark of its kind's colour.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
@@ -62,9 +64,10 @@ def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str
         yield f"{path}: {caption.text}"
     yield from told_scores(made, captions)
     frames = [frame for clips in zip(*made.values(), strict=True) for clip in clips for frame in eight(clip)]
-    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW)
-    order = " then ".join(made)
-    yield f"look at {out / 'sprites.png'}: a row of {FRAMES_PER_ROW} frames for each clip, {order} for each prompt"
+    marks = [MARKS[name][1] for name in made]
+    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW, marks=marks)
+    legend = ", ".join(f"{name} ({MARKS[name][0]})" for name in made)
+    yield f"look at {out / 'sprites.png'}: a row of {FRAMES_PER_ROW} frames for each clip, {legend} for each prompt"
 
 
 def eight(clip: ndarray) -> ndarray:

@@ -85,3 +85,4 @@ def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys)
     assert (tmp_path / "sprites.png").exists()
     told = capsys.readouterr().out
     assert held_out(1)[0].text in told and "base: " in told
+    assert "base (grey), refined (blue), rewarded (orange) for each prompt" in told
