@@ -12,7 +12,7 @@ from ..refiner.rollout import Sampler
 from ..refiner.sample import RunPlan
 from ..refiner.samplers import SAMPLERS, SEARCHES, SearchOverPath
 from ..refiner.samplers.search import check_reads
-from ..refiner.training.rewards.decode import CONTEXT
+from ..refiner.training.rewards.reward import Mixture
 from ..refiner.training.rewards.verifier import RewardVerifier
 from ..refiner.wan.vae import WanVAE
 from .hosts import host, io
@@ -43,12 +43,15 @@ class RewardSearch:
         return f"{self.method} of {self.candidates} candidates by {names}"
 
     def nbytes(self, plan: RunPlan) -> int:
-        """Of the rewards' models, a VAE of its own, and what the VAE takes to decode a candidate of every sample."""
-        dim, frames = host.vae_width(self.vae), max(CONTEXT, plan.preset.chunk)
-        decode = WanVAE.decode_bytes(dim, 8 * plan.height, 8 * plan.width, frames, torch.float32)
+        """Of the rewards' models, a VAE of its own, and of every sample: what the VAE takes to decode a candidate, its
+        state behind the chunks that were chosen, and the frames that the rewards look back at."""
+        dim, height, width, chunk = host.vae_width(self.vae), 8 * plan.height, 8 * plan.width, plan.preset.chunk
+        frames = Mixture(self.rewards.parts).reach + 4 * chunk
+        sample = WanVAE.decode_bytes(dim, height, width, chunk, torch.float32)
+        sample += WanVAE.state_bytes(dim, height, width, torch.float32) + 12 * frames * height * width
         with torch.device("meta"):
             weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
-        return self.rewards.nbytes + weights + plan.batch * decode
+        return self.rewards.nbytes + weights + plan.batch * sample
 
     @contextmanager
     def sampler(self, batch: int, device: torch.device) -> Iterator[Sampler]:

@@ -1,6 +1,7 @@
 """Rewards: which frames they see, what is refused, and that a search can choose by them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,25 @@ def test_only_the_latents_of_the_frames_have_a_gradient(vae, latents) -> None:
     assert latents.grad.abs().sum(dim=(0, 1, 3, 4)).nonzero().flatten().tolist() == [2, 5]
 
 
+def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) -> None:
+    rewards = Mixture(((Brightness(frames=FrameDraw(3, 5)), 1.0), (Brightness("single", frames=FrameDraw(2)), 0.5)))
+    preset = replace(PRESETS["self-forcing"], chunk=2)
+    whole = ((vae.decode(latents) + 1) / 2).clamp(0, 1).transpose(1, 2)
+    judge, held = RewardVerifier(rewards, vae, PROMPTS).begin(), []
+    for chunk in plan_chunks(preset, 6)[1]:
+        until, total = chunk.start + chunk.length, 4 * (chunk.start + chunk.length) - 3
+        drawn = rewards.newest(total, 4 * chunk.length - 3 * (chunk.start == 0))
+        numbers = sorted(set().union(*drawn))
+        part = latents[:, :, chunk.start : until]
+        assert not torch.allclose(judge.score(-part, chunk), judge.score(part, chunk))
+        wanted = rewards(whole[:, numbers], numbers, drawn, PROMPTS)[0]
+        assert torch.allclose(judge.score(part, chunk), wanted, atol=1e-6)
+        judge.keep(part, chunk)
+        held.append(judge.frames.shape[1])
+    assert drawn[0] == (10, 15, 20)  # over the chunk's beginning, which is frame 13
+    assert held == [5, 10, 10]
+
+
 @pytest.mark.parametrize("method", [BestOfN, SearchOverPath])
 def test_a_search_raises_the_reward_that_it_chooses_by(vae, method) -> None:
     network, plan = tiny_network(), RunPlan(PRESETS["self-forcing"], 4, 4, 4, batch=2)
@@ -114,7 +134,7 @@ def test_a_search_raises_the_reward_that_it_chooses_by(vae, method) -> None:
 
     def reward(**how) -> Tensor:
         latents = next(iter(sample(network, context, plan, seed=3, **how)))
-        return verifier(latents, plan_chunks(plan.preset, 3)[1][0])
+        return verifier.begin().score(latents, plan_chunks(plan.preset, 3)[1][0])
 
     assert (reward(method=method(verifier, 3)) >= reward()).all()
     assert set(seen) == {(5, 8)}  # of the first chunk's 9 frames

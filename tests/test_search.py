@@ -1,5 +1,8 @@
 """Search and self-refinement: the base where they change nothing, the better one where they choose."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
-from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.schedule import PRESETS, Chunk, plan_chunks
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
 
@@ -28,12 +31,27 @@ def run(network: CausalWan, **options) -> Tensor:
     return torch.cat(list(sample(network, CONTEXT, PLAN, seed=3, **options)), dim=2)
 
 
-def indifferent(x0: Tensor, chunk) -> Tensor:
-    return torch.zeros(len(x0))
+@dataclass(frozen=True)
+class Scored:
+    """A verifier by a function of the latents, of which nothing stays."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def begin(self) -> "Scored":
+        return self
+
+    def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
+        return self.function(x0)
+
+    def keep(self, x0: Tensor, chunk: Chunk) -> None:
+        pass
 
 
-def brightness(x0: Tensor, chunk) -> Tensor:
+def mean(x0: Tensor) -> Tensor:
     return x0.mean(dim=(1, 2, 3, 4))
+
+
+indifferent, brightness = Scored(lambda x0: torch.zeros(len(x0))), Scored(mean)
 
 
 def counted(network: CausalWan) -> list[float]:
@@ -96,9 +114,9 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     def first_chunk(method=None) -> Tensor:
         return next(iter(sample(network, CONTEXT, plan, seed=3, **({"method": method} if method else {}))))
 
-    best = brightness(first_chunk(kind(brightness, 4)), None)
-    worst = brightness(first_chunk(kind(lambda x0, chunk: -brightness(x0, chunk), 4)), None)
-    base = brightness(first_chunk(), None)
+    best = mean(first_chunk(kind(brightness, 4)))
+    worst = mean(first_chunk(kind(Scored(lambda x0: -mean(x0)), 4)))
+    base = mean(first_chunk())
     assert (best >= base).all()
     assert (worst <= base).all()
     assert (best > worst).all()

@@ -21,6 +21,7 @@ from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..rollout import Sampler
 from ..samplers import SEARCHES, self_forcing
+from ..samplers.search import Judge, Verifier
 from ..schedule import Chunk, plan_chunks
 from ..train import train_refiner
 from ..train_config import RewardConfig, TrainConfig
@@ -191,13 +192,34 @@ class Bench:
             return self_forcing
         if self.rewards is None:
             raise ValueError(f"{row.name} needs a reward model to choose by")
-        verifier = RewardVerifier(self.rewards, self.demo.vae, texts)
+        verifier = CountedVerifier(RewardVerifier(self.rewards, self.demo.vae, texts), cost)
+        return SEARCHES[row.search](verifier, self.candidates)
 
-        def verify(latents: Tensor, chunk: Chunk) -> Tensor:
-            cost.verifications += len(latents)
-            return verifier(latents, chunk)
 
-        return SEARCHES[row.search](verify, self.candidates)
+@dataclass(frozen=True, slots=True)
+class CountedVerifier:
+    """A verifier whose scores are counted, one a sample of the batch."""
+
+    verifier: Verifier
+    cost: Cost
+
+    def begin(self) -> "CountedJudge":
+        return CountedJudge(self.verifier.begin(), self.cost)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedJudge:
+    """Its judge."""
+
+    judge: Judge
+    cost: Cost
+
+    def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
+        self.cost.verifications += len(x0)
+        return self.judge.score(x0, chunk)
+
+    def keep(self, x0: Tensor, chunk: Chunk) -> None:
+        self.judge.keep(x0, chunk)
 
 
 def counted(network: CausalWan, cost: Cost) -> CausalWan:

@@ -1,11 +1,8 @@
-"""Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2).
+"""Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2)."""
 
-A verifier scores latents [B, C, F, h, w] of the run so far, of which the last chunk is the candidate, one number a
-sample [B], higher is better. It may decode them; `VerifierCalls` in the results tables counts how often.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +11,25 @@ from ..memory.reflect import ReflectiveCache
 from ..rollout import Rollout
 from ..schedule import Chunk
 
-Verifier = Callable[[Tensor, Chunk], Tensor]
+
+class Judge(Protocol):
+    """Follows one run and scores the candidates for its next chunk; it may decode them."""
+
+    def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
+        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind what was kept so far."""
+        ...
+
+    def keep(self, x0: Tensor, chunk: Chunk) -> None:
+        """These latents [B, C, F, h, w] are the chunk that was chosen: what comes next goes on from them."""
+        ...
+
+
+class Verifier(Protocol):
+    """What a search chooses by."""
+
+    def begin(self) -> Judge:
+        """A judge for a run from its first chunk on."""
+        ...
 
 
 def check_candidates(candidates: int) -> None:
@@ -32,9 +47,9 @@ def check_reads(cache: ReflectiveCache) -> None:
         )
 
 
-def verified(verifier: Verifier, past: Sequence[Tensor], made: Sequence[Tensor], chunk: Chunk) -> Tensor:
-    """Scores [candidates, B] of candidates for a chunk, each behind the chunks that were chosen before it."""
-    return torch.stack([verifier(torch.cat((*past, one), dim=2), chunk) for one in made])
+def scores(judge: Judge, made: Sequence[Tensor], chunk: Chunk) -> Tensor:
+    """Scores [candidates, B] of candidates for a chunk."""
+    return torch.stack([judge.score(one, chunk) for one in made])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +64,11 @@ class BestOfN:
 
     def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
-        past: list[Tensor] = []
+        judge = self.verifier.begin()
         for chunk in rollout.chunks:
             made = [self._chunk(fork, chunk) for fork in rollout.fork(self.candidates)]
-            x0 = rollout.select(made, verified(self.verifier, past, made, chunk))
-            past.append(x0)
+            x0 = rollout.select(made, scores(judge, made, chunk))
+            judge.keep(x0, chunk)
             rollout.commit(x0, chunk)
             yield x0
 
@@ -83,7 +98,7 @@ class SearchOverPath:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
         if rollout.refiner is not None:
             check_reads(rollout.refiner.cache)
-        past: list[Tensor] = []
+        judge = self.verifier.begin()
         for chunk in rollout.chunks:
             forks, x0 = rollout.fork(self.candidates), None  # anew, as an event may have changed the prompt
             for level in chunk.levels:
@@ -91,7 +106,7 @@ class SearchOverPath:
                 for fork in forks:
                     x = fork.draw(chunk, level) if x0 is None else fork.renoise(x0, level, chunk)
                     made.append(fork.predict(x, level, chunk))
-                x0 = rollout.select(made, verified(self.verifier, past, made, chunk))
-            past.append(x0)
+                x0 = rollout.select(made, scores(judge, made, chunk))
+            judge.keep(x0, chunk)
             rollout.commit(x0, chunk)
             yield x0

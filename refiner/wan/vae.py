@@ -362,16 +362,21 @@ class WanVAE(nn.Module):
             )
 
     @staticmethod
-    def decode_bytes(dim: int, height: int, width: int, frames: int, dtype: torch.dtype) -> int:
+    def state_bytes(dim: int, height: int, width: int, dtype: torch.dtype) -> int:
+        """What a DecoderState of height x width pixels holds."""
+        # Two frames before each 3-tap convolution, at 1/8, 1/4, 1/2 and full resolution.
+        values = 2 * height * width * ((16 + 44 * dim) / 64 + 26 * dim / 16 + 12 * dim / 4 + 7 * dim)
+        return math.ceil(values * dtype.itemsize)
+
+    @classmethod
+    def decode_bytes(cls, dim: int, height: int, width: int, frames: int, dtype: torch.dtype) -> int:
         """About the most that decoding `frames` latents of height x width pixels holds: weights, state, activations."""
         with torch.device("meta"):
             weights = sum(parameter.numel() for parameter in WanVAE(dim).decoder.parameters())
         area = height * width
-        # Two frames before each 3-tap convolution, at 1/8, 1/4, 1/2 and full resolution.
-        state = 2 * area * ((16 + 44 * dim) / 64 + 26 * dim / 16 + 12 * dim / 4 + 7 * dim)
         at_once = min(frames, max(1, PIXELS_AT_ONCE // (4 * area)))
         activations = 10 * dim * area * (4 * at_once + 2)  # of the last stage, as measured on the CPU
-        return math.ceil((weights + state + activations) * dtype.itemsize)
+        return (weights + activations) * dtype.itemsize + cls.state_bytes(dim, height, width, dtype)
 
 
 def _lengths(total: int, step: int) -> list[int]:

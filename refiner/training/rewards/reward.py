@@ -33,6 +33,11 @@ class FrameDraw:
                 " (single frames) or more"
             )
 
+    @property
+    def reach(self) -> int:
+        """How many frames before the last one it may look back."""
+        return self.interval * (self.count - 1)
+
     def draw(self, rng: np.random.Generator, total: int) -> tuple[int, ...]:
         """Frames for one training step, rising, of a video of `total`."""
         if not self.interval:
@@ -99,6 +104,11 @@ class Mixture:
         """Of the sum."""
         ends = torch.tensor([reward.range for reward, _ in self.parts]) * torch.tensor([[w] for _, w in self.parts])
         return ends.amin(1).sum().item(), ends.amax(1).sum().item()
+
+    @property
+    def reach(self) -> int:
+        """How many frames before a video's last one a search's rewards look back at."""
+        return max(reward.frames.reach for reward, _ in self.parts)
 
     def draw(self, rng: np.random.Generator, total: int) -> list[tuple[int, ...]]:
         """Frames of a video of `total` for each reward."""
