@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy import ndarray
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..generate import SPRITES
@@ -55,8 +56,19 @@ class Row:
         """Of its factors; rows that train the same with the same models share them, compiled or not."""
         digest = hashlib.sha256(repr(replace(self.training, compiled=False)).encode())
         for name in ("student", "text", *AIMED_BY[self.training.objective]):
-            digest.update((WEIGHTS / FILES[name]).read_bytes())
+            digest.update(weights_of(WEIGHTS / FILES[name]))
         return f"{digest.hexdigest()[:16]}.safetensors"
+
+
+def weights_of(path: Path) -> bytes:
+    """A digest of a model file's tensors, whatever else its header says, and in whatever order."""
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 
 @dataclass(slots=True)
@@ -145,7 +157,7 @@ class Bench:
         digest = hashlib.sha256()
         names = ("student", "vae", "text", "reward") if row.search else ("student", "vae", "text")
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
-            digest.update(path.read_bytes() if path else b"")
+            digest.update(weights_of(path) if path else b"")
         told = repr((row.levels, row.search, len(self.captions), self.seeds, self.frames, self.candidates))
         digest.update(told.encode())
         return digest.hexdigest()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import rows
@@ -66,10 +67,12 @@ def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
 def test_factors_are_those_of_the_models_that_they_were_trained_with(tmp_path, monkeypatch, changed, again) -> None:
     monkeypatch.setattr(rows, "WEIGHTS", tmp_path)
     for name in FILES.values():
-        (tmp_path / name).write_bytes(b"one")
+        save_file({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / name, {"step": "1"})
     trained = {number: KINDS[number].rows(TablesOptions())[-1] for number in (1, 2)}
     before = {number: row.file() for number, row in trained.items()}
-    (tmp_path / FILES[changed]).write_bytes(b"other")
+    save_file({"b": torch.ones(3), "a": torch.zeros(2)}, tmp_path / FILES[changed], {"scores": "2", "step": "1"})
+    assert {number: row.file() for number, row in trained.items()} == before
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / FILES[changed])
     assert {number for number, row in trained.items() if row.file() != before[number]} == again
 
 
