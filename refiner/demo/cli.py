@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
-from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model
+from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model, told_of
 from .evaluation import EvaluateOptions, evaluate, write_section
 from .recipes.data import Clips, encode_shards
 from .recipes.reward import RewardOptions, RewardStage
@@ -21,6 +21,7 @@ from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TablesOptions, make_tables
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student", "reward")
+GOES_ON = {"decoder": "vae", "student": "student"}  # recipes of the second half of a model's training
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or killed at any time; the
 same command goes on with it. Each stage writes state.pt, log.jsonl, loss.png and sample sheets into RUN/STAGE, and its
@@ -126,6 +127,8 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     print(f"{name}: {steps} steps on {device} in {run / name}")
     train(stage, LoopOptions(run / name, steps, args.save_every, args.show_every))
     told = {"recipe": name, "steps": steps, "commit": own_commit(), **figures_of(run / name)}
+    if name in GOES_ON:
+        told["before"] = earlier_recipes(run, GOES_ON[name], name)
     if name in ("vae", "decoder"):
         vae = stage.finished()
         save_model(run, "vae", vae, None, told | {"preview": preview_map(vae)})
@@ -138,6 +141,15 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     else:  # the causal initialisation is what the student starts from, and is replaced by it
         model = stage.generator.average if name == "student" else stage.learner.average
         save_model(run, "student", model, stage.network.config, told | {"preset": "self-forcing"})
+
+
+def earlier_recipes(run: Path, model: str, recipe: str) -> list[dict]:
+    """Recipes and steps that a model in the run's folder was trained by before this recipe."""
+    told = told_of(model, run)
+    before = told.get("before", [])
+    if told.get("recipe") in (None, recipe):  # the recipe's own end, come to once more
+        return before
+    return [*before, {key: told[key] for key in ("recipe", "steps")}]
 
 
 def own_commit() -> str:

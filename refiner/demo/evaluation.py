@@ -112,9 +112,13 @@ def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
 
 
 def told_models(folder: Path) -> str:
-    """The recipes and steps that the bundle's files tell: each its last one's."""
+    """The recipes and steps that the bundle's files tell."""
     told = {name: told_of(name, folder) for name in ("vae", "teacher", "student")}
-    return ", ".join(f"{one.get('recipe', name)} {one.get('steps', '?')} steps" for name, one in told.items())
+    return ", ".join(
+        " and ".join(f"{one.get('recipe', name)} {one.get('steps', '?')}" for one in (*last.get("before", []), last))
+        + " steps"
+        for name, last in told.items()
+    )
 
 
 def told_totals(folder: Path) -> list[str]:

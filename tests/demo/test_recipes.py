@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae, told_of
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words
-from autorefiner.refiner.demo.evaluation import told_totals
+from autorefiner.refiner.demo.evaluation import told_models, told_totals
 from autorefiner.refiner.demo.recipes.data import Clips
 from autorefiner.refiner.demo.recipes.text import QUESTIONS, TextOptions, TextStage, answers
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
@@ -60,9 +60,10 @@ def test_the_finished_models_load_and_say_what_they_are(run) -> None:
     assert json.loads(inspect(run / "sprites_vae.safetensors").metadata["autorefiner"])["steps"] == 2
 
 
-def test_a_model_tells_how_its_total_rose(run) -> None:
+def test_a_model_tells_its_recipes_and_how_its_total_rose(run) -> None:
     last = json.loads((run / "student" / "log.jsonl").read_text().splitlines()[-1])
     assert told_of("student", run)["totals"] == {"2": round(last["total"], 1)}
+    assert told_models(run) == "vae 2 and decoder 2 steps, teacher 2 steps, init 2 and student 2 steps"
     assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
     assert "totals" not in told_of("vae", run)
     assert len(told_of("vae", run)["preview"]) == 17
