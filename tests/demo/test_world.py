@@ -9,6 +9,7 @@ import torch
 from autorefiner.refiner.demo.captions import SHAPE_WORDS, vocabulary, words
 from autorefiner.refiner.demo.motion import RATES, WALL
 from autorefiner.refiner.demo.palette import OBJECT_COLOURS
+from autorefiner.refiner.demo.recipes.text import TextOptions
 from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
 from autorefiner.refiner.demo.scene import Scene
 from autorefiner.refiner.demo.shapes import SHAPES
@@ -102,7 +103,7 @@ def test_held_out_pairs_are_in_composition_only(scenes):
 def test_captions_use_the_whole_vocabulary_and_nothing_else(scenes):
     used = {word for scene in scenes for word in words(scene.caption.text)}
     assert used == set(vocabulary())
-    assert max(len(words(scene.caption.text)) for scene in scenes) <= 40
+    assert max(len(words(scene.caption.text)) for scene in scenes) <= TextOptions().text_len
 
 
 def test_a_caption_states_what_is_there_in_its_words(scenes):
