@@ -74,7 +74,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--reward-steps", type=int, help=about)
     command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 50)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
-    about = "time the rows of Table 2 anew, each on a batch of clips, where the machine was busy before"
+    about = "time the rows of Table 2 anew, in three rounds of a batch each, where the machine was busy before"
     command.add_argument("--time", action="store_true", help=about)
     command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")

@@ -40,7 +40,7 @@ from .metrics.diversity import spreads
 from .metrics.evaluate import ClipScores
 
 AIMED_BY = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # what an objective looks at the student's clips with
-TIMED_SECONDS = 15
+TIMED = 3  # rounds
 Search = Literal["", "best-of-n", "search-over-path"]
 
 
@@ -132,19 +132,22 @@ class Bench:
         found.write(path, key)
         return found
 
-    def time_again(self, row: Row, device: torch.device) -> None:
-        """Put the seconds of a row's clips in the place of those it was measured with: as a batch takes now, the median
-        of as many as fill some seconds."""
-        found, factors = self.outcome(row, device), self._factors(row, device)
-        models = self._models(row, factors)
-        seconds, frames = [], 0
-        while sum(seconds) < TIMED_SECONDS:
-            cost = Cost()
-            made = self._clips(row, *models, self.captions[:BATCH], 0, Cost())
-            frames = sum(map(len, timed(made, cost)))
-            seconds.append(cost.seconds)
-        cost = replace(found.cost, seconds=float(np.median(seconds)) * found.frames / frames)
-        replace(found, cost=cost).write(self._path(row), self._key(row, factors))
+    def time_again(self, rows: Sequence[Row], device: torch.device) -> None:
+        """Put the seconds of the rows' clips in the place of those they were measured with: as a batch takes now, the
+        median of TIMED rounds in which each row makes one, so that a machine's slow minutes are everyone's."""
+        seconds: dict[str, list[float]] = {row.name: [] for row in rows}
+        for _ in range(TIMED):
+            for row in rows:
+                cost = Cost()
+                made = self._clips(
+                    row, *self._models(row, self._factors(row, device)), self.captions[:BATCH], 0, Cost()
+                )
+                frames = sum(map(len, timed(made, cost)))
+                seconds[row.name].append(cost.seconds / frames)
+        for row in rows:
+            found = self.outcome(row, device)
+            cost = replace(found.cost, seconds=float(np.median(seconds[row.name])) * found.frames)
+            replace(found, cost=cost).write(self._path(row), self._key(row, self._factors(row, device)))
 
     def _path(self, row: Row) -> Path:
         return self.run / f"{_plain(row.name)}.json"
