@@ -1,8 +1,5 @@
 """Search and self-refinement: the base where they change nothing, the better one where they choose."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +13,12 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
-from autorefiner.refiner.schedule import PRESETS, Chunk, plan_chunks
+from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
 
 from tiny import TINY, tiny_network
+from tiny_reward import Scored, indifferent
 
 PRESET = PRESETS["self-forcing"]
 PLAN = RunPlan(PRESET, 7, 4, 4, batch=2)
@@ -31,27 +29,11 @@ def run(network: CausalWan, **options) -> Tensor:
     return torch.cat(list(sample(network, CONTEXT, PLAN, seed=3, **options)), dim=2)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A verifier by a function of the latents, of which nothing stays."""
-
-    function: Callable[[Tensor], Tensor]
-
-    def begin(self) -> "Scored":
-        return self
-
-    def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
-        return self.function(x0)
-
-    def keep(self, x0: Tensor, chunk: Chunk) -> None:
-        pass
-
-
 def mean(x0: Tensor) -> Tensor:
     return x0.mean(dim=(1, 2, 3, 4))
 
 
-indifferent, brightness = Scored(lambda x0: torch.zeros(len(x0))), Scored(mean)
+brightness = Scored(mean)
 
 
 def counted(network: CausalWan) -> list[float]:

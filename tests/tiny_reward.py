@@ -1,13 +1,14 @@
-"""A reward that needs no model, a tiny CLIP for those that do, and a tiny VAE to see by, for tests."""
+"""A reward and a verifier that need no model, a tiny CLIP for those that do, and a tiny VAE to see by, for tests."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autorefiner.refiner.schedule import Chunk
 from autorefiner.refiner.training.rewards.reward import FrameDraw
 from autorefiner.refiner.wan.vae import WanVAE
 
@@ -28,6 +29,25 @@ class Brightness:
     def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
         assert frames.shape[1] == len(numbers)
         return self.scale * frames.float().mean(dim=(1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A verifier by a function of the latents, of which nothing stays."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def begin(self) -> "Scored":
+        return self
+
+    def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
+        return self.function(x0)
+
+    def keep(self, x0: Tensor, chunk: Chunk) -> None:
+        pass
+
+
+indifferent = Scored(lambda x0: torch.zeros(len(x0)))
 
 
 def tiny_vae() -> WanVAE:

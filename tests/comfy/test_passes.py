@@ -14,6 +14,7 @@ from autorefiner.refiner.samplers import SAMPLERS, SEARCHES, SelfRefine
 from autorefiner.refiner.schedule import PRESETS
 
 from tiny import tiny_network
+from tiny_reward import indifferent
 
 CPU = torch.device("cpu")
 FRAMES = 7  # latent ones, in chunks of 3, 3 and 1
@@ -38,8 +39,7 @@ def counted(method: str, made: Callable | None = None) -> tuple[Passes, list[tup
 
 @pytest.mark.parametrize("method", [*SAMPLERS, *SEARCHES])
 def test_every_prediction_is_one_of_the_total(method: str) -> None:
-    first = lambda latents, chunk: torch.zeros(1)  # noqa: E731, of equal candidates
-    passes, told = counted(method, SEARCHES[method](first, 3) if method in SEARCHES else None)
+    passes, told = counted(method, SEARCHES[method](indifferent, 3) if method in SEARCHES else None)
     each = {"self-refine": 7, "best-of-n": 12, "search-over-path": 12}.get(method, 4)
     assert passes.total == 3 * each
     assert told == [(each * chunk + made, made, each) for chunk in range(3) for made in range(1, each + 1)]
