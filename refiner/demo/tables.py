@@ -151,7 +151,7 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
     rows = {row.name: row for table in chosen for row in table.rows(options)}
     outcomes = {name: bench.outcome(row, device) for name, row in rows.items()}
     if time_again:
-        timed = reward_rows(options)
+        timed = [row for row in reward_rows(options) if row.name in rows]
         bench.time_again(timed, device)
         outcomes |= {row.name: bench.outcome(row, device) for row in timed}
     training, rewarded = options.training, options.rewarded
