@@ -44,11 +44,11 @@ class RewardSearch:
 
     def nbytes(self, plan: RunPlan) -> int:
         """Of the rewards' models, a VAE of its own, and of every sample: what the VAE takes to decode a candidate, its
-        state behind the chunks that were chosen, and the frames that the rewards look back at."""
+        state behind the chunks that were chosen, and the frames that the rewards see, twice while they are joined."""
         dim, height, width, chunk = host.vae_width(self.vae), 8 * plan.height, 8 * plan.width, plan.preset.chunk
         frames = Mixture(self.rewards.parts).reach + 4 * chunk
         sample = WanVAE.decode_bytes(dim, height, width, chunk, torch.float32)
-        sample += WanVAE.state_bytes(dim, height, width, torch.float32) + 12 * frames * height * width
+        sample += WanVAE.state_bytes(dim, height, width, torch.float32) + 2 * 12 * frames * height * width
         with torch.device("meta"):
             weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
         return self.rewards.nbytes + weights + plan.batch * sample

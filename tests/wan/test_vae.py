@@ -147,6 +147,7 @@ def test_the_estimate_covers_the_state(vae, latents) -> None:
     state = DecoderState()
     with torch.no_grad():
         vae.decode(latents, state)
+    assert state.nbytes == WanVAE.state_bytes(4, 16, 32, torch.float32)
     assert state.nbytes < WanVAE.decode_bytes(4, 16, 32, 5, torch.float32) < 1e9
 
 
