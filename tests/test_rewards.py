@@ -113,10 +113,21 @@ def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) 
         assert not torch.allclose(judge.score(-part, chunk), judge.score(part, chunk))
         wanted = rewards(whole[:, numbers], numbers, drawn, PROMPTS)[0]
         assert torch.allclose(judge.score(part, chunk), wanted, atol=1e-6)
+        held.append(0 if judge.frames is None else judge.frames.shape[1])
         judge.keep(part, chunk)
-        held.append(judge.frames.shape[1])
     assert drawn[0] == (10, 15, 20)  # over the chunk's beginning, which is frame 13
-    assert held == [5, 10, 10]
+    assert held == [0, 5, 10]
+
+
+def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_follows(vae, monkeypatch) -> None:
+    decoded = []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda x, state: decoded.append(x.shape[2]) or decode(x, state))
+    context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+    plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
+    verifier = RewardVerifier(Mixture(((Brightness(), 1.0),)), vae, PROMPTS)
+    list(sample(tiny_network(), context, plan, method=BestOfN(verifier, 3)))
+    assert decoded == [3] * (3 + 1 + 3)
 
 
 @pytest.mark.parametrize("method", [BestOfN, SearchOverPath])

@@ -134,16 +134,15 @@ class Bench:
 
     def time_again(self, rows: Sequence[Row], device: torch.device) -> None:
         """Put the seconds of the rows' clips in the place of those they were measured with: as a batch takes now, the
-        median of TIMED rounds in which each row makes one, so that a machine's slow minutes are everyone's."""
+        median of TIMED rounds in which each row makes one, so that a machine's slow minutes are everyone's. Searches
+        have rounds of their own: a batch takes them minutes, and whoever came next would be slow."""
         seconds: dict[str, list[float]] = {row.name: [] for row in rows}
-        for _ in range(TIMED):
-            for row in rows:
-                cost = Cost()
-                made = self._clips(
-                    row, *self._models(row, self._factors(row, device)), self.captions[:BATCH], 0, Cost()
-                )
-                frames = sum(map(len, timed(made, cost)))
-                seconds[row.name].append(cost.seconds / frames)
+        direct = [row for row in rows if not row.search]
+        searching = [row for row in rows if row.search]
+        for row in TIMED * direct + TIMED * searching:
+            cost, models = Cost(), self._models(row, self._factors(row, device))
+            frames = sum(map(len, timed(self._clips(row, *models, self.captions[:BATCH], 0, Cost()), cost)))
+            seconds[row.name].append(cost.seconds / frames)
         for row in rows:
             found = self.outcome(row, device)
             cost = replace(found.cost, seconds=float(np.median(seconds[row.name])) * found.frames)
