@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .muon import Muon
+
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
     """Factor on the learning rate: up over `warm` steps, then down a half cosine to `floor`."""
@@ -24,15 +26,21 @@ def warm_root(index: int, steps: int, warm: int = 100, hold: float = 0.1, cool: 
 class MuonAdamW:
     """Muon on weight matrices and convolution kernels, AdamW on all else; behaves as one optimiser.
 
-    Muon (Jordan et al. 2024; torch.optim.Muon) steps along the orthogonalised momentum. It takes matrices only, so a
+    Muon (Jordan et al. 2024) steps along the orthogonalised momentum. It takes matrices only, so a
     kernel goes in as a view [out, in * taps] of itself. `rate` is AdamW's; Muon's is `muon` times the same factor.
+    Muon's steps are all of one size, so a matrix whose output meets no norm grows under it: those whose names hold one
+    of `spared` are AdamW's, too.
     """
 
-    def __init__(self, model: nn.Module, rate: float, muon: float, betas: tuple[float, float], decay: float) -> None:
-        self.kernels = [p for p in model.parameters() if p.ndim > 1 and len(p) > 1 and p[0].numel() > 1]
+    def __init__(
+        self, model: nn.Module, rate: float, muon: float, betas: tuple[float, float], decay: float,
+        spared: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        named = [(name, p) for name, p in model.named_parameters() if not any(part in name for part in spared)]
+        self.kernels = [p for _, p in named if p.ndim > 1 and len(p) > 1 and p[0].numel() > 1]
         others = [p for p in model.parameters() if all(p is not kernel for kernel in self.kernels)]
         self.matrices = [nn.Parameter(kernel.data.flatten(1)) for kernel in self.kernels]  # of the same memory
-        self.muon = torch.optim.Muon(self.matrices, muon, weight_decay=decay)
+        self.muon = Muon(self.matrices, muon, weight_decay=decay)
         self.adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.0)
         self.rates = ((self.muon, muon), (self.adamw, rate))
 
@@ -79,18 +87,21 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 class Learner:
     """A model, its optimiser and its running average: all the state of a training that is not data.
 
-    With `muon`, its learning rate, matrices and kernels are trained by Muon; without, everything by AdamW. An `average`
-    of 0 is none: it is the model itself.
+    With `muon`, its learning rate, matrices and kernels but the `spared` ones are trained by Muon; without, everything
+    by AdamW. An `average` of 0 is none: it is the model itself.
     """
 
     def __init__(
-        self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0, muon: float = 0.0
-    ) -> None:
+        self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0, muon: float = 0.0,
+        spared: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.model = model
         self.average = frozen_copy(model) if average else model
         self.keep = average
         self.optimizer = (
-            MuonAdamW(model, learning_rate, muon, betas, decay) if muon else AdamW(model, learning_rate, betas, decay)
+            MuonAdamW(model, learning_rate, muon, betas, decay, spared)
+            if muon
+            else AdamW(model, learning_rate, betas, decay)
         )
 
     def step(self, loss: torch.Tensor, index: int, factor: float, clip: float = 1.0) -> None:
