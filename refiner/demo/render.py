@@ -11,7 +11,7 @@ from torch import Tensor
 from .captions import Caption
 from .palette import GROUND_COLOURS, OBJECT_COLOURS
 from .scene import Scene, check_size
-from .shapes import EDGE, cover
+from .shapes import EDGE, SHAPES, Cover, cover
 from .world import sample_scene
 
 
@@ -38,13 +38,17 @@ def draw_ground(top: Sequence[float], bottom: Sequence[float], split: float, siz
     return (np.asarray(top) * (1 - share) + np.asarray(bottom) * share).astype(np.float32)
 
 
-def draw(ground: ndarray, layers: Sequence[Layer], frames: int) -> ndarray:
-    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]."""
+def patches(layers: Sequence[Layer], size: int) -> list[Cover]:
+    """What each layer covers of a frame of this side."""
+    return [cover(layer.shape, layer.position, layer.radius, layer.angle, size) for layer in layers]
+
+
+def draw(ground: ndarray, layers: Sequence[Layer], frames: int, covered: Sequence[Cover] | None = None) -> ndarray:
+    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]. `covered` are their patches, where known."""
     size = len(ground)
     rows = np.round(ground).astype(np.uint8)
     video = np.ascontiguousarray(np.broadcast_to(rows[None, :, None, :], (frames, size, size, 3)))
-    for layer in layers:
-        patch = cover(layer.shape, layer.position, layer.radius, layer.angle, size)
+    for layer, patch in zip(layers, patches(layers, size) if covered is None else covered, strict=True):
         under = video[patch.index].astype(np.float32)
         colour = np.asarray(layer.colour, dtype=np.float32)
         video[patch.index] = (under + patch.alpha[..., None] * (colour - under) + 0.5).astype(np.uint8)
@@ -72,8 +76,25 @@ def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
 
 def render_at(scene: Scene, time: ndarray, size: int) -> ndarray:
     """A scene at these seconds [F]: uint8 [F, S, S, 3]."""
+    return draw(_ground(scene, size), layers(scene, time), len(time))
+
+
+def render_shapes(scene: Scene, frames: int) -> tuple[ndarray, ndarray]:
+    """The first frames of a scene at its own size, and what is seen of each shape there: uint8 [F, S, S, 3], and
+    float32 [6, F, S, S] in 0–1 in the order of SHAPES."""
+    size, drawn = scene.size, layers(scene, scene.times(frames))
+    covered = patches(drawn, size)
+    seen = np.zeros((len(SHAPES), frames, size, size), dtype=np.float32)
+    for layer, patch in zip(drawn, covered, strict=True):
+        for hidden in seen:
+            hidden[patch.index] *= 1 - patch.alpha
+        seen[list(SHAPES).index(layer.shape)][patch.index] += patch.alpha
+    return draw(_ground(scene, size), drawn, frames, covered), seen
+
+
+def _ground(scene: Scene, size: int) -> ndarray:
     top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
-    return draw(draw_ground(top, bottom, scene.ground.split, size), layers(scene, time), len(time))
+    return draw_ground(top, bottom, scene.ground.split, size)
 
 
 def to_pixels(frames: ndarray) -> Tensor:

@@ -18,97 +18,132 @@ from ...video import contact_sheet, to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels
+from ..scene import Scene
 from ..world import sample_scene
+from .legible import CELL, Reader, shown, told_shapes
+
+HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that are decoded
 
 
 @dataclass(frozen=True, slots=True)
 class VaeOptions:
-    """Of the recipe. Crops first: a quarter of the area holds the same edges and corners.
+    """Of the recipe. First the encoder alone learns latents that tell by themselves what there is (legible.py); then
+    both learn to bring the pixels through, with these losses kept.
 
-    Steps take short and long crops in turn, then whole frames: what was trained on 9 frames alone drifts over 33.
+    All on crops, short and long ones in turn: they hold the same edges and corners, and what was trained on 9 frames
+    alone drifts over 33.
     """
 
     dim: int = 8
-    steps: int = 1600
-    crop_share: float = 0.5  # of the steps, on crops; over them the noise grows to its full size
-    crop: int = 32
+    steps: int = 2500
+    reading: float = 0.5  # share of the steps, on the encoder alone
+    crop: int = 40
     crop_frames: tuple[int, int] = (9, 33)
-    batch: int = 2  # whole clips; a crop step takes about as many pixels
-    frames: int = 33
+    batch: int = 2  # crops of the longer kind; of the shorter, as many as have that many frames
     learning_rate: float = 4e-3
     muon: float = 1e-2
     # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large, so that latents a
     # little beside the truth, as a small model makes them, still decode to a picture like it.
-    noise: float = 0.5
+    noise: float = 0.3
     kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
+    covers: float = 4.0  # weights of what is read
+    which: float = 0.1
+    picture: float = 1.0
+    moved: float = 0.5  # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
     ema: float = 0.998
     seed: int = 0
 
 
 class VaeStage(LearnerStage):
-    """Training state of the VAE: model, average, optimiser."""
+    """Training state of the VAE and of what reads its latents: model, average, optimiser."""
 
     def __init__(self, options: VaeOptions, device: torch.device) -> None:
         self.options, self.device = options, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.model = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
-            start_linear(self.model)
-        self.learner = Learner(self.model.to(device), options.learning_rate, options.ema, muon=options.muon)
-        self.pixels = Ahead(partial(training_pixels, options), options.steps, helpers(device))
+            vae = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
+            start_linear(vae)
+            parts = nn.ModuleList([vae, Reader(vae.z_dim)])
+        self.learner = Learner(parts.to(device), options.learning_rate, options.ema, muon=options.muon)
+        self.model, self.reader = self.learner.model
+        self.crops = Ahead(partial(training_crops, options), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        pixels = self.pixels(index).to(self.device)
+        pixels, seen = (part.to(self.device) for part in self.crops(index))
         generator = noise_stream(self.device, options.seed, index, 1)
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
-            grown = min(1.0, index / (options.crop_share * options.steps))
-            decoded = self.model.decode(mean + options.noise * grown * noise)
-        decoded, mean = decoded.float(), mean.float()
-        error, loss = reconstruction_loss(decoded, pixels, options.edges)
-        kl = 0.5 * mean.square().mean()
-        loss = loss + options.kl * kl
+            told = self.reader(mean + options.noise * noise, pixels, seen)
+            kl = 0.5 * mean.float().square().mean()
+            loss = options.kl * kl + sum(getattr(options, name) * part for name, part in told.items())
+            logged = {name: part.item() for name, part in told.items()} | {"kl": kl.item()}
+            if index >= options.reading * options.steps:
+                error, off = self._reconstruction(mean, pixels, index)
+                loss, logged = loss + off, logged | {"dB": decibel(error)}
         self.learner.step(loss, index, warm_cosine(index, options.steps))
-        return {"loss": loss.item(), "dB": decibel(error), "kl": kl.item()}
+        return {"loss": loss.item(), **logged}
+
+    def _reconstruction(self, mean: Tensor, pixels: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Error and loss of what is decoded of noised latents, which half of the time are moved first."""
+        options, rng = self.options, stream(self.options.seed, index, 2)
+        if rng.random() < options.moved:
+            mean, pixels = moved(mean, pixels, *rng.integers(1, CELL, size=2).tolist())
+        generator = noise_stream(self.device, options.seed, index, 3)
+        noise = torch.randn(mean.shape, generator=generator, device=self.device)
+        return reconstruction_loss(self.model.decode(mean + options.noise * noise).float(), pixels, options.edges)
 
     def finished(self) -> WanVAE:
         """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
-        vae = copy.deepcopy(self.learner.average).cpu()
+        vae = copy.deepcopy(self.learner.average[0]).cpu()
         with torch.no_grad():
             vae.conv1.weight[vae.z_dim :] = 0
             vae.conv1.bias[vae.z_dim :] = 2 * math.log(self.options.noise)
         return scaled_vae(vae, *latent_statistics(vae))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        return show_vae(self.learner.average, folder, index)
+        return show_vae(self.learner.average[0], folder, index)
 
 
-def training_pixels(options: VaeOptions, index: int) -> Tensor:
-    """Pixels [B, 3, F, H, W] of a step: crops in the first part of the run, whole frames after it."""
-    crops = index < options.crop_share * options.steps
-    frames = options.crop_frames[index % 2] if crops else options.frames
-    count = options.batch
-    if crops:
-        count = max(1, 2 * options.batch * options.frames // frames)
+def moved(latents: Tensor, pixels: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
+    """Latents [B, 16, F, h, w] between their cells by so many pixels, and the pixels that they are then of: both a cell
+    smaller each way."""
+    for axis, by in ((3, down), (4, right)):
+        cells = latents.shape[axis] - 1
+        latents = torch.lerp(latents.narrow(axis, 0, cells), latents.narrow(axis, 1, cells), by / CELL)
+        pixels = pixels.narrow(axis, by, CELL * cells)
+    return latents, pixels
+
+
+def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 3, F, H, W] of a step, and what is seen of each shape [B, 6, F, H, W]."""
+    frames = options.crop_frames[index % 2]
+    count = max(1, options.batch * max(options.crop_frames) // frames)
     rng = stream(options.seed, index, 0)
-    clips = []
-    for seed in rng.integers(1 << 40, size=count):
-        clip = render(sample_scene(int(seed)), frames)
-        if crops:
-            top, left = rng.integers(0, clip.shape[1] - options.crop + 1, size=2)
-            clip = clip[:, top : top + options.crop, left : left + options.crop]
-        clips.append(to_pixels(clip))
-    return torch.stack(clips)
+    crops = [crop_of(sample_scene(int(seed)), frames, options.crop, rng) for seed in rng.integers(1 << 40, size=count)]
+    pixels, seen = zip(*crops, strict=True)
+    return torch.stack(pixels), torch.stack(seen)
+
+
+def crop_of(scene: Scene, frames: int, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], shapes [6, F, S, S]."""
+    column, row = scene.bodies[int(rng.integers(len(scene.bodies)))].path(np.zeros(1)).position[0]
+    corner = np.array((row, column)) * scene.size + (rng.uniform(-0.3, 0.3, 2) - 0.5) * side
+    top, left = np.clip(corner.round().astype(int), 0, scene.size - side).tolist()
+    pixels, seen = (part[..., top : top + side, left : left + side] for part in shown(scene, frames))
+    return pixels, seen
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp."""
+    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp, on
+    crops first."""
 
     steps: int = 2500
+    crop_share: float = 0.6  # of the steps
+    crop: int = 40
     batch: int = 2
     frames: int = 33
     learning_rate: float = 2e-3
@@ -158,8 +193,12 @@ class DecoderStage(LearnerStage):
 
 def decoder_pixels(options: DecoderOptions, index: int) -> Tensor:
     """Pixels [B, 3, F, H, W] of a step."""
-    seeds = stream(options.seed, index, 0).integers(1 << 40, size=options.batch)
-    return clip_batch(seeds.tolist(), frames=options.frames)[0]
+    rng = stream(options.seed, index, 0)
+    seeds = rng.integers(1 << 40, size=options.batch).tolist()
+    if index < options.crop_share * options.steps:
+        crops = [crop_of(sample_scene(seed), options.frames, options.crop, rng)[0] for seed in seeds]
+        return torch.stack(crops)
+    return clip_batch(seeds, frames=options.frames)[0]
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[Tensor, Tensor]:
@@ -174,18 +213,23 @@ def decibel(error: Tensor) -> float:
     return 10 * math.log10(4 / error.item())
 
 
+@torch.no_grad()
 def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
-    """PSNR on held-out clips, and truth over reconstruction of four."""
+    """PSNR and what latents tell, on held-out clips, and a sheet of truth over reconstruction of four."""
     device = vae.conv1.weight.device
-    scores, shown = [], []
-    for seed in range(8):
-        pixels = to_pixels(render(sample_scene(seed, "test"), 33))[None].to(device)
-        decoded = reconstruct(vae, pixels)
+    scores, frames, latents, seen = [], [], [], []
+    for seed in range(HELD_OUT):
+        pixels, covers = (part[None].to(device) for part in shown(sample_scene(seed, "test"), 33))
+        latents.append(vae.encode(pixels))
+        seen.append(covers)
+        if seed >= SHOWN:
+            continue
+        decoded = vae.decode(latents[-1]).clamp(-1, 1)
         scores.append(psnr(decoded, pixels))
         if seed < 4:
-            shown += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
-    contact_sheet(shown, folder / f"sheet_{index:06d}.png", columns=8)
-    return {"psnr": float(np.mean(scores))}
+            frames += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
+    contact_sheet(frames, folder / f"sheet_{index:06d}.png", columns=8)
+    return {"psnr": float(np.mean(scores)), **told_shapes(torch.cat(latents), torch.cat(seen))}
 
 
 @torch.no_grad()

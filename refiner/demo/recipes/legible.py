@@ -1,0 +1,83 @@
+"""What one latent must tell by itself, through linear maps: shapes, how much of the cell each covers, and the picture.
+
+A transformer learns at once what is the same at every place of a latent. Without this a VAE writes a shape as another
+code at every place within a cell, and words for shapes come to nothing. As VA-VAE (Yao et al. 2025) aligns latents with
+features that have a meaning; here the world itself says what there is.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..render import render_shapes, to_pixels
+from ..scene import Scene
+from ..shapes import SHAPES
+
+CELL, GROUP = 8, 4  # pixels of a latent's side, frames of a latent but the first, which has one
+FINE = 2  # side of the picture's pixels
+SEEN = 0.04  # of a cell: where a shape covers less it need not be told which it is
+
+
+def shown(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
+    """Pixels [3, F, H, W] in [-1, 1] of a scene, and what is seen of each shape [6, F, H, W]."""
+    video, seen = render_shapes(scene, frames)
+    return to_pixels(video), torch.from_numpy(seen)
+
+
+def by_latent(frames_BCFHW: Tensor, side: int, times: int = 1) -> Tensor:
+    """Means over squares of `side` and each latent's frames, whose first and second half apart if `times` is 2:
+    [B, C·times, 1 + n, H/side, W/side] of 1 + 4n frames."""
+    flat = F.avg_pool3d(frames_BCFHW, (1, side, side))
+    first, rest = flat[:, :, :1], flat[:, :, 1:].unflatten(2, (-1, times, GROUP // times)).mean(4)
+    return (
+        torch.cat((first[:, :, :, None].expand(-1, -1, -1, times, -1, -1), rest), dim=2).transpose(2, 3).flatten(1, 2)
+    )
+
+
+def picture_of(pixels_BCFHW: Tensor) -> Tensor:
+    """The picture that a latent tells, by cell: [B, 3·2·16, 1 + n, H/8, W/8]."""
+    fine = by_latent(pixels_BCFHW, FINE, times=2)
+    batch, _, latents = fine.shape[:3]
+    flat = F.pixel_unshuffle(fine.transpose(1, 2).flatten(0, 1), CELL // FINE)
+    return flat.unflatten(0, (batch, latents)).transpose(1, 2)
+
+
+class Reader(nn.Module):
+    """The linear maps; thrown away after training."""
+
+    def __init__(self, z_dim: int = 16) -> None:
+        super().__init__()
+        self.covers = nn.Conv3d(z_dim, len(SHAPES), 1)
+        self.which = nn.Conv3d(z_dim, len(SHAPES), 1)
+        self.picture = nn.Conv3d(z_dim, 3 * 2 * (CELL // FINE) ** 2, 1)
+
+    def forward(self, latents: Tensor, pixels: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Losses of latents [B, 16, 1 + n, h, w]: squared errors of the covers, summed over shapes, and of the
+        picture, and the cross-entropy of which shape there is, where there is one."""
+        covered = by_latent(seen, CELL)
+        total = covered.sum(1)
+        told = F.cross_entropy(self.which(latents), covered.argmax(1), reduction="none")
+        weight = total * (total > SEEN)
+        return {
+            "covers": F.mse_loss(self.covers(latents), covered) * len(SHAPES),
+            "which": (told * weight).sum() / weight.sum().clamp_min(1),
+            "picture": F.mse_loss(self.picture(latents), picture_of(pixels)),
+        }
+
+
+@torch.no_grad()
+def told_shapes(latents: Tensor, seen: Tensor) -> dict[str, float]:
+    """How far latents [B, 16, 1 + n, h, w] tell shapes linearly, on the even clips after a fit on the odd ones.
+
+    `linear` is the share of the covers' variance that a linear map of a latent explains, the mean over shapes.
+    """
+    covered = by_latent(seen, CELL)
+    known, wanted = (part.double().movedim(1, -1) for part in (latents, covered))
+    fit, test = (tuple(part[start::2].flatten(0, -2) for part in (known, wanted)) for start in (1, 0))
+    solved = torch.linalg.lstsq(F.pad(fit[0], (0, 1), value=1.0), fit[1]).solution
+    error = F.pad(test[0], (0, 1), value=1.0) @ solved - test[1]
+    spread = test[1].var(0, unbiased=False)
+    there = spread > 0
+    share = 1 - error.square().mean(0)[there] / spread[there]
+    return {"linear": float(np.mean(share.tolist()))}
