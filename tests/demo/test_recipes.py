@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae, told_of
-from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words
+from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import told_models, told_totals
 from autorefiner.refiner.demo.recipes.data import Clips
-from autorefiner.refiner.demo.recipes.text import QUESTIONS, TextOptions, TextStage, answers
+from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions, TextStage, answers, owners
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.demo.world import sample_scene
@@ -171,6 +172,33 @@ def test_answers_are_numbered_by_what_the_caption_states() -> None:
     assert said.get("ground") == caption.ground
     alone = Caption("", (Stated("star", "red", "spin", direction="clockwise"),))
     assert [number > 0 for number in answers(alone)] == [True, True, True, False, True, False] + [False] * 8
+
+
+def owned(caption: Caption, owner: int) -> str:
+    return " ".join(word for word, who in zip(words(caption.text), owners(caption, 32), strict=False) if who == owner)
+
+
+def test_words_belong_to_their_object_or_the_ground() -> None:
+    red, blue = Stated("star", "red", "bounce", size="small"), Stated("circle", "blue", "still")
+    on_one = "a tiny red star bounces to the left of a blue ball that rests on an olive ground"
+    caption = Caption(on_one, (red, blue), "left", "olive")
+    assert owned(caption, 0) == "a tiny red star bounces to the left of"
+    assert owned(caption, 1) == "a blue ball that rests"
+    assert owned(caption, GROUND) == "on an olive ground"
+    caption = Caption(
+        "on a backdrop of navy over brown a red star bounces", (replace(red, size=None),), None, "navy over brown"
+    )
+    assert owned(caption, 0) == "a red star bounces"
+    assert owned(caption, GROUND) == "on a backdrop of navy over brown"
+    assert len(owners(caption, 4)) == 4
+
+
+def test_words_of_every_caption_have_an_owner() -> None:
+    for seed in range(200):
+        caption = sample_scene(seed).caption
+        found = owners(caption, len(words(caption.text)))
+        assert -1 not in found
+        assert {0, len(caption.objects) - 1} <= set(found) and (2 in found) == (caption.ground is not None)
 
 
 def test_the_text_encoder_ends_in_zeros_and_says_what_it_does_not_know() -> None:

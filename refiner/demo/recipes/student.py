@@ -27,6 +27,7 @@ from ...wan.vae import WanVAE
 from ..clips import PRESET, held_out, show_clips, student_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
+from .teacher import TEXT_WAY
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class CausalInitStage(LearnerStage):
     ) -> None:
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         self.device = next(teacher.model.parameters()).device
-        self.learner = Learner(twin(teacher), options.learning_rate, options.ema, muon=options.muon)
+        self.learner = Learner(twin(teacher), options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
         host = training_host(self.device, options.compiled)
         self.network = CausalWan(self.learner.model, teacher.config, host)
         self.average = CausalWan(self.learner.average, teacher.config)

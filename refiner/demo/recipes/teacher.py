@@ -18,6 +18,7 @@ from ..text_encoder import SpriteTextEncoder
 from .data import Clips
 
 WIDTHS = {128: dict(num_heads=4, ffn_dim=512, num_layers=8), 256: dict(num_heads=2, ffn_dim=1024, num_layers=5)}
+TEXT_WAY = ("text_embedding.", "cross_attn.v.")  # without a norm behind them, so no matrices for Muon
 
 
 def sprite_config(width: int, text: SpriteTextEncoder) -> WanConfig:
@@ -31,9 +32,9 @@ class TeacherOptions:
 
     width: int = 128
     steps: int = 17000
-    batch: int = 16  # whole clips; twice as many short ones
-    short_share: float = 0.45  # of the steps, on the clips' beginnings, for half the work
-    short_frames: int = 9
+    batch: int = 16  # whole clips; of short ones as many as have about as many frames
+    # Latent frames of the clips' beginnings that steps up to this share of all are on: looks first, motion after them.
+    lengths: tuple[tuple[float, int], ...] = ((0.25, 3), (0.55, 9))
     learning_rate: float = 1e-3
     muon: float = 5e-2
     ema: float = 0.999
@@ -57,14 +58,17 @@ class TeacherStage(LearnerStage):
             model = WanTransformer(config).to(device)
         torch.nn.init.zeros_(model.head.head.weight)
         torch.nn.init.zeros_(model.head.head.bias)
-        self.learner = Learner(model, options.learning_rate, options.ema, decay=0.01, muon=options.muon)
+        self.learner = Learner(
+            model, options.learning_rate, options.ema, decay=0.01, muon=options.muon, spared=TEXT_WAY
+        )
         host = training_host(device, options.compiled)
         self.network, self.average = CausalWan(model, config, host), CausalWan(self.learner.average, config, host)
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        short = index < options.short_share * options.steps
-        count, frames = (2 * options.batch, options.short_frames) if short else (options.batch, None)
+        whole = self.clips.latents.shape[2]
+        frames = next((length for share, length in options.lengths if index < share * options.steps), whole)
+        count = max(1, options.batch * whole // frames)
         clean, prompts = self.clips.batch(stream(options.seed, index, 0), count, options.unsaid, frames)
         clean = clean.to(self.device)
         generator = noise_stream(self.device, options.seed, index, 1)

@@ -1,5 +1,7 @@
-"""The sprites' text encoder: its output must tell every attribute that a caption states."""
+"""The sprites' text encoder: its output must tell every attribute that a caption states, and each word all of what it
+belongs to, so that whoever attends to one word of an object knows the object."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...training.learner import Learner, LearnerStage, stream, warm_cosine
-from ..captions import RELATIONS, Caption, Stated
+from ..captions import COLOUR_WORDS, GROUND_WORDS, RELATIONS, Caption, Stated, words
 from ..motion import DIRECTIONS, RATES
 from ..palette import GROUNDS, OBJECT_COLOURS
 from ..shapes import SHAPES
@@ -39,6 +41,27 @@ def answers(caption: Caption) -> list[int]:
     return [0 if one is None else 1 + choices.index(one) for one, (_, choices) in zip(said, QUESTIONS, strict=True)]
 
 
+GROUND, NOBODY = 2, -1  # owners of a word beside the two objects
+
+
+def owners(caption: Caption, length: int) -> list[int]:
+    """What each word of a caption belongs to, [length]: object 0 or 1, from its noun to the next one, or the ground."""
+    found = words(caption.text)
+    owned, begins = [NOBODY] * len(found), []
+    for one in caption.objects:
+        colour = next(place for place, word in enumerate(found) if word in COLOUR_WORDS[one.colour])
+        begins.append(colour - 1 - (one.size is not None))
+    for number, start in enumerate(begins):
+        end = begins[number + 1] if number + 1 < len(begins) else len(found)
+        owned[start:end] = [number] * (end - start)
+    if caption.ground:
+        noun = next(place for place, word in enumerate(found) if word in GROUND_WORDS)
+        two = " over " in caption.ground  # "on a ground of navy over brown", else "on a navy ground"
+        start, end = (noun - 2, noun + 5) if two else (noun - 3, noun + 1)
+        owned[start:end] = [GROUND] * (end - start)
+    return (owned + [NOBODY] * length)[:length]
+
+
 @dataclass(frozen=True, slots=True)
 class TextOptions:
     """Of the recipe; minutes on a CPU."""
@@ -59,13 +82,26 @@ class Reader(nn.Module):
         super().__init__()
         self.encoder = SpriteTextEncoder(options.dim, options.text_len)
         self.heads = nn.ModuleList(nn.Linear(options.dim, 1 + len(choices)) for _, choices in QUESTIONS)
+        self.of_word = nn.ModuleList(nn.Linear(options.dim, 1 + len(choices)) for choices in OF_OBJECT.values())
+        self.of_ground = nn.Linear(options.dim, 1 + len(GROUNDS))
 
-    def forward(self, prompts: list[str]) -> list[Tensor]:
-        """Logits [B, answers] of each question, from the mean over a caption's words."""
-        context = self.encoder(prompts)
+    def told(self, captions: list[Caption]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each question's name, logits [N, answers], and right answers [N]: of whole captions, from the mean over their
+        words; then of the words that belong to an object, about it; then of those of the ground."""
+        context = self.encoder([caption.text for caption in captions])
+        right = torch.tensor([answers(caption) for caption in captions], device=context.device)
         lengths = (context.abs().sum(-1) > 0).sum(1, keepdim=True).clamp_min(1)
         pooled = context.sum(1) / lengths
-        return [head(pooled) for head in self.heads]
+        for number, (head, (name, _)) in enumerate(zip(self.heads, QUESTIONS, strict=True)):
+            yield name, head(pooled), right[:, number]
+        owned = torch.tensor([owners(caption, context.shape[1]) for caption in captions], device=context.device)
+        clip, word = ((owned == 0) | (owned == 1)).nonzero(as_tuple=True)
+        first = len(OF_OBJECT) * owned[clip, word]
+        for number, (head, name) in enumerate(zip(self.of_word, OF_OBJECT, strict=True)):
+            yield f"word.{name}", head(context[clip, word]), right[clip, first + number]
+        clip, word = (owned == GROUND).nonzero(as_tuple=True)
+        if len(clip):
+            yield "word.ground", self.of_ground(context[clip, word]), right[clip, -1]
 
 
 class TextStage(LearnerStage):
@@ -81,9 +117,8 @@ class TextStage(LearnerStage):
     def step(self, index: int) -> dict[str, float]:
         seeds = stream(self.options.seed, index).integers(1 << 40, size=self.options.batch)
         captions = [sample_scene(int(seed)).caption for seed in seeds]
-        logits = self.learner.model([caption.text for caption in captions])
-        right = torch.tensor([answers(caption) for caption in captions], device=self.device)
-        loss = sum(F.cross_entropy(each, right[:, number]) for number, each in enumerate(logits)) / len(logits)
+        losses = [F.cross_entropy(logits, right) for _, logits, right in self.learner.model.told(captions)]
+        loss = torch.stack(losses).mean()
         self.learner.step(loss, index, warm_cosine(index, self.options.steps))
         return {"loss": loss.item()}
 
@@ -91,9 +126,10 @@ class TextStage(LearnerStage):
     def show(self, folder: Path, index: int) -> dict[str, float]:
         """Share of right answers on captions of held-out pairs; the table of every question goes into the folder."""
         captions = [sample_scene(seed, "composition").caption for seed in range(256)]
-        right = torch.tensor([answers(caption) for caption in captions], device=self.device)
-        logits = self.learner.average([caption.text for caption in captions])
-        hits = torch.stack([each.argmax(1) == right[:, number] for number, each in enumerate(logits)]).float().mean(1)
-        lines = [f"{name:<14}{100 * hit:6.2f}" for (name, _), hit in zip(QUESTIONS, hits.tolist(), strict=True)]
+        hits = {
+            name: (logits.argmax(1) == right).float().mean().item()
+            for name, logits, right in self.learner.average.told(captions)
+        }
+        lines = [f"{name:<14}{100 * hit:6.2f}" for name, hit in hits.items()]
         (folder / f"answers_{index:06d}.txt").write_text("\n".join(lines) + "\n")
-        return {"right": hits.mean().item()}
+        return {"right": sum(hits.values()) / len(hits)}
