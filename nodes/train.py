@@ -104,7 +104,10 @@ def advanced_widgets() -> list:
             "critic_ratio", default=5, min=1, max=100, advanced=True,
             tooltip="With dmd: steps of the critic for one of the refiner.",
         ),
-        io.Combo.Input("precision", options=["bf16", "fp32"], default="bf16", advanced=True, tooltip="Of products."),
+        io.Combo.Input(
+            "precision", options=["bf16", "fp32"], default="bf16", advanced=True,
+            tooltip="Of products; fp32 on a CPU that has none in bf16.",
+        ),
         io.Boolean.Input(
             "checkpointing", default=False, advanced=True,
             tooltip="Compute activations again instead of keeping them: less memory, a third slower.",

@@ -43,7 +43,7 @@ class RefineOptions:
     seed: int = 0
     shown: int = 32
     checkpointing: bool = False
-    precision: Precision = "bf16"
+    precision: Precision = "bf16"  # of products; fp32 on a CPU that has none in bf16
     compiled: bool = False
 
     def __post_init__(self) -> None:
