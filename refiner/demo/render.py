@@ -79,17 +79,30 @@ def render_at(scene: Scene, time: ndarray, size: int) -> ndarray:
     return draw(_ground(scene, size), layers(scene, time), len(time))
 
 
-def render_shapes(scene: Scene, frames: int) -> tuple[ndarray, ndarray]:
-    """The first frames of a scene at its own size, and what is seen of each shape there: uint8 [F, S, S, 3], and
-    float32 [6, F, S, S] in 0–1 in the order of SHAPES."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a video of a scene is made of; S is its side."""
+
+    video: ndarray  # uint8 [F, S, S, 3]
+    shapes: ndarray  # float32 [6, F, S, S], how much of each pixel shows each shape, in the order of SHAPES
+    colour: ndarray  # float32 [3, F, S, S] in 0–255, of the objects alone, times how much they cover
+    ground: ndarray  # float32 [3, F, S, S] in 0–255, behind them too
+
+
+def render_parts(scene: Scene, frames: int) -> Parts:
+    """The first frames of a scene at its own size, and what they are made of."""
     size, drawn = scene.size, layers(scene, scene.times(frames))
     covered = patches(drawn, size)
-    seen = np.zeros((len(SHAPES), frames, size, size), dtype=np.float32)
+    shapes, colour = (np.zeros((n, frames, size, size), dtype=np.float32) for n in (len(SHAPES), 3))
     for layer, patch in zip(drawn, covered, strict=True):
-        for hidden in seen:
+        for hidden in (*shapes, *colour):
             hidden[patch.index] *= 1 - patch.alpha
-        seen[list(SHAPES).index(layer.shape)][patch.index] += patch.alpha
-    return draw(_ground(scene, size), drawn, frames, covered), seen
+        shapes[list(SHAPES).index(layer.shape)][patch.index] += patch.alpha
+        for channel, value in zip(colour, layer.colour, strict=True):
+            channel[patch.index] += value * patch.alpha
+    rows = _ground(scene, size)
+    ground = np.broadcast_to(rows.T[:, None, :, None], colour.shape)
+    return Parts(draw(rows, drawn, frames, covered), shapes, colour, ground)
 
 
 def _ground(scene: Scene, size: int) -> ndarray:

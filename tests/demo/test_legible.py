@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, picture_of, shown, told_shapes
+from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, picture_of, shown, told_facts
 from autorefiner.refiner.demo.recipes.vae import VaeOptions, moved, training_crops
-from autorefiner.refiner.demo.render import render, render_shapes
+from autorefiner.refiner.demo.render import render, render_parts
 from autorefiner.refiner.demo.shapes import SHAPES
 from autorefiner.refiner.demo.world import sample_scene
 
@@ -18,20 +18,26 @@ def passing() -> int:
 
 def test_the_video_is_the_one_that_is_rendered() -> None:
     scene = sample_scene(passing())
-    video, seen = render_shapes(scene, 33)
-    assert np.array_equal(video, render(scene, 33))
-    there = [name for name, part in zip(SHAPES, seen, strict=True) if part.any()]
+    parts = render_parts(scene, 33)
+    assert np.array_equal(parts.video, render(scene, 33))
+    there = [name for name, part in zip(SHAPES, parts.shapes, strict=True) if part.any()]
     assert set(there) == {body.stated.shape for body in scene.bodies}
+
+
+def test_the_parts_make_up_the_video() -> None:
+    parts = render_parts(sample_scene(passing()), 33)
+    made = parts.colour + (1 - parts.shapes.sum(axis=0)) * parts.ground
+    assert np.abs(made.transpose(1, 2, 3, 0) - parts.video).max() < 2  # rounded once a layer
 
 
 def test_what_another_object_hides_is_not_seen() -> None:
     scene = sample_scene(passing())
     assert len({body.stated.shape for body in scene.bodies}) == 2
     behind = list(SHAPES).index(next(body.stated.shape for body in scene.bodies if body.depth == 1))
-    _, seen = render_shapes(scene, 161)
-    area = seen[behind].sum(axis=(1, 2))
+    shapes = render_parts(scene, 161).shapes
+    area = shapes[behind].sum(axis=(1, 2))
     assert area.min() < 0.97 * area.max()
-    assert seen.sum(axis=0).max() <= 1 + 1e-6
+    assert shapes.sum(axis=0).max() <= 1 + 1e-6
 
 
 def test_means_by_latent_are_of_its_own_frames_and_cell() -> None:
@@ -51,20 +57,21 @@ def test_the_first_frame_is_a_latent_of_its_own() -> None:
     assert picture_of(frames).shape == (2, 96, 2, 1, 1)
 
 
-def test_latents_that_hold_the_covers_are_read_without_error() -> None:
-    clips = [shown(sample_scene(seed), 9) for seed in range(4)]
-    pixels, seen = (torch.stack(part) for part in zip(*clips, strict=True))
-    latents = torch.zeros(4, 16, 3, 8, 8)
-    latents[:, :6] = by_latent(seen, 8)
+def test_latents_that_hold_the_facts_are_read_without_error() -> None:
+    clips = [shown(sample_scene(seed), 5) for seed in range(24)]
+    pixels, facts = (torch.stack(part) for part in zip(*clips, strict=True))
+    latents = torch.zeros(24, 16, 2, 8, 8)
+    latents[:, :12] = by_latent(facts, 8)
     reader = Reader().requires_grad_(False)
     for part in reader.parameters():
         part.zero_()
-    reader.covers.weight[range(6), range(6)] = 1
+    reader.facts.weight[range(12), range(12)] = 1
     reader.which.weight[range(6), range(6)] = 1000
-    told = reader(latents, pixels, seen)
-    assert told["covers"] < 1e-10 and told["which"] < 1e-3 and told["picture"] > 0.01
-    assert told_shapes(latents, seen)["linear"] == pytest.approx(1)
-    assert told_shapes(torch.randn(latents.shape), seen)["linear"] < 0.2
+    told = reader(latents, pixels, facts)
+    assert max(told["covers"], told["colours"]) < 1e-10 and told["which"] < 1e-3 and told["picture"] > 0.01
+    shares = told_facts(latents, facts)
+    assert (shares["covers"], shares["colours"]) == pytest.approx((1, 1))
+    assert max(told_facts(torch.randn(latents.shape), facts).values()) < 0.2
 
 
 @pytest.mark.parametrize("by", [(3, 5), (7, 1)])
@@ -80,7 +87,7 @@ def test_moved_latents_are_of_moved_pixels(by) -> None:
 def test_crops_are_of_one_length_a_step_and_show_objects() -> None:
     options = VaeOptions(batch=2)
     for index, (count, frames) in enumerate(((7, 9), (2, 33))):
-        pixels, seen = training_crops(options, index)
-        assert pixels.shape == (count, 3, frames, 40, 40) and seen.shape == (count, 6, frames, 40, 40)
-        assert seen[:, :, 0].sum((1, 2, 3)).min() > 10
+        pixels, facts = training_crops(options, index)
+        assert pixels.shape == (count, 3, frames, 40, 40) and facts.shape == (count, 12, frames, 40, 40)
+        assert facts[:, :6, 0].sum((1, 2, 3)).min() > 10
     assert torch.equal(training_crops(options, 1)[0], pixels)

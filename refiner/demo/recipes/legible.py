@@ -1,4 +1,5 @@
-"""What one latent must tell by itself, through linear maps: shapes, how much of the cell each covers, and the picture.
+"""What one latent must tell by itself, through linear maps: how much of its cell each shape covers, the colours of what
+lies there and of the ground behind it, and the picture.
 
 A transformer learns at once what is the same at every place of a latent. Without this a VAE writes a shape as another
 code at every place within a cell, and words for shapes come to nothing. As VA-VAE (Yao et al. 2025) aligns latents with
@@ -10,19 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..render import render_shapes, to_pixels
+from ..render import render_parts, to_pixels
 from ..scene import Scene
 from ..shapes import SHAPES
 
 CELL, GROUP = 8, 4  # pixels of a latent's side, frames of a latent but the first, which has one
 FINE = 2  # side of the picture's pixels
+FACTS = len(SHAPES) + 2 * 3
 SEEN = 0.04  # of a cell: where a shape covers less it need not be told which it is
 
 
 def shown(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
-    """Pixels [3, F, H, W] in [-1, 1] of a scene, and what is seen of each shape [6, F, H, W]."""
-    video, seen = render_shapes(scene, frames)
-    return to_pixels(video), torch.from_numpy(seen)
+    """Pixels [3, F, H, W] in [-1, 1] of a scene, and the facts of each pixel [12, F, H, W]: how much each shape covers,
+    the objects' colour times that, and the ground's, both in [-1, 1]."""
+    parts = render_parts(scene, frames)
+    covered = parts.shapes.sum(axis=0)
+    facts = (parts.shapes, parts.colour / 127.5 - covered, parts.ground / 127.5 - 1)
+    return to_pixels(parts.video), torch.from_numpy(np.concatenate(facts))
 
 
 def by_latent(frames_BCFHW: Tensor, side: int, times: int = 1) -> Tensor:
@@ -48,36 +53,34 @@ class Reader(nn.Module):
 
     def __init__(self, z_dim: int = 16) -> None:
         super().__init__()
-        self.covers = nn.Conv3d(z_dim, len(SHAPES), 1)
+        self.facts = nn.Conv3d(z_dim, FACTS, 1)
         self.which = nn.Conv3d(z_dim, len(SHAPES), 1)
         self.picture = nn.Conv3d(z_dim, 3 * 2 * (CELL // FINE) ** 2, 1)
 
-    def forward(self, latents: Tensor, pixels: Tensor, seen: Tensor) -> dict[str, Tensor]:
-        """Losses of latents [B, 16, 1 + n, h, w]: squared errors of the covers, summed over shapes, and of the
-        picture, and the cross-entropy of which shape there is, where there is one."""
-        covered = by_latent(seen, CELL)
+    def forward(self, latents: Tensor, pixels: Tensor, facts: Tensor) -> dict[str, Tensor]:
+        """Losses of latents [B, 16, 1 + n, h, w]: squared errors of covers and of colours, each a sum over channels,
+        the cross-entropy of which shape there is, where there is one, and the squared error of the picture."""
+        true = by_latent(facts, CELL)
+        error = (self.facts(latents) - true).square().mean((0, 2, 3, 4))
+        covered = true[:, : len(SHAPES)]
         total = covered.sum(1)
         told = F.cross_entropy(self.which(latents), covered.argmax(1), reduction="none")
         weight = total * (total > SEEN)
         return {
-            "covers": F.mse_loss(self.covers(latents), covered) * len(SHAPES),
+            "covers": error[: len(SHAPES)].sum(),
+            "colours": error[len(SHAPES) :].sum(),
             "which": (told * weight).sum() / weight.sum().clamp_min(1),
             "picture": F.mse_loss(self.picture(latents), picture_of(pixels)),
         }
 
 
 @torch.no_grad()
-def told_shapes(latents: Tensor, seen: Tensor) -> dict[str, float]:
-    """How far latents [B, 16, 1 + n, h, w] tell shapes linearly, on the even clips after a fit on the odd ones.
-
-    `linear` is the share of the covers' variance that a linear map of a latent explains, the mean over shapes.
-    """
-    covered = by_latent(seen, CELL)
-    known, wanted = (part.double().movedim(1, -1) for part in (latents, covered))
+def told_facts(latents: Tensor, facts: Tensor) -> dict[str, float]:
+    """How far latents [B, 16, 1 + n, h, w] tell the facts linearly, on the even clips after a fit on the odd ones: the
+    share of the variance that a linear map of a latent explains, the mean over shapes and over colours of objects."""
+    known, wanted = (part.double().cpu().movedim(1, -1) for part in (latents, by_latent(facts, CELL)))
     fit, test = (tuple(part[start::2].flatten(0, -2) for part in (known, wanted)) for start in (1, 0))
-    solved = torch.linalg.lstsq(F.pad(fit[0], (0, 1), value=1.0), fit[1]).solution
+    solved = torch.linalg.lstsq(F.pad(fit[0], (0, 1), value=1.0), fit[1], driver="gelsd").solution
     error = F.pad(test[0], (0, 1), value=1.0) @ solved - test[1]
-    spread = test[1].var(0, unbiased=False)
-    there = spread > 0
-    share = 1 - error.square().mean(0)[there] / spread[there]
-    return {"linear": float(np.mean(share.tolist()))}
+    share = 1 - error.square().mean(0) / test[1].var(0, unbiased=False).clamp_min(1e-9)
+    return {"covers": share[: len(SHAPES)].mean().item(), "colours": share[len(SHAPES) :][:3].mean().item()}

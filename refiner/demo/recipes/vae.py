@@ -20,7 +20,7 @@ from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels
 from ..scene import Scene
 from ..world import sample_scene
-from .legible import CELL, Reader, shown, told_shapes
+from .legible import CELL, Reader, shown, told_facts
 
 HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that are decoded
 
@@ -48,8 +48,9 @@ class VaeOptions:
     kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
     covers: float = 4.0  # weights of what is read
+    colours: float = 2.0
     which: float = 0.1
-    picture: float = 1.0
+    picture: float = 2.0
     moved: float = 0.5  # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
     ema: float = 0.998
     seed: int = 0
@@ -64,19 +65,19 @@ class VaeStage(LearnerStage):
             torch.manual_seed(options.seed)
             vae = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
             start_linear(vae)
-            parts = nn.ModuleList([vae, Reader(vae.z_dim)])
-        self.learner = Learner(parts.to(device), options.learning_rate, options.ema, muon=options.muon)
-        self.model, self.reader = self.learner.model
+            parts = nn.ModuleDict({"vae": vae, "reader": Reader(vae.z_dim)}).to(device)
+        self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon, spared=("reader.",))
+        self.model, self.reader = parts["vae"], parts["reader"]
         self.crops = Ahead(partial(training_crops, options), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        pixels, seen = (part.to(self.device) for part in self.crops(index))
+        pixels, facts = (part.to(self.device) for part in self.crops(index))
         generator = noise_stream(self.device, options.seed, index, 1)
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
-            told = self.reader(mean + options.noise * noise, pixels, seen)
+            told = self.reader(mean + options.noise * noise, pixels, facts)
             kl = 0.5 * mean.float().square().mean()
             loss = options.kl * kl + sum(getattr(options, name) * part for name, part in told.items())
             logged = {name: part.item() for name, part in told.items()} | {"kl": kl.item()}
@@ -97,14 +98,14 @@ class VaeStage(LearnerStage):
 
     def finished(self) -> WanVAE:
         """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
-        vae = copy.deepcopy(self.learner.average[0]).cpu()
+        vae = copy.deepcopy(self.learner.average["vae"]).cpu()
         with torch.no_grad():
             vae.conv1.weight[vae.z_dim :] = 0
             vae.conv1.bias[vae.z_dim :] = 2 * math.log(self.options.noise)
         return scaled_vae(vae, *latent_statistics(vae))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        return show_vae(self.learner.average[0], folder, index)
+        return show_vae(self.learner.average["vae"], folder, index)
 
 
 def moved(latents: Tensor, pixels: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
@@ -118,22 +119,22 @@ def moved(latents: Tensor, pixels: Tensor, down: int, right: int) -> tuple[Tenso
 
 
 def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 3, F, H, W] of a step, and what is seen of each shape [B, 6, F, H, W]."""
+    """Pixels [B, 3, F, H, W] of a step, and their facts [B, 12, F, H, W]."""
     frames = options.crop_frames[index % 2]
     count = max(1, options.batch * max(options.crop_frames) // frames)
     rng = stream(options.seed, index, 0)
     crops = [crop_of(sample_scene(int(seed)), frames, options.crop, rng) for seed in rng.integers(1 << 40, size=count)]
-    pixels, seen = zip(*crops, strict=True)
-    return torch.stack(pixels), torch.stack(seen)
+    pixels, facts = zip(*crops, strict=True)
+    return torch.stack(pixels), torch.stack(facts)
 
 
 def crop_of(scene: Scene, frames: int, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], shapes [6, F, S, S]."""
+    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], facts [12, F, S, S]."""
     column, row = scene.bodies[int(rng.integers(len(scene.bodies)))].path(np.zeros(1)).position[0]
     corner = np.array((row, column)) * scene.size + (rng.uniform(-0.3, 0.3, 2) - 0.5) * side
     top, left = np.clip(corner.round().astype(int), 0, scene.size - side).tolist()
-    pixels, seen = (part[..., top : top + side, left : left + side] for part in shown(scene, frames))
-    return pixels, seen
+    pixels, facts = (part[..., top : top + side, left : left + side] for part in shown(scene, frames))
+    return pixels, facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +218,11 @@ def decibel(error: Tensor) -> float:
 def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
     """PSNR and what latents tell, on held-out clips, and a sheet of truth over reconstruction of four."""
     device = vae.conv1.weight.device
-    scores, frames, latents, seen = [], [], [], []
+    scores, frames, latents, facts = [], [], [], []
     for seed in range(HELD_OUT):
-        pixels, covers = (part[None].to(device) for part in shown(sample_scene(seed, "test"), 33))
+        pixels, true = (part[None].to(device) for part in shown(sample_scene(seed, "test"), 33))
         latents.append(vae.encode(pixels))
-        seen.append(covers)
+        facts.append(true)
         if seed >= SHOWN:
             continue
         decoded = vae.decode(latents[-1]).clamp(-1, 1)
@@ -229,7 +230,8 @@ def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
         if seed < 4:
             frames += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png", columns=8)
-    return {"psnr": float(np.mean(scores)), **told_shapes(torch.cat(latents), torch.cat(seen))}
+    shares = {f"{name} told": share for name, share in told_facts(torch.cat(latents), torch.cat(facts)).items()}
+    return {"psnr": float(np.mean(scores)), **shares}
 
 
 @torch.no_grad()
