@@ -35,8 +35,8 @@ class VaeOptions:
     """
 
     dim: int = 8
-    steps: int = 2500
-    reading: float = 0.5  # share of the steps, on the encoder alone
+    steps: int = 3000
+    reading: float = 0.55  # share of the steps, on the encoder alone
     crop: int = 40
     crop_frames: tuple[int, int] = (9, 33)
     batch: int = 2  # crops of the longer kind; of the shorter, as many as have that many frames
@@ -47,10 +47,10 @@ class VaeOptions:
     noise: float = 0.3
     kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
-    covers: float = 4.0  # weights of what is read
+    covers: float = 8.0  # weights of what is read
     colours: float = 2.0
-    which: float = 0.1
-    picture: float = 2.0
+    which: float = 0.5
+    picture: float = 1.0
     moved: float = 0.5  # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
     ema: float = 0.998
     seed: int = 0
