@@ -20,7 +20,7 @@ class Memory(Protocol):
 
     ledger: FrameLedger
 
-    def view(self, frames: Sequence[int]) -> View: ...
+    def view(self, frames: Sequence[int], kept: Tensor | None = None) -> View: ...
     def commit(self) -> None: ...
     def flush(self, keep_last: int) -> None: ...
     def free(self) -> None: ...
@@ -88,7 +88,7 @@ class Rollout:
     network_dtype: torch.dtype
     dtype: torch.dtype = torch.float32
     callback: Callable[[Progress], None] | None = None
-    total: int = 0  # chunks in all, given ones included, for progress
+    given: Sequence[tuple[Tensor, Chunk]] = ()  # clean latents [B, C, F, h, w] that the new chunks follow
     candidate: int = 0
     refiner: Refiner | None = None
     refiner_text: list[KeyValue] | None = None
@@ -110,12 +110,21 @@ class Rollout:
         """What the refiner adds to a noise."""
         return self.refiner.residual(noise, x0, level, chunk, self.memory, self.refiner_text, self.network_dtype)
 
-    def predict(self, x: Tensor, level: Level, chunk: Chunk) -> Tensor:
-        """x0 of the chunk at this level; its keys and values stand in memory as pending."""
-        flow = self._network(x, level.t, chunk)
+    @property
+    def reads_pending(self) -> bool:
+        """Whether the noise path reads the keys and values that a prediction left."""
+        return self.refiner is not None and self.refiner.cache.previous == "pending"
+
+    def predict(self, x: Tensor, level: Level, chunk: Chunk, kept: Tensor | None = None) -> Tensor:
+        """x0 of the chunk at this level; its keys and values stand in memory as pending.
+
+        Samples that are True in `kept` [B] keep the pending ones that they have; their x0 is then of no use.
+        """
+        flow = self._network(x, level.t, chunk, kept=kept)
         x0 = predict_x0(x, flow, level.sigma)
         if self.callback is not None:
-            self.callback(Progress(chunk, self.total or len(self.chunks), chunk.levels.index(level), x0.detach()))
+            chunks = len(self.given) + len(self.chunks)
+            self.callback(Progress(chunk, chunks, chunk.levels.index(level), x0.detach()))
         return x0
 
     def renoise(self, x0: Tensor, level: Level, chunk: Chunk, repeat: int = 0) -> Tensor:
@@ -165,11 +174,12 @@ class Rollout:
             case Cut(position):
                 self.memory.ledger.cut(position)
 
-    def _network(self, x: Tensor, t: float, chunk: Chunk, keys_only: bool = False) -> Tensor | None:
+    def _network(
+        self, x: Tensor, t: float, chunk: Chunk, keys_only: bool = False, kept: Tensor | None = None
+    ) -> Tensor | None:
         timestep = torch.full((1, 1), t, dtype=torch.float64)
-        return self.network(
-            x.to(self.network_dtype), timestep, self.text, self.memory.view(chunk.frames), keys_only=keys_only
-        )
+        view = self.memory.view(chunk.frames, kept)
+        return self.network(x.to(self.network_dtype), timestep, self.text, view, keys_only=keys_only)
 
 
 Sampler = Callable[[Rollout], Iterator[Tensor]]

@@ -107,12 +107,14 @@ def sample(
         callback=callback,
         refiner=refiner,
         refiner_text=refiner.text(context) if refiner else None,
-        total=len(given) + len(new),
+        given=[
+            (initial[:, :, chunk.start : chunk.start + chunk.length].to(device, torch.float32), chunk)
+            for chunk in given
+        ],
     )
     try:
-        for chunk in given:
-            latents = initial[:, :, chunk.start : chunk.start + chunk.length]
-            rollout.commit(latents.to(device, rollout.dtype), chunk)
+        for latents, chunk in rollout.given:
+            rollout.commit(latents, chunk)
         yield from method(rollout)
     finally:
         memory.free()

@@ -119,6 +119,31 @@ def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) 
     assert held == [0, 5, 10]
 
 
+@pytest.mark.parametrize("method", [BestOfN, SearchOverPath])
+@pytest.mark.parametrize("given", [1, 3, 4])
+def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(vae, method, given) -> None:
+    seen: list[tuple[tuple[int, ...], Tensor]] = []
+
+    class Told(Brightness):
+        def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+            seen.append((tuple(numbers), frames.clone()))
+            return super().__call__(frames, numbers, prompts)
+
+    rewards = Mixture(((Told(frames=FrameDraw(3, 8)), 1.0), (Told("single", frames=FrameDraw(12)), 0.5)))
+    initial = torch.randn(1, 16, given, 4, 4, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(1, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(1))
+    plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, given=given)
+    search = method(RewardVerifier(rewards, vae, PROMPTS[:1]), 2)
+    new = list(sample(tiny_network(), context, plan, seed=3, initial=initial, method=search))
+    whole = ((vae.decode(torch.cat((initial, *new), 2)) + 1) / 2).clamp(0, 1).transpose(1, 2)
+    numbers = [draw for until in (given + 3, given + 6) for draw in rewards.newest(4 * until - 3, 12)]
+    assert {told for told, _ in seen} == set(numbers)
+    for wanted in numbers:
+        frames = [frames for told, frames in seen if told == wanted]
+        nearest = min((one - whole[:, list(wanted)]).abs().max() for one in frames)  # the chosen candidate's
+        assert nearest < 1e-5
+
+
 def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_follows(vae, monkeypatch) -> None:
     decoded = []
     decode = vae.decode

@@ -1,10 +1,13 @@
 """Search and self-refinement: the base where they change nothing, the better one where they choose."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
@@ -13,7 +16,7 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
-from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.schedule import PRESETS, Level, plan_chunks
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
 
@@ -78,14 +81,49 @@ def test_passes_are_what_the_method_says() -> None:
     assert passes(SearchOverPath(brightness, 5)) == chunks * levels * 5 + commits
 
 
-def test_a_sample_stops_repeating_by_itself() -> None:
-    """Of these two, the first is certain before the second is."""
-    network, method = tiny_network(), SelfRefine({750: 3, 500: 3, 250: 3}, threshold=0.5, enough=0.2)
-    both, alone = (
-        next(iter(sample(network, CONTEXT[:batch], RunPlan(PRESET, 3, 4, 4, batch=batch), seed=3, method=method)))
-        for batch in (2, 1)
-    )
-    assert torch.allclose(both[:1], alone, atol=1e-4)
+@pytest.mark.parametrize(("previous", "threshold"), [(None, 0.4), ("none", 0.7), ("pending", 0.7)])
+def test_a_sample_stops_repeating_by_itself(previous: str | None, threshold: float) -> None:
+    """Of these two, the first is certain before the second is, and its pending keys stay those of that answer."""
+    network, method = tiny_network(), SelfRefine({750: 3, 500: 3, 250: 3}, threshold, enough=0.05)
+    refiner = refiner_of(network, previous) if previous else None
+    calls = counted(network)
+
+    def first_chunk(batch: int) -> tuple[Tensor, int]:
+        calls.clear()
+        plan = RunPlan(PRESET, 3, 4, 4, batch=batch)
+        x0 = next(iter(sample(network, CONTEXT[:batch], plan, seed=3, method=method, refiner=refiner)))
+        return x0, len(calls)
+
+    (both, passes), (alone, fewer) = first_chunk(2), first_chunk(1)
+    assert fewer < passes
+    assert torch.allclose(both[:1], alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sample_that_is_kept_has_the_pending_keys_of_the_prediction_before() -> None:
+    network, kept = tiny_network(), torch.tensor([True, False])
+    chunk = plan_chunks(PRESET, 3)[1][0]
+    level, below = chunk.levels[:2]
+
+    def residual(kind, predicted: list[tuple[Level, Tensor | None]], keys: str) -> Tensor:
+        memory = kind(MemoryPlan.of(TINY, (2, 16, 3, 4, 4), keys=keys, spare_frames=3))
+        refiner = refiner_of(network)
+        rollout = Rollout(
+            network, network.text(CONTEXT), memory, WhiteNoise(3), [chunk], (2, 16, 4, 4), torch.device("cpu"),
+            torch.float32, refiner=refiner, refiner_text=refiner.text(CONTEXT),
+        )  # fmt: skip
+        x = rollout.draw(chunk, level)
+        for at, rows in predicted:
+            rollout.predict(x, at, chunk, rows)
+        return rollout.residual(x, None, below, chunk)
+
+    for kind, keys in product((RingMemory, GraphMemory), ("rotated", "raw")):
+        before, behind, mixed = (
+            residual(kind, predicted, keys)
+            for predicted in ([(level, None)], [(below, None)], [(level, None), (below, kept)])
+        )
+        assert not torch.allclose(before, behind, atol=1e-4)
+        assert torch.equal(mixed, torch.cat((before[:1], behind[1:])))
 
 
 @pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])

@@ -9,6 +9,7 @@ from ..wan.causal import KeyValue
 from ..wan.rope import rotate, rotation_table
 from .frames import FrameLedger, Held
 from .plan import MemoryPlan
+from .ring import mixed
 
 
 class GraphMemory:
@@ -28,9 +29,12 @@ class GraphMemory:
         """Bytes now held as history."""
         return sum(part.nbytes for layer in self.past for part in layer)
 
-    def view(self, frames: Sequence[int]) -> "GraphView":
-        """A fresh view for one pass over a chunk of these absolute latent frames."""
-        self.current = GraphView(self, tuple(frames))
+    def view(self, frames: Sequence[int], kept: Tensor | None = None) -> "GraphView":
+        """A fresh view for one pass over a chunk of these absolute latent frames.
+
+        Of samples that are True in `kept` [B] it has what the pass before wrote.
+        """
+        self.current = GraphView(self, tuple(frames), kept)
         return self.current
 
     def commit(self) -> None:
@@ -76,8 +80,9 @@ class GraphView:
 
     first = 0
 
-    def __init__(self, memory: GraphMemory, frames: tuple[int, ...]) -> None:
+    def __init__(self, memory: GraphMemory, frames: tuple[int, ...], kept: Tensor | None) -> None:
         self.plan = memory.plan
+        self.kept, self.before = kept, None if kept is None else memory.current.new
         self.frames = frames
         self.past_positions, self.positions = memory.ledger.positions(frames)
         held = memory.ledger.held
@@ -89,6 +94,8 @@ class GraphView:
         """See `refiner.wan.causal.View`."""
         raw = self.plan.keys == "raw"
         own = KeyValue(raw_key if raw else rotate(raw_key, table), value)
+        if self.kept is not None:
+            own = mixed(self.kept, self.before[layer], own)
         # A checkpointed block runs again in the backward pass: the first run's tensors are the ones in the graph.
         self.new.setdefault(layer, own)
         seen = _join(self.past[layer], own) if self.past and self.past_positions else own

@@ -23,6 +23,12 @@ def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
     return pieces
 
 
+def mixed(kept: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
+    """The old keys and values of samples that are True in `kept` [B], the new ones of the others."""
+    rows = kept[:, None, None, None]
+    return KeyValue(torch.where(rows, old.key, new.key), torch.where(rows, old.value, new.value))
+
+
 class RingMemory:
     """K/V of a window in place: sink slots, then a ring by frame.
 
@@ -46,10 +52,14 @@ class RingMemory:
         rotated = [] if self.rotated is None else [self.rotated]
         return sum(x.nbytes for x in (*self.keys, *self.values, *rotated))
 
-    def view(self, frames: Sequence[int]) -> "RingView":
-        """The place for a chunk of these absolute latent frames, behind the past that it sees."""
+    def view(self, frames: Sequence[int], kept: Tensor | None = None) -> "RingView":
+        """The place for a chunk of these absolute latent frames, behind the past that it sees.
+
+        Of samples that are True in `kept` [B] a pass leaves what an earlier one wrote into it.
+        """
         if self.current is None or self.current.frames != tuple(frames) or self.ledger.jump is not None:
             self.current = RingView(self, tuple(frames))
+        self.current.kept = kept
         return self.current
 
     def commit(self) -> None:
@@ -77,6 +87,7 @@ class RingView:
     """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one before."""
 
     first = 0
+    kept: Tensor | None = None  # samples [B] whose place is not written
 
     def __init__(self, memory: RingMemory, frames: tuple[int, ...]) -> None:
         self.memory = memory
@@ -104,6 +115,8 @@ class RingView:
         """Put the chunk's keys and values into its place."""
         memory, size = self.memory, self.memory.plan.frame_tokens
         keys, values = memory.keys[layer], memory.values[layer]
+        if self.kept is not None:
+            stored_key, value = mixed(self.kept, self.own(layer), KeyValue(stored_key, value))
         for slot, frame, length in self.pieces:
             place, source = slice(slot * size, (slot + length) * size), slice(frame * size, (frame + length) * size)
             keys[:, place] = stored_key[:, source]

@@ -20,7 +20,7 @@ class Judge(Protocol):
         ...
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
-        """These latents [B, C, F, h, w] are the chunk that was chosen: what comes next goes on from them."""
+        """These latents [B, C, F, h, w] are the chunk that was chosen or given: what comes next goes on from them."""
         ...
 
 
@@ -28,7 +28,7 @@ class Verifier(Protocol):
     """What a search chooses by."""
 
     def begin(self) -> Judge:
-        """A judge for a run from its first chunk on."""
+        """A judge for a run from its first chunk on, a given one where there are any."""
         ...
 
 
@@ -45,6 +45,14 @@ def check_reads(cache: ReflectiveCache) -> None:
             "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
             " trained with the joint cache"
         )
+
+
+def judge_of(verifier: Verifier, rollout: Rollout) -> Judge:
+    """A judge that stands behind the chunks that were given: a clip that is extended is judged as one video."""
+    judge = verifier.begin()
+    for latents, chunk in rollout.given:
+        judge.keep(latents, chunk)
+    return judge
 
 
 def scores(judge: Judge, made: Sequence[Tensor], chunk: Chunk) -> Tensor:
@@ -64,7 +72,7 @@ class BestOfN:
 
     def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
-        judge = self.verifier.begin()
+        judge = judge_of(self.verifier, rollout)
         for chunk in rollout.chunks:
             made = [self._chunk(fork, chunk) for fork in rollout.fork(self.candidates)]
             x0 = rollout.select(made, scores(judge, made, chunk))
@@ -98,7 +106,7 @@ class SearchOverPath:
         """Yield the x0 [B, C, F, h, w] of each chunk."""
         if rollout.refiner is not None:
             check_reads(rollout.refiner.cache)
-        judge = self.verifier.begin()
+        judge = judge_of(self.verifier, rollout)
         for chunk in rollout.chunks:
             forks, x0 = rollout.fork(self.candidates), None  # anew, as an event may have changed the prompt
             for level in chunk.levels:

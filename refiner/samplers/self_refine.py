@@ -55,18 +55,20 @@ class SelfRefine:
     def _repeated(self, rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
         """x0 after the level's repeats: a place that was certain once stays as it is, and so does a whole sample.
 
-        A sample stops by its own share, so what it becomes does not depend on the others in the batch; the pending keys
-        that a refiner reads are always those of the last repeat of the batch.
+        A sample stops by its own share and keeps the pending keys that a refiner reads of it, so what it becomes does
+        not depend on the others in the batch.
         """
-        certain = torch.zeros_like(x0[:, :1], dtype=torch.bool)
+        certain, kept = torch.zeros_like(x0[:, :1], dtype=torch.bool), None
         repeats = self.repeats.get(level.step, 0)
         for repeat in range(1, repeats + 1):
-            again = rollout.predict(rollout.renoise(x0, level, chunk, repeat), level, chunk)
+            again = rollout.predict(rollout.renoise(x0, level, chunk, repeat), level, chunk, kept)
             certain = certain | ((again - x0).abs().mean(dim=1, keepdim=True) < self.threshold)
             x0 = torch.where(certain, x0, again)
             if repeat < repeats:
                 done = certain.float().mean(dim=(1, 2, 3, 4), keepdim=True) > self.enough
-                if done.all():
+                finished = int(done.sum())
+                if finished == len(done):
                     break
                 certain = certain | done
+                kept = done.flatten() if finished and rollout.reads_pending else None
         return x0

@@ -20,7 +20,7 @@ class RewardVerifier:
     prompts: Sequence[str]
 
     def begin(self) -> "RewardJudge":
-        """A judge of a run from its first chunk on."""
+        """A judge of a run from its first chunk on, a given one where there are any."""
         return RewardJudge(self)
 
 
