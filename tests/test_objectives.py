@@ -8,14 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from autorefiner.refiner.schedule import make_level
+from autorefiner.refiner.noise.source import WhiteNoise
+from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.schedule import PRESETS, make_level
+from autorefiner.refiner.training import precision
 from autorefiner.refiner.training.dmd_objective import DmdObjective
+from autorefiner.refiner.training.learner import Learner
 from autorefiner.refiner.training.objective import Means, Objective
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refine import RefineStage
 from autorefiner.refiner.training.residuals import Residuals, normal_distance
 from autorefiner.refiner.training.reward_objective import RewardObjective
 from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture
+from autorefiner.refiner.training.self_rollout import self_rollout
 
 from tiny import TINY, tiny_network
 from tiny_reward import Brightness, tiny_vae
@@ -123,7 +128,9 @@ def test_checkpointing_gives_the_same_losses() -> None:
     assert saving.tree.checkpointing
 
 
-def test_precision_is_that_of_the_products() -> None:
+def test_precision_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that has bf16 products, as all are taken for here."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
     seen: list[torch.dtype] = []
 
     class Told(Brightness):
@@ -131,8 +138,8 @@ def test_precision_is_that_of_the_products() -> None:
             seen.append(frames.dtype)
             return super().__call__(frames, numbers, prompts)
 
-    for precision in ("fp32", "bf16"):
-        stage_of(replace(REWARD, precision=precision), Mixture(((Told(), 1.0),))).step(0)
+    for asked in ("fp32", "bf16"):
+        stage_of(replace(REWARD, precision=asked), Mixture(((Told(), 1.0),))).step(0)
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -172,7 +179,7 @@ def test_means_of_parts() -> None:
         (dict(objective="magic"), "objective 'magic' is not known: use dmd, reward"),
         (dict(precision="fp8"), "precision 'fp8' is not known: use bf16, fp32"),
         (dict(accumulation=0), "accumulation 0: give at least 1"),
-        (dict(l2=-1.0), "a penalty is not negative"),
+        (dict(l2=-1.0), "a penalty is finite and not negative"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
@@ -183,3 +190,39 @@ def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
 def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:
     gradients = [stage_of(replace(SMALL, guidance=guidance)).step(0)["gradient"] for guidance in (0.0, 3.0, 3.0)]
     assert gradients[1] == gradients[2] != gradients[0]
+
+
+@pytest.mark.parametrize("name", ["self-forcing", "longlive", "krea-14b"])
+def test_a_training_sees_the_presets_window_and_positions(name: str) -> None:
+    """Beyond the window: what it samples is what sampling makes with that preset."""
+    preset = PRESETS[name]
+    options = replace(SMALL, frames=18, preset=preset, levels=preset.steps[1:])
+    stage = stage_of(options)
+    with torch.no_grad():
+        rollout, context = stage.rollout(PROMPTS[:2], WhiteNoise(3), None)
+        made = self_rollout(rollout, exit_level=len(preset.steps) - 1)
+        plan = RunPlan(preset, options.frames, options.height, options.width, batch=2)
+        sampled = torch.cat(list(sample(stage.base, context, plan, noise=WhiteNoise(3))), dim=2)
+    assert torch.allclose(made, sampled, atol=1e-4)
+
+
+def test_a_score_that_is_no_number_is_no_gradient_of_zero() -> None:
+    stage = stage_of(SMALL)
+    stage.objective.teacher.model.head.head.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="a gradient is not finite"):
+        stage.step(0)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_gradient_that_is_not_finite_changes_nothing(average: float) -> None:
+    layer = torch.nn.Linear(3, 3)
+    learner = Learner(layer, 1e-2, average)
+    learner.step(layer(torch.ones(1, 3)).sum(), 0, 1.0)
+    before = [tensor.clone() for tensor in (*layer.parameters(), *learner.average.parameters())]
+    learner.zero_grad()
+    layer(torch.ones(1, 3)).sum().backward()
+    layer.weight.grad[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="a gradient is not finite: lower the learning rate"):
+        learner.update(1, 1.0)
+    after = (*layer.parameters(), *learner.average.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -15,6 +15,7 @@ from ..rollout import add_noise, predict_x0
 from ..wan.causal import CausalWan, KeyValue
 
 Text = list[KeyValue]
+SMALLEST = 1e-8  # distance of samples from what the real network makes of them, where they are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def dmd_gradient(
         predictions.append(predict_x0(noisy, whole_flow(network, noisy, sigma, text), column(sigma)))
     guided = predictions[0] + guidance * (predictions[0] - predictions[1])
     size = (clean - guided).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((predictions[2] - guided) / size)
+    return (predictions[2] - guided) / size.clamp_min(SMALLEST)
 
 
 def dmd_loss(clean: Tensor, gradient: Tensor) -> Tensor:

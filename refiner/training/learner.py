@@ -115,9 +115,12 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
 
     def update(self, index: int, factor: float, clip: float = 1.0) -> None:
-        """The step along the gradient that was gathered."""
+        """The step along the gradient that was gathered; ValueError, and no step, where that is not finite."""
         self.optimizer.set_factor(factor)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        try:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, error_if_nonfinite=True)
+        except RuntimeError as error:
+            raise ValueError("a gradient is not finite: lower the learning rate; the state before is kept") from error
         self.optimizer.step()
         if not self.keep:
             return

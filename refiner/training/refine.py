@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.graph import GraphMemory
-from ..memory.plan import MemoryPlan
 from ..noise.refiner import Refiner
 from ..noise.source import WhiteNoise
 from ..rollout import Rollout
+from ..sample import RunPlan
 from ..schedule import plan_chunks
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
@@ -122,14 +122,14 @@ class RefineStage:
         options, network = self.options, self.tree if self.options.method == "lora" else self.base
         with torch.no_grad():
             context = self.encode(prompts)
-        shape = (len(prompts), network.config.in_dim, options.frames, options.height, options.width)
+        plan = RunPlan(options.preset, options.frames, options.height, options.width, batch=len(prompts))
         rollout = Rollout(
             network=network,
             text=network.text(context),
-            memory=GraphMemory(MemoryPlan.of(network.config, shape)),
+            memory=GraphMemory(plan.memory(network, torch.float32)),
             noise=noise,
             chunks=plan_chunks(options.preset, options.frames)[1],
-            frame_shape=(*shape[:2], *shape[3:]),
+            frame_shape=(plan.batch, network.config.in_dim, plan.height, plan.width),
             device=self.device,
             network_dtype=torch.float32,
             refiner=refiner,
