@@ -37,7 +37,7 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
         loaded = getattr(training, name)(models)
         put(training, name, lambda loaded=loaded: loaded)
     load, reward = training.load_sprite_network, training.load_sprite_reward
-    put(training, "load_sprite_reward", lambda frames: reward(models, frames))
+    put(training, "load_sprite_reward", lambda frames, device: reward(models, frames, device))
     put(training, "load_sprite_network", lambda name, device: load(name, models, device))
     put(training, "SPRITE_PROMPTS", 8)
 

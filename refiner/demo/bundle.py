@@ -82,7 +82,9 @@ def load_sprite_network(name: str, folder: Path = WEIGHTS, device: torch.device 
     return CausalWan(model, info.config)
 
 
-def load_sprite_reward(folder: Path = WEIGHTS, frames: FrameDraw = FRAMES) -> VideoTextReward:
+def load_sprite_reward(
+    folder: Path = WEIGHTS, frames: FrameDraw = FRAMES, device: torch.device | str = "cpu"
+) -> VideoTextReward:
     """The bundled text-video reward, fp32; ValueError where it was not made yet."""
     path = folder / FILES["reward"]
     if not path.exists():
@@ -92,7 +94,7 @@ def load_sprite_reward(folder: Path = WEIGHTS, frames: FrameDraw = FRAMES) -> Vi
     text_len, text_dim = weights["captions.position"].shape
     model = SpriteVideoText(len(weights["from_text.weight"]), text_dim, text_len)
     model.load_state_dict(weights)
-    return VideoTextReward("sprites", model.eval().requires_grad_(False), frames)
+    return VideoTextReward("sprites", model.eval().requires_grad_(False).to(device), frames)
 
 
 def told_of(name: str, folder: Path = WEIGHTS) -> dict:

@@ -15,6 +15,7 @@ from .text_encoder import SpriteTextEncoder
 FRAMES = FrameDraw(8, interval=3, opening=0.25)
 PERIODS = (0.5, 1, 2, 4, 8, 16)  # seconds, of the waves that tell a frame's time
 SIDE = 4  # places a frame's side after the convolutions
+PIXELS = SIDE << 4  # a frame's side; four stages halve it
 
 
 class SpriteVideoText(nn.Module):
@@ -45,7 +46,16 @@ class SpriteVideoText(nn.Module):
         return F.normalize(self.from_text(context.sum(1) / words).float(), dim=-1)
 
     def embed_video(self, frames_BFCHW: Tensor, numbers: Tensor) -> Tensor:
-        """Unit vectors [B, D] of frames [B, F, 3, 64, 64] in 0–1; `numbers` [F] or [B, F] are their places in time."""
+        """Unit vectors [B, D] of frames [B, F, 3, 64, 64] in 0–1; `numbers` [F] or [B, F] are their places in time.
+
+        ValueError for frames of other sides.
+        """
+        height, width = frames_BFCHW.shape[-2:]
+        if (height, width) != (PIXELS, PIXELS):
+            raise ValueError(
+                f"frames of {width}x{height} pixels: the sprites' reward sees {PIXELS}x{PIXELS}, make clips of that"
+                " size or take another reward"
+            )
         batch, frames = frames_BFCHW.shape[:2]
         x = self.parts(self.edges(2 * frames_BFCHW.flatten(0, 1) - 1)).unflatten(0, (batch, frames))
         padded = torch.cat((x[:, :1], x, x[:, -1:]), dim=1)

@@ -145,7 +145,7 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
     """
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
-    rewards = Mixture(((load_sprite_reward(), 1.0),)) if {2, 7} & {*options.tables} else None
+    rewards = Mixture(((load_sprite_reward(device=device), 1.0),)) if {2, 7} & {*options.tables} else None
     bench = Bench(demo, held_out(options.captions), options.seeds, options.frames, run, rewards)
     chosen = [KINDS[number] for number in options.tables]
     rows = {row.name: row for table in chosen for row in table.rows(options)}
