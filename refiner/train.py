@@ -74,9 +74,7 @@ def make_reward(config: RewardConfig, device: torch.device) -> Reward:
     """A reward as a file names it, with its model."""
     if config.kind != SPRITES:
         return load_clip_reward(config.kind, Path(config.path), device, config.draw(SINGLE))
-    reward = load_sprite_reward(frames=config.draw(FRAMES))
-    reward.model.to(device)
-    return reward
+    return load_sprite_reward(frames=config.draw(FRAMES), device=device)
 
 
 def load_network(name: str, sprite: str, device: torch.device) -> CausalWan:
@@ -93,7 +91,7 @@ def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     base = load_network(config.base, "student", device)
     encode = make_encoder(config, base, device)
     vae = load_sprite_vae() if config.vae == SPRITES else WanVAE.from_state_dict(load_vae_state(config.vae))
-    vae = vae.to(device)
+    vae = vae.to(device, torch.float32)
     sheets = Sheets(base, encode, vae, None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
     show = sheets if is_first() else gather_only
     return RefineStage(config.refiner, base, make_objective(config, base, encode, vae), prompts, encode, show)
@@ -134,8 +132,9 @@ class Sheets:
         network, refiner = trained(stage, self.base)
         if self.prompts is None:
             captions = held_out(stage.options.shown)
-            before = [*student_clips(self.base, self.encode, self.vae, captions[:SHOWN])]
-            clips = student_clips(network, self.encode, self.vae, captions, refiner=refiner)
+            models, preset = (self.encode, self.vae), stage.options.preset
+            before = [*student_clips(self.base, *models, captions[:SHOWN], preset=preset)]
+            clips = student_clips(network, *models, captions, preset=preset, refiner=refiner)
             return show_clips(clips, captions, folder, index, before)
         options, frames = stage.options, []
         plan = RunPlan(options.preset, options.frames, options.height, options.width)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class RewardConfig:
             raise ValueError(f"rewards.path of {self.kind} is {self.path!r}: {wanted}")
         if self.interval and not self.frames:
             raise ValueError(f"rewards.interval {self.interval} of {self.kind} is said without `frames`: say both")
+        if not abs(self.weight) < inf:
+            raise ValueError(f"rewards.weight {self.weight} of {self.kind}: give a finite number")
 
     def draw(self, usual: FrameDraw) -> FrameDraw:
         """Which frames it sees, where `usual` is what the kind is made for."""
@@ -62,6 +65,8 @@ class TrainConfig:
     rewards: tuple[RewardConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.out.is_dir():
+            raise ValueError(f"out {self.out} is a folder: name the file to write")
         if bool(self.rewards) != (self.refiner.objective == "reward"):
             raise ValueError(
                 f"refiner.objective is {self.refiner.objective!r} with {len(self.rewards)} [[rewards]]: objective"
@@ -100,9 +105,10 @@ class TrainConfig:
             if "kind" not in one:
                 raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
         preset = get_preset(told.get("preset", "self-forcing"))
-        inner["levels"] = tuple(inner.get("levels", preset.steps[1:]))
-        if "out" not in told:
+        inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]))
+        if not told.get("out"):
             raise ValueError("does not say `out`, the file to write")
+        _check_said(told, inner)
         folder = path.parent
         told |= {"out": folder / told["out"], "run": folder / told.get("run", f"{path.stem}_run")}
         for name in ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer"):
@@ -112,6 +118,23 @@ class TrainConfig:
             RewardConfig(**one | ({"path": str(folder / one["path"])} if one.get("path") else {})) for one in rewards
         )
         return cls(**told, refiner=RefineOptions(**inner, preset=preset), rewards=found)
+
+
+def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:
+    """Raise ValueError where defaults, which are the sprites', would decide what another base is trained on."""
+    if told.get("base", SPRITES) == SPRITES:
+        return
+    missing = [name for name in ("prompts", "vae") if name not in told]
+    missing += [f"refiner.{name}" for name in ("height", "width") if name not in inner]
+    if missing:
+        raise ValueError(f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else can")
+
+
+def _levels_of(told: object) -> tuple[int, ...]:
+    """Of TOML, which has lists of anything; ValueError for any but whole numbers."""
+    if not isinstance(told, list) or not all(type(one) is int for one in told):
+        raise ValueError(f"refiner.levels is {told!r}, expected a list of whole numbers, like [750, 500]")
+    return tuple(told)
 
 
 def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:

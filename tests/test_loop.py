@@ -1,6 +1,7 @@
 """The training loop: what a run's folder holds at any time, and what it refuses to go on with."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from autorefiner.refiner.training.learner import Learner, LearnerStage
-from autorefiner.refiner.training.loop import LoopOptions, restore, train
+from autorefiner.refiner.training.loop import LoopOptions, restore, save, train
 
 
 class Line(LearnerStage):
@@ -43,3 +44,67 @@ def test_a_state_of_another_training_is_refused_in_one_line(tmp_path) -> None:
         restore(Line(3), tmp_path)
     assert "\n" not in str(told.value)
     assert restore(Line(2), tmp_path) == 1
+
+
+def full_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / ".state.pt.partial").symlink_to("/dev/full")
+
+
+def failing_sync(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+NO_FULL_DISK = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has one to write to")
+
+
+@pytest.mark.parametrize("broken", [pytest.param(full_disk, marks=NO_FULL_DISK), failing_sync])
+def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypatch, broken) -> None:
+    train(Line(2), LoopOptions(tmp_path, 1))
+    before = (tmp_path / "state.pt").read_bytes()
+    broken(tmp_path, monkeypatch)
+    with pytest.raises(OSError, match=r"the state could not be written \(.+\): make room, then run the same") as told:
+        save(Line(2), tmp_path, 2)
+    assert "\n" not in str(told.value)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".state*"))
+
+
+def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path) -> None:
+    stage = Line(2)
+    stage.state_dict = lambda: {"unsavable": lambda: None}
+    with pytest.raises((AttributeError, TypeError)):
+        save(stage, tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100], ids=["empty", "garbage"])
+def test_a_damaged_state_is_refused_in_one_line(tmp_path, content) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is empty or damaged: begin anew in another folder$") as told:
+        restore(Line(2), tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": 0, "lo}', '{"step": "0"}'])
+def test_a_damaged_line_of_a_log_is_dropped(tmp_path, line) -> None:
+    train(Line(2), LoopOptions(tmp_path, 2))
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write(line + "\n")
+    train(Line(2), LoopOptions(tmp_path, 3))
+    assert [json.loads(one)["step"] for one in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_what_a_step_refuses_names_the_step_once(tmp_path) -> None:
+    def refuse(index: int) -> None:
+        if index == 1:
+            raise ValueError("reward x gave 2")
+
+    with pytest.raises(ValueError, match=r"^step 1: reward x gave 2$"):
+        train(Line(2, at=refuse), LoopOptions(tmp_path, 3))
+    stage = Line(2)
+    stage.step = lambda index: {"loss": float("nan")}
+    with pytest.raises(ValueError, match=r"^step 0 gave "):
+        train(stage, LoopOptions(tmp_path, 3))

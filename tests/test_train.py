@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.wan.checkpoint import inspect
 
 from tiny_bundle import use_bundle, write_tiny_bundle
@@ -55,15 +58,19 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     assert struct.unpack(">II", header) == (8 * 66 + 2, 2 * 66 + 2)  # one caption: before it and now
 
 
-def test_a_plain_lora_is_written_for_comfyui(tmp_path) -> None:
-    assert main(["train", str(write(tmp_path, inner='method = "lora"')), "--device", "cpu"]) == 0
+@pytest.mark.parametrize("preset", ["self-forcing", "causal-forcing-1step"])
+def test_a_plain_lora_is_written_for_comfyui(tmp_path, preset) -> None:
+    path = write(tmp_path, f'preset = "{preset}"', 'method = "lora"')
+    assert main(["train", str(path), "--device", "cpu"]) == 0
     assert inspect(tmp_path / "small.safetensors").kind == "lora"
     names = load_file(tmp_path / "small.safetensors")
     assert all(name.startswith("diffusion_model.") for name in names)
 
 
-def test_the_initial_noise_refiner_is_trained_on_the_initial_noise(tmp_path) -> None:
-    assert main(["train", str(write(tmp_path, inner='method = "init-noise"')), "--device", "cpu"]) == 0
+@pytest.mark.parametrize("preset", ["self-forcing", "causal-forcing-1step"])
+def test_the_initial_noise_refiner_is_trained_on_the_initial_noise(tmp_path, preset) -> None:
+    path = write(tmp_path, f'preset = "{preset}"', 'method = "init-noise"')
+    assert main(["train", str(path), "--device", "cpu"]) == 0
     _, card = load_refiner(tmp_path / "small.safetensors")
     assert (card.levels, card.previous) == ((1000,), "none")
 
@@ -130,6 +137,10 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
         ("", "rnak = 3", "refiner.rnak is not known; did you mean refiner.rank?"),
         ("", 'seed = "many"', "refiner.seed is 'many', expected int"),
         ("", "levels = [900]", "levels [900] are none"),
+        ("", "levels = 750", "refiner.levels is 750, expected a list of whole numbers"),
+        ("", "levels = [750.0]", "refiner.levels is [750.0], expected a list of whole numbers"),
+        ("", "levels = []", "levels []: method autorefiner refines at least one, give some of (750, 500, 250)"),
+        ('preset = "causal-forcing-1step"', "", "the preset renoises to none, so use another method"),
         ("", 'guidance = "high"', "refiner.guidance is 'high', expected float"),
         ("", 'method = "magic"', "method 'magic' is not known"),
         ("", 'previous = "some"', "use pending or joint or none"),
@@ -143,6 +154,8 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
         ("", '[[rewards]]\nkind = "clip"', "rewards.path of clip is '': name the model's folder"),
         ("", '[[rewards]]\nkind = "sprites"\nweigth = 1', "rewards.weigth is not known; did you mean rewards.weight?"),
         ("", '[[rewards]]\nkind = "sprites"\ninterval = 2', "is said without `frames`"),
+        ("", '[[rewards]]\nkind = "sprites"\nweight = nan', "rewards.weight nan of sprites: give a finite number"),
+        ("", '[[rewards]]\nkind = "sprites"\nweight = -inf', "rewards.weight -inf of sprites: give a finite number"),
         ("", 'objective = "reward"\n[[rewards]]\nkind = "hps"\npath = "none"', "none holds no model"),
         ("rewards = 3", "", "each reward is one, [[rewards]]"),
     ],
@@ -152,6 +165,50 @@ def test_what_a_file_cannot_say_is_one_line(tmp_path, capsys, more, inner, said)
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("out", "said"), [("", "does not say `out`"), (".", "is a folder: name the file to write")])
+def test_what_is_written_is_a_file(tmp_path, out, said) -> None:
+    (tmp_path / "a.toml").write_text(f'out = "{out}"')
+    with pytest.raises(ValueError, match=said):
+        training.TrainConfig.read(tmp_path / "a.toml")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("height", (0, -2, 7), "give an even number"),
+        ("width", (0, 3), "give an even number"),
+        ("shown", (0, -1), "give at least 1"),
+        ("steps", (0,), "give at least 1"),
+        ("rank", (100_000,), "give at most 1024"),
+        ("ema", (1.0, 2.0, -1.0, NAN), "to below 1"),
+        ("learning_rate", (0.0, -1.0, NAN, INF, 10**400), "give one above 0"),
+        ("critic_rate", (0.0, NAN, INF), "give one above 0"),
+        ("guidance", (NAN, INF, -INF, 10**400), "give a finite number"),
+        ("l2", (-1.0, NAN, INF), "a penalty is finite and not negative"),
+        ("seed", (-1, 1 << 63), "give one from 0"),
+    ],
+)
+def test_a_number_that_trains_nothing_is_refused(name, values, said) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} .*{said}"):
+            RefineOptions(**{name: value})
+
+
+def test_the_ends_of_what_may_be_told() -> None:
+    RefineOptions(rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1)
+    RefineOptions(learning_rate=1e-7, l2=1000.0, guidance=100.0)
+    for method in ("init-noise", "lora"):
+        RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"])
+
+
+def test_the_sprites_reward_sees_frames_of_its_size() -> None:
+    with pytest.raises(ValueError, match="frames of 48x64 pixels: the sprites' reward sees 64x64"):
+        SpriteVideoText(16, 16).embed_video(torch.rand(1, 2, 3, 64, 48), torch.tensor([0, 1]))
 
 
 def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
@@ -177,3 +234,15 @@ def test_prompts_are_utf8_whatever_the_system_reads(tmp_path, monkeypatch) -> No
     path.write_bytes("ein grüner Kreis".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts\.txt is no UTF-8 text .*: save it as UTF-8"):
         training.read_prompts(str(path))
+
+
+def test_another_base_takes_no_default_of_the_sprites(tmp_path, capsys) -> None:
+    said = 'base = "own.safetensors"\nprompts = "own.txt"\n'
+    for more, inner, missing in (
+        ('base = "own.safetensors"', "", "prompts, vae, refiner.height, refiner.width"),
+        (said + 'vae = "sprites"', "height = 4", "refiner.width"),
+    ):
+        assert main(["train", str(write(tmp_path, more, inner)), "--device", "cpu"]) == 2
+        assert f"does not say {missing}: with a base of your own" in capsys.readouterr().err
+    write(tmp_path, said + 'vae = "sprites"', "height = 4\nwidth = 4")
+    assert training.TrainConfig.read(tmp_path / "small.toml").refiner.width == 4

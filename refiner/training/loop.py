@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import pickle
 import sys
 import time
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def train(stage: Stage, options: LoopOptions) -> None:
 
     The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of several processes
     the first one writes the latter. Raises ValueError at the first loss that is not finite, what was saved before
-    stays; and for a folder that another training writes.
+    stays; for what a step refuses, with its number; and for a folder that another training writes. OSError where the
+    disk is full.
     """
     options.run.mkdir(parents=True, exist_ok=True)
     if not is_first():
@@ -86,7 +88,7 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
     with _Log(log, start, options.steps) as told:
         for index in range(start, options.steps):
             began = time.perf_counter()
-            logged = stage.step(index)
+            logged = _step(stage, index)
             if not all(map(_finite, logged.values())):
                 raise ValueError(f"step {index} gave {logged}: lower the learning rate; the state before is kept")
             done = index + 1
@@ -97,6 +99,14 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
                 save(stage, options.run, done)
                 if log is not None:
                     draw_curve(log, options.run / "loss.png")
+
+
+def _step(stage: Stage, index: int) -> dict[str, float]:
+    """What the step logs. What it refuses, as a reward out of its range, names the step: the log ends before it."""
+    try:
+        return stage.step(index)
+    except ValueError as error:
+        raise ValueError(f"step {index}: {error}") from error
 
 
 class _Log:
@@ -129,22 +139,33 @@ class _Log:
 
 
 def save(stage: Stage, run: Path, done: int) -> None:
-    """Replace the run's state by the stage's; of several processes each writes its part."""
+    """Replace the run's state by the stage's; of several processes each writes its part.
+
+    OSError where it cannot be written: the state before stays, and nothing of the new one.
+    """
     if world() > 1:
         save_shards(stage.state_dict(), run, done)
         return
-    temporary = run / ".state.pt.partial"
-    torch.save({"done": done, "stage": stage.state_dict()}, temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, run / "state.pt")
+    state, temporary = {"done": done, "stage": stage.state_dict()}, run / ".state.pt.partial"
+    try:
+        torch.save(state, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, run / "state.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{run}: the state could not be written ({reason}): make room, then run the same command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # what failed is left of it
 
 
 def restore(stage: Stage, run: Path) -> int:
     """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run.
 
-    ValueError for a run of one process that several go on with, and the other way round, and for a state that is not of
-    this stage's tensors.
+    ValueError for a run of one process that several go on with, and the other way round, for a state that is damaged,
+    and for one that is not of this stage's tensors.
     """
     path, shards = run / "state.pt", saved_shards(run)
     if shards if world() == 1 else path.exists():
@@ -154,6 +175,8 @@ def restore(stage: Stage, run: Path) -> int:
         return 0
     try:
         return _restore_shards(stage, run) if world() > 1 else _restore_whole(stage, path)
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is empty or damaged: begin anew in another folder") from error
     except (KeyError, ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
@@ -184,4 +207,13 @@ def _lines_before(log: Path, step: int) -> list[str]:
     if not log.exists():
         return []
     whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] < step]
+    return [line for line in whole if _step_of(line) < step]
+
+
+def _step_of(line: str) -> float:
+    """Of a line of a log; infinity for a damaged one, which comes after every state."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+    return step if isinstance(step, int) else float("inf")

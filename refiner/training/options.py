@@ -11,6 +11,8 @@ from .precision import Precision
 
 Method = Literal["autorefiner", "init-noise", "lora"]
 Aim = Literal["dmd", "reward"]
+MOST_RANK = 1024  # beyond it a LoRA is as large as the weights that it spares
+LARGEST = 3e38  # of fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,45 @@ class RefineOptions:
     compiled: bool = False
 
     def __post_init__(self) -> None:
+        self._check_names()
+        self._check_numbers()
+        self._check_levels()
+
+    def _check_names(self) -> None:
         named = (("method", Method), ("objective", Aim), ("precision", Precision))
         for name, allowed in named:
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {', '.join(get_args(allowed))}")
         ReflectiveCache(self.history, self.previous)
-        for name in ("rank", "batch", "accumulation", "frames", "ratio"):
+
+    def _check_numbers(self) -> None:
+        for name in ("rank", "steps", "batch", "accumulation", "frames", "ratio", "shown"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
-        if self.l2 < 0:
-            raise ValueError(f"l2 {self.l2}: a penalty is not negative, 0 is none")
-        unknown = set(self.levels) - set(self.preset.steps[1:])
-        if unknown or not self.levels:
-            raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {self.preset.steps[1:]}")
+        if self.rank > MOST_RANK:
+            raise ValueError(f"rank {self.rank}: give at most {MOST_RANK}, the paper's is 128")
+        for name in ("height", "width"):
+            if getattr(self, name) < 2 or getattr(self, name) % 2:
+                raise ValueError(f"{name} {getattr(self, name)}: give an even number from 2 on, of latents (8 pixels)")
+        for name in ("learning_rate", "critic_rate"):
+            if not 0 < getattr(self, name) <= 1:  # no NaN is
+                raise ValueError(f"{name} {getattr(self, name)}: give one above 0 and at most 1, like 1e-4")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema {self.ema}: give one from 0, no average, to below 1")
+        if not 0 <= self.l2 <= LARGEST:
+            raise ValueError(f"l2 {self.l2}: a penalty is finite and not negative, 0 is none")
+        if not abs(self.guidance) <= LARGEST:
+            raise ValueError(f"guidance {self.guidance}: give a finite number, 0 is none")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
+
+    def _check_levels(self) -> None:
+        offered = self.preset.steps[1:]
+        if unknown := set(self.levels) - set(offered):
+            raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {offered}")
+        if self.method == "autorefiner" and not self.levels:
+            instead = f"give some of {offered}" if offered else "the preset renoises to none, so use another method"
+            raise ValueError(f"levels {[*self.levels]}: method autorefiner refines at least one, {instead}")
 
     @property
     def dmd(self) -> DmdOptions:

@@ -235,7 +235,8 @@ def choose_dtype(wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path
 def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a .safetensors that is complete or absent: whatever stood at `path` stays until the new file is on disk.
 
-    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a missing folder.
+    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a missing folder, and
+    OSError on a full disk.
     """
     path = Path(path)
     for key, value in metadata.items():
@@ -255,6 +256,7 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except SafetensorError as error:  # of a full disk, too: it is no OSError
+        raise OSError(f"{path} could not be written ({_line(error)}): make room, or save elsewhere") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # what failed is left of it

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import FSDP, State, equal_bits, make_state, message, prefixed, write
+from safetensors import SafetensorError
 
 from autorefiner.refiner.wan import weight_file
 from autorefiner.refiner.wan.checkpoint import load_transformer, save_safetensors
@@ -199,6 +200,17 @@ def test_saving_is_complete_or_absent(state: State, tmp_path: Path, monkeypatch:
         save_safetensors(path, make_state(1), {})
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_the_library_cannot_write_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(weight_file, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written \(I/O error.*\): make room"):
+        save_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loaded_pt_can_be_saved_over_and_again(state: State, tmp_path: Path) -> None:
