@@ -1,5 +1,6 @@
 """What Train Refiner LoRA was asked for, checked before anything is loaded, and the folder that it trains in."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,9 +144,14 @@ def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence
 
 
 def steps_taken(folder: Path) -> int:
-    """Of a run's saved state."""
+    """Of a run's saved state; ValueError for a damaged one."""
     path = folder / "state.pt"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"] if path.exists() else 0
+    if not path.exists():
+        return 0
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"])
+    except (EOFError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is empty or damaged: give the run another name") from error
 
 
 def check_memory(base: ModelFacts, teacher: ModelFacts | None) -> None:

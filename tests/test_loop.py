@@ -108,3 +108,10 @@ def test_what_a_step_refuses_names_the_step_once(tmp_path) -> None:
     stage.step = lambda index: {"loss": float("nan")}
     with pytest.raises(ValueError, match=r"^step 0 gave "):
         train(stage, LoopOptions(tmp_path, 3))
+
+
+def test_a_run_that_has_more_steps_than_asked_for_is_refused(tmp_path) -> None:
+    train(Line(2), LoopOptions(tmp_path, 3))
+    with pytest.raises(ValueError, match="has taken 3 steps, more than 2: ask for 3 or more"):
+        train(Line(2), LoopOptions(tmp_path, 2))
+    train(Line(2), LoopOptions(tmp_path, 3))

@@ -85,6 +85,11 @@ def train(stage: Stage, options: LoopOptions) -> None:
 
 def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
     start = restore(stage, options.run)
+    if start > options.steps:
+        raise ValueError(
+            f"{options.run} has taken {start} steps, more than {options.steps}: ask for {start} or more, or train in"
+            " another folder"
+        )
     with _Log(log, start, options.steps) as told:
         for index in range(start, options.steps):
             began = time.perf_counter()

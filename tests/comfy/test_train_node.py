@@ -197,3 +197,11 @@ def test_curves_stay_short_and_keep_their_mean(tmp_path: Path) -> None:
     log.write_text('{"step": 0, "loss": 1.0, "seconds": 2}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     assert Curves.read(log, 2).told() == {"loss": [[0, 1.0], [1, 3.0]]}
     assert Curves.read(tmp_path / "none", 2).told() == {}
+
+
+@pytest.mark.parametrize("held", [b"", b"no state"])
+def test_a_damaged_state_of_a_run_is_one_line(tmp_path: Path, held: bytes) -> None:
+    assert train_plan.steps_taken(tmp_path) == 0
+    (tmp_path / "state.pt").write_bytes(held)
+    with pytest.raises(ValueError, match="empty or damaged: give the run another name"):
+        train_plan.steps_taken(tmp_path)
