@@ -47,6 +47,7 @@ from .wan.checkpoint import describe, inspect
 ERROR = "autorefiner: error: "
 AddCommand = Callable[[argparse._SubParsersAction], None]
 RunCommand = Callable[[argparse.Namespace], int]
+CLOCK = 1.0  # seconds that a file system's clock may lag
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
@@ -213,7 +214,7 @@ def summary(job: Job) -> str:
 
 def stream(job: Job) -> int:
     """Generate with a progress bar; an interrupt ends it with what is there."""
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.time()
     with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
 
         def show(progress: Progress) -> None:
@@ -226,7 +227,7 @@ def stream(job: Job) -> int:
                     bar.update(frames - bar.n)
         except KeyboardInterrupt:
             bar.close()
-            print(what_is_there(job), file=sys.stderr)
+            print(what_is_there(job, begun), file=sys.stderr)
             return INTERRUPTED
     seconds = time.perf_counter() - start
     frames = job.options.frames
@@ -234,10 +235,10 @@ def stream(job: Job) -> int:
     return 0
 
 
-def what_is_there(job: Job) -> str:
-    """What a run that was stopped has left, and how to go on from it."""
+def what_is_there(job: Job, begun: float) -> str:
+    """What a run that was begun then, in seconds, and stopped has left, and how to go on from it."""
     video, latents = partial_path(job.options.out), partial_path(latents_path(job.options.out))
-    if not video.exists():
+    if not video.exists() or video.stat().st_mtime < begun - CLOCK:  # an earlier run's
         return "stopped: no chunk was finished"
     told = f"stopped: {count_frames(video)} frames are in {video}"
     return told + (f"; go on with --extend {latents}" if job.options.save_latents else "")

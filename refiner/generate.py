@@ -20,7 +20,7 @@ from .rollout import Progress
 from .sample import RunPlan, sample
 from .samplers import SAMPLERS, SelfRefine
 from .schedule import PRESETS, Preset, get_preset, latent_frames
-from .video import VideoWriter, check_output, contact_sheet, read_frames, to_frames
+from .video import VideoWriter, check_output, contact_sheet, partial_path, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
 from .wan.text import load_text_encoder
@@ -220,6 +220,9 @@ def check_outputs(job: Job) -> None:
     if options.save_latents:
         check_output(latents_path(options.out))
         LatentWriter.check(job.metadata)
+        left = partial_path(latents_path(options.out))
+        if left.exists() and (options.extend is None or options.extend.resolve() != left.resolve()):
+            raise ValueError(f"{left} is of a run that was stopped: go on with --extend {left}, or delete it")
 
 
 def model_path(options: GenerateOptions) -> Path:

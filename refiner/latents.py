@@ -47,14 +47,21 @@ class LatentWriter:
             self.write(given)
         self.file.close()  # Windows renames no open file
         os.replace(begun, self.partial)
-        self.file = open(self.partial, "r+b")  # noqa: SIM115, closed by close()
+        self.file = open(self.partial, "r+b", buffering=0)  # noqa: SIM115, closed by close()
         self.file.seek(0, os.SEEK_END)
 
     def write(self, latents_BCFhw: Tensor) -> None:
-        """Append a chunk [1, C, F, h, w] and push it to the file system."""
+        """Append a chunk [1, C, F, h, w], whole or, where the disk is full (OSError), not at all."""
         frames = latents_BCFhw[0].transpose(0, 1).float().cpu().contiguous()
-        self.file.write(frames.numpy().tobytes())
-        self.file.flush()
+        end, rest = self.file.tell(), memoryview(frames.numpy().tobytes())
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            self.file.truncate(end)
+            raise OSError(
+                f"{self.partial}: a chunk could not be written ({error.strerror}): make room, then go on with --extend"
+            ) from error
         self.frames += len(frames)
 
     def __enter__(self) -> "LatentWriter":
@@ -67,7 +74,6 @@ class LatentWriter:
         """Write the final header; a finished file takes its name, a stopped one stays partial."""
         self.file.seek(0)
         self.file.write(self._header())
-        self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         if not finished:

@@ -145,10 +145,9 @@ def latent_frames(pixel_frames: int) -> int:
 
 def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:
     """Cut latent frames into chunks, the last maybe shorter, the first maybe alone."""
-    lengths = [1] if first_alone and frames else []
-    while (left := frames - sum(lengths)) > 0:
-        lengths.append(min(chunk, left))
-    return lengths
+    alone = [1] if first_alone and frames else []
+    whole, left = divmod(frames - len(alone), chunk)
+    return alone + [chunk] * whole + ([left] if left else [])
 
 
 def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk], list[Chunk]]:
@@ -165,9 +164,10 @@ def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk
     lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
     past = len(lengths)
     lengths += chunk_lengths(frames, preset.chunk, preset.first_alone and not given)
+    first, usual = preset.levels(first=True), preset.levels()
     chunks, start = [], 0
     for index, length in enumerate(lengths):
-        levels = preset.levels(first=index == 0) if index >= past else ()
+        levels = () if index < past else usual if index else first
         chunks.append(Chunk(index, start, length, levels))
         start += length
     return chunks[:past], chunks[past:]

@@ -139,6 +139,9 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
     iterator.close()
     partial = tmp_path / "fox.latents.partial.safetensors"
     kept = read_latents(partial)[0]
+    with pytest.raises(ValueError, match=r"of a run that was stopped: go on with --extend .*partial.safetensors"):
+        prepare(parse(command(files, out, "--save-latents")))
+    assert torch.equal(read_latents(partial)[0], kept)
     iterator = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
     next(iterator)
     assert torch.equal(read_latents(partial)[0], kept)
@@ -173,6 +176,22 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, t
     again = tmp_path / "again.mp4"
     assert main(command(files, again, "--extend", str(latents), "--frames", str(total), "--window", "9")) == 0
     assert len(read_frames(again)) == total
+
+
+def test_a_stop_while_models_load_says_nothing_of_an_earlier_run(files, tmp_path, capsys, monkeypatch) -> None:
+    iterator = generate(prepare(parse(command(files, tmp_path / "fox.mp4"))))
+    next(iterator)
+    iterator.close()
+    earlier = tmp_path / "fox.partial.mp4"
+    os.utime(earlier, (0, 0))
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autorefiner.refiner.generate.load_network", stop)
+    assert main(command(files, tmp_path / "fox.mp4")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: no chunk was finished"
+    assert len(read_frames(earlier)) == 9
 
 
 def test_a_stop_before_the_first_chunk_leaves_nothing(files, tmp_path, capsys, monkeypatch) -> None:

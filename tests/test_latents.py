@@ -1,6 +1,8 @@
 """The latents file: grows by chunks, and is readable whenever it stopped."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,3 +85,24 @@ def test_frames_larger_than_the_file_are_no_chunk(tmp_path) -> None:
         path.write_bytes(struct.pack("<Q", HEADER) + header.ljust(HEADER) + bytes(64))
         with pytest.raises(ValueError, match="holds no finished chunk"):
             read_latents(path)
+
+
+def test_a_full_disk_leaves_whole_chunks(tmp_path, chunks) -> None:
+    """A limit of the process's own, in the middle of the second chunk, stands for the disk's."""
+    first = HEADER + 8 + chunks[0].nbytes
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from autorefiner.refiner.latents import LatentWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({first + 2000}, resource.RLIM_INFINITY))\n"
+        "with LatentWriter(Path(sys.argv[1]), (16, 4, 6), {}) as writer:\n"
+        "    for _ in range(2):\n"
+        "        writer.write(torch.ones(1, 16, 3, 4, 6))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a.safetensors")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    partial = tmp_path / "a.partial.safetensors"
+    assert f"{partial}: a chunk could not be written (File too large): make room, then go on" in ended.stderr
+    assert partial.stat().st_size == first
+    assert torch.equal(load_file(partial)["latents"], torch.ones(3, 16, 4, 6))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,20 @@ def test_a_run_that_has_more_steps_than_asked_for_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="has taken 3 steps, more than 2: ask for 3 or more"):
         train(Line(2), LoopOptions(tmp_path, 2))
     train(Line(2), LoopOptions(tmp_path, 3))
+
+
+def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(tmp_path, capsys) -> None:
+    def press(times: int):
+        return lambda index: [os.kill(os.getpid(), signal.SIGINT) for _ in range(times if index == 2 else 0)]
+
+    for times, done in ((1, 3), (2, 0)):
+        run = tmp_path / str(times)
+        with pytest.raises(KeyboardInterrupt):
+            train(Line(2, at=press(times)), LoopOptions(run, 8))
+        assert "stopping behind this step, again to stop at once" in capsys.readouterr().err
+        assert restore(Line(2), run) == done
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(Line(2), LoopOptions(tmp_path / "1", 8))
+    train(Line(2), LoopOptions(tmp_path / "whole", 8))
+    rows = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("1", "whole")]
+    assert rows[0] == rows[1]

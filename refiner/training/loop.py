@@ -4,8 +4,12 @@ import ctypes
 import json
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -90,7 +94,7 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
             f"{options.run} has taken {start} steps, more than {options.steps}: ask for {start} or more, or train in"
             " another folder"
         )
-    with _Log(log, start, options.steps) as told:
+    with _Log(log, start, options.steps) as told, ended_behind_a_step() as asked:
         for index in range(start, options.steps):
             began = time.perf_counter()
             logged = _step(stage, index)
@@ -100,10 +104,36 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
             if done % options.show_every == 0 or done == options.steps:
                 logged |= stage.show(options.run, done)
             told.add(index, logged, time.perf_counter() - began)
-            if done % options.save_every == 0 or done == options.steps:
+            ended = asked()
+            if done % options.save_every == 0 or done == options.steps or ended:
                 save(stage, options.run, done)
                 if log is not None:
                     draw_curve(log, options.run / "loss.png")
+            if ended and done < options.steps:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_behind_a_step() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: a training then ends behind its step, so that none is lost; the second one ends it at
+    once. Of several processes, in a thread, or where somebody else waits for it, it stays what it is."""
+    asked: list[bool] = []
+
+    def ask(*_: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        print("stopping behind this step, again to stop at once", file=sys.stderr)
+
+    ours = threading.current_thread() is threading.main_thread() and world() == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _step(stage: Stage, index: int) -> dict[str, float]:

@@ -35,6 +35,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
+        patch.setattr("autorefiner.refiner.demo.recipes.vae.HELD_OUT", 8)
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
         kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
         assert main(["demo", "train", "all", "--run", str(folder), *size, *kept]) == 0
