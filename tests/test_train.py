@@ -200,10 +200,12 @@ def test_a_number_that_trains_nothing_is_refused(name, values, said) -> None:
 
 
 def test_the_ends_of_what_may_be_told() -> None:
-    RefineOptions(rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1)
-    RefineOptions(learning_rate=1e-7, l2=1000.0, guidance=100.0)
+    least = dict(rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1)
+    for told in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
+        options = RefineOptions(**told)
+        assert {name: getattr(options, name) for name in told} == told
     for method in ("init-noise", "lora"):
-        RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"])
+        assert RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"]).levels == ()
 
 
 def test_the_sprites_reward_sees_frames_of_its_size() -> None:
