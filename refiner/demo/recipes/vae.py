@@ -35,8 +35,8 @@ class VaeOptions:
     """
 
     dim: int = 8
-    steps: int = 3000
-    reading: float = 0.55  # share of the steps, on the encoder alone
+    steps: int = 5000
+    reading: float = 0.5  # share of the steps, on the encoder alone
     crop: int = 40
     crop_frames: tuple[int, int] = (9, 33)
     batch: int = 2  # crops of the longer kind; of the shorter, as many as have that many frames
