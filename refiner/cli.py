@@ -254,7 +254,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     path: Path = args.file
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
         rows = {"kind": "video", "made": f"{count_frames(path)} frames"} | read_metadata(path)
     elif is_latents(path):
         latents, metadata = read_latents(path)

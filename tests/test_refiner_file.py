@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, load_refiner, other_base, save_refiner
 from autorefiner.refiner.noise.refiner import HEAD, target_modules
-from autorefiner.refiner.wan.checkpoint import inspect
+from autorefiner.refiner.wan.checkpoint import describe, inspect
 from autorefiner.refiner.wan.lora import LoraPair
 
 from tiny import TINY, tiny_network
@@ -39,6 +39,7 @@ def test_a_saved_refiner_comes_back_with_alpha_folded_in(path) -> None:
     assert loaded[HEAD].scale == 1.0
     assert torch.equal(loaded[HEAD].up, torch.ones(TINY.out_dim * 4, 4, dtype=torch.bfloat16))
     assert inspect(path).kind == "refiner"
+    assert '"previous": "joint"' in describe(inspect(path)) and '"steps": ' in describe(inspect(path))
 
 
 def test_the_fingerprint_is_of_the_base_and_survives_a_lora_and_bf16() -> None:

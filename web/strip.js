@@ -3,7 +3,7 @@ import { make, ownPointer } from "./dom.js";
 import { aspect, enlarge, isPicture, show } from "./film.js";
 import { word } from "./words.js";
 
-const MOST_CHUNKS = 2048; // of an event or a workflow file; more is not believed
+const MOST_CHUNKS = 4096; // of an event or a workflow file; more is not believed
 const MOST_PASSES = 100_000; // of a chunk: every level, of every candidate
 const MOST_KEPT = 96 * 1024; // characters of pictures in a saved workflow
 

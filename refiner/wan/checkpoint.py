@@ -292,7 +292,8 @@ def describe(info: CheckpointInfo) -> str:
         rows.append(("sizes", _sizes(info.config)))
     rows.append(("tensors", f"{info.tensors}, {' and '.join(info.dtypes)}, {_bytes(info.nbytes)}"))
     rows.append(("preset", f"{info.preset or 'none'}: {info.preset_reason}"))
-    rows += [("metadata", f"{key} = {_short(value)}") for key, value in info.metadata.items()]
+    most = 400 if info.kind == "refiner" else 80  # a refiner's card is what there is to know of it
+    rows += [("metadata", f"{key} = {_short(value, most)}") for key, value in info.metadata.items()]
     rows += [("note", note) for note in info.notes]
     if info.merged_lora:
         rows.append(("LoRA", f"merged into {info.merged_lora} weights"))
@@ -310,6 +311,6 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def _short(value: str) -> str:
+def _short(value: str, most: int) -> str:
     line = " ".join(value.split())
-    return line if len(line) <= 80 else line[:77] + "..."
+    return line if len(line) <= most else line[: most - 3] + "..."
