@@ -222,7 +222,9 @@ def check_outputs(job: Job) -> None:
         LatentWriter.check(job.metadata)
         left = partial_path(latents_path(options.out))
         if left.exists() and (options.extend is None or options.extend.resolve() != left.resolve()):
-            raise ValueError(f"{left} is of a run that was stopped: go on with --extend {left}, or delete it")
+            raise ValueError(
+                f"{left} is of a run that was stopped: if none is writing it, go on with --extend {left}, or delete it"
+            )
 
 
 def model_path(options: GenerateOptions) -> Path:

@@ -139,7 +139,9 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
     iterator.close()
     partial = tmp_path / "fox.latents.partial.safetensors"
     kept = read_latents(partial)[0]
-    with pytest.raises(ValueError, match=r"of a run that was stopped: go on with --extend .*partial.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"of a run that was stopped: if none is writing it, go on with --extend .*partial.safetensors"
+    ):
         prepare(parse(command(files, out, "--save-latents")))
     assert torch.equal(read_latents(partial)[0], kept)
     iterator = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))

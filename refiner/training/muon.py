@@ -26,7 +26,8 @@ def orthogonalised(stack: Tensor, coefficients: tuple[float, float, float], step
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with its options and state; matrices of one shape go through their products together."""
+    """torch.optim.Muon and its state, always with Nesterov's momentum and rates scaled as in the original; matrices of
+    one shape go through their products together."""
 
     @torch.no_grad()
     def step(self) -> None:  # no closure: nothing here has one

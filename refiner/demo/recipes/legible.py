@@ -35,9 +35,8 @@ def by_latent(frames_BCFHW: Tensor, side: int, times: int = 1) -> Tensor:
     [B, C·times, 1 + n, H/side, W/side] of 1 + 4n frames."""
     flat = F.avg_pool3d(frames_BCFHW, (1, side, side))
     first, rest = flat[:, :, :1], flat[:, :, 1:].unflatten(2, (-1, times, GROUP // times)).mean(4)
-    return (
-        torch.cat((first[:, :, :, None].expand(-1, -1, -1, times, -1, -1), rest), dim=2).transpose(2, 3).flatten(1, 2)
-    )
+    halves = torch.cat((first[:, :, :, None].expand(-1, -1, -1, times, -1, -1), rest), dim=2)
+    return halves.transpose(2, 3).flatten(1, 2)
 
 
 def picture_of(pixels_BCFHW: Tensor) -> Tensor:
