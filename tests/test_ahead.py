@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from autorefiner.refiner.demo.recipes.data import AT_ONCE, shard_part
+from autorefiner.refiner.demo.recipes.data import shard_part
 from autorefiner.refiner.demo.render import clip_batch
 from autorefiner.refiner.training.ahead import Ahead, helpers
 
@@ -31,6 +31,6 @@ def test_a_model_on_the_cpu_keeps_all_cores() -> None:
 
 
 def test_parts_of_a_shard_are_its_clips_in_order() -> None:
-    shard = AT_ONCE + 1
-    parts = torch.cat([shard_part(shard, index)[:, :, 0] for index in (2, 3)])
+    shard, at_once = 5, 4
+    parts = torch.cat([shard_part(shard, at_once, index)[:, :, 0] for index in (2, 3)])
     assert torch.equal(parts, clip_batch(range(shard, 2 * shard), frames=1)[0][:, :, 0])

@@ -33,7 +33,7 @@ Encode = Callable[[list[str]], Tensor]  # prompts to contexts [B, L, text_dim]
 PRESET = PRESETS["self-forcing"]
 LATENT_FRAMES, SIDE = 21, 8  # 81 frames of 64x64
 BATCH = 16
-DECODED_AT_ONCE = 4
+DECODED_AT_ONCE = {"cpu": 4, "cuda": 16}
 SHOWN = 4  # clips of a sheet
 
 
@@ -52,7 +52,7 @@ def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str
 @torch.no_grad()
 def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
     """uint8 clips [F, H, W, 3] of latents [B, 16, F, h, w]."""
-    for part in latents.split(DECODED_AT_ONCE):
+    for part in latents.split(DECODED_AT_ONCE.get(latents.device.type, DECODED_AT_ONCE["cpu"])):
         yield from (to_frames(pixels[None]) for pixels in vae.decode(part))
 
 

@@ -24,7 +24,7 @@ class NoiseSource(Protocol):
     """A distribution of noise."""
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        """Noise of `shape` [B, C, F, h, w] for a chunk, fp32 on the CPU."""
+        """Noise of `shape` [B, C, F, h, w] for a chunk, fp32."""
         ...
 
 
@@ -52,3 +52,14 @@ class WhiteNoise:
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
             samples.append(torch.randn(shape[1:], generator=generator))
         return torch.stack(samples)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenNoise:
+    """Noise of whole clips that was drawn before, [levels, B, C, F, h, w] on any device: repeats and candidates share
+    it."""
+
+    noise: Tensor
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        return self.noise[draw.level, :, :, chunk.start : chunk.start + shape[2]]

@@ -9,7 +9,7 @@ T keys, L text tokens, H heads, D head size, M width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -92,6 +92,20 @@ def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
     frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angle = t.double()[..., None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what was cached while sampling may be asked for in training
+def known_features(t: float, freq_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`timestep_features` [1, 1, freq_dim] of one timestep, on the device: sampling has few, again and again."""
+    return upload(timestep_features(torch.tensor([[t]], dtype=torch.float64), freq_dim), device, dtype)
+
+
+def features_of(t: Tensor, freq_dim: int, like: Tensor) -> Tensor:
+    """`timestep_features` in the dtype and on the device of `like`."""
+    if t.shape == (1, 1) and t.device.type == "cpu":
+        return known_features(t.item(), freq_dim, like.dtype, like.device)
+    return upload(timestep_features(t, freq_dim), like.device, like.dtype)
 
 
 def block_modulation(block: nn.Module, e0: Tensor, host: "Host") -> tuple[Modulation, Modulation]:
@@ -235,7 +249,7 @@ class CausalWan:
         model, heads = self.model, self.config.num_heads
         grid = (height // PATCH[1], width // PATCH[2])
         tokens = self.host.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
-        e = model.time_embedding(upload(timestep_features(t, self.config.freq_dim), tokens.device, tokens.dtype))
+        e = model.time_embedding(features_of(t, self.config.freq_dim, like=tokens))
         e0 = model.time_projection(e).unflatten(-1, (6, -1))
         table = rotation_table(view.positions, *grid, self.config.head_dim, like=tokens)
         text = [KeyValue(*(part.expand(len(x), -1, -1, -1) for part in layer)) for layer in text]

@@ -9,6 +9,7 @@ from torch import Tensor
 from .upload import upload
 
 THETA = 10000.0
+KEPT = 16  # tables: those of a clip's chunks, of the whole clip and of its beginnings, which training takes in turn
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -17,7 +18,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT)
 @torch.inference_mode(False)  # a table that was cached while sampling may be asked for in training
 def rotations(
     frames: tuple[int, ...], height: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device

@@ -19,7 +19,7 @@ from ..render import clip_batch
 from ..world import sample_scene
 
 SHARD = 64  # clips a file
-AT_ONCE = 4  # clips in one pass of the encoder
+AT_ONCE = {"cpu": 4, "cuda": 32}  # clips in one pass of the encoder
 FRAMES = 81
 
 
@@ -27,11 +27,11 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"clips_{number:05d}.safetensors"
 
 
-def shard_part(shard: int, index: int) -> Tensor:
+def shard_part(shard: int, at_once: int, index: int) -> Tensor:
     """Pixels [B, 3, F, H, W] of the part `index`, counted over all shards of `shard` clips."""
-    parts = -(-shard // AT_ONCE)
-    first, start = index // parts * shard, index % parts * AT_ONCE
-    return clip_batch(range(first + start, first + min(start + AT_ONCE, shard)), "train", FRAMES)[0]
+    parts = -(-shard // at_once)
+    first, start = index // parts * shard, index % parts * at_once
+    return clip_batch(range(first + start, first + min(start + at_once, shard)), "train", FRAMES)[0]
 
 
 @torch.no_grad()
@@ -39,8 +39,9 @@ def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
     """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards − 1."""
     folder.mkdir(parents=True, exist_ok=True)
     device = vae.conv1.weight.device
-    parts = -(-SHARD // AT_ONCE)
-    rendered = Ahead(partial(shard_part, SHARD), shards * parts, helpers(device))
+    at_once = AT_ONCE.get(device.type, AT_ONCE["cpu"])
+    parts = -(-SHARD // at_once)
+    rendered = Ahead(partial(shard_part, SHARD, at_once), shards * parts, helpers(device))
     for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
         made = []
         for index in range(number * parts, (number + 1) * parts):
@@ -72,12 +73,16 @@ class Clips:
     def batch(
         self, rng: np.random.Generator, count: int, unsaid: float, frames: int | None = None
     ) -> tuple[Tensor, list[str]]:
-        """Latents [B, 16, F, h, w] in fp32, of the first `frames` or all, and a text for each: new words for its
-        caption, or none at all."""
+        """Latents [B, 16, F, h, w] in bf16, of the first `frames` or all, and a text for each."""
         chosen = rng.integers(len(self.latents), size=count)
-        texts = []
-        for index in chosen:
-            caption = self.captions[index]
-            text = write(caption.objects, caption.relation, caption.ground, rng).text
-            texts.append("" if rng.random() < unsaid else text)
-        return self.latents[torch.from_numpy(chosen), :, :frames].float(), texts
+        return self.latents[torch.from_numpy(chosen), :, :frames], self._texts(chosen, rng, unsaid)
+
+    def texts(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Texts of some of the clips."""
+        return self._texts(rng.integers(len(self.latents), size=count), rng, unsaid=0.0)
+
+    def _texts(self, chosen: np.ndarray, rng: np.random.Generator, unsaid: float) -> list[str]:
+        """New words for each caption, or none at all."""
+        captions = (self.captions[index] for index in chosen)
+        texts = [write(caption.objects, caption.relation, caption.ground, rng).text for caption in captions]
+        return ["" if rng.random() < unsaid else text for text in texts]

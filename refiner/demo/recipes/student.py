@@ -4,8 +4,9 @@ First teacher forcing: clean history, one noised chunk at a time, flow matching 
 Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from ...memory.graph import GraphMemory
 from ...memory.plan import MemoryPlan
-from ...noise.source import WhiteNoise
+from ...noise.source import GivenNoise
 from ...rollout import Rollout, add_noise
 from ...schedule import plan_chunks
+from ...training.ahead import Ahead, helpers
 from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision, training_host
+from ...training.replay import Replay
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
 from ...wan.transformer import WanTransformer
@@ -84,39 +87,47 @@ class CausalInitStage(LearnerStage):
         host = training_host(self.device, options.compiled)
         self.network = CausalWan(self.learner.model, teacher.config, host)
         self.average = CausalWan(self.learner.average, teacher.config)
+        self.replay = Replay(self.learner.model, self.device)
+        self.batches = Ahead(partial(init_batch, options, clips), options.steps, helpers(self.device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        clean, prompts = self.clips.batch(stream(options.seed, index, 0), options.batch, unsaid=0.1)
+        clean, prompts = self.batches(index)
+        clean = clean.to(self.device).float()
         generator = noise_stream(self.device, options.seed, index, 1)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        sigma = self._levels(len(clean), generator)
         with torch.no_grad():
             context = self.text(prompts)
-        with mixed_precision(self.device):
-            losses = list(self._chunk_losses(clean.to(self.device), self.network.text(context), generator))
-        loss = torch.stack(losses).mean()
-        self.learner.step(loss, index, warm_cosine(index, options.steps))
+        (loss,) = self.replay(self._loss, clean, noise, sigma, context)
+        self.learner.update(index, warm_cosine(index, options.steps))
         return {"loss": loss.item()}
 
-    def _chunk_losses(self, clean: Tensor, text: list[KeyValue], generator: torch.Generator) -> Iterator[Tensor]:
-        """Flow-matching loss of each chunk behind its clean history, whose keys and values have a graph, too."""
+    def _loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor]:
+        with mixed_precision(self.device):
+            losses = list(self._chunk_losses(clean, noise, sigma, self.network.text(context)))
+        return (torch.stack(losses).mean(),)
+
+    def _chunk_losses(self, clean: Tensor, noise: Tensor, sigma: Tensor, text: list[KeyValue]) -> Iterator[Tensor]:
+        """Flow-matching loss of each chunk behind its clean history, whose keys and values have a graph, too; `sigma`
+        [B, F] is of each chunk's first frame."""
         memory = graph_memory(self.network, clean.shape)
         _, chunks = plan_chunks(PRESET, clean.shape[2])
         for chunk in chunks:
-            part = clean[:, :, chunk.start : chunk.start + chunk.length]
-            noise = torch.randn(part.shape, generator=generator, device=self.device)
-            sigma = self._levels(len(clean), generator)
-            noisy = add_noise(part, noise, column(sigma))
-            flow = self.network(noisy, 1000 * sigma[:, None], text, memory.view(chunk.frames))
-            yield F.mse_loss(flow.float(), noise - part)
+            own = slice(chunk.start, chunk.start + chunk.length)
+            part, its_noise, its_sigma = clean[:, :, own], noise[:, :, own], sigma[:, chunk.start]
+            noisy = add_noise(part, its_noise, column(its_sigma))
+            flow = self.network(noisy, 1000 * its_sigma[:, None], text, memory.view(chunk.frames))
+            yield F.mse_loss(flow.float(), its_noise - part)
             if chunk is not chunks[-1]:
-                zero = torch.zeros(1, 1, device=self.device)
+                zero = torch.zeros(1, 1, dtype=torch.float64)
                 self.network(part, zero, text, memory.view(chunk.frames), keys_only=True)
                 memory.commit()
 
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A sigma for each sample [B]: one of the sampler's, or any."""
+        """A sigma for each sample and frame [B, F]: one of the sampler's, or any."""
         levels = torch.tensor([level.sigma for level in PRESET.levels()], device=self.device)
-        u = torch.rand(3, batch, generator=generator, device=self.device)
+        u = torch.rand(3, batch, self.clips.latents.shape[2], generator=generator, device=self.device)
         chosen = levels[(u[1] * len(levels)).long()]
         return torch.where(u[0] < self.options.at_levels, chosen, shifted(u[2], PRESET.shift))
 
@@ -142,6 +153,8 @@ class DistilStage:
         self.average = CausalWan(self.generator.average, student.config)
         self.fake = CausalWan(self.critic.model, teacher.config, host)
         self.teacher = CausalWan(teacher.model, teacher.config, host)
+        self.of_critic, self.of_generator = (Replay(one.model, self.device) for one in (self.critic, self.generator))
+        self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
 
     def state_dict(self) -> dict:
         return {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
@@ -151,58 +164,78 @@ class DistilStage:
         self.critic.load_state_dict(state["critic"])
 
     def step(self, index: int) -> dict[str, float]:
-        logged = {"loss": self._teach_critic(index)}
-        if index % self.options.ratio == 0:
-            logged["generator"] = self._teach_generator(index)
-        return logged
+        """Every step the critic learns, and the generator every `ratio`-th."""
+        teaches = index % self.options.ratio == 0
+        for_critic, for_generator = self.prompts(index)
+        (loss,) = self._teach(index, 0, for_critic, self.of_critic, self._critic_loss)
+        self.critic.update(index, 1.0, clip=10.0)
+        logged = {"loss": loss}
+        if teaches:
+            _, logged["generator"] = self._teach(index, 1, for_generator, self.of_generator, self._generator_loss)
+            self.generator.update(index // self.options.ratio, 1.0, clip=10.0)
+        return {name: figure.item() for name, figure in logged.items()}
 
-    def _teach_critic(self, index: int) -> float:
+    def _teach(self, index: int, use: int, prompts: list[str], replay: Replay, loss_of: Callable) -> Sequence[Tensor]:
+        """Gradients of one of the two networks: on the student's own clips [B, 16, F, h, w], stopped at one level for
+        all, and noised as both networks see them."""
+        options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
+        exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.steps)))
+        generator = noise_stream(self.device, options.seed, index, use, 1)
+        path, noise = (
+            torch.randn(size, generator=generator, device=self.device) for size in ((len(PRESET.steps), *shape), shape)
+        )
+        sigma = draw_sigma(len(prompts), options.dmd, generator)
+        with torch.no_grad():
+            contexts = self.text(prompts), self.text([""] * len(prompts))
+        return replay(loss_of, path, noise, sigma, *contexts, exit_level=exit_level)
+
+    def _critic_loss(
+        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
+    ) -> tuple[Tensor]:
         with mixed_precision(self.device):
             with torch.no_grad():
-                clean, context, generator = self._rollout(index, use=0)
-                noise, sigma = self._noise(clean, generator)
-            loss = critic_loss(self.fake, clean, noise, sigma, self.fake.text(context))
-        self.critic.step(loss, index, 1.0, clip=10.0)
-        return loss.item()
+                clean = self._rollout(path, context, exit_level)
+            return (critic_loss(self.fake, clean, noise, sigma, self.fake.text(context)),)
 
-    def _teach_generator(self, index: int) -> float:
+    def _generator_loss(
+        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean size of its gradient."""
         with mixed_precision(self.device):
-            clean, context, generator = self._rollout(index, use=1)
-            noise, sigma = self._noise(clean, generator)
+            clean = self._rollout(path, context, exit_level)
             with torch.no_grad():
-                nothing = self.text([""] * len(clean))
                 texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
             gradient = dmd_gradient(
                 clean.detach(), noise, sigma, self.teacher, self.fake, texts, self.options.dmd.guidance
             )
-        loss = dmd_loss(clean, gradient)
-        self.generator.step(loss, index // self.options.ratio, 1.0, clip=10.0)
-        return gradient.abs().mean().item()
+        return dmd_loss(clean, gradient), gradient.abs().mean()
 
-    def _rollout(self, index: int, use: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """The student's own clips [B, 16, F, h, w], stopped at one level for all; the context they were asked for."""
-        options = self.options
-        rng = stream(options.seed, index, use)
-        shape, prompts = self.clips.latents.shape[1:], self.clips.batch(rng, options.batch, unsaid=0.0)[1]
-        with torch.no_grad():
-            context = self.text(prompts)
+    def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
+        """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
+        shape = path.shape[1:]
         rollout = Rollout(
             network=self.network,
             text=self.network.text(context),
-            memory=graph_memory(self.network, torch.Size((options.batch, *shape))),
-            noise=WhiteNoise(int(rng.integers(1 << 62))),
-            chunks=plan_chunks(PRESET, shape[1])[1],
-            frame_shape=(options.batch, shape[0], *shape[2:]),
+            memory=graph_memory(self.network, shape),
+            noise=GivenNoise(path),
+            chunks=plan_chunks(PRESET, shape[2])[1],
+            frame_shape=(*shape[:2], *shape[3:]),
             device=self.device,
             network_dtype=torch.float32,
         )
-        clean = self_rollout(rollout, exit_level=int(rng.integers(len(PRESET.steps))))
-        return clean, context, noise_stream(self.device, options.seed, index, use, 1)
-
-    def _noise(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        return noise, draw_sigma(len(clean), self.options.dmd, generator)
+        return self_rollout(rollout, exit_level)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         captions = held_out(self.options.shown)
         return show_clips(student_clips(self.average, self.text, self.vae, captions), captions, folder, index)
+
+
+def init_batch(options: InitOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
+    """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
+    return clips.batch(stream(options.seed, index, 0), options.batch, unsaid=0.1)
+
+
+def distil_prompts(options: DistilOptions, clips: Clips, index: int) -> tuple[list[str], list[str]]:
+    """Of the critic's and of the generator's clips in a step."""
+    critic, generator = (clips.texts(stream(options.seed, index, use), options.batch) for use in (0, 1))
+    return critic, generator

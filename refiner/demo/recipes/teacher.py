@@ -1,15 +1,19 @@
 """The bidirectional teacher: flow matching on whole clips, sampled with many steps and guidance."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ...rollout import add_noise
+from ...training.ahead import Ahead, helpers
 from ...training.dmd import column, shifted, whole_flow
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_root
 from ...training.precision import mixed_precision, training_host
+from ...training.replay import Replay
 from ...wan.causal import CausalWan
 from ...wan.transformer import WanConfig, WanTransformer
 from ...wan.vae import WanVAE
@@ -63,27 +67,37 @@ class TeacherStage(LearnerStage):
         )
         host = training_host(device, options.compiled)
         self.network, self.average = CausalWan(model, config, host), CausalWan(self.learner.average, config, host)
+        self.replay = Replay(model, device)
+        self.batches = Ahead(partial(teacher_batch, options, clips), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
-        whole = self.clips.latents.shape[2]
-        frames = next((length for share, length in options.lengths if index < share * options.steps), whole)
-        count = max(1, options.batch * whole // frames)
-        clean, prompts = self.clips.batch(stream(options.seed, index, 0), count, options.unsaid, frames)
-        clean = clean.to(self.device)
+        clean, prompts = self.batches(index)
+        clean = clean.to(self.device).float()
         generator = noise_stream(self.device, options.seed, index, 1)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         sigma = shifted(torch.rand(len(clean), generator=generator, device=self.device), options.shift)
         with torch.no_grad():
             context = self.text(prompts)
+        (loss,) = self.replay(self._loss, clean, noise, sigma, context)
+        self.learner.update(index, warm_root(index, options.steps))
+        return {"loss": loss.item()}
+
+    def _loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor]:
         with mixed_precision(self.device):
             flow = whole_flow(self.network, add_noise(clean, noise, column(sigma)), sigma, self.network.text(context))
-        loss = F.mse_loss(flow, noise - clean)
-        self.learner.step(loss, index, warm_root(index, options.steps))
-        return {"loss": loss.item()}
+        return (F.mse_loss(flow, noise - clean),)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         """A sheet and scores of held-out captions, with half the steps of a final sample."""
         captions = held_out(self.options.shown)
         clips = teacher_clips(self.average, self.text, self.vae, captions, steps=25)
         return show_clips(clips, captions, folder, index)
+
+
+def teacher_batch(options: TeacherOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
+    """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
+    whole = clips.latents.shape[2]
+    frames = next((length for share, length in options.lengths if index < share * options.steps), whole)
+    count = max(1, options.batch * whole // frames)
+    return clips.batch(stream(options.seed, index, 0), count, options.unsaid, frames)
