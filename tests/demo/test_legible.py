@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, picture_of, shown, told_facts
-from autorefiner.refiner.demo.recipes.vae import VaeOptions, moved, training_crops
+from autorefiner.refiner.demo.recipes.vae import VaeOptions, latent_shape, moved_latents, moved_pixels, training_crops
 from autorefiner.refiner.demo.render import render, render_parts
 from autorefiner.refiner.demo.shapes import SHAPES
 from autorefiner.refiner.demo.world import sample_scene
@@ -79,7 +79,8 @@ def test_moved_latents_are_of_moved_pixels(by) -> None:
     """Of latents that are linear in the place, as a picture's own means are of a ramp."""
     down, right = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
     pixels = (2 * down + right).expand(1, 3, 5, 24, 32)
-    latents, shifted = moved(by_latent(pixels, 8), pixels, *by)
+    latents, shifted = moved_latents(by_latent(pixels, 8), torch.tensor(by) / 8), moved_pixels(pixels, by)
+    assert latent_shape(3, shifted) == latents.shape
     assert latents.shape[-2:] == (2, 3) and shifted.shape[-2:] == (16, 24)
     assert torch.allclose(latents, by_latent(shifted, 8))
 

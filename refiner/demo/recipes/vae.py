@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from ...training.ahead import Ahead, helpers
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision
+from ...training.replay import Replay
 from ...video import contact_sheet, to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels
 from ..scene import Scene
 from ..world import sample_scene
-from .legible import CELL, Reader, shown, told_facts
+from .legible import CELL, GROUP, Reader, shown, told_facts
 
+LOGGED = ("covers", "colours", "which", "picture", "kl", "error")
 HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that are decoded
 
 
@@ -68,33 +71,48 @@ class VaeStage(LearnerStage):
             parts = nn.ModuleDict({"vae": vae, "reader": Reader(vae.z_dim)}).to(device)
         self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon, spared=("reader.",))
         self.model, self.reader = parts["vae"], parts["reader"]
+        self.replay = Replay(parts, device)
         self.crops = Ahead(partial(training_crops, options), options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
-        options = self.options
+        options, rng = self.options, stream(self.options.seed, index, 2)
         pixels, facts = (part.to(self.device) for part in self.crops(index))
+        joint = index >= options.reading * options.steps
+        by = rng.integers(1, CELL, size=2).tolist() if joint and rng.random() < options.moved else None
+        target = moved_pixels(pixels, by) if by else pixels
         generator = noise_stream(self.device, options.seed, index, 1)
+        read, decoded = (
+            torch.randn(latent_shape(self.model.z_dim, part), generator=generator, device=self.device)
+            for part in (pixels, target)
+        )
+        weights = torch.tensor(by or (0, 0), device=self.device) / CELL
+        figures = self.replay(
+            self._loss, pixels, facts, read, decoded, target, weights, joint=joint, shift=by is not None
+        )
+        self.learner.update(index, warm_cosine(index, options.steps))
+        loss, *told = torch.stack(list(figures)).tolist()
+        logged = {"loss": loss} | dict(zip(LOGGED, told, strict=False))
+        return logged | ({"dB": decibel(logged.pop("error"))} if joint else {})
+
+    def _loss(
+        self, pixels: Tensor, facts: Tensor, read: Tensor, decoded: Tensor, target: Tensor, weights: Tensor,
+        joint: bool, shift: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """The loss, and what LOGGED names. Noises `read` and `decoded` are added for the reader and the decoder, whose
+        latents, with `shift`, are first moved by `weights` of a cell."""
+        options = self.options
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
-            noise = torch.randn(mean.shape, generator=generator, device=self.device)
-            told = self.reader(mean + options.noise * noise, pixels, facts)
+            told = self.reader(mean + options.noise * read, pixels, facts)
             kl = 0.5 * mean.float().square().mean()
             loss = options.kl * kl + sum(getattr(options, name) * part for name, part in told.items())
-            logged = {name: part.item() for name, part in told.items()} | {"kl": kl.item()}
-            if index >= options.reading * options.steps:
-                error, off = self._reconstruction(mean, pixels, index)
-                loss, logged = loss + off, logged | {"dB": decibel(error)}
-        self.learner.step(loss, index, warm_cosine(index, options.steps))
-        return {"loss": loss.item(), **logged}
-
-    def _reconstruction(self, mean: Tensor, pixels: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Error and loss of what is decoded of noised latents, which half of the time are moved first."""
-        options, rng = self.options, stream(self.options.seed, index, 2)
-        if rng.random() < options.moved:
-            mean, pixels = moved(mean, pixels, *rng.integers(1, CELL, size=2).tolist())
-        generator = noise_stream(self.device, options.seed, index, 3)
-        noise = torch.randn(mean.shape, generator=generator, device=self.device)
-        return reconstruction_loss(self.model.decode(mean + options.noise * noise).float(), pixels, options.edges)
+            if not joint:
+                return [loss, *told.values(), kl]
+            mean = moved_latents(mean, weights) if shift else mean
+            error, off = reconstruction_loss(
+                self.model.decode(mean + options.noise * decoded).float(), target, options.edges
+            )
+        return [loss + off, *told.values(), kl, error]
 
     def finished(self) -> WanVAE:
         """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
@@ -108,14 +126,26 @@ class VaeStage(LearnerStage):
         return show_vae(self.learner.average["vae"], folder, index)
 
 
-def moved(latents: Tensor, pixels: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """Latents [B, 16, F, h, w] between their cells by so many pixels, and the pixels that they are then of: both a cell
-    smaller each way."""
-    for axis, by in ((3, down), (4, right)):
+def latent_shape(channels: int, pixels: Tensor) -> tuple[int, ...]:
+    """Of the latents of pixels [B, 3, 1 + 4n, H, W]: [B, channels, 1 + n, H/8, W/8]."""
+    batch, _, frames, height, width = pixels.shape
+    return batch, channels, 1 + (frames - 1) // GROUP, height // CELL, width // CELL
+
+
+def moved_latents(latents: Tensor, weights: Tensor) -> Tensor:
+    """Latents [B, 16, F, h, w] between their cells, `weights` [2] of a cell down and to the right: a cell smaller each
+    way."""
+    for weight, axis in zip(weights, (3, 4), strict=True):
         cells = latents.shape[axis] - 1
-        latents = torch.lerp(latents.narrow(axis, 0, cells), latents.narrow(axis, 1, cells), by / CELL)
-        pixels = pixels.narrow(axis, by, CELL * cells)
-    return latents, pixels
+        latents = torch.lerp(latents.narrow(axis, 0, cells), latents.narrow(axis, 1, cells), weight.to(latents.dtype))
+    return latents
+
+
+def moved_pixels(pixels: Tensor, by: Sequence[int]) -> Tensor:
+    """Pixels [B, 3, F, H, W] that latents moved by so many pixels, down and to the right, are of."""
+    for offset, axis in zip(by, (3, 4), strict=True):
+        pixels = pixels.narrow(axis, offset, pixels.shape[axis] - CELL)
+    return pixels
 
 
 def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
@@ -166,19 +196,24 @@ class DecoderStage(LearnerStage):
         parts = nn.ModuleList([vae.decoder, vae.conv2])
         self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon)
         self.pixels = Ahead(partial(decoder_pixels, options), options.steps, helpers(self.device))
+        self.replay = Replay(parts, self.device)
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
         pixels = self.pixels(index).to(self.device)
-        generator = noise_stream(self.device, options.seed, index, 1)
+        shape = latent_shape(self.vae.z_dim, pixels)
+        noise = torch.randn(shape, generator=noise_stream(self.device, options.seed, index, 1), device=self.device)
+        loss, error = self.replay(self._loss, pixels, noise)
+        self.learner.update(index, warm_cosine(index, options.steps))
+        return {"loss": loss.item(), "dB": decibel(error.item())}
+
+    def _loss(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         with mixed_precision(self.device):
             with torch.no_grad():
                 latents = self.vae.encode(pixels)
-            noise = torch.randn(latents.shape, generator=generator, device=self.device)
-            decoded = self.vae.decode(latents + options.noise * noise).float()
-        error, loss = reconstruction_loss(decoded, pixels, options.edges)
-        self.learner.step(loss, index, warm_cosine(index, options.steps))
-        return {"loss": loss.item(), "dB": decibel(error)}
+            decoded = self.vae.decode(latents + self.options.noise * noise).float()
+        error, loss = reconstruction_loss(decoded, pixels, self.options.edges)
+        return loss, error
 
     def finished(self) -> WanVAE:
         """The VAE with the decoder's average."""
@@ -209,9 +244,9 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[
     return error, 3 * error + edges * steps
 
 
-def decibel(error: Tensor) -> float:
+def decibel(error: float) -> float:
     """A mean squared error of pixels in [-1, 1] as PSNR."""
-    return 10 * math.log10(4 / error.item())
+    return 10 * math.log10(4 / error)
 
 
 @torch.no_grad()
