@@ -199,7 +199,8 @@ def test_a_training_sees_the_presets_window_and_positions(name: str) -> None:
     options = replace(SMALL, frames=18, preset=preset, levels=preset.steps[1:])
     stage = stage_of(options)
     with torch.no_grad():
-        rollout, context = stage.rollout(PROMPTS[:2], WhiteNoise(3), None)
+        context = encode(PROMPTS[:2])
+        rollout = stage.rollout(context, WhiteNoise(3), None)
         made = self_rollout(rollout, exit_level=len(preset.steps) - 1)
         plan = RunPlan(preset, options.frames, options.height, options.width, batch=2)
         sampled = torch.cat(list(sample(stage.base, context, plan, noise=WhiteNoise(3))), dim=2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,22 @@ class GivenNoise:
     it."""
 
     noise: Tensor
+
+    @classmethod
+    def of(
+        cls, source: NoiseSource, chunks: Sequence[Chunk], frame_shape: tuple[int, int, int, int], last: int = 0
+    ) -> "GivenNoise":
+        """What a source gives for each chunk's levels down to the nominal step `last`, once and on the CPU; zeros where
+        another chunk has more levels. `frame_shape` is [B, C, h, w]."""
+        batch, channels, height, width = frame_shape
+        depth = max(sum(level.step >= last for level in chunk.levels) for chunk in chunks)
+        noise = torch.zeros(depth, batch, channels, sum(chunk.length for chunk in chunks), height, width)
+        given = cls(noise)
+        for chunk in chunks:
+            shape = (batch, channels, chunk.length, height, width)
+            for draw in (Draw(i) for i, level in enumerate(chunk.levels) if level.step >= last):
+                given(chunk, draw, shape).copy_(source(chunk, draw, shape))
+        return given
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         return self.noise[draw.level, :, :, chunk.start : chunk.start + shape[2]]

@@ -12,9 +12,11 @@ from ..wan.transformer import WanTransformer
 from .distributed import sharded
 from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma
 from .learner import Learner, noise_stream
-from .objective import Means, Samples
+from .objective import Means, Part
 from .options import RefineOptions
 from .precision import mixed_precision, training_host
+from .replay import Replay, replayable
+from .residuals import Residuals
 
 BETAS = (0.0, 0.999)
 
@@ -32,6 +34,7 @@ class DmdObjective:
         self.fake = sharded(CausalWan(fake.to(self.device), teacher.config, host, options.checkpointing))
         self.critic = Learner(self.fake.model, options.critic_rate, 0.0, BETAS, decay=0.01)
         self.learners = [self.critic]
+        self.replay = Replay(self.fake.model, self.device, eager=not replayable(options, self.fake))
 
     def state_dict(self) -> dict:
         return {"critic": self.critic.state_dict()}
@@ -39,33 +42,43 @@ class DmdObjective:
     def load_state_dict(self, state: dict) -> None:
         self.critic.load_state_dict(state["critic"])
 
-    def prepare(self, index: int, samples: Iterator[Samples]) -> dict[str, float]:
+    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
         """A step of the fake network on the path's own clips."""
         self.critic.zero_grad()
         told = Means()
-        for part in samples:
-            noise, sigma = self._noised(part)
-            with mixed_precision(self.device, self.options.precision):
-                loss = critic_loss(self.fake, part.clean, noise, sigma, self.fake.text(part.context))
-            (part.weight * loss).backward()
+        for part, clean in samples:
+            tensors = (clean, *self._noised(part), part.context)
+            _, loss = self.replay(self._critic_loss, *tensors, weight=part.weight)
             told.add({"loss": loss}, part.weight)
         self.critic.update(index, 1.0, clip=10.0)
         return told.floats()
 
-    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        """See dmd_loss; logged is the size of the gradient."""
-        noise, sigma = self._noised(samples)
-        clean, context = samples.clean, samples.context
+    def _critic_loss(
+        self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of a part, by its weight and as it is."""
+        with mixed_precision(self.device, self.options.precision):
+            loss = critic_loss(self.fake, clean, noise, sigma, self.fake.text(context))
+        return weight * loss, loss
+
+    def given(self, part: Part) -> tuple[tuple[Tensor, ...], dict]:
+        """No prompt's context, and what the clips are noised with."""
         with torch.no_grad(), mixed_precision(self.device, self.options.precision):
-            nothing = self.encode([""] * len(clean))
+            nothing = self.encode([""] * len(part.prompts))
+        return (nothing, *self._noised(part)), {}
+
+    def loss(
+        self, clean: Tensor, context: Tensor, residuals: Residuals, nothing: Tensor, noise: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See dmd_loss; logged is the size of the gradient."""
+        with torch.no_grad(), mixed_precision(self.device, self.options.precision):
             texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
             guidance = self.options.dmd.guidance
             gradient = dmd_gradient(clean.detach(), noise, sigma, self.teacher, self.fake, texts, guidance)
         return dmd_loss(clean, gradient), {"gradient": gradient.abs().mean()}
 
-    def _noised(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Noise and level to score the samples at: those of their rows in the whole step's."""
-        generator = noise_stream(self.device, self.options.seed, samples.index, samples.use, 1)
-        shape = (samples.total, *samples.clean.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=self.device)
-        return noise[samples.rows], draw_sigma(samples.total, self.options.dmd, generator)[samples.rows]
+    def _noised(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Noise and level to score a part's clips at: those of its rows in the whole step's."""
+        generator = noise_stream(self.device, self.options.seed, part.index, part.use, 1)
+        noise = torch.randn((part.total, *part.path.shape[2:]), generator=generator, device=self.device)
+        return noise[part.rows], draw_sigma(part.total, self.options.dmd, generator)[part.rows]

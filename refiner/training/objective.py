@@ -1,6 +1,6 @@
 """What a training pursues on the clips that its sampling path makes; one file an objective."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,13 +13,13 @@ from .residuals import Residuals
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """Some of a step's clips [B, C, F, h, w], as the path made them: those of `rows` among the step's `total`."""
+class Part:
+    """Some of a step's clips, before they are made: those of `rows` among the step's `total`."""
 
-    clean: Tensor
+    path: Tensor  # noises [levels, B, C, F, h, w]
+    exit_level: int  # index of the level that all stop at
     context: Tensor  # [B, L, text_dim]
-    prompts: list[str]
-    residuals: Residuals
+    prompts: tuple[str, ...]
     index: int  # of the step
     use: int  # of the step's random numbers
     rows: slice
@@ -33,12 +33,20 @@ class Objective(Protocol):
     ratio: int  # the path learns at every ratio-th step
     learners: Sequence[Learner]  # of what the objective itself has to learn
 
-    def prepare(self, index: int, samples: Iterator[Samples]) -> dict[str, float]:
-        """Learn what the objective itself has to; returns what is logged. `samples`, made as taken, have no graph."""
+    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
+        """Learn what the objective itself has to; returns what is logged. `samples`, parts and their clips
+        [B, C, F, h, w], are made as taken and have no graph."""
         ...
 
-    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss of samples that have a graph, and what is logged."""
+    def given(self, part: Part) -> tuple[Sequence[Tensor], dict[str, Hashable]]:
+        """What `loss` takes besides clips: tensors, as of random numbers, and other things by name."""
+        ...
+
+    def loss(
+        self, clean: Tensor, context: Tensor, residuals: Residuals, *tensors: Tensor, **others: Hashable
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss of clips [B, C, F, h, w] that have a graph, and what is logged; a function as Replay asks for, unless
+        its training is not replayed."""
         ...
 
     def state_dict(self) -> dict: ...

@@ -4,7 +4,7 @@
 base itself: one loop, one objective, one budget.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +13,25 @@ from torch import Tensor, nn
 
 from ..memory.graph import GraphMemory
 from ..noise.refiner import Refiner
-from ..noise.source import WhiteNoise
+from ..noise.source import GivenNoise, NoiseSource, WhiteNoise
 from ..rollout import Rollout
 from ..sample import RunPlan
 from ..schedule import plan_chunks
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
+from ..wan.upload import upload
 from .adapters import attach_branches, branch_parameters, pairs_of
 from .distributed import rank, sharded, world
 from .dmd_objective import BETAS
 from .learner import Learner, stream
-from .objective import Means, Objective, Samples
+from .objective import Means, Objective, Part
 from .options import RefineOptions
 from .precision import mixed_precision, training_host
+from .replay import Replay, replayable
 from .residuals import Residuals
 from .self_rollout import self_rollout
+
+MINIMISED = "minimised"  # among the figures of a part; not logged
 
 
 class RefineStage:
@@ -51,6 +55,7 @@ class RefineStage:
         self.tree, self.base = sharded(tree), sharded(self.base)
         self.factors = branch_parameters(self.tree)
         self.learner = Learner(nn.ParameterList(self.factors.values()), options.learning_rate, options.ema, BETAS)
+        self.replay = Replay(self.learner.model, self.device, eager=not replayable(options, self.base))
 
     def allocate(self) -> None:
         """Bring the optimisers' state to where it can be read in place."""
@@ -65,7 +70,7 @@ class RefineStage:
         self.objective.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
-        logged = self.objective.prepare(index, self._samples(index, use=0, graph=False))
+        logged = self.objective.prepare(index, self._samples(index))
         if index % self.objective.ratio == 0:
             logged |= self._teach(index)
         return logged
@@ -94,36 +99,60 @@ class RefineStage:
         """A step of the factors on what the objective says of the path's clips."""
         self.learner.zero_grad()
         told = Means()
-        for samples in self._samples(index, use=1, graph=True):
-            loss, figures = self.objective.loss(samples)
-            (samples.weight * loss).backward()
-            told.add(figures | samples.residuals.figures(), samples.weight)
+        for part in self._parts(index, use=1):
+            tensors, others = self.objective.given(part)
+            fixed = {"exit_level": part.exit_level, "weight": part.weight, **others}
+            figures = self.replay(self._loss, part.path, part.context, *tensors, **fixed)
+            told.add({name: figure for name, figure in figures.items() if name != MINIMISED}, part.weight)
         self.learner.update(index // self.objective.ratio, 1.0, clip=10.0)
         return told.floats()
 
-    def _samples(self, index: int, use: int, graph: bool) -> Iterator[Samples]:
+    def _loss(
+        self, path: Tensor, context: Tensor, *tensors: Tensor, exit_level: int, weight: float, **others: Hashable
+    ) -> dict[str, Tensor]:
+        """Of a part, by its weight, and what is logged of the part."""
+        residuals = Residuals()
+        (clean,) = self._clips(path, context, exit_level, residuals)
+        loss, figures = self.objective.loss(clean, context, residuals, *tensors, **others)
+        return {MINIMISED: weight * loss, **figures, **residuals.figures()}
+
+    def _samples(self, index: int) -> Iterator[tuple[Part, Tensor]]:
+        """The parts of what the objective itself learns from, and their clips [B, C, F, h, w]."""
+        for part in self._parts(index, use=0):
+            (clean,) = self.replay.forward(self._clips, part.path, part.context, exit_level=part.exit_level)
+            yield part, clean
+
+    def _clips(
+        self, path: Tensor, context: Tensor, exit_level: int, residuals: Residuals | None = None
+    ) -> tuple[Tensor]:
+        """Clips [B, C, F, h, w] along a path of noises [levels, B, C, F, h, w]."""
+        first_graph = 0 if self.options.method == "init-noise" else None
+        with mixed_precision(self.device, self.options.precision):
+            rollout = self.rollout(context, GivenNoise(path), self.refiner(residuals))
+            return (self_rollout(rollout, exit_level, first_graph),)
+
+    def _parts(self, index: int, use: int) -> Iterator[Part]:
         """This process's share of the step's clips, part by part; what is drawn for a clip is the same in any parts."""
         options, total = self.options, self.options.batch * self.options.accumulation
         rng = stream(options.seed, index, use)
-        prompts = [self.prompts[i] for i in rng.integers(len(self.prompts), size=total)]
-        noise, exit_level = int(rng.integers(1 << 62)), int(rng.choice(options.exits))
-        first_graph = 0 if options.method == "init-noise" else None
+        prompts = tuple(self.prompts[i] for i in rng.integers(len(self.prompts), size=total))
+        seed, exit_level = int(rng.integers(1 << 62)), int(rng.choice(options.exits))
+        chunks = plan_chunks(options.preset, options.frames)[1]
         share = options.batch // world()
+        frame_shape = (share, self.base.config.in_dim, options.height, options.width)
         for start in range(rank() * share, total, options.batch):
-            rows, residuals = slice(start, start + share), Residuals()
-            with torch.set_grad_enabled(graph), mixed_precision(self.device, options.precision):
-                refiner = self.refiner(residuals if graph else None)
-                rollout, context = self.rollout(prompts[rows], WhiteNoise(noise, start), refiner)
-                clean = self_rollout(rollout, exit_level, first_graph)
-            yield Samples(clean, context, prompts[rows], residuals, index, use, rows, total, options.batch / total)
+            rows = slice(start, start + share)
+            white = GivenNoise.of(WhiteNoise(seed, start), chunks, frame_shape, chunks[-1].levels[exit_level].step)
+            path = upload(white.noise, self.device, torch.float32)
+            with torch.no_grad(), mixed_precision(self.device, options.precision):
+                context = self.encode([*prompts[rows]])
+            yield Part(path, exit_level, context, prompts[rows], index, use, rows, total, options.batch / total)
 
-    def rollout(self, prompts: list[str], noise: WhiteNoise, refiner: Refiner | None) -> tuple[Rollout, Tensor]:
-        """A rollout of the path with these prompts, and their context."""
+    def rollout(self, context: Tensor, noise: NoiseSource, refiner: Refiner | None) -> Rollout:
+        """A rollout of the path with these prompts' contexts [B, L, text_dim]."""
         options, network = self.options, self.tree if self.options.method == "lora" else self.base
-        with torch.no_grad():
-            context = self.encode(prompts)
-        plan = RunPlan(options.preset, options.frames, options.height, options.width, batch=len(prompts))
-        rollout = Rollout(
+        plan = RunPlan(options.preset, options.frames, options.height, options.width, batch=len(context))
+        return Rollout(
             network=network,
             text=network.text(context),
             memory=GraphMemory(plan.memory(network, torch.float32)),
@@ -135,4 +164,3 @@ class RefineStage:
             refiner=refiner,
             refiner_text=refiner.text(context) if refiner else None,
         )
-        return rollout, context

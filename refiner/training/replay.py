@@ -6,11 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..wan.causal import known_features
-from ..wan.rope import rotations
+from ..wan.causal import CausalWan
+from ..wan.upload import Tables, holding
+from .distributed import world
+from .options import RefineOptions
 
-WARM = 2  # ordinary passes before the one that is captured: they fill caches and choose kernels
-TABLES = (rotations, known_features)  # small tensors on the device that a captured pass reads in place
+WARM = 2  # ordinary passes before the one that is captured: they fill tables and choose kernels
+SMALL = 100_000_000  # parameters: of larger networks kernels take longer than launches, and activations much memory
+
+Outputs = Sequence[Tensor] | dict[str, Tensor]
+Function = Callable[..., Outputs]
 
 
 class Captured(NamedTuple):
@@ -18,8 +23,8 @@ class Captured(NamedTuple):
 
     graph: "torch.cuda.CUDAGraph"
     inputs: list[Tensor]
-    outputs: Sequence[Tensor]
-    gradients: list[Tensor | None]
+    outputs: Outputs
+    gradients: list[Tensor | None]  # none at all of a pass without gradients
 
 
 class Replay:
@@ -27,55 +32,91 @@ class Replay:
 
     The function must make the same passes for the same shapes and `fixed` arguments, draw no random numbers, and read
     nothing that changes but its tensors and parameters: a replay repeats the kernels of the first call. Each kind of
-    call keeps the memory of its activations.
+    call keeps the memory of its activations. An `eager` one replays nothing and asks nothing of the function, and its
+    gradients add up until someone sets them to None, as those of a step's parts.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, eager: bool = False) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.on_gpu = device.type == "cuda"
+        self.eager, self.replays = eager, device.type == "cuda" and not eager
         self.captured: dict[Hashable, Captured] = {}
+        self.tables: Tables = {}  # on the device; captured passes read them in place
 
-    def __call__(
-        self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor, **fixed: Hashable
-    ) -> Sequence[Tensor]:
+    def __call__(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
         """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in the parameters."""
-        if not self.on_gpu:
-            return self._run(function, tensors, fixed)
-        kind = (function.__name__, *sorted(fixed.items()), *((tensor.shape, tensor.dtype) for tensor in tensors))
-        if kind not in self.captured:
-            self.captured[kind] = self._capture(function, tensors, fixed)
-        found = self.captured[kind]
-        for own, new in zip(found.inputs, tensors, strict=True):
-            own.copy_(new)
-        found.graph.replay()
+        if not self.replays:
+            return self._learn(function, tensors, fixed)
+        found = self._replay(self._learn, function, tensors, fixed)
         for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
             parameter.grad = gradient
         return found.outputs
 
-    def _run(
-        self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], fixed: dict[str, Hashable]
-    ) -> Sequence[Tensor]:
-        for parameter in self.parameters:
-            parameter.grad = None
+    def forward(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
+        """What `function(*tensors, **fixed)` returns, without gradients."""
+        if not self.replays:
+            return self._look(function, tensors, fixed)
+        return self._replay(self._look, function, tensors, fixed).outputs
+
+    def _learn(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
+        if not self.eager:
+            self._forget()
         outputs = function(*tensors, **fixed)
+        if isinstance(outputs, dict):
+            next(iter(outputs.values())).backward()
+            return {name: output.detach() for name, output in outputs.items()}
         outputs[0].backward()
         return [output.detach() for output in outputs]
 
+    @torch.no_grad()
+    def _look(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
+        return function(*tensors, **fixed)
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _replay(
+        self, run: Callable[..., Outputs], function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+    ) -> Captured:
+        """The pass of this kind, after it was run on these tensors; what it wrote stands until its next run."""
+        shapes = ((tensor.shape, tensor.dtype) for tensor in tensors)
+        kind = (run.__name__, function.__name__, *sorted(fixed.items()), *shapes)
+        if kind not in self.captured:
+            with holding(self.tables):
+                self.captured[kind] = self._capture(run, function, tensors, fixed)
+        found = self.captured[kind]
+        for own, new in zip(found.inputs, tensors, strict=True):
+            own.copy_(new)
+        found.graph.replay()
+        return found
+
     def _capture(
-        self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+        self, run: Callable[..., Outputs], function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
     ) -> Captured:
         inputs = [tensor.clone() for tensor in tensors]
+        learns = run == self._learn
         aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM):
-                self._run(function, inputs, fixed)
+                run(function, inputs, fixed)
         here.wait_stream(aside)
-        for parameter in self.parameters:
-            parameter.grad = None
+        if learns:
+            self._forget()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self._run(function, inputs, fixed)
-        if any(table.cache_info().currsize == table.cache_info().maxsize for table in TABLES):
-            raise RuntimeError("a captured pass may lose a table that it reads: train with fewer kinds of passes")
-        return Captured(graph, inputs, outputs, [parameter.grad for parameter in self.parameters])
+            outputs = run(function, inputs, fixed)
+        return Captured(graph, inputs, outputs, [parameter.grad for parameter in self.parameters] if learns else [])
+
+
+def replayable(options: RefineOptions, network: CausalWan) -> bool:
+    """Whether a refiner's training makes the same passes at every step, and whether they are worth replaying.
+
+    A step in parts adds gradients up; a reward draws its frames; a window that forgets frames makes indices on the
+    device; what is compiled, or recomputed in the backward pass, was not tried.
+    """
+    whole = options.accumulation == 1 and world() == 1
+    remembers = options.preset.window < 0 or options.preset.window >= options.frames
+    plain = not (options.checkpointing or options.compiled)
+    small = sum(parameter.numel() for parameter in network.model.parameters()) <= SMALL
+    return options.objective == "dmd" and whole and remembers and plain and small

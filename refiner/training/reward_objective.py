@@ -1,14 +1,15 @@
 """Rewards as an objective (AutoRefiner, eq. 9 and Algorithm 1): −Σ weight · reward + l2 · ½ mean(Δ²)."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from torch import Tensor
 
 from ..wan.vae import WanVAE
 from .learner import stream
-from .objective import Samples
+from .objective import Part
 from .options import RefineOptions
 from .precision import mixed_precision
+from .residuals import Residuals
 from .rewards.decode import decode_frames
 from .rewards.reward import Mixture
 
@@ -27,18 +28,24 @@ class RewardObjective:
 
     def load_state_dict(self, state: dict) -> None: ...
 
-    def prepare(self, index: int, samples: Iterator[Samples]) -> dict[str, float]:
+    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
         """Nothing: rewards are frozen."""
         return {}
 
-    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+    def given(self, part: Part) -> tuple[tuple[Tensor, ...], dict[str, Hashable]]:
+        """The prompts, and the step whose frames are drawn."""
+        return (), {"prompts": part.prompts, "index": part.index}
+
+    def loss(
+        self, clean: Tensor, context: Tensor, residuals: Residuals, *, prompts: tuple[str, ...], index: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logged are the loss, the weighted reward, each reward's own mean, and the penalty."""
-        drawn = self.rewards.draw(stream(self.options.seed, samples.index, 2), 4 * samples.clean.shape[2] - 3)
+        drawn = self.rewards.draw(stream(self.options.seed, index, 2), 4 * clean.shape[2] - 3)
         numbers = sorted(set().union(*drawn))
-        with mixed_precision(samples.clean.device, self.options.precision):
-            frames = decode_frames(self.vae, samples.clean, numbers)
-            rewards, scores = self.rewards(frames, numbers, drawn, samples.prompts)
-        reward, penalty = rewards.mean(), samples.residuals.penalty(rewards.device)
+        with mixed_precision(clean.device, self.options.precision):
+            frames = decode_frames(self.vae, clean, numbers)
+            rewards, scores = self.rewards(frames, numbers, drawn, prompts)
+        reward, penalty = rewards.mean(), residuals.penalty(rewards.device)
         loss = self.options.l2 * penalty - reward
         own = {name: each.mean() for name, each in scores.items()}
         return loss, {"loss": loss, "reward": reward, **own, "l2": penalty}

@@ -9,7 +9,7 @@ T keys, L text tokens, H heads, D head size, M width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .rope import rotate, rotation_table
 from .transformer import EPS, PATCH, WanConfig
-from .upload import upload
+from .upload import remembered, upload
 
 
 class KeyValue(NamedTuple):
@@ -94,17 +94,16 @@ def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what was cached while sampling may be asked for in training
-def known_features(t: float, freq_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`timestep_features` [1, 1, freq_dim] of one timestep, on the device: sampling has few, again and again."""
-    return upload(timestep_features(torch.tensor([[t]], dtype=torch.float64), freq_dim), device, dtype)
+@remembered(64)
+def known_features(t: tuple[float, ...], freq_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`timestep_features` [1, F, freq_dim] of these timesteps, on the device: sampling has few, again and again."""
+    return upload(timestep_features(torch.tensor([t], dtype=torch.float64), freq_dim), device, dtype)
 
 
 def features_of(t: Tensor, freq_dim: int, like: Tensor) -> Tensor:
     """`timestep_features` in the dtype and on the device of `like`."""
-    if t.shape == (1, 1) and t.device.type == "cpu":
-        return known_features(t.item(), freq_dim, like.dtype, like.device)
+    if len(t) == 1 and t.device.type == "cpu":
+        return known_features(tuple(t[0].tolist()), freq_dim, like.dtype, like.device)
     return upload(timestep_features(t, freq_dim), like.device, like.dtype)
 
 

@@ -1,12 +1,11 @@
 """Rotary position embedding of Wan2.1: rotations by (frame, row, column), computed in float64 for any positions."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .upload import upload
+from .upload import remembered, upload
 
 THETA = 10000.0
 KEPT = 16  # tables: those of a clip's chunks, of the whole clip and of its beginnings, which training takes in turn
@@ -18,8 +17,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-@lru_cache(maxsize=KEPT)
-@torch.inference_mode(False)  # a table that was cached while sampling may be asked for in training
+@remembered(KEPT)
 def rotations(
     frames: tuple[int, ...], height: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
