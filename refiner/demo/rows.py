@@ -54,8 +54,9 @@ class Row:
     search: Search = ""
 
     def file(self) -> str:
-        """Of its factors; rows that train the same with the same models share them, compiled or not."""
-        digest = hashlib.sha256(repr(replace(self.training, compiled=False)).encode())
+        """Of its factors; rows that train the same with the same models share them, compiled or not, whatever is shown
+        meanwhile."""
+        digest = hashlib.sha256(repr(replace(self.training, compiled=False, shown=1)).encode())
         for name in ("student", "text", *AIMED_BY[self.training.objective]):
             digest.update(weights_of(WEIGHTS / FILES[name]))
         return f"{digest.hexdigest()[:16]}.safetensors"
