@@ -14,7 +14,7 @@ from ..refiner.memory.plan import MemoryPlan
 from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
-from ..refiner.refined import RefinerPlan
+from ..refiner.refined import IDLE, RefinerPlan
 from ..refiner.rollout import Progress, Sampler
 from ..refiner.sample import RunPlan, sample
 from ..refiner.samplers import SAMPLERS
@@ -199,8 +199,8 @@ def told(run: Run, facts: ModelFacts) -> str:
     line = f"{plan.frames} latent frames in {chunks} chunks, {held:,.1f} MB of keys and values"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
-        if run.method == "ode":
-            line += "; ode draws no noise between levels, so the refiner has nothing to refine"
+        if run.method == "ode" and plan.preset.steps[0] not in run.refined.levels:
+            line += f"; {IDLE}"
     return line + (f"; {run.search.describe()}" if run.search else "")
 
 

@@ -15,7 +15,7 @@ from .demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_text, sprite_refi
 from .demo.captions import unknown_words
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, read_latents
-from .refined import Form, RefinerPlan
+from .refined import IDLE, Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, sample
 from .samplers import SAMPLERS, SelfRefine
@@ -85,8 +85,8 @@ class GenerateOptions:
 def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
     options, told = job.options, []
-    if options.refiner and options.method == "ode":
-        told.append("ode draws no noise between levels, so the refiner has nothing to refine")
+    if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
+        told.append(IDLE)
     method = SAMPLERS[options.method]
     if isinstance(method, SelfRefine) and not (levels := method.levels) & {*job.preset.all_steps}:
         listed = ",".join(map(str, sorted(levels, reverse=True)))

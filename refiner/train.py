@@ -1,5 +1,6 @@
 """`autorefiner train CONFIG`: a TOML file to a trained refiner's file."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .demo.bundle import load_sprite_network, load_sprite_reward, load_sprite_text, load_sprite_vae
+from .demo.bundle import FILES, WEIGHTS, load_sprite_network, load_sprite_reward, load_sprite_text, load_sprite_vae
 from .demo.clips import SHOWN, held_out, show_clips, student_clips
 from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
@@ -159,7 +160,19 @@ def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | N
 def begun_with(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict[str, Any]:
     """What a run depends on, wherever its files lie."""
     rewards = [{name: value for name, value in asdict(one).items() if name != "path"} for one in config.rewards]
-    return {**asdict(config.refiner), "base": base, "prompts": digest(prompts), "rewards": rewards}
+    folders = [Path(one.path) for one in config.rewards if one.path]
+    models = {"teacher": config.teacher} if config.refiner.objective == "dmd" else {"vae": config.vae}
+    return {
+        **asdict(config.refiner), "base": base, "prompts": digest(prompts), "rewards": rewards,
+        **{name: seal(WEIGHTS / FILES[name] if file == SPRITES else Path(file)) for name, file in models.items()},
+        "reward models": [seal(file) for folder in folders for file in sorted(folder.iterdir()) if file.is_file()],
+    }  # fmt: skip
+
+
+def seal(path: Path) -> str:
+    """What tells a file from another of its kind: its size and the hash of its first MiB."""
+    with open(path, "rb") as file:
+        return f"{path.stat().st_size} {hashlib.sha256(file.read(1 << 20)).hexdigest()[:16]}"
 
 
 def run_training(path: Path, device: torch.device) -> Path:

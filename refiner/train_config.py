@@ -12,6 +12,7 @@ from .schedule import get_preset
 from .training.options import RefineOptions
 from .training.rewards.clip import FORMULAS
 from .training.rewards.reward import FrameDraw
+from .wan.checkpoint import inspect
 
 KINDS = (SPRITES, *FORMULAS)
 
@@ -104,12 +105,13 @@ class TrainConfig:
             _check_names(one, RewardConfig, "rewards.")
             if "kind" not in one:
                 raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
-        preset = get_preset(told.get("preset", "self-forcing"))
+        folder = path.parent
+        told.setdefault("preset", _preset_of(told.get("base", SPRITES), folder))
+        preset = get_preset(told["preset"])
         inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]))
         if not told.get("out"):
             raise ValueError("does not say `out`, the file to write")
         _check_said(told, inner)
-        folder = path.parent
         told |= {"out": folder / told["out"], "run": folder / told.get("run", f"{path.stem}_run")}
         for name in ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer"):
             if told.get(name, SPRITES) not in (SPRITES, ""):
@@ -118,6 +120,12 @@ class TrainConfig:
             RewardConfig(**one | ({"path": str(folder / one["path"])} if one.get("path") else {})) for one in rewards
         )
         return cls(**told, refiner=RefineOptions(**inner, preset=preset), rewards=found)
+
+
+def _preset_of(base: str, folder: Path) -> str:
+    """The preset that a base is sampled with, where its file says it."""
+    path = folder / base
+    return (inspect(path).preset if base != SPRITES and path.is_file() else None) or "self-forcing"
 
 
 def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:
@@ -142,6 +150,8 @@ def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:
     known = {one.name: one for one in fields(kind)}
     for name, value in told.items():
         if name not in known or (name == "preset" and prefix):
+            if name == "preset":
+                raise ValueError("refiner.preset is not known: say `preset` above [refiner]")
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"{prefix}{name} is not known{hint}")

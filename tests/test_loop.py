@@ -89,6 +89,18 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path, content) -> None:
     assert "\n" not in str(told.value)
 
 
+def test_a_state_that_was_cut_short_or_is_none_is_not_another_training(tmp_path) -> None:
+    path = tmp_path / "state.pt"
+    train(Line(2), LoopOptions(tmp_path, 2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"state\.pt is empty or damaged: begin anew"):
+        restore(Line(2), tmp_path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"state\.pt is no training's state: begin anew"):
+        restore(Line(2), tmp_path)
+
+
 @pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": 0, "lo}', '{"step": "0"}'])
 def test_a_damaged_line_of_a_log_is_dropped(tmp_path, line) -> None:
     train(Line(2), LoopOptions(tmp_path, 2))

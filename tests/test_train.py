@@ -9,13 +9,15 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo.bundle import save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.training.options import RefineOptions
-from autorefiner.refiner.wan.checkpoint import inspect
+from autorefiner.refiner.wan.checkpoint import inspect, save_safetensors
+from autorefiner.refiner.wan.transformer import WanTransformer
 
-from tiny_bundle import use_bundle, write_tiny_bundle
+from tiny_bundle import SIZES, use_bundle, write_tiny_bundle
 
 pytest.importorskip("peft")
 
@@ -111,7 +113,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, capsys) -> None:
+def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, capsys, bundle) -> None:
     assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 0
     rows = rows_of(tmp_path / "small_run")
     changes = {
@@ -124,6 +126,12 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
     (tmp_path / "other.txt").write_text("a red star")
     assert main(["train", str(write(tmp_path, 'prompts = "other.txt"')), "--device", "cpu"]) == 2
     assert "begun with another prompts: give the run another name" in capsys.readouterr().err
+    teacher = bundle / "sprites_teacher.safetensors"
+    own = teacher.read_bytes()
+    save_model(bundle, "teacher", WanTransformer(SIZES), SIZES, {})
+    assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 2
+    assert "begun with another teacher: give the run another name" in capsys.readouterr().err
+    teacher.write_bytes(own)
     assert rows_of(tmp_path / "small_run") == rows
     (tmp_path / "small.toml").write_text(write(tmp_path).read_text().replace("steps = 4", "steps = 5"))
     assert main(["train", str(tmp_path / "small.toml"), "--device", "cpu"]) == 0
@@ -135,6 +143,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
     [
         ("stpes = 3", "", "stpes is not known"),
         ("", "rnak = 3", "refiner.rnak is not known; did you mean refiner.rank?"),
+        ("", 'preset = "longlive"', "refiner.preset is not known: say `preset` above [refiner]"),
         ("", 'seed = "many"', "refiner.seed is 'many', expected int"),
         ("", "levels = [900]", "levels [900] are none"),
         ("", "levels = 750", "refiner.levels is 750, expected a list of whole numbers"),
@@ -248,3 +257,16 @@ def test_another_base_takes_no_default_of_the_sprites(tmp_path, capsys) -> None:
         assert f"does not say {missing}: with a base of your own" in capsys.readouterr().err
     write(tmp_path, said + 'vae = "sprites"', "height = 4\nwidth = 4")
     assert training.TrainConfig.read(tmp_path / "small.toml").refiner.width == 4
+
+
+def test_the_preset_is_the_bases_unless_told(tmp_path) -> None:
+    metadata = {"config": json.dumps({"transformer": {"num_heads": 2, "text_len": 32}})}
+    model = WanTransformer(SIZES)
+    for told, wanted in (("longlive", "longlive"), (None, "self-forcing")):
+        more = {"autorefiner": json.dumps({"preset": told})} if told else {}
+        save_safetensors(tmp_path / "own.safetensors", model.state_dict(), metadata | more)
+        said = 'base = "own.safetensors"\nprompts = "own.txt"\nvae = "sprites"\n'
+        for preset, expected in (("", wanted), ('preset = "causvid"\n', "causvid")):
+            path = write(tmp_path, said + preset, "height = 4\nwidth = 4")
+            config = training.TrainConfig.read(path)
+            assert config.preset == expected and config.refiner.preset == PRESETS[expected]

@@ -30,7 +30,8 @@ def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, fi
         return
     try:
         before = json.loads(note.read_text())
-        other = next((name for name in now if name not in may_change and before[name] != now[name]), None)
+        fixed = [name for name in now if name not in may_change and name in before]  # older notes say less
+        other = next((name for name in fixed if before[name] != now[name]), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
     if other is not None:

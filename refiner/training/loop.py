@@ -208,10 +208,12 @@ def restore(stage: Stage, run: Path) -> int:
         raise ValueError(f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder")
     if not shards and not path.exists():
         return 0
+    state = None if world() > 1 else _read(path)
     try:
-        return _restore_shards(stage, run) if world() > 1 else _restore_whole(stage, path)
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is empty or damaged: begin anew in another folder") from error
+        if state is None:
+            return _restore_shards(stage, run)
+        stage.load_state_dict(state["stage"])
+        return state["done"]
     except (KeyError, ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
@@ -219,10 +221,15 @@ def restore(stage: Stage, run: Path) -> int:
         ) from error
 
 
-def _restore_whole(stage: Stage, path: Path) -> int:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    stage.load_state_dict(state["stage"])
-    return state["done"]
+def _read(path: Path) -> dict:
+    """A saved state; ValueError for a file that is none, or not whole."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:  # the last of a file that was cut short
+        raise ValueError(f"{path} is empty or damaged: begin anew in another folder") from error
+    if not isinstance(state, dict) or not {"stage", "done"} <= state.keys():
+        raise ValueError(f"{path} is no training's state: begin anew in another folder")
+    return state
 
 
 def _restore_shards(stage: Stage, run: Path) -> int:
