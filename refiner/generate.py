@@ -82,9 +82,23 @@ class GenerateOptions:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
 
 
+def unused(options: GenerateOptions) -> list[str]:
+    """Options that were given and do nothing in this run, as on the command line."""
+    embedded, tiny = options.model in (SPRITES, RANDOM_TINY), options.model == RANDOM_TINY
+    given = {
+        "--refiner-strength": options.refiner is None and options.refiner_strength != 1,
+        "--refined-levels": options.refiner is None and options.refined_levels is not None,
+        "--lora": tiny and options.lora is not None,
+        "--tokenizer": embedded and options.tokenizer is not None,
+        "--context-cache": embedded and options.context_cache is not None,
+    }
+    return [name for name, idle in given.items() if idle]
+
+
 def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
-    options, told = job.options, []
+    options = job.options
+    told = [f"{name} does nothing in this run" for name in unused(options)]
     if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
         told.append(IDLE)
     method = SAMPLERS[options.method]

@@ -221,6 +221,10 @@ def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, ca
         (["--method", "ode", "--refiner", "sprites"], "the refiner has nothing to refine"),
         (["--method", "self-refine", "--preset", "causvid"], "levels 750,500, of which this run has none"),
         (["--method", "self-refine"], None),
+        (["--refiner-strength", "0.5"], "--refiner-strength does nothing in this run"),
+        (["--refined-levels", "750"], "--refined-levels does nothing in this run"),
+        (["--tokenizer", "t", "--context-cache", "c"], "--context-cache does nothing in this run"),
+        (["--refiner-strength", "0.5", "--refiner", "sprites"], None),
     ],
 )
 def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, said) -> None:
