@@ -16,6 +16,7 @@ CLASSES: dict[str, type[ComfyNode]] = {node.define_schema().node_id: node for no
 NEEDS_COMFYUI = {"AutoRefinerCustomSampler"}
 LARGEST = 4 << 20  # bytes of a workflow file
 LONGEST_SHOWN = 80  # characters of a name of its
+MOST_WRONG = 6  # nodes that one error names
 CASTS: dict[str, Callable[[Any], Any]] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
@@ -52,7 +53,7 @@ def read_workflow(path: Path) -> dict[str, Node]:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB: a workflow is a text of a few kB")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: give a workflow saved with Export (API)") from error
     if isinstance(found, dict) and "nodes" in found and "links" in found:
@@ -191,13 +192,26 @@ def _cast(cast: Callable[[Any], Any], value: Any) -> Any:
     return cast(value)
 
 
+def all_checked(needed: Sequence[Node], nodes: dict[str, Node]) -> dict[str, dict[str, Any]]:
+    """Inputs of nodes by id; ValueError, one for all of them, names every node that has a wrong one."""
+    inputs, wrong = {}, []
+    for node in needed:
+        try:
+            inputs[node.id] = checked(node, nodes)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong[:MOST_WRONG]))
+    return inputs
+
+
 def execute(nodes: dict[str, Node]) -> dict[str, NodeOutput]:
     """Run what the outputs of a workflow need, at the place that is set; what each node gave, by id.
 
     Everything is checked before anything runs. Raises ValueError that names the node.
     """
     needed = order(nodes, outputs_of(nodes))
-    inputs = {node.id: checked(node, nodes) for node in needed}
+    inputs = all_checked(needed, nodes)
     results: dict[str, NodeOutput] = {}
     for node in needed:
         values = {

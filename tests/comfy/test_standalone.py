@@ -277,6 +277,16 @@ def test_untrusted_files_are_refused(base: Path) -> None:
     assert "is not a readable picture" in refusal(graph, base)
 
 
+def test_all_that_is_wrong_is_told_at_once(base: Path) -> None:
+    graph = small("self_forcing")
+    for each in graph.values():
+        each["inputs"] |= {
+            name: "gone.safetensors" for name in ("file", "vae_name", "clip_name") if name in each["inputs"]
+        }
+    told = refusal(graph, base)
+    assert told.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in told.strip()
+
+
 def test_what_a_workflow_calls_its_nodes_stays_one_plain_line(base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["_meta"]["title"] = "Sampler\n\x1b[2J" + "x" * 1000
@@ -294,8 +304,9 @@ def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
         ("[]", "is not a workflow in API format"),
         ('{"nodes": [], "links": []}', "is a workflow of the page"),
         ('{"1": {"class_type": "AutoRefinerLoadDemo", "inputs": {}}}', "no node that saves anything"),
+        ('\ufeff{"1": {"class_type": "AutoRefinerLoadDemo", "inputs": {}}}', "no node that saves anything"),
     ):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         assert main(["run", str(path), "--base", str(base)]) == 2
         assert told in capsys.readouterr().err
     assert main(["run", str(base / "none.json")]) == 2
