@@ -17,6 +17,7 @@ from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_tex
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import told_models, told_totals
 from autorefiner.refiner.demo.recipes.data import Clips
+from autorefiner.refiner.demo.recipes.teacher import WIDTHS, TeacherOptions
 from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions, TextStage, answers, owners
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
@@ -36,6 +37,7 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
         patch.setattr("autorefiner.refiner.demo.recipes.vae.HELD_OUT", 8)
+        patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
         kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
         assert main(["demo", "train", "all", "--run", str(folder), *size, *kept]) == 0

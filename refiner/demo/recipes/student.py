@@ -37,8 +37,8 @@ from .teacher import TEXT_WAY
 class InitOptions:
     """Of the causal initialisation."""
 
-    steps: int = 1000
-    batch: int = 16
+    steps: int = 370
+    batch: int = 32
     learning_rate: float = 5e-4
     muon: float = 5e-3
     ema: float = 0.995
@@ -52,8 +52,8 @@ class InitOptions:
 class DistilOptions:
     """Of the distillation; the critic learns every step, the generator every `ratio`-th."""
 
-    steps: int = 1500
-    batch: int = 16
+    steps: int = 830
+    batch: int = 32
     learning_rate: float = 1e-4
     critic_rate: float = 1e-4
     ema: float = 0.99

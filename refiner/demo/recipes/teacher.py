@@ -34,9 +34,9 @@ def sprite_config(width: int, text: SpriteTextEncoder) -> WanConfig:
 class TeacherOptions:
     """Of the recipe."""
 
-    width: int = 128
-    steps: int = 17000
-    batch: int = 16  # whole clips; of short ones as many as have about as many frames
+    width: int = 256
+    steps: int = 3300
+    batch: int = 64  # whole clips; of short ones as many as have about as many frames
     # Latent frames of the clips' beginnings that steps up to this share of all are on: looks first, motion after them.
     lengths: tuple[tuple[float, int], ...] = ((0.25, 3), (0.55, 9))
     learning_rate: float = 1e-3

@@ -38,13 +38,14 @@ class VaeOptions:
     """
 
     dim: int = 8
-    steps: int = 5000
-    reading: float = 0.5  # share of the steps, on the encoder alone
+    steps: int = 5400
+    reading: float = 0.7  # share of the steps, on the encoder alone
     crop: int = 40
     crop_frames: tuple[int, int] = (9, 33)
-    batch: int = 2  # crops of the longer kind; of the shorter, as many as have that many frames
+    batch: int = 8  # crops of the longer kind; of the shorter, as many as have that many frames
     learning_rate: float = 4e-3
     muon: float = 1e-2
+    joint: float = 0.6  # of both rates, when the decoder learns too
     # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large, so that latents a
     # little beside the truth, as a small model makes them, still decode to a picture like it.
     noise: float = 0.3
@@ -77,7 +78,8 @@ class VaeStage(LearnerStage):
     def step(self, index: int) -> dict[str, float]:
         options, rng = self.options, stream(self.options.seed, index, 2)
         pixels, facts = (part.to(self.device) for part in self.crops(index))
-        joint = index >= options.reading * options.steps
+        start = int(options.reading * options.steps)
+        joint = index >= start
         by = rng.integers(1, CELL, size=2).tolist() if joint and rng.random() < options.moved else None
         target = moved_pixels(pixels, by) if by else pixels
         generator = noise_stream(self.device, options.seed, index, 1)
@@ -89,7 +91,10 @@ class VaeStage(LearnerStage):
         figures = self.replay(
             self._loss, pixels, facts, read, decoded, target, weights, joint=joint, shift=by is not None
         )
-        self.learner.update(index, warm_cosine(index, options.steps))
+        if joint:  # a schedule of its own
+            self.learner.update(index, options.joint * warm_cosine(index - start, options.steps - start))
+        else:
+            self.learner.update(index, warm_cosine(index, start))
         loss, *told = torch.stack(list(figures)).tolist()
         logged = {"loss": loss} | dict(zip(LOGGED, told, strict=False))
         return logged | ({"dB": decibel(logged.pop("error"))} if joint else {})
@@ -172,10 +177,10 @@ class DecoderOptions:
     """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp, on
     crops first."""
 
-    steps: int = 2500
+    steps: int = 1450
     crop_share: float = 0.6  # of the steps
     crop: int = 40
-    batch: int = 2
+    batch: int = 8
     frames: int = 33
     learning_rate: float = 2e-3
     muon: float = 1e-2
