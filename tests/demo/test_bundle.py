@@ -2,21 +2,29 @@
 
 import json
 import math
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_network, told_of
+from autorefiner.refiner.demo.captions import write
 from autorefiner.refiner.demo.clips import held_out, returned_clips, score, student_clips
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.table import summarise
 from autorefiner.refiner.demo.recipes.vae import psnr
-from autorefiner.refiner.demo.render import clip_batch
+from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
+from autorefiner.refiner.demo.scene import Body
 from autorefiner.refiner.demo.show import SHOWN, bundled_refiners
+from autorefiner.refiner.demo.world import sample_scene
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
+from autorefiner.refiner.rollout import add_noise, predict_x0
+from autorefiner.refiner.training.dmd import whole_flow
 from autorefiner.refiner.video import count_frames, read_metadata
 from autorefiner.refiner.wan.weight_file import open_weights
 
@@ -41,7 +49,7 @@ def test_the_vae_returns_held_out_clips(demo: Demo) -> None:
     pixels, _ = clip_batch(range(4), "test", 33)
     assert psnr(demo.vae.decode(demo.vae.encode(pixels)), pixels) > 30
     found = summarise(score(returned_clips(demo.vae, held_out(2)), held_out(2)))
-    assert found["colour"].mean > 95 and found["action"].mean > 80
+    assert found["colour"].mean > 95 and found["total"].mean > 90
 
 
 def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
@@ -57,6 +65,35 @@ def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
     found, others = (summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]]))
     assert found["colour"].mean > others["colour"].mean + 20
     assert not math.isnan(found["total"].mean)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shapes", [("star", "circle"), ("cross", "square")])
+def test_the_words_decide_a_shape(demo: Demo, shapes: tuple[str, str]) -> None:
+    """Of noised clips the teacher sees one shape with its word and another with the other word. A latent of the first
+    counts 1, of the second 0."""
+    scenes = (sample_scene(seed, "test") for seed in count())
+    alone = [scene for scene in islice(scenes, 60) if [body.stated.motion for body in scene.bodies] == ["bounce"]][:4]
+    latents, contexts = [], []
+    for shape in shapes:
+        seen = [replace(scene, bodies=(_as(scene.bodies[0], shape),)) for scene in alone]
+        latents.append(demo.vae.encode(torch.stack([to_pixels(render(scene, 33)) for scene in seen])))
+        texts = [
+            write((scene.bodies[0].stated,), None, scene.ground.name, np.random.default_rng(0)).text for scene in seen
+        ]
+        contexts.append(demo.teacher.text(demo.text(texts)))
+    noise = torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(1))
+    sigma, apart = torch.full((len(alone),), 0.92), latents[0] - latents[1]
+    noisy = add_noise(latents[0], noise, 0.92)
+    told = []
+    for context in contexts:
+        x0 = predict_x0(noisy, whole_flow(demo.teacher, noisy, sigma, context), 0.92)
+        told.append(((x0 - latents[1]) * apart).sum() / apart.square().sum())
+    assert told[0] > told[1] + 0.25
+
+
+def _as(body: Body, shape: str) -> Body:
+    return replace(body, stated=replace(body.stated, shape=shape))
 
 
 def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
