@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,15 @@ def test_a_run_that_has_more_steps_than_asked_for_is_refused(tmp_path) -> None:
     train(Line(2), LoopOptions(tmp_path, 3))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard, also where whoever started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(tmp_path, capsys) -> None:
     def press(times: int):
         return lambda index: [os.kill(os.getpid(), signal.SIGINT) for _ in range(times if index == 2 else 0)]

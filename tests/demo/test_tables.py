@@ -23,7 +23,8 @@ pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
-def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path) -> None:
+def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("autorefiner.refiner.train.SPRITE_PROMPTS", 8)
     out, run = tmp_path / "RESULTS.md", tmp_path / "run"
     command = ["demo", "tables", "--quick", "--tables", "1", "--run", str(run), "--out", str(out)]
     assert main(command) == 0
