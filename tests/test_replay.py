@@ -96,6 +96,19 @@ def test_replayed_steps_are_the_ordinary_ones(monkeypatch: pytest.MonkeyPatch, c
     assert not plain.replay.captured
 
 
+def test_a_training_goes_on_where_nothing_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Captured:
+        raise RuntimeError("CUDA error: out of luck\nand more")
+
+    plain = stage_of(SMALL)
+    monkeypatch.setattr(Repeated, "_capture", fails)
+    replayed = replaying(monkeypatch, SMALL)
+    with pytest.warns(UserWarning, match="not replayed, which is slower: CUDA error: out of luck$"):
+        assert replayed.step(0) == plain.step(0)
+    assert replayed.step(1) == plain.step(1)
+    assert not replayed.replay.captured
+
+
 @pytest.mark.parametrize("changes", [METHODS[1], METHODS[2], METHODS[3]])
 def test_a_steps_passes_need_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
     """On a device without numbers, whose values nobody can read."""

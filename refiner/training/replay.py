@@ -1,5 +1,6 @@
 """A step's forward and backward pass as a CUDA graph: what holds small networks up is the launching of kernels."""
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -44,18 +45,17 @@ class Replay:
 
     def __call__(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
         """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in the parameters."""
-        if not self.replays:
-            return self._learn(function, tensors, fixed)
         found = self._replay(self._learn, function, tensors, fixed)
+        if found is None:
+            return self._learn(function, tensors, fixed)
         for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
             parameter.grad = gradient
         return found.outputs
 
     def forward(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
         """What `function(*tensors, **fixed)` returns, without gradients."""
-        if not self.replays:
-            return self._look(function, tensors, fixed)
-        return self._replay(self._look, function, tensors, fixed).outputs
+        found = self._replay(self._look, function, tensors, fixed)
+        return self._look(function, tensors, fixed) if found is None else found.outputs
 
     def _learn(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
         if not self.eager:
@@ -77,13 +77,23 @@ class Replay:
 
     def _replay(
         self, run: Callable[..., Outputs], function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
-    ) -> Captured:
-        """The pass of this kind, after it was run on these tensors; what it wrote stands until its next run."""
+    ) -> Captured | None:
+        """The pass of this kind, after it was run on these tensors; what it wrote stands until its next run. None where
+        nothing is replayed, as after a capture that failed."""
+        if not self.replays:
+            return None
         shapes = ((tensor.shape, tensor.dtype) for tensor in tensors)
         kind = (run.__name__, function.__name__, *sorted(fixed.items()), *shapes)
         if kind not in self.captured:
-            with holding(self.tables):
-                self.captured[kind] = self._capture(run, function, tensors, fixed)
+            try:
+                with holding(self.tables):
+                    self.captured[kind] = self._capture(run, function, tensors, fixed)
+            except RuntimeError as error:  # of CUDA, or of an allocator that cannot; the function's own comes again
+                self.replays = False
+                warnings.warn(
+                    f"passes are not replayed, which is slower: {str(error).partition(chr(10))[0]}", stacklevel=2
+                )
+                return None
         found = self.captured[kind]
         for own, new in zip(found.inputs, tensors, strict=True):
             own.copy_(new)
