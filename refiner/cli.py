@@ -48,6 +48,14 @@ ERROR = "autorefiner: error: "
 AddCommand = Callable[[argparse._SubParsersAction], None]
 RunCommand = Callable[[argparse.Namespace], int]
 CLOCK = 1.0  # seconds that a file system's clock may lag
+SMALLER = {  # what takes less memory, by command
+    "generate": "lower --size or --window, or use --dtype bf16",
+    "inspect": "close what else uses the memory",
+    "bench": "take a smaller --size",
+    "train": "lower the batch and raise accumulation, or set checkpointing = true",
+    "demo": "lower --batch, or use --device cpu",
+    "run": "make the clip smaller or shorter, or connect a Reflective Cache with a smaller window",
+}
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
@@ -312,7 +320,7 @@ def main(
     except RuntimeError as error:  # torch's own for a GPU, a plain one for a CPU
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        message = f"out of memory ({str(error).splitlines()[0]}): lower --size or --window, or use --dtype bf16"
+        message = f"out of memory ({str(error).splitlines()[0]}): {SMALLER[args.command]}"
     print(f"{ERROR}{' '.join(message.split())}", file=sys.stderr)
     return 2
 

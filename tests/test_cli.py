@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import build_parser, main, options_of
 from autorefiner.refiner.generate import generate, prepare
@@ -312,3 +313,16 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
     assert json.loads((tmp_path / "new" / "b.json").read_text())["size"] == "tiny"
     assert main(["bench", "--chunks", "1"]) == 2
     assert "give at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [(["train", "x.toml"], "raise accumulation"), (["bench"], "smaller --size")]
+)
+def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command, said) -> None:
+    def fails(args: object) -> int:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte.\nand more")
+
+    monkeypatch.setattr(cli, f"run_{command[0]}", fails)
+    assert main(command) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "out of memory (DefaultCPUAllocator" in told[0] and said in told[0]
