@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.training.distributed import load_shards
 
 from tiny_bundle import use_bundle, write_tiny_bundle
 
@@ -80,3 +81,10 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "one_run" / "state_00000001").mkdir(parents=True)
     assert main(["train", str(write(tmp_path, "one", 3, "dmd")), "--device", "cpu"]) == 2
     assert "was begun by several processes, not one" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_told_in_one_line(tmp_path) -> None:
+    (tmp_path / "state_000003").mkdir()
+    (tmp_path / "state_000003" / ".metadata").write_bytes(b"no metadata")
+    with pytest.raises(ValueError, match=r"^state_000003 cannot be read: "):
+        load_shards({"weight": torch.zeros(2)}, tmp_path)

@@ -129,9 +129,15 @@ def saved_shards(run: Path) -> list[Path]:
 
 
 def load_shards(state: dict, run: Path) -> int:
-    """Read the newest state into `state`, whose tensors are all there; returns its number of steps."""
+    """Read the newest state into `state`, whose tensors are all there; returns its number of steps. ValueError where it
+    is damaged, or of other tensors."""
     import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     folder = saved_shards(run)[-1]
-    checkpoint.load(state, checkpoint_id=folder)
+    try:
+        checkpoint.load(state, checkpoint_id=folder)
+    except CheckpointException as error:  # of every process; not an Exception
+        reasons = [str(one[0] if isinstance(one, tuple) else one) for one in error.failures.values()]
+        raise ValueError(f"{folder.name} cannot be read: {(reasons or ['no reason is told'])[0]}") from error
     return int(folder.name.removeprefix("state_"))
