@@ -8,7 +8,7 @@ from torch import Tensor
 from .upload import remembered, upload
 
 THETA = 10000.0
-KEPT = 16  # tables: those of a clip's chunks, of the whole clip and of its beginnings, which training takes in turn
+KEPT = 4  # tables; of a large video one takes megabytes
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
