@@ -53,7 +53,7 @@ SMALLER = {  # what takes less memory, by command
     "inspect": "close what else uses the memory",
     "bench": "take a smaller --size",
     "train": "lower the batch and raise accumulation, or set checkpointing = true",
-    "demo": "lower --batch, or use --device cpu",
+    "demo": "lower the --batch of a training, or use --device cpu",
     "run": "make the clip smaller or shorter, or connect a Reflective Cache with a smaller window",
 }
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C

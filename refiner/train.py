@@ -160,19 +160,22 @@ def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | N
 def begun_with(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict[str, Any]:
     """What a run depends on, wherever its files lie."""
     rewards = [{name: value for name, value in asdict(one).items() if name != "path"} for one in config.rewards]
-    folders = [Path(one.path) for one in config.rewards if one.path]
     models = {"teacher": config.teacher} if config.refiner.objective == "dmd" else {"vae": config.vae}
+    paths = {name: WEIGHTS / FILES[name] if path == SPRITES else Path(path) for name, path in models.items()}
     return {
         **asdict(config.refiner), "base": base, "prompts": digest(prompts), "rewards": rewards,
-        **{name: seal(WEIGHTS / FILES[name] if file == SPRITES else Path(file)) for name, file in models.items()},
-        "reward models": [seal(file) for folder in folders for file in sorted(folder.iterdir()) if file.is_file()],
+        **{name: seal(path) for name, path in paths.items()},
+        "reward models": [seal(Path(one.path)) for one in config.rewards if one.path],
     }  # fmt: skip
 
 
 def seal(path: Path) -> str:
-    """What tells a file from another of its kind: its size and the hash of its first MiB."""
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size} {hashlib.sha256(file.read(1 << 20)).hexdigest()[:16]}"
+    """What tells a model from others of its kind: of its file, or of each in its folder, the size and the first MiB."""
+    told = hashlib.sha256()
+    for part in sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else (path,):
+        with open(part, "rb") as file:
+            told.update(f"{part.stat().st_size} ".encode() + file.read(1 << 20))
+    return told.hexdigest()
 
 
 def run_training(path: Path, device: torch.device) -> Path:

@@ -125,7 +125,7 @@ class TrainConfig:
 def _preset_of(base: str, folder: Path) -> str:
     """The preset that a base is sampled with, where its file says it."""
     path = folder / base
-    return (inspect(path).preset if base != SPRITES and path.is_file() else None) or "self-forcing"
+    return (inspect(path).preset if base != SPRITES and path.exists() else None) or "self-forcing"
 
 
 def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:

@@ -270,3 +270,13 @@ def test_the_preset_is_the_bases_unless_told(tmp_path) -> None:
             path = write(tmp_path, said + preset, "height = 4\nwidth = 4")
             config = training.TrainConfig.read(path)
             assert config.preset == expected and config.refiner.preset == PRESETS[expected]
+
+
+def test_a_teacher_may_be_a_folder_and_each_of_its_files_tells_it(tmp_path, bundle) -> None:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((bundle / "sprites_teacher.safetensors").read_bytes())
+    assert main(["train", str(write(tmp_path, 'teacher = "teacher"')), "--device", "cpu"]) == 0
+    before = training.seal(folder)
+    (folder / "config.json").write_text("{}")
+    assert training.seal(folder) != before
