@@ -3,8 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from numpy.random import Generator
+
+from .palette import GROUND_COLOURS
 
 RELATIONS = ("left", "right", "above", "below", "behind", "front")  # of the first object to the second
 
@@ -100,6 +103,24 @@ def unknown_words(text: str) -> list[str]:
     """Words of a text that the world has no meaning for, in order."""
     known = set(vocabulary())
     return [word for word in dict.fromkeys(words(text)) if word not in known]
+
+
+def unlike_captions(text: str) -> list[str]:
+    """What a text says as no caption does, a line each: a ground of a colour that no ground has, an object of which no
+    motion is said. The models know captions alone, and make something else of such a text."""
+    found, told = words(text), []
+    grounds = {word for name in GROUND_COLOURS for word in COLOUR_WORDS[name]}
+    colours = {word for options in COLOUR_WORDS.values() for word in options}
+    for before, word in pairwise(found):
+        if word in GROUND_WORDS and before in colours - grounds:
+            told.append(f"the sprites have no {before} {word}: theirs are {', '.join(GROUND_COLOURS)}")
+    verbs = {words(phrase)[0] for phrase in _phrases((VERBS, SWING_VERBS))}
+    shapes = {*_phrases(SHAPE_WORDS)}
+    nouns = [place for place, word in enumerate(found) if word in shapes and found[max(place - 2, 0)] != "in"]
+    for start, end in pairwise([*nouns, len(found)]):
+        if not verbs & {*found[start + 1 : end]}:
+            told.append(f"the {found[start]} has no motion: say one of each object, as 'that stays still'")
+    return told
 
 
 def _pick(rng: Generator, options: tuple[str, ...]) -> str:

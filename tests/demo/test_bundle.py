@@ -98,7 +98,7 @@ def _as(body: Body, shape: str) -> Body:
 
 def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.mp4"
-    prompt = "a small red star bounces to the left of a green circle on a blue ground"
+    prompt = "a small red star bounces to the left of a green circle that stays still on a navy ground"
     assert main(["generate", "--model", "sprites", "--prompt", prompt, "--out", str(out)]) == 0
     assert count_frames(out) == 81 and read_metadata(out)["prompt"] == prompt
 

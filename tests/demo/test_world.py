@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.demo.captions import SHAPE_WORDS, vocabulary, words
+from autorefiner.refiner.demo.captions import SHAPE_WORDS, unlike_captions, vocabulary, words
 from autorefiner.refiner.demo.motion import RATES, WALL
 from autorefiner.refiner.demo.palette import OBJECT_COLOURS
 from autorefiner.refiner.demo.recipes.text import TextOptions
@@ -224,3 +224,11 @@ def test_a_caption_that_does_not_fit_says_so(scenes):
     caption = replace(scene.caption, objects=(wide, wide), relation="left")
     with pytest.raises(ValueError, match="do not fit beside each other"):
         realise(caption, 0)
+
+
+def test_no_caption_is_unlike_captions_and_others_are_told() -> None:
+    assert not [told for seed in range(300) for told in unlike_captions(sample_scene(seed).caption.text)]
+    told = unlike_captions("a small red star bounces to the left of a green circle on a blue ground")
+    assert told[0].startswith("the sprites have no blue ground: theirs are black, grey")
+    assert told[1:] == ["the circle has no motion: say one of each object, as 'that stays still'"]
+    assert unlike_captions("a star") and not unlike_captions("")
