@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_text, sprite_refiner_file
-from .demo.captions import unknown_words, unlike_captions
+from .demo.captions import misread
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, read_latents
 from .refined import IDLE, Form, RefinerPlan
@@ -109,9 +109,7 @@ def notes(job: "Job") -> list[str]:
         return [*told, "random weights: the video is noise"]
     if options.model != SPRITES or options.context:
         return told
-    if unknown := unknown_words(options.prompt):
-        told.append(f"the sprites do not know {', '.join(map(repr, unknown[:5]))}: what they do know is in the README")
-    told += unlike_captions(options.prompt)
+    told += misread(options.prompt)
     if (options.width, options.height) != SPRITES_SIZE:
         told.append("the sprites were trained at {}x{}: other sizes look wrong".format(*SPRITES_SIZE))
     return told

@@ -183,10 +183,10 @@ class SpriteTokenizer:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> dict[str, list[str]]:
-        from ..sprites import unknown_told
+        from ...refiner.demo.captions import misread
 
-        if told := unknown_told(text):
-            notice(told)
+        if told := misread(text):
+            notice("; ".join(told))
         return {"sprites": [text]}
 
     def state_dict(self) -> dict:

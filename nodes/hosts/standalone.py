@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...refiner.demo import bundle
+from ...refiner.demo.captions import misread
 from ...refiner.estimate import available_bytes
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
@@ -26,7 +27,7 @@ from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
 from ..passes import Passes
 from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
-from ..sprites import sprite_preset, unknown_told
+from ..sprites import sprite_preset
 from . import schema as io
 
 __all__ = ["io"]
@@ -83,8 +84,8 @@ class Clip:
 
     def context(self, text: str) -> Tensor:
         """[1, text_len, text_dim] of a prompt, fp32 on the CPU."""
-        if self.sprites and (told := unknown_told(text)):
-            notice(told)
+        if self.sprites and (told := misread(text)):
+            notice("; ".join(told))
         return self.encode([text]).float().cpu()
 
 

@@ -105,6 +105,13 @@ def unknown_words(text: str) -> list[str]:
     return [word for word in dict.fromkeys(words(text)) if word not in known]
 
 
+def misread(text: str) -> list[str]:
+    """What the models will not take from a text as a person would, a line each: words they have never read, and what no
+    caption says like this."""
+    unknown = ", ".join(map(repr, unknown_words(text)[:5]))
+    return [f"the sprites do not know {unknown}"] * bool(unknown) + unlike_captions(text)
+
+
 def unlike_captions(text: str) -> list[str]:
     """What a text says as no caption does, a line each: a ground of a colour that no ground has, an object of which no
     motion is said. The models know captions alone, and make something else of such a text."""

@@ -98,6 +98,14 @@ def test_reflective_cache_tells_its_bytes(base: Path, capsys) -> None:
     assert f"6 latent frames, of them 1 sink: {nbytes / 1e6:,.1f} MB" in capsys.readouterr().err
 
 
+def test_a_prompt_that_is_like_no_caption_is_told(base: Path, capsys) -> None:
+    graph = small("text_to_video")
+    graph["2"]["inputs"]["text"] = "a red dragon by a star on a blue ground"
+    execute(graph, base)
+    told = capsys.readouterr().err
+    assert "do not know 'dragon', 'by'; the sprites have no blue ground" in told and "the star has no motion" in told
+
+
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
     (base / "graph.json").write_text(json.dumps(small("text_to_video")))
     values = ["--set", "3.length=5", "--set", "Save Video.filename_prefix=a/b", "--set", "Create Video.fps=8"]
