@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -34,6 +34,7 @@ SPRITES_SIZE = (64, 64)
 RANDOM_VAE_DIM = 8
 FPS = 16
 SHEET_FRAMES = 24
+DECIDING = ("model", "seed", "steps", "window", "method", "lora", "refiner")  # of a run's metadata: the prompt may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
     options = job.options
     told = [f"{name} does nothing in this run" for name in unused(options)]
+    if options.extend and (others := other_than(job.begun, job.metadata)):
+        told.append(f"{options.extend} was made with {others}: the clip goes on otherwise than it would have")
     if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
         told.append(IDLE)
     method = SAMPLERS[options.method]
@@ -113,6 +116,12 @@ def notes(job: "Job") -> list[str]:
     if (options.width, options.height) != SPRITES_SIZE:
         told.append("the sprites were trained at {}x{}: other sizes look wrong".format(*SPRITES_SIZE))
     return told
+
+
+def other_than(begun: dict[str, str], now: dict[str, str]) -> str:
+    """What decides a clip's noise and way and was other in the run that it goes on from, by both runs' metadata."""
+    pairs = [(name, begun.get(name, "none"), now.get(name, "none")) for name in DECIDING]
+    return ", ".join(f"{name} {then} (now {own})" for name, then, own in pairs if begun and then != own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +139,7 @@ class Job:
     initial: Tensor | None
     estimate: Estimate
     refiner: RefinerPlan | None = None
+    begun: dict[str, str] = field(default_factory=dict)  # what the latents that are gone on from say of their run
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -188,7 +198,7 @@ def prepare(options: GenerateOptions) -> Job:
     config, name, told = identify(options)
     preset = get_preset(name).changed(steps=options.steps, window=options.window, sink=options.sink)
     total = latent_frames(options.frames)
-    initial = read_initial(options, config, total) if options.extend else None
+    initial, begun = read_initial(options, config, total) if options.extend else (None, {})
     given = 0 if initial is None else initial.shape[2]
     plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
@@ -205,7 +215,7 @@ def prepare(options: GenerateOptions) -> Job:
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
-    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate, refiner)
+    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate, refiner, begun)
     if not options.dry_run:
         check_outputs(job)
         estimate.check(available_bytes(device))
@@ -266,9 +276,9 @@ def text_encoder_bytes(options: GenerateOptions) -> int:
     return info.nbytes * (2 if info.dtypes[0].startswith("float8") else 1)
 
 
-def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> Tensor:
-    """Latents of an earlier run [1, C, F, h, w]; ValueError when this run cannot go on from them."""
-    initial, _ = read_latents(options.extend)
+def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> tuple[Tensor, dict[str, str]]:
+    """Latents of an earlier run [1, C, F, h, w] and its metadata; ValueError when this run cannot go on from them."""
+    initial, begun = read_latents(options.extend)
     _, channels, given, height, width = initial.shape
     if given >= total:
         raise ValueError(
@@ -280,7 +290,7 @@ def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> Ten
             f"{options.extend} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes"
             f" {config.in_dim} of {options.width}x{options.height}: use its --size and its model"
         )
-    return initial
+    return initial, begun
 
 
 def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:

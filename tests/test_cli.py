@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import build_parser, main, options_of
-from autorefiner.refiner.generate import generate, prepare
+from autorefiner.refiner.generate import generate, notes, prepare
 from autorefiner.refiner.latents import HEADER, LatentWriter, read_latents
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import get_preset
@@ -129,6 +129,15 @@ def test_extending_saved_latents_gives_the_video_that_was_not_interrupted(files,
     latents = [read_latents(path.with_suffix(".latents.safetensors"))[0] for path in (whole, rest)]
     assert torch.equal(*latents)
     assert (read_frames(whole) == read_frames(rest)).all()
+
+
+def test_a_run_that_goes_on_with_other_options_says_so(files, tmp_path) -> None:
+    assert main(command(files, tmp_path / "first.mp4", "--save-latents", "--frames", "21")) == 0
+    latents = tmp_path / "first.latents.safetensors"
+    again = [*command(files, tmp_path / "rest.mp4"), "--extend", str(latents)]
+    assert not notes(prepare(parse(again)))
+    (told,) = notes(prepare(parse([*again, "--seed", "8", "--method", "ode", "--prompt", "a cat"])))
+    assert "was made with seed 0 (now 8), method self-forcing (now ode): the clip goes on otherwise" in told
 
 
 def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -> None:
