@@ -34,7 +34,7 @@ SPRITES_SIZE = (64, 64)
 RANDOM_VAE_DIM = 8
 FPS = 16
 SHEET_FRAMES = 24
-DECIDING = ("model", "seed", "steps", "window", "method", "lora", "refiner")  # of a run's metadata: the prompt may change
+DECIDING = ("model", "seed", "steps", "window", "method", "lora", "refiner")  # of metadata; a prompt may change
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--steps", type=int, help=f"of each row trained by dmd (default {TRAINING.steps})")
     about = f"of each row trained by reward (default {REWARDED.steps})"
     command.add_argument("--reward-steps", type=int, help=about)
-    command.add_argument("--short-steps", type=int, help="of each row of Table 4 (default 60)")
+    command.add_argument("--short-steps", type=int, help="of each row of Tables 4 and 6 (default 60)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
     about = "time the rows of Table 2 anew, in three rounds of a batch each, where the machine was busy before"
     command.add_argument("--time", action="store_true", help=about)

@@ -1,7 +1,7 @@
 """The paper's tables in miniature, on the sprite world: `autorefiner demo tables`.
 
 The learned reward model rewards and chooses, the exact metrics judge. Every trained row has the same budget, and every
-difference is paired by caption and seed (AutoRefiner, Tables 1-4 and 7; PAPER gives the paper's own numbers).
+difference is paired by caption and seed (AutoRefiner, Tables 1-4, 6 and 7).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,11 @@ from .metrics.diversity import of_spreads
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
 from .rows import Bench, Outcome, Row
 
-TABLES = (1, 2, 3, 4, 7)
+TABLES = (1, 2, 3, 4, 6, 7)
 TOTALS = ("quality", "semantic", "total")
 GAINS = ("semantic", "total")
 TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
+RANKS = (16, 32, 64, 128)
 BASE = Row("base")
 # As the student was distilled: the teacher's guidance is its own.
 TRAINING = RefineOptions(steps=400, batch=16, rank=32, learning_rate=2e-3, guidance=1.0, shown=16)
@@ -39,7 +40,7 @@ class TablesOptions:
     frames: int = LATENT_FRAMES
     training: RefineOptions = TRAINING  # by distribution matching
     rewarded: RefineOptions = REWARDED
-    short: int = 60  # steps of each row of Table 4
+    short: int = 60  # steps of each row of Tables 4 and 6
     tables: tuple[int, ...] = TABLES
 
     @classmethod
@@ -85,6 +86,12 @@ def cache_rows(options: TablesOptions) -> list[Row]:
     ]
 
 
+def rank_rows(options: TablesOptions) -> list[Row]:
+    """Table 6; on the head a LoRA has at most its 64 outputs for a rank."""
+    training = replace(options.training, steps=options.short)
+    return [BASE, *(Row(f"rank {rank}", replace(training, rank=rank)) for rank in RANKS)]
+
+
 def cost_cells(outcome: Outcome, base: Outcome) -> list[str]:
     """Passes a chunk above the base's, and verifications; frames a second, decode included."""
     cost, chunks = outcome.cost, outcome.chunks
@@ -121,6 +128,7 @@ KINDS = {
     ),
     3: Table("Table 3: refined levels, chosen when sampling", level_rows),
     4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
+    6: Table("Table 6: the rank of the LoRA", rank_rows),
     7: Table("Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"), dynamic_cells),
 }  # fmt: skip
 
@@ -159,10 +167,10 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
         f"{options.captions} held-out captions × {options.seeds} seeds, clips of {4 * options.frames - 3} frames; every"
         " score is 0–100 with its 95 % bootstrap interval over captions, differences are paired by caption and seed."
         f" The base is frozen. By distribution matching (dmd) a row is trained for {training.steps} steps of"
-        f" {training.batch} clips (Table 4: {options.short}), of which every {training.ratio}th trains what is tried"
-        f" and all the fake score; by reward for {rewarded.steps} steps of {rewarded.batch} clips of"
-        f" {4 * rewarded.frames - 3} frames. Rank {training.rank}. ΔNFE: passes a chunk above the base's;"
-        " verifications, each of which decodes, are a chunk's too. Both searches choose among"
+        f" {training.batch} clips (Tables 4 and 6: {options.short}), of which every {training.ratio}th trains what is"
+        f" tried and all the fake score; by reward for {rewarded.steps} steps of {rewarded.batch} clips of"
+        f" {4 * rewarded.frames - 3} frames. Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the"
+        " base's; verifications, each of which decodes, are a chunk's too. Both searches choose among"
         f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
         " exact metrics judge."
     )

@@ -13,7 +13,7 @@ from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.clips import held_out
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
-from autorefiner.refiner.demo.tables import BASE, KINDS, TABLES, TablesOptions
+from autorefiner.refiner.demo.tables import BASE, KINDS, RANKS, TABLES, TablesOptions
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 
@@ -56,10 +56,13 @@ def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
         assert found[0].name == "base" and found[0].training is None
         assert len({row.name for row in found}) == len(found)
         trained = [row.training for row in found if row.training is not None]
-        assert len({(one.steps, one.batch, one.rank, one.seed, one.objective) for one in trained}) == 1
+        assert len({(one.steps, one.batch, one.seed, one.objective) for one in trained}) == 1
+        assert [one.rank for one in trained] == ([*RANKS] if number == 6 else [32] * len(trained))
     levels = KINDS[3].rows(options)
     assert len({row.file() for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
     assert len({row.file() for row in KINDS[4].rows(options)[1:]}) == 6
+    forms, ranks = ({row.name: row.file() for row in KINDS[number].rows(options)[1:]} for number in (4, 6))
+    assert ranks["rank 32"] == forms["history shared, previous pending"]  # trained once
 
 
 @pytest.mark.parametrize(
