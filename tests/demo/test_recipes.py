@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo import cli
 from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae, told_of
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import told_models, told_totals
+from autorefiner.refiner.demo.recipes import vae
 from autorefiner.refiner.demo.recipes.data import Clips
 from autorefiner.refiner.demo.recipes.teacher import WIDTHS, TeacherOptions
 from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions, TextStage, answers, owners
@@ -36,7 +39,9 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
-        patch.setattr("autorefiner.refiner.demo.recipes.vae.HELD_OUT", 8)
+        patch.setattr(vae, "HELD_OUT", 8)
+        patch.setattr(vae, "latent_statistics", partial(vae.latent_statistics, clips=4))
+        patch.setattr(cli, "preview_map", partial(vae.preview_map, clips=3))
         patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
         kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]

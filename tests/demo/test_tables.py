@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo import rows
+from autorefiner.refiner.demo import rows, tables
 from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.clips import held_out
 from autorefiner.refiner.demo.evaluation import Demo
@@ -18,13 +18,18 @@ from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 
 from tiny import TINY, tiny_network
+from tiny_bundle import use_bundle, write_tiny_bundle
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
 def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("autorefiner.refiner.train.SPRITE_PROMPTS", 8)
+    models = tmp_path / "models"
+    write_tiny_bundle(models)
+    use_bundle(models, monkeypatch.setattr)
+    for module in (rows, tables):
+        monkeypatch.setattr(module, "WEIGHTS", models)
     out, run = tmp_path / "RESULTS.md", tmp_path / "run"
     command = ["demo", "tables", "--quick", "--tables", "1", "--run", str(run), "--out", str(out)]
     assert main(command) == 0
