@@ -1,6 +1,7 @@
 """The nodes' surroundings without ComfyUI: models and folders in its layout, this machine's device, a progress bar."""
 
 import copy
+import os
 import signal
 import sys
 import threading
@@ -61,10 +62,14 @@ def running_at(place: Place) -> Iterator[None]:
 
 
 def place_of(base: Path, outputs: Path | None, device: str) -> Place:
-    """A place under `base`; ValueError when the device is not here or the base is no folder."""
+    """A place under `base`; ValueError when one of them, or the device, is not here or of no use."""
     if not base.is_dir():
         raise ValueError(f"base {base} is not a folder: give the one that holds models/ and input/, as ComfyUI's does")
-    return Place(base, outputs or base / "output", pick_device(device))
+    outputs = outputs or base / "output"
+    there = next(folder for folder in (outputs, *outputs.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{outputs} is no folder that can be written: give another with --out")
+    return Place(base, outputs, pick_device(device))
 
 
 @dataclass(frozen=True, slots=True)

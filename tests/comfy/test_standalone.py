@@ -319,6 +319,10 @@ def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
         assert told in capsys.readouterr().err
     assert main(["run", str(base / "none.json")]) == 2
     assert main(["run", str(path), "--base", str(base / "none")]) == 2
+    path.write_text(json.dumps(small("text_to_video")))
+    capsys.readouterr()
+    assert main(["run", str(path), "--base", str(base), "--out", str(path / "videos")]) == 2
+    assert "videos is no folder that can be written" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_say_its_preset_is_told_how(base: Path) -> None:
