@@ -83,6 +83,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch, capsys) -> None:
     assert "was begun by several processes, not one" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads here
 def test_a_damaged_shard_is_told_in_one_line(tmp_path) -> None:
     (tmp_path / "state_000003").mkdir()
     (tmp_path / "state_000003" / ".metadata").write_bytes(b"no metadata")
