@@ -15,9 +15,10 @@ $(VENV)/ready: pyproject.toml
 demo: $(VENV)/ready
 	$(BIN)/autorefiner demo show --out outputs
 
+# Two at a time with a thread each, a file's tests in one process: what they share is made once.
 test: $(VENV)/ready
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
