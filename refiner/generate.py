@@ -100,7 +100,7 @@ def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
     options = job.options
     told = [f"{name} does nothing in this run" for name in unused(options)]
-    if options.extend and (others := other_than(job.begun, job.metadata)):
+    if job.begun and (others := other_than(job.begun, job.metadata)):
         told.append(f"{options.extend} was made with {others}: the clip goes on otherwise than it would have")
     if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
         told.append(IDLE)
@@ -121,7 +121,7 @@ def notes(job: "Job") -> list[str]:
 def other_than(begun: dict[str, str], now: dict[str, str]) -> str:
     """What decides a clip's noise and way and was other in the run that it goes on from, by both runs' metadata."""
     pairs = [(name, begun.get(name, "none"), now.get(name, "none")) for name in DECIDING]
-    return ", ".join(f"{name} {then} (now {own})" for name, then, own in pairs if begun and then != own)
+    return ", ".join(f"{name} {then} (now {own})" for name, then, own in pairs if then != own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,8 @@ def misread(text: str) -> list[str]:
     """What the models will not take from a text as a person would, a line each: words they have never read, and what no
     caption says like this."""
     unknown = ", ".join(map(repr, unknown_words(text)[:5]))
-    return [f"the sprites do not know {unknown}"] * bool(unknown) + unlike_captions(text)
+    told = [f"the sprites do not know {unknown}: what they do know is in the README"] if unknown else []
+    return told + unlike_captions(text)
 
 
 def unlike_captions(text: str) -> list[str]:

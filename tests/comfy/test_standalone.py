@@ -103,7 +103,8 @@ def test_a_prompt_that_is_like_no_caption_is_told(base: Path, capsys) -> None:
     graph["2"]["inputs"]["text"] = "a red dragon by a star on a blue ground"
     execute(graph, base)
     told = capsys.readouterr().err
-    assert "do not know 'dragon', 'by'; the sprites have no blue ground" in told and "the star has no motion" in told
+    assert "do not know 'dragon', 'by': what they do know is in the README; the sprites have no blue ground" in told
+    assert "the star has no motion" in told
 
 
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
