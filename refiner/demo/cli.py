@@ -14,14 +14,14 @@ from .evaluation import EvaluateOptions, evaluate, write_section
 from .recipes.data import Clips, encode_shards
 from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
-from .recipes.teacher import TeacherOptions, TeacherStage
+from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, preview_map
 from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TablesOptions, make_tables
 
-STAGES = ("vae", "decoder", "text", "clips", "teacher", "init", "student", "reward")
-GOES_ON = {"decoder": "vae", "student": "student"}  # recipes of the second half of a model's training
+STAGES = ("vae", "decoder", "text", "clips", "teacher", "longer", "init", "student", "reward")
+GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # what trains a model that another recipe began
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or killed at any time; the
 same command goes on with it. Each stage writes state.pt, log.jsonl, loss.png and sample sheets into RUN/STAGE, and its
@@ -37,10 +37,10 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--run", type=Path, default=RUNS / "sprites", metavar="FOLDER", help="default %(default)s")
     command.add_argument("--steps", type=int, help="steps of the stage (of each, with all); default: the recipe's")
     command.add_argument("--batch", type=int, help="clips a step; default: the recipe's")
-    about = "held-out captions of each sample sheet's scores, of teacher, init and student; default: the recipe's"
+    about = "held-out captions of each sample sheet's scores, of the networks' stages; default: the recipe's"
     command.add_argument("--shown", type=int, help=about)
-    command.add_argument("--shards", type=int, default=160, help="of 64 clips each, to encode (default %(default)s)")
-    about = "on a CPU, compile teacher, init and student: 1.3 to 1.4 times as fast; needs a C++ compiler"
+    command.add_argument("--shards", type=int, default=320, help="of 64 clips each, to encode (default %(default)s)")
+    about = "on a CPU, compile the networks' stages: 1.3 to 1.4 times as fast; needs a C++ compiler"
     command.add_argument("--compile", action="store_true", help=about)
     command.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     command.add_argument("--show-every", type=int, default=500, metavar="STEPS")
@@ -72,7 +72,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--steps", type=int, help=f"of each row trained by dmd (default {TRAINING.steps})")
     about = f"of each row trained by reward (default {REWARDED.steps})"
     command.add_argument("--reward-steps", type=int, help=about)
-    command.add_argument("--short-steps", type=int, help="of each row of Tables 4 and 6 (default 60)")
+    command.add_argument("--short-steps", type=int, help="of each row of Tables 4 and 6 (default 120)")
     command.add_argument("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
     about = "time the rows of Table 2 anew, in three rounds of a batch each, where the machine was busy before"
     command.add_argument("--time", action="store_true", help=about)
@@ -136,7 +136,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
         save_model(run, "text", stage.learner.average.encoder, None, told)
     elif name == "reward":
         save_model(run, "reward", stage.finished(), None, told)
-    elif name == "teacher":
+    elif name in ("teacher", "longer"):
         save_model(run, "teacher", stage.learner.average, stage.network.config, told)
     else:  # the causal initialisation is what the student starts from, and is replaced by it
         model = stage.generator.average if name == "student" else stage.learner.average
@@ -190,6 +190,8 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
     if name == "teacher":
         return TeacherStage(TeacherOptions(**changes), clips, text, vae, device)
     teacher = load_sprite_network("teacher", run, device)
+    if name == "longer":
+        return TeacherStage(LongerOptions(**changes), clips, text, vae, device, teacher)
     if name == "init":
         return CausalInitStage(InitOptions(**changes), teacher, clips, text, vae)
     student = load_sprite_network("student", run, device)

@@ -27,8 +27,8 @@ TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750,
 RANKS = (16, 32, 64, 128)
 BASE = Row("base")
 # As the student was distilled: the teacher's guidance is its own.
-TRAINING = RefineOptions(steps=400, batch=16, rank=32, learning_rate=2e-3, guidance=1.0, shown=16)
-REWARDED = RefineOptions(objective="reward", steps=120, batch=16, frames=9, rank=32, learning_rate=1e-3, shown=8)
+TRAINING = RefineOptions(steps=800, batch=16, rank=32, learning_rate=2e-3, guidance=1.0, shown=16)
+REWARDED = RefineOptions(objective="reward", steps=400, batch=32, frames=9, rank=32, learning_rate=1e-3, shown=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class TablesOptions:
     frames: int = LATENT_FRAMES
     training: RefineOptions = TRAINING  # by distribution matching
     rewarded: RefineOptions = REWARDED
-    short: int = 60  # steps of each row of Tables 4 and 6
+    short: int = 120  # steps of each row of Tables 4 and 6
     tables: tuple[int, ...] = TABLES
 
     @classmethod

@@ -20,6 +20,7 @@ HELD_OUT_LOOKS = frozenset(
 HELD_OUT_ACTS = frozenset({("yellow", "spin"), ("blue", "orbit"), ("green", "pulse"), ("white", "swing")})
 
 SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.145, 0.160)}  # radii, in frame sides
+TILT = 0.1  # radians off upright that a spin starts at, up to
 PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
 TURN_GAP = 7 / 64  # what swings and orbits stays at least this far from the edges, so that it is no bounce
 OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
@@ -102,7 +103,7 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
         low, high = gap - side_low, 1 - gap - side_high
         run = min(RUN, (high - low) / 2)
         centre.append(float(rng.uniform(low + run * (way < 0), high - run * (way > 0))))
-    angle = float(rng.uniform(0, 2 * np.pi)) if stated.motion == "spin" else 0.0
+    angle = float(rng.uniform(-TILT, TILT)) if stated.motion == "spin" else 0.0
     return Body(stated, radius, (centre[0], centre[1]), angle, motion)
 
 

@@ -15,12 +15,18 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import cli
-from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, scaled_vae, told_of
+from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, load_sprite_vae, scaled_vae, told_of
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import told_models, told_totals
 from autorefiner.refiner.demo.recipes import vae
-from autorefiner.refiner.demo.recipes.data import Clips
-from autorefiner.refiner.demo.recipes.teacher import WIDTHS, TeacherOptions
+from autorefiner.refiner.demo.recipes.data import DIAGONALS, Clips
+from autorefiner.refiner.demo.recipes.teacher import (
+    WIDTHS,
+    LongerOptions,
+    TeacherOptions,
+    TeacherStage,
+    teacher_batch,
+)
 from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions, TextStage, answers, owners
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
@@ -49,7 +55,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "init", "student", "reward"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "longer", "init", "student", "reward"])
 def test_every_stage_logs_draws_and_shows(run, stage) -> None:
     lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
@@ -72,7 +78,7 @@ def test_the_finished_models_load_and_say_what_they_are(run) -> None:
 def test_a_model_tells_its_recipes_and_how_its_total_rose(run) -> None:
     last = json.loads((run / "student" / "log.jsonl").read_text().splitlines()[-1])
     assert told_of("student", run)["totals"] == {"2": round(last["total"], 1)}
-    assert told_models(run) == "vae 2 and decoder 2 steps, teacher 2 steps, init 2 and student 2 steps"
+    assert told_models(run) == "vae 2 and decoder 2 steps, teacher 2 and longer 2 steps, init 2 and student 2 steps"
     assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
     assert "totals" not in told_of("vae", run)
     assert len(told_of("vae", run)["preview"]) == 17
@@ -84,6 +90,21 @@ def test_clips_are_encoded_with_the_runs_own_vae(run) -> None:
     assert clips.captions[1] == sample_scene(1).caption
     with pytest.raises(ValueError, match="demo train clips"):
         Clips.read(run)
+
+
+def test_diagonal_bounces_are_drawn_more_often() -> None:
+    straight, diagonal = (Caption("", (Stated("star", "red", "bounce", direction=way),)) for way in ("up", "up left"))
+    clips = Clips(torch.zeros(3, 16, 21, 8, 8), [straight, diagonal, straight])
+    assert clips.drawn.tolist() == [0, *[1] * DIAGONALS, 2]
+
+
+def test_a_longer_training_begins_with_the_teacher(run) -> None:
+    clips, text, vae = Clips.read(run / "clips"), load_sprite_text(run), load_sprite_vae(run)
+    teacher = load_sprite_network("teacher", run)
+    stage = TeacherStage(LongerOptions(batch=2, steps=2), clips, text, vae, torch.device("cpu"), teacher)
+    begun = stage.learner.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in teacher.model.state_dict().items())
+    assert teacher_batch(stage.options, clips, 0)[0].shape[2] == clips.latents.shape[2]
 
 
 def test_the_student_learnt_from_its_own_rollouts(run) -> None:

@@ -1,6 +1,7 @@
 """Encoded clips of the world on disk: rendered once, encoded once, then read whole into memory."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..world import sample_scene
 SHARD = 64  # clips a file
 AT_ONCE = {"cpu": 4, "cuda": 32}  # clips in one pass of the encoder
 FRAMES = 81
+DIAGONALS = 3  # times that a clip whose caption tells of a diagonal bounce is drawn for each of another: 1 in 30 is one
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -50,12 +52,21 @@ def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
         save_safetensors(shard_path(folder, number), {"latents": torch.cat(made).bfloat16()}, {"frames": str(FRAMES)})
 
 
+def times_drawn(caption: Caption) -> int:
+    """How often clips of a caption are drawn, for each time that most are."""
+    return DIAGONALS if any(" " in (one.direction or "") for one in caption.objects) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Clips:
     """Latents [N, 16, F, h, w], bf16 on the CPU, and the caption of each."""
 
     latents: Tensor
-    captions: list[Caption]
+    captions: Sequence[Caption]
+    drawn: np.ndarray = field(init=False)  # indices of clips, some more often than others
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drawn", np.repeat(np.arange(len(self.latents)), [*map(times_drawn, self.captions)]))
 
     @classmethod
     def read(cls, folder: Path) -> "Clips":
@@ -74,12 +85,12 @@ class Clips:
         self, rng: np.random.Generator, count: int, unsaid: float, frames: int | None = None
     ) -> tuple[Tensor, list[str]]:
         """Latents [B, 16, F, h, w] in bf16, of the first `frames` or all, and a text for each."""
-        chosen = rng.integers(len(self.latents), size=count)
+        chosen = rng.choice(self.drawn, count)
         return self.latents[torch.from_numpy(chosen), :, :frames], self._texts(chosen, rng, unsaid)
 
     def texts(self, rng: np.random.Generator, count: int) -> list[str]:
         """Texts of some of the clips."""
-        return self._texts(rng.integers(len(self.latents), size=count), rng, unsaid=0.0)
+        return self._texts(rng.choice(self.drawn, count), rng, unsaid=0.0)
 
     def _texts(self, chosen: np.ndarray, rng: np.random.Generator, unsaid: float) -> list[str]:
         """New words for each caption, or none at all."""

@@ -25,12 +25,11 @@ from ...training.precision import mixed_precision, training_host
 from ...training.replay import Replay
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
-from ...wan.transformer import WanTransformer
 from ...wan.vae import WanVAE
 from ..clips import PRESET, held_out, show_clips, student_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
-from .teacher import TEXT_WAY
+from .teacher import TEXT_WAY, twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,6 @@ class DistilOptions:
     dmd: DmdOptions = field(default_factory=lambda: DmdOptions(guidance=1.0))
     seed: int = 0
     compiled: bool = False
-
-
-def twin(network: CausalWan) -> WanTransformer:
-    """A trainable copy of a network's weights."""
-    model = WanTransformer(network.config)
-    model.load_state_dict(network.model.state_dict())
-    return model.to(next(network.model.parameters()).device)
 
 
 def graph_memory(network: CausalWan, shape: torch.Size) -> GraphMemory:

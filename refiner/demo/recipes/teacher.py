@@ -49,19 +49,33 @@ class TeacherOptions:
     compiled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LongerOptions(TeacherOptions):
+    """Of a second training, of a finished teacher: whole clips throughout, at the rates of the first one's middle."""
+
+    steps: int = 8000
+    lengths: tuple[tuple[float, int], ...] = ()
+    learning_rate: float = 4e-4
+    muon: float = 2e-2
+
+
+def twin(network: CausalWan) -> WanTransformer:
+    """A trainable copy of a network's weights."""
+    model = WanTransformer(network.config)
+    model.load_state_dict(network.model.state_dict())
+    return model.to(next(network.model.parameters()).device)
+
+
 class TeacherStage(LearnerStage):
-    """Training state of the teacher."""
+    """Training state of the teacher: a new one's, or of a copy of the one that it starts with."""
 
     def __init__(
-        self, options: TeacherOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE, device: torch.device
-    ) -> None:
+        self, options: TeacherOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE, device: torch.device,
+        start: CausalWan | None = None,
+    ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae, self.device = options, clips, text, vae, device
-        config = sprite_config(options.width, text)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            model = WanTransformer(config).to(device)
-        torch.nn.init.zeros_(model.head.head.weight)
-        torch.nn.init.zeros_(model.head.head.bias)
+        model = twin(start) if start else new_model(sprite_config(options.width, text), options.seed).to(device)
+        config = model.config
         self.learner = Learner(
             model, options.learning_rate, options.ema, decay=0.01, muon=options.muon, spared=TEXT_WAY
         )
@@ -93,6 +107,16 @@ class TeacherStage(LearnerStage):
         captions = held_out(self.options.shown)
         clips = teacher_clips(self.average, self.text, self.vae, captions, steps=25)
         return show_clips(clips, captions, folder, index)
+
+
+def new_model(config: WanConfig, seed: int) -> WanTransformer:
+    """Random weights that predict nothing yet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WanTransformer(config)
+    torch.nn.init.zeros_(model.head.head.weight)
+    torch.nn.init.zeros_(model.head.head.bias)
+    return model
 
 
 def teacher_batch(options: TeacherOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
