@@ -15,9 +15,9 @@ from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, load_pairs, pairs_of
-from autorefiner.refiner.training.precision import mixed_precision
+from autorefiner.refiner.training.precision import mixed_precision, training_host
 from autorefiner.refiner.training.self_rollout import self_rollout
-from autorefiner.refiner.wan.causal import CausalWan
+from autorefiner.refiner.wan.causal import CausalWan, attention
 
 from tiny import TINY, tiny_network
 
@@ -172,3 +172,19 @@ def test_a_residual_is_watched_with_its_graph() -> None:
     refiner = Refiner(tree, watch=lambda noise, residual, level: seen.append((residual.requires_grad, level.step)))
     self_rollout(rollout_of(base, refiner), exit_level=2)
     assert seen == [(False, 750), (True, 500)] * 3
+
+
+def test_on_a_gpu_no_training_attends_by_cudnn(monkeypatch) -> None:
+    """Its backward pass gives NaN where the scores of a query are all far below zero."""
+    q, k, v = torch.randn(3, 2, 5, 4, 8).unbind()
+    asked = []
+
+    def watched(*tensors: torch.Tensor) -> torch.Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*tensors)
+
+    monkeypatch.setattr("autorefiner.refiner.training.precision.attention", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    found = training_host(torch.device("cuda")).attention(q, k, v)
+    assert asked == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert torch.equal(found, attention(q, k, v))

@@ -5,10 +5,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..wan.causal import Host, after_attention, before_attention
+from ..wan.causal import Host, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
+# All but cuDNN's, torch's first choice on an H100 or H200: its backward pass can give NaN where all scores of a query are
+# far below zero (github.com/pytorch/pytorch/issues/196678). One refiner's did on an H200, and never on a CPU.
+SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a compiled function may meet
 
 
@@ -36,6 +40,12 @@ def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
+def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v [B, N, H·D] by a fused kernel whose backward pass can be relied on."""
+    with sdpa_kernel(SOUND):
+        return attention(q_BNHD, k_BTHD, v_BTHD)
+
+
 @lru_cache(maxsize=8)
 def training_host(device: torch.device, compiled: bool = False) -> Host:
     """How attention is computed in training: on the CPU by products, else by the fused kernel.
@@ -43,10 +53,10 @@ def training_host(device: torch.device, compiled: bool = False) -> Host:
     With `compiled`, and a C++ compiler on the machine, a step takes about three quarters of its time; the first ones
     of a process take half a minute.
     """
-    attention = explicit_attention if device.type == "cpu" else Host().attention
+    attend = explicit_attention if device.type == "cpu" else fused_attention
     if not compiled:
-        return Host(attention=attention)
+        return Host(attention=attend)
     torch._dynamo.config.recompile_limit = KINDS_OF_CALL
-    parts = (torch.compile(part, dynamic=False) for part in (attention, before_attention, after_attention))
-    attention, before, after = parts
-    return Host(attention=attention, before=before, after=after)
+    parts = (torch.compile(part, dynamic=False) for part in (attend, before_attention, after_attention))
+    attend, before, after = parts
+    return Host(attention=attend, before=before, after=after)
