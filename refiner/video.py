@@ -20,7 +20,6 @@ except ImportError:  # Windows
 
 # One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
-MARK = 6  # pixels that a row's mark on a contact sheet is wide
 CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder"}  # the muxer's own
 # The first of these that this PyAV was built with. No scene cuts: they would start a group of pictures within a chunk.
 ENCODERS = {
@@ -206,24 +205,25 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
 
 
 def contact_sheet(
-    frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2, marks: Sequence[Sequence[int]] = ()
+    frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2, marks: Sequence[np.ndarray] = ()
 ) -> None:
     """A PNG with the frames [H, W, 3] side by side, in reading order on white.
 
-    With `marks`, RGB colours, each row begins with a bar in the next one of them, over and over.
+    With `marks`, pictures [H, any, 3] of one width, each row begins with the next one of them, over and over.
     """
     if not len(frames) or columns < 1:
         raise ValueError(f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each")
     height, width = frames[0].shape[:2]
     rows = -(-len(frames) // columns)
-    margin = MARK + gap if len(marks) else 0
+    wide = marks[0].shape[1] if len(marks) else 0
+    margin = wide + gap if wide else 0
     sheet = np.full((rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8)
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
         top, left = gap + row * (height + gap), margin + gap + column * (width + gap)
         sheet[top : top + height, left : left + width] = frame
         if margin:
-            sheet[top : top + height, gap : gap + MARK] = marks[row % len(marks)]
+            sheet[top : top + height, gap : gap + wide] = marks[row % len(marks)]
     write_png(sheet, path)
 
 

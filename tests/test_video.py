@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from autorefiner.refiner.video import (
-    MARK,
     VideoWriter,
     boxes,
     contact_sheet,
@@ -203,15 +202,15 @@ def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
 
 
 def test_a_contact_sheet_marks_its_rows(tmp_path) -> None:
-    frames, marks = smooth(6), [(255, 0, 0), (0, 0, 255)]
+    frames, marks = smooth(6), [np.full((32, 9, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))]
     contact_sheet(frames, tmp_path / "sheet.png", columns=2, gap=2, marks=marks)
     with av.open(str(tmp_path / "sheet.png")) as container:
         sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    assert sheet.shape == (3 * 34 + 2, 2 * 50 + 2 + MARK + 2, 3)
+    assert sheet.shape == (3 * 34 + 2, 2 * 50 + 2 + 9 + 2, 3)
     for row, mark in enumerate([*marks, marks[0]]):
-        bar = sheet[2 + 34 * row : 34 + 34 * row, 2 : 2 + MARK]
-        assert (bar == mark).all()
-    assert np.array_equal(sheet[2:34, 4 + MARK : 52 + MARK], frames[0])
+        bar = sheet[2 + 34 * row : 34 + 34 * row, 2:11]
+        assert np.array_equal(bar, mark)
+    assert np.array_equal(sheet[2:34, 13:61], frames[0])
 
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 3), (2, 0)])

@@ -18,9 +18,18 @@ from .metrics.evaluate import evaluate_clip
 from .metrics.table import summarise
 
 FRAMES_PER_ROW = 8
-ENLARGED = 4  # a pixel of the sprite world to this many, squared
+ENLARGED = 4  # a pixel of the sprite world to this many, squared, in a video
+ON_SHEET = 2  # and on the sheet
 SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
-MARKS = {"base": ("grey", (128, 128, 128)), "refined": ("blue", (30, 100, 230)), "rewarded": ("orange", (240, 140, 20))}
+COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230), "rewarded": (200, 105, 0)}  # of what is behind a name
+GLYPHS = {  # the letters of those names, five rows of five pixels each
+    "A": (0b01110, 0b10001, 0b11111, 0b10001, 0b10001), "B": (0b11110, 0b10001, 0b11110, 0b10001, 0b11110),
+    "D": (0b11110, 0b10001, 0b10001, 0b10001, 0b11110), "E": (0b11111, 0b10000, 0b11110, 0b10000, 0b11111),
+    "F": (0b11111, 0b10000, 0b11110, 0b10000, 0b10000), "I": (0b01110, 0b00100, 0b00100, 0b00100, 0b01110),
+    "N": (0b10001, 0b11001, 0b10101, 0b10011, 0b10001), "R": (0b11110, 0b10001, 0b11110, 0b10010, 0b10001),
+    "S": (0b01111, 0b10000, 0b01110, 0b00001, 0b11110), "W": (0b10001, 0b10001, 0b10101, 0b11011, 0b10001),
+}  # fmt: skip
+LETTER = (3, 2)  # pixels, down and across, to a letter's pixel
 SCORES = ("object", "colour", "action", "quality", "total")
 
 
@@ -34,9 +43,22 @@ def bundled_refiners(student: CausalWan) -> dict[str, Refiner]:
     return found
 
 
-def enlarged(clip: ndarray) -> ndarray:
-    """Frames [F, H, W, 3] whose every pixel is a square of ENLARGED x ENLARGED."""
-    return clip.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+def enlarged(pictures: ndarray, times: int) -> ndarray:
+    """Pictures [..., H, W, 3] whose every pixel is a square of times x times."""
+    return pictures.repeat(times, axis=-3).repeat(times, axis=-2)
+
+
+def name_plate(name: str, height: int) -> ndarray:
+    """A picture [height, W, 3] with a name of COLOURS in white, as wide for each of them."""
+    letters = np.zeros((5, 6 * max(map(len, COLOURS)) + 1), bool)
+    for place, letter in enumerate(name.upper()):
+        rows = np.array(GLYPHS[letter])[:, None] >> np.arange(4, -1, -1)
+        letters[:, 6 * place + 1 : 6 * place + 6] = rows & 1
+    letters = letters.repeat(LETTER[0], axis=0).repeat(LETTER[1], axis=1)
+    plate = np.full((height, letters.shape[1], 3), COLOURS[name], np.uint8)
+    top = (height - len(letters)) // 2
+    plate[top : top + len(letters)][letters] = 255
+    return plate
 
 
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
@@ -44,7 +66,7 @@ def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str
 
     Each video has the base on the left and to its right what the bundle's refiners make of the same noise: refined by
     the one that was trained by distribution matching, rewarded by the other. The sheet has them below each other, each
-    row with a mark of its kind's colour.
+    row with its name.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
@@ -58,16 +80,16 @@ def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str
     for number, caption in enumerate(captions):
         path = out / f"sprites_{number + 1}.mp4"
         told = {"prompt": caption.text, "shown": ", ".join(made)}
-        frames = enlarged(np.concatenate([clips[number] for clips in made.values()], axis=2))
+        frames = enlarged(np.concatenate([clips[number] for clips in made.values()], axis=2), ENLARGED)
         with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=told) as writer:
             writer.write(frames)
         yield f"{path}: {caption.text}"
     yield from told_scores(made, captions)
     frames = [frame for clips in zip(*made.values(), strict=True) for clip in clips for frame in eight(clip)]
-    marks = [MARKS[name][1] for name in made]
-    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW, marks=marks)
-    legend = ", ".join(f"{name} ({MARKS[name][0]})" for name in made)
-    yield f"look at {out / 'sprites.png'}: a row of {FRAMES_PER_ROW} frames for each clip, {legend} for each prompt"
+    frames = [enlarged(frame, ON_SHEET) for frame in frames]
+    plates = [name_plate(name, len(frames[0])) for name in made]
+    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW, marks=plates)
+    yield f"look at {out / 'sprites.png'}: {FRAMES_PER_ROW} frames a clip, {', '.join(made)} below each other"
 
 
 def eight(clip: ndarray) -> ndarray:

@@ -20,7 +20,7 @@ from autorefiner.refiner.demo.metrics.table import summarise
 from autorefiner.refiner.demo.recipes.vae import psnr
 from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
 from autorefiner.refiner.demo.scene import Body
-from autorefiner.refiner.demo.show import SHOWN, bundled_refiners
+from autorefiner.refiner.demo.show import SHOWN, bundled_refiners, name_plate
 from autorefiner.refiner.demo.world import sample_scene
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.rollout import add_noise, predict_x0
@@ -122,4 +122,11 @@ def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys)
     assert (tmp_path / "sprites.png").exists()
     told = capsys.readouterr().out
     assert held_out(1)[0].text in told and "base: " in told
-    assert "base (grey), refined (blue), rewarded (orange) for each prompt" in told
+    assert "base, refined, rewarded below each other" in told
+
+
+def test_names_stand_on_plates_of_one_size() -> None:
+    base, refined, rewarded = (name_plate(name, 40) for name in ("base", "refined", "rewarded"))
+    assert base.shape == refined.shape == rewarded.shape and base.shape[0] == 40
+    ink = [int((plate == 255).all(-1).sum()) for plate in (base, refined, rewarded)]
+    assert 0 < ink[0] < ink[1] < ink[2]
