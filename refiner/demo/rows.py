@@ -53,6 +53,13 @@ class Row:
     levels: tuple[int, ...] | None = None  # those it was trained with unless told
     search: Search = ""
 
+    @property
+    def refined(self) -> tuple[int, ...] | None:
+        """The levels refined when sampling; None where the method leaves no choice."""
+        if self.training is None or self.training.method != "autorefiner":
+            return None
+        return tuple(sorted(self.levels or self.training.levels, reverse=True))
+
     def file(self) -> str:
         """Of its factors; rows that train the same with the same models share them, compiled or not, whatever is shown
         meanwhile."""
@@ -91,12 +98,15 @@ class Outcome:
     cost: Cost
     frames: int  # of all clips together
     chunks: int
+    trained_on: str = ""  # a machine; nothing where nothing was trained
+    measured_on: str = ""
 
     def write(self, path: Path, key: str) -> None:
         """Keep it as the measurement of `key`."""
         told = {
             "key": key, "scores": [asdict(one) for one in self.scores], "spreads": self.spreads.tolist(),
             "cost": asdict(self.cost), "frames": self.frames, "chunks": self.chunks,
+            "trained_on": self.trained_on, "measured_on": self.measured_on,
         }  # fmt: skip
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(json.dumps(told))
@@ -108,7 +118,8 @@ class Outcome:
         if not path.exists() or (told := json.loads(path.read_text()))["key"] != key:
             return None
         scores = [ClipScores(**one) for one in told["scores"]]
-        return cls(scores, np.array(told["spreads"]), Cost(**told["cost"]), told["frames"], told["chunks"])
+        machines = told.get("trained_on", ""), told.get("measured_on", "")
+        return cls(scores, np.array(told["spreads"]), Cost(**told["cost"]), told["frames"], told["chunks"], *machines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +135,16 @@ class Bench:
     candidates: int = 5
 
     def outcome(self, row: Row, device: torch.device) -> Outcome:
-        """Train what the row needs, unless that was done; sample and score its clips, unless that was done."""
+        """Train what the row needs, unless that was done; sample and score its clips, unless that was done, be it for
+        another row that is the same but for its name."""
         factors = self._factors(row, device)
-        key, path = self._key(row, factors), self._path(row)
-        if found := Outcome.read(path, key):
+        key = self._key(row, factors)
+        if found := Outcome.read(self._path(key), key):
             return found
         found = self._measure(row, *self._models(row, factors), helpers(device))
-        found.write(path, key)
+        trained_on = _machine_file(factors).read_text() if factors and _machine_file(factors).exists() else ""
+        found = replace(found, trained_on=trained_on, measured_on=machine(device))
+        found.write(self._path(key), key)
         return found
 
     def time_again(self, rows: Sequence[Row], device: torch.device) -> None:
@@ -147,10 +161,11 @@ class Bench:
         for row in rows:
             found = self.outcome(row, device)
             cost = replace(found.cost, seconds=float(np.median(seconds[row.name])) * found.frames)
-            replace(found, cost=cost).write(self._path(row), self._key(row, self._factors(row, device)))
+            key = self._key(row, self._factors(row, device))
+            replace(found, cost=cost).write(self._path(key), key)
 
-    def _path(self, row: Row) -> Path:
-        return self.run / f"{_plain(row.name)}.json"
+    def _path(self, key: str) -> Path:
+        return self.run / f"{key[:16]}.json"
 
     def _factors(self, row: Row, device: torch.device) -> Path | None:
         if row.training is None:
@@ -159,6 +174,7 @@ class Bench:
         if not out.exists():
             rewards = (RewardConfig(SPRITES),) if row.training.objective == "reward" else ()
             train_refiner(TrainConfig(out, self.run / out.stem, refiner=row.training, rewards=rewards), device)
+            _machine_file(out).write_text(machine(device))
         return out
 
     def _key(self, row: Row, factors: Path | None) -> str:
@@ -167,7 +183,7 @@ class Bench:
         names = ("student", "vae", "text", "reward") if row.search else ("student", "vae", "text")
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
-        told = repr((row.levels, row.search, len(self.captions), self.seeds, self.frames, self.candidates))
+        told = repr((row.refined, row.search, len(self.captions), self.seeds, self.frames, self.candidates))
         digest.update(told.encode())
         return digest.hexdigest()
 
@@ -265,6 +281,11 @@ def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:
         yield clip
 
 
-def _plain(name: str) -> str:
-    """A row's name as a file's."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+def machine(device: torch.device) -> str:
+    """What a device is called in a table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+
+
+def _machine_file(factors: Path) -> Path:
+    """Beside factors: the machine that they were trained on."""
+    return factors.with_suffix(".machine.txt")

@@ -4,6 +4,7 @@ The learned reward model rewards and chooses, the exact metrics judge. Every tra
 difference is paired by caption and seed (AutoRefiner, Tables 1-4, 6 and 7).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,6 +134,23 @@ KINDS = {
 }  # fmt: skip
 
 
+def machines(outcomes: dict[str, Outcome]) -> str:
+    """A sentence on where rows were trained and measured: on what most were, and which were not; '' if unknown."""
+    told = []
+    for verb, of in (("trained", lambda one: one.trained_on), ("measured", lambda one: one.measured_on)):
+        where = {name: of(outcome) for name, outcome in outcomes.items() if of(outcome)}
+        if not where:
+            continue
+        most = Counter(where.values()).most_common(1)[0][0]
+        others: dict[str, list[str]] = {}
+        for name, place in where.items():
+            if place != most:
+                others.setdefault(place, []).append(f"`{name}`")
+        more = "".join(f", {', '.join(names)} on {place}" for place, names in others.items())
+        told.append(f"{verb} on {most}{more}")
+    return f"Rows were {'; they were '.join(told)}." if told else ""
+
+
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
     """A table in Markdown."""
     base, captions = outcomes[BASE.name], options.captions
@@ -172,6 +190,6 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
         f" {4 * rewarded.frames - 3} frames. Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the"
         " base's; verifications, each of which decodes, are a chunk's too. Both searches choose among"
         f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
-        " exact metrics judge."
-    )
+        f" exact metrics judge. {machines(outcomes)}"
+    ).strip()
     return fill(told, 120) + "\n\n" + "\n\n".join(draw(table, options, outcomes) for table in chosen)

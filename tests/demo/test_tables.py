@@ -1,5 +1,6 @@
 """`autorefiner demo tables`: what it trains, measures, keeps and writes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.clips import held_out
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
-from autorefiner.refiner.demo.tables import BASE, KINDS, RANKS, TABLES, TablesOptions
+from autorefiner.refiner.demo.tables import BASE, KINDS, RANKS, TABLES, TablesOptions, machines
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 
@@ -92,6 +93,31 @@ def test_passes_are_counted_by_the_network() -> None:
     plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
     list(sample(counted(network, cost), context, plan))
     assert cost.passes == 2 * (4 + 1 + 4)  # of two samples: four levels, what writes the memory, four levels
+
+
+def test_a_row_that_is_another_by_its_name_alone_is_measured_once(tmp_path: Path, monkeypatch) -> None:
+    models = tmp_path / "models"
+    write_tiny_bundle(models)
+    monkeypatch.setattr(rows, "WEIGHTS", models)
+    training = TablesOptions.quick().training
+    named = {row.name: row for number in (1, 3) for row in KINDS[number].rows(TablesOptions.quick())}
+    bench = Bench(None, held_out(1), 1, 6, tmp_path)
+    keys = {name: bench._key(row, models / FILES["text"]) for name, row in named.items() if row.training == training}
+    whole = " ".join(map(str, training.levels))
+    assert keys["+AutoRefiner (dmd)"] == keys[whole]
+    assert len(set(keys.values())) == len(keys) - 1
+
+
+def test_a_row_tells_its_machines_where_they_differ(tmp_path: Path) -> None:
+    gpu = Outcome([], np.zeros((1, 2)), Cost(), 9, 1, "a GPU", "a GPU")
+    gpu.write(tmp_path / "row.json", "this")
+    again = Outcome.read(tmp_path / "row.json", "this")
+    assert (again.trained_on, again.measured_on) == ("a GPU", "a GPU")
+    base, cpu = replace(gpu, trained_on=""), replace(gpu, trained_on="a CPU")
+    assert machines({"base": base, "one": gpu}) == "Rows were trained on a GPU; they were measured on a GPU."
+    told = machines({"base": base, "one": gpu, "two": gpu, "three": cpu})
+    assert told == "Rows were trained on a GPU, `three` on a CPU; they were measured on a GPU."
+    assert machines({"base": replace(base, measured_on="")}) == ""
 
 
 def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
