@@ -36,7 +36,7 @@ from .teacher import TEXT_WAY, twin
 class InitOptions:
     """Of the causal initialisation."""
 
-    steps: int = 370
+    steps: int = 800
     batch: int = 32
     learning_rate: float = 5e-4
     muon: float = 5e-3

@@ -53,7 +53,7 @@ class TeacherOptions:
 class LongerOptions(TeacherOptions):
     """Of a second training, of a finished teacher: whole clips throughout, at the rates of the first one's middle."""
 
-    steps: int = 8000
+    steps: int = 14000
     lengths: tuple[tuple[float, int], ...] = ()
     learning_rate: float = 4e-4
     muon: float = 2e-2
