@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..wan.causal import Host, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
-# All but cuDNN's, torch's first choice on an H100 or H200: its backward pass can give NaN where all scores of a query are
-# far below zero (github.com/pytorch/pytorch/issues/196678). One refiner's did on an H200, and never on a CPU.
+# All but cuDNN's, torch's first choice on an H100 or H200: its backward pass can give NaN where a query's scores are all
+# far below zero (github.com/pytorch/pytorch/issues/196678). A refiner's gradient was NaN on an H200, never on a CPU.
 SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a compiled function may meet
 
