@@ -26,6 +26,7 @@ pytest.importorskip("peft")
 
 METHODS = [
     dict(previous="pending"), dict(previous="joint"), dict(method="init-noise"), dict(method="lora"),
+    dict(history="none", previous="joint"),
     dict(preset=PRESETS["causal-forcing-2step"], levels=(500,)),
 ]  # fmt: skip
 

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..wan.causal import Host, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
-# All but cuDNN's, torch's first choice on an H100 or H200: its backward pass can give NaN where a query's scores are all
-# far below zero (github.com/pytorch/pytorch/issues/196678). A refiner's gradient was NaN on an H200, never on a CPU.
+# All but cuDNN's, torch's first choice on an H100 or H200, whose backward pass can give NaN (pytorch issue 196678 and
+# others): a refiner's gradient was NaN on an H200, twice at the same step, and never on a CPU.
 SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a compiled function may meet
 
@@ -50,8 +50,8 @@ def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
 def training_host(device: torch.device, compiled: bool = False) -> Host:
     """How attention is computed in training: on the CPU by products, else by the fused kernel.
 
-    With `compiled`, and a C++ compiler on the machine, a step takes about three quarters of its time; the first ones
-    of a process take half a minute.
+    With `compiled`, and a C++ compiler on the machine, a step takes about three quarters of its time, and replayed on
+    a GPU little more than half; the first ones of a process take half a minute.
     """
     attend = explicit_attention if device.type == "cpu" else fused_attention
     if not compiled:
