@@ -175,7 +175,6 @@ def test_a_residual_is_watched_with_its_graph() -> None:
 
 
 def test_on_a_gpu_no_training_attends_by_cudnn(monkeypatch) -> None:
-    """Its backward pass gives NaN where the scores of a query are all far below zero."""
     q, k, v = torch.randn(3, 2, 5, 4, 8).unbind()
     asked = []
 
@@ -184,7 +183,7 @@ def test_on_a_gpu_no_training_attends_by_cudnn(monkeypatch) -> None:
         return attention(*tensors)
 
     monkeypatch.setattr("autorefiner.refiner.training.precision.attention", watched)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     found = training_host(torch.device("cuda")).attention(q, k, v)
-    assert asked == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert asked == [False] and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.equal(found, attention(q, k, v))

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
 import torch
 
 from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
 from .bundle import WEIGHTS, load_sprite_reward
+from .captions import Caption
 from .clips import LATENT_FRAMES, held_out
 from .evaluation import Demo
 from .metrics.diversity import of_spreads
+from .metrics.evaluate import ClipScores
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
 from .rows import Bench, Outcome, Row
 
@@ -151,6 +154,24 @@ def machines(outcomes: dict[str, Outcome]) -> str:
     return f"Rows were {'; they were '.join(told)}." if told else ""
 
 
+def by_motion(outcome: Outcome, captions: Sequence[Caption]) -> str:
+    """A table in Markdown: clips of one object by what it should do, and how often it looks and acts as it should."""
+    groups: dict[str, list[ClipScores]] = {}
+    for number, scores in enumerate(outcome.scores):
+        caption = captions[number % len(captions)]
+        if len(caption.objects) == 1:
+            (stated,) = caption.objects
+            groups.setdefault(stated.motion, []).append(scores)
+            for more in (stated.speed, stated.size) if stated.motion == "spin" else ():
+                if more:
+                    groups.setdefault(f"spin, {more}", []).append(scores)
+    lines = [["", "clips", "object", "action"]]
+    for name, scores in sorted(groups.items()):
+        means = [np.mean([getattr(one, row) for one in scores]) for row in ("object", "action")]
+        lines.append([name, str(len(scores)), *(f"{mean:.1f}" for mean in means)])
+    return f"### The base's clips of one object, by motion\n\n{aligned(lines)}"
+
+
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
     """A table in Markdown."""
     base, captions = outcomes[BASE.name], options.captions
@@ -192,4 +213,5 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
         f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
         f" exact metrics judge. {machines(outcomes)}"
     ).strip()
-    return fill(told, 120) + "\n\n" + "\n\n".join(draw(table, options, outcomes) for table in chosen)
+    drawn = [draw(table, options, outcomes) for table in chosen]
+    return "\n\n".join((fill(told, 120), *drawn, by_motion(outcomes[BASE.name], bench.captions)))

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..wan.causal import Host, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
-# All but cuDNN's, torch's first choice on an H100 or H200, whose backward pass can give NaN (pytorch issue 196678 and
-# others): a refiner's gradient was NaN on an H200, twice at the same step, and never on a CPU.
-SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# All but cuDNN's, torch's first choice on an H100 or H200, whose backward pass is known to give NaN at times (pytorch
+# issue 196678 and others). A refiner's gradient was NaN on an H200, never on a CPU; that this was why is not certain.
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a compiled function may meet
 
 
@@ -41,8 +41,8 @@ def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor
 
 
 def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v [B, N, H·D] by a fused kernel whose backward pass can be relied on."""
-    with sdpa_kernel(SOUND):
+    """softmax(q kᵀ / √D) v [B, N, H·D] by torch's choice of kernels other than cuDNN's."""
+    with sdpa_kernel(WITHOUT_CUDNN):
         return attention(q_BNHD, k_BTHD, v_BTHD)
 
 

@@ -1,6 +1,6 @@
 """`autorefiner demo tables`: what it trains, measures, keeps and writes."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import rows, tables
 from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
+from autorefiner.refiner.demo.captions import Caption, Stated
 from autorefiner.refiner.demo.clips import held_out
 from autorefiner.refiner.demo.evaluation import Demo
+from autorefiner.refiner.demo.metrics.evaluate import ClipScores
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
 from autorefiner.refiner.demo.tables import BASE, KINDS, RANKS, TABLES, TablesOptions, machines
 from autorefiner.refiner.sample import RunPlan, sample
@@ -118,6 +120,15 @@ def test_a_row_tells_its_machines_where_they_differ(tmp_path: Path) -> None:
     told = machines({"base": base, "one": gpu, "two": gpu, "three": cpu})
     assert told == "Rows were trained on a GPU, `three` on a CPU; they were measured on a GPU."
     assert machines({"base": replace(base, measured_on="")}) == ""
+
+
+def test_clips_of_one_object_are_told_by_motion() -> None:
+    spin, swing = Stated("star", "red", "spin", speed="fast"), Stated("ring", "blue", "swing")
+    captions = [Caption("", (spin,)), Caption("", (swing,)), Caption("", (spin, swing))]
+    good, bad = (ClipScores(*[figure] * len(fields(ClipScores))) for figure in (100.0, 0.0))
+    outcome = Outcome([good, good, bad, bad, good, bad], np.zeros((3, 2)), Cost(), 9, 1)
+    told = [line.replace(" ", "") for line in tables.by_motion(outcome, captions).splitlines()]
+    assert told[-3:] == ["|spin|2|50.0|50.0|", "|spin,fast|2|50.0|50.0|", "|swing|2|100.0|100.0|"]
 
 
 def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
