@@ -1,5 +1,6 @@
 """A run inside SamplerCustomAdvanced, where NOISE, SIGMAS and GUIDER rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,7 +43,17 @@ def levels_of(sigmas: Tensor, preset: Preset) -> tuple[Level, ...]:
             f"SIGMAS are {listed}: every chunk goes from pure noise to clean latents, so give sigmas that fall from 1"
             " to 0 by more than 0.001 each (shift 5 and 4 simple steps are Self-Forcing's)"
         )
-    return tuple(Level(nominal(sigma, preset), STEPS * sigma, sigma) for sigma in values[:-1])
+    steps = distinct([nominal(sigma, preset) for sigma in values[:-1]])
+    return tuple(Level(step, STEPS * sigma, sigma) for step, sigma in zip(steps, values, strict=False))
+
+
+def distinct(steps: Sequence[int]) -> list[int]:
+    """Lower steps, sorted from the highest, until no two are equal: levels of one name would share their noise."""
+    falling: list[int] = []
+    for place, step in enumerate(steps):
+        below = falling[-1] - 1 if falling else STEPS
+        falling.append(max(min(step, below), len(steps) - place))
+    return falling
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ class GuiderNoise:
     later: NoiseSource
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        if draw.level or draw.candidate:
+        if draw.step != chunk.levels[0].step or draw.candidate:
             return self.later(chunk, draw, shape)
         return self.first[:, :, chunk.start : chunk.start + chunk.length]
 
@@ -74,7 +85,8 @@ class CoreNoise:
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         if draw.repeat or draw.candidate:
             return WhiteNoise(self.seed % SEEDS)(chunk, draw, shape)
-        seed = (self.seed + 1000 * chunk.index + draw.level - 1) % (2 * SEEDS)
+        level = [level.step for level in chunk.levels].index(draw.step)
+        seed = (self.seed + 1000 * chunk.index + level - 1) % (2 * SEEDS)
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
 

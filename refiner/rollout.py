@@ -99,7 +99,7 @@ class Rollout:
         It is the source's, plus the refiner's residual where the level is refined; `x0` is the prediction before it.
         """
         batch, channels, height, width = self.frame_shape
-        draw = Draw(chunk.levels.index(level), repeat, self.candidate)
+        draw = Draw(level.step, repeat, self.candidate)
         noise = self.noise(chunk, draw, (batch, channels, chunk.length, height, width))
         noise = upload(noise, self.device, self.dtype)
         if self.refiner is None or not self.refiner.at(level):

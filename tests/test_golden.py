@@ -65,8 +65,8 @@ class Recorded:
         self.given = given
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple) -> torch.Tensor:
-        first = chunk.start - self.given
-        noise = self.initial[:, :, first : first + chunk.length] if draw.level == 0 else next(self.path)
+        first, starts = chunk.start - self.given, draw.step == chunk.levels[0].step
+        noise = self.initial[:, :, first : first + chunk.length] if starts else next(self.path)
         assert noise.shape == shape
         return noise
 

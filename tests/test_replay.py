@@ -151,8 +151,8 @@ def test_noises_that_were_drawn_before_make_the_same_clips(name: str) -> None:
                 self_rollout(stage.rollout(context, noise, stage.refiner()), exit_level) for noise in (white, given)
             ]
         assert torch.equal(*clips)
-    shape = (2, 16, chunks[1].length, 4, 4)
-    assert torch.equal(given(chunks[1], Draw(1), shape), white(chunks[1], Draw(1), shape))
+    shape, draw = (2, 16, chunks[1].length, 4, 4), Draw(chunks[1].levels[1].step)
+    assert torch.equal(given(chunks[1], draw, shape), white(chunks[1], draw, shape))
 
 
 @pytest.mark.parametrize(

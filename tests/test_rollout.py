@@ -27,11 +27,11 @@ def run(network, context, preset=SF, frames=FRAMES, batch=1, keys=None, initial=
     return torch.cat(list(sample(network, context, plan, initial=initial, **options)), 2)
 
 
-def rollout(network, context, memory=None, frames=6, **options) -> Rollout:
+def rollout(network, context, memory=None, frames=6, preset=SF, **options) -> Rollout:
     memory = memory or RingMemory(MemoryPlan.of(TINY, (1, 16, frames, HEIGHT, WIDTH)))
     return Rollout(
-        network, network.text(context), memory, WhiteNoise(0), plan_chunks(SF, frames)[1], (1, 16, HEIGHT, WIDTH),
-        torch.device("cpu"), torch.float32, **options,
+        network, network.text(context), memory, WhiteNoise(0), plan_chunks(preset, frames)[1],
+        (1, 16, HEIGHT, WIDTH), torch.device("cpu"), torch.float32, **options,
     )  # fmt: skip
 
 
@@ -201,10 +201,23 @@ def test_forks_draw_their_own_noise_and_the_first_is_the_run_itself(network, con
     chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
     draws = [fork.draw(chunk, level) for fork in run_.fork(3)]
     assert torch.equal(draws[0], run_.draw(chunk, level))
-    assert torch.equal(draws[2], WhiteNoise(0)(chunk, Draw(0, candidate=2), (1, 16, 3, HEIGHT, WIDTH)))
+    assert torch.equal(draws[2], WhiteNoise(0)(chunk, Draw(1000, candidate=2), (1, 16, 3, HEIGHT, WIDTH)))
     assert all(fork.memory is run_.memory for fork in run_.fork(2))
     nested = [second.candidate for first in run_.fork(2) for second in first.fork(2)]
     assert len(set(nested)) == 4, "candidates of candidates draw noise of their own"
+
+
+def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(network, context) -> None:
+    drawn: dict[tuple[int, ...], dict[tuple[int, int], torch.Tensor]] = {}
+    for steps in ((1000, 750, 500, 250), (1000, 500), (1000, 750, 250)):
+        run_ = rollout(network, context, preset=SF.changed(steps=steps))
+        drawn[steps] = {
+            (chunk.index, level.step): run_.draw(chunk, level) for chunk in run_.chunks for level in chunk.levels
+        }
+    four, *others = drawn.values()
+    for other in others:
+        assert len(other) < len(four)
+        assert all(torch.equal(noise, four[place]) for place, noise in other.items())
 
 
 def test_select_takes_the_best_of_each_sample() -> None:

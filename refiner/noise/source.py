@@ -1,4 +1,4 @@
-"""Where noise comes from: one random stream for every place in a run where noise is drawn."""
+"""Noise sources: one random stream for every place in a run where noise is drawn."""
 
 import hashlib
 import struct
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..schedule import Chunk
 
+VERSION = 2  # of the key of WhiteNoise's streams; 1 counted a chunk's levels instead of naming them
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which noise of a chunk: the level it leads to (0 is the chunk's start), a repeat of it, a search candidate."""
+    """Which noise of a chunk: the nominal step of the level it leads to, a repeat of it, a search candidate."""
 
-    level: int
+    step: int
     repeat: int = 0
     candidate: int = 0
 
@@ -31,11 +33,11 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WhiteNoise:
-    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, level, repeat, candidate).
+    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, nominal step, repeat, candidate).
 
-    So the same seed gives the same noise on every device, at every batch size, and in a run that was stopped and
-    continued; the global generator is never touched. `first` is the number of the batch's first sample. Raises
-    ValueError for a seed of more than 64 bits, sign included.
+    The same seed gives the same noise on every device, at every batch size, in a resumed run, and at the levels that
+    two level lists share; the global generator is never touched. `first` is the number of the batch's first sample.
+    Raises ValueError for a seed of more than 64 bits, sign included.
     """
 
     seed: int
@@ -48,7 +50,7 @@ class WhiteNoise:
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         samples = []
         for sample in range(self.first, self.first + shape[0]):
-            key = (sample, chunk.start, draw.level, draw.repeat, draw.candidate)
+            key = (sample, chunk.start, draw.step, draw.repeat, draw.candidate)
             digest = hashlib.blake2b(struct.pack("<6q", self.seed, *key), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
             samples.append(torch.randn(shape[1:], generator=generator))
@@ -57,26 +59,37 @@ class WhiteNoise:
 
 @dataclass(frozen=True, slots=True)
 class GivenNoise:
-    """Noise of whole clips that was drawn before, [levels, B, C, F, h, w] on any device: repeats and candidates share
-    it."""
+    """Precomputed noise [levels, B, C, F, h, w] of whole clips, on any device; ignores Draw.repeat and Draw.candidate.
+
+    `steps` are the nominal steps of its levels. Raises ValueError where they are not as many.
+    """
 
     noise: Tensor
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.noise) != len(self.steps):
+            raise ValueError(f"noise of {len(self.noise)} levels for steps {self.steps}: give one for each step")
 
     @classmethod
     def of(
         cls, source: NoiseSource, chunks: Sequence[Chunk], frame_shape: tuple[int, int, int, int], last: int = 0
     ) -> "GivenNoise":
-        """What a source gives for each chunk's levels down to the nominal step `last`, once and on the CPU; zeros where
-        another chunk has more levels. `frame_shape` is [B, C, h, w]."""
+        """Draw every chunk's levels down to the nominal step `last` from a source, on the CPU.
+
+        Zeros stand where a chunk lacks a level that another has. `frame_shape` is [B, C, h, w].
+        """
         batch, channels, height, width = frame_shape
-        depth = max(sum(level.step >= last for level in chunk.levels) for chunk in chunks)
-        noise = torch.zeros(depth, batch, channels, sum(chunk.length for chunk in chunks), height, width)
-        given = cls(noise)
+        named = {level.step for chunk in chunks for level in chunk.levels if level.step >= last}
+        steps = tuple(sorted(named, reverse=True))
+        frames = sum(chunk.length for chunk in chunks)
+        given = cls(torch.zeros(len(steps), batch, channels, frames, height, width), steps)
         for chunk in chunks:
             shape = (batch, channels, chunk.length, height, width)
-            for draw in (Draw(i) for i, level in enumerate(chunk.levels) if level.step >= last):
+            for draw in (Draw(level.step) for level in chunk.levels if level.step >= last):
                 given(chunk, draw, shape).copy_(source(chunk, draw, shape))
         return given
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        return self.noise[draw.level, :, :, chunk.start : chunk.start + shape[2]]
+        level = self.noise[self.steps.index(draw.step)]
+        return level[:, :, chunk.start : chunk.start + shape[2]]

@@ -128,7 +128,8 @@ class RefineStage:
         """Clips [B, C, F, h, w] along a path of noises [levels, B, C, F, h, w]."""
         first_graph = 0 if self.options.method == "init-noise" else None
         with mixed_precision(self.device, self.options.precision):
-            rollout = self.rollout(context, GivenNoise(path), self.refiner(residuals))
+            noise = GivenNoise(path, self.options.preset.all_steps[: len(path)])
+            rollout = self.rollout(context, noise, self.refiner(residuals))
             return (self_rollout(rollout, exit_level, first_graph),)
 
     def _parts(self, index: int, use: int) -> Iterator[Part]:

@@ -32,7 +32,7 @@ def made(run: Run) -> torch.Tensor:
 def white(seed: int) -> torch.Tensor:
     """NOISE whose every chunk is what the seed itself begins with."""
     source, (_, chunks) = WhiteNoise(seed), plan_chunks(PRESETS["self-forcing"], SHAPE[1])
-    return torch.cat([source(chunk, Draw(0), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2)
+    return torch.cat([source(chunk, Draw(1000), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2)
 
 
 @pytest.mark.parametrize("name", [None, "self-forcing"])
@@ -47,7 +47,7 @@ def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -
     torch.manual_seed(9 + 1000 * 1 + 2)
     expected = torch.randn(1, 16, 3, 4, 4)
     before = torch.get_rng_state()
-    assert torch.equal(CoreNoise(9, CPU)(chunk, Draw(3), (1, 16, 3, 4, 4)), expected)
+    assert torch.equal(CoreNoise(9, CPU)(chunk, Draw(250), (1, 16, 3, 4, 4)), expected)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -55,7 +55,8 @@ def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -
 def test_every_repeat_and_candidate_has_noise_of_its_own_and_the_first_is_the_runs(fresh: str) -> None:
     run = SamplerOptions("self-forcing", fresh).run(FACTS, white(3), SIGMAS, 5)
     chunk, shape = plan_chunks(PRESETS["self-forcing"], 7)[1][0], (1, 16, 3, 4, 4)
-    draws = [Draw(0), Draw(1), Draw(1, repeat=1), Draw(1, repeat=2), Draw(0, candidate=1), Draw(1, candidate=1)]
+    repeats = [Draw(750, repeat=1), Draw(750, repeat=2)]
+    draws = [Draw(1000), Draw(750), *repeats, Draw(1000, candidate=1), Draw(750, candidate=1)]
     drawn = [run.noise(chunk, draw, shape) for draw in draws]
     assert torch.equal(drawn[0], white(3)[:, :, :3])
     assert not any(torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
@@ -101,7 +102,10 @@ def test_levels_have_the_names_that_their_preset_has_for_them(name: str) -> None
     sigmas = torch.tensor([*(level.sigma for level in preset.levels()), 0.0])
     assert tuple(level.step for level in levels_of(sigmas, preset)) == preset.steps
     many = torch.cat((torch.linspace(1, 0.001, 900), torch.zeros(1)))  # more than there are names
-    assert len(set(levels_of(many, preset))) == 900
+    steps = [level.step for level in levels_of(many, preset)]
+    assert len(set(steps)) == 900, "levels of one name would share their noise"
+    assert steps == sorted(steps, reverse=True)
+    assert (steps[0], steps[-1]) == (1000, 1)
 
 
 @pytest.mark.parametrize("method", ["self-forcing", "self-refine"])

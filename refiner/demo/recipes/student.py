@@ -209,7 +209,7 @@ class DistilStage:
             network=self.network,
             text=self.network.text(context),
             memory=graph_memory(self.network, shape),
-            noise=GivenNoise(path),
+            noise=GivenNoise(path, PRESET.steps),
             chunks=plan_chunks(PRESET, shape[2])[1],
             frame_shape=(*shape[:2], *shape[3:]),
             device=self.device,
