@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..generate import SPRITES
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
+from ..noise.source import VERSION as NOISE_VERSION
 from ..rollout import Sampler
 from ..samplers import SEARCHES, self_forcing
 from ..samplers.search import Judge, Verifier
@@ -183,8 +184,8 @@ class Bench:
         names = ("student", "vae", "text", "reward") if row.search else ("student", "vae", "text")
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
-        told = repr((row.refined, row.search, len(self.captions), self.seeds, self.frames, self.candidates))
-        digest.update(told.encode())
+        sampled = (row.refined, row.search, len(self.captions), self.seeds, self.frames, self.candidates)
+        digest.update(repr((NOISE_VERSION, *sampled)).encode())
         return digest.hexdigest()
 
     def _models(self, row: Row, factors: Path | None) -> tuple[CausalWan, Refiner | None]:
