@@ -16,7 +16,7 @@ from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
 from ..refiner.refined import IDLE, RefinerPlan
 from ..refiner.rollout import Progress, Sampler
-from ..refiner.sample import RunPlan, sample
+from ..refiner.sample import RunPlan, finite, sample
 from ..refiner.samplers import SAMPLERS
 from ..refiner.schedule import Preset, latent_frames, plan_chunks
 from ..refiner.wan.causal import CausalWan
@@ -106,8 +106,8 @@ class Run:
                 network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
                 method=method, refiner=refiner, callback=callback, device=device, dtype=dtype,
             )  # fmt: skip
-            for chunk in chunks:
-                made.append(chunk.float().cpu())
+            for chunk in finite((chunk.float().cpu() for chunk in chunks), self.plan.given_chunks):
+                made.append(chunk)
                 if stop is not None and stop():
                     chunks.close()
                     break

@@ -28,13 +28,12 @@ from .generate import (
     GenerateOptions,
     Job,
     generate,
-    latents_path,
     notes,
     pick_device,
     pick_dtype,
     prepare,
 )
-from .latents import is_latents, read_latents
+from .latents import inspect_latents, is_latents
 from .refined import FORMS
 from .rollout import Progress
 from .samplers import SAMPLERS
@@ -164,6 +163,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
     what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
     what.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
+    what.add_argument("--overwrite", action="store_true", help="replace a video that is there already")
     what.add_argument("--save-latents", action="store_true", help="write latents beside the video, to go on from later")
     what.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet, too")
 
@@ -245,7 +245,7 @@ def stream(job: Job) -> int:
 
 def what_is_there(job: Job, begun: float) -> str:
     """What a run that was begun then, in seconds, and stopped has left, and how to go on from it."""
-    video, latents = partial_path(job.options.out), partial_path(latents_path(job.options.out))
+    video, latents = partial_path(job.options.out), job.options.outputs.stopped
     if not video.exists() or video.stat().st_mtime < begun - CLOCK:  # an earlier run's
         return "stopped: no chunk was finished"
     told = f"stopped: {count_frames(video)} frames are in {video}"
@@ -265,9 +265,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     if path.suffix.lower() == ".mp4":
         rows = {"kind": "video", "made": f"{count_frames(path)} frames"} | read_metadata(path)
     elif is_latents(path):
-        latents, metadata = read_latents(path)
-        frames = latents.shape[2]
-        rows = {"kind": "latents", "made": f"{frames} latent frames, {4 * frames - 3} pixel"} | metadata
+        info = inspect_latents(path)
+        length = f"{info.frames} latent frames, {max(0, 4 * info.frames - 3)} pixel"
+        rows = {"kind": "latents", "made": length + (", then a part of a chunk" if info.cut else "")} | info.metadata
     else:
         print(describe(inspect(path)))
         return 0

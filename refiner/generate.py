@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,13 +14,15 @@ from torch import Tensor
 from .demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_text, sprite_refiner_file
 from .demo.captions import misread
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
-from .latents import LatentWriter, read_latents
+from .latents import LatentWriter, format_lengths
+from .noise.source import VERSION as NOISE_VERSION
+from .outputs import Outputs, differences, read_given
 from .refined import IDLE, Form, RefinerPlan
 from .rollout import Progress
-from .sample import RunPlan, sample
+from .sample import RunPlan, finite, sample
 from .samplers import SAMPLERS, SelfRefine
 from .schedule import PRESETS, Preset, get_preset, latent_frames
-from .video import VideoWriter, check_output, contact_sheet, partial_path, read_frames, to_frames
+from .video import VideoWriter, contact_sheet, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
 from .wan.text import load_text_encoder
@@ -34,7 +36,6 @@ SPRITES_SIZE = (64, 64)
 RANDOM_VAE_DIM = 8
 FPS = 16
 SHEET_FRAMES = 24
-DECIDING = ("model", "seed", "steps", "window", "method", "lora", "refiner")  # of metadata; a prompt may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class GenerateOptions:
     refiner_form: Form = "auto"
     extend: Path | None = None
     save_latents: bool = False
+    overwrite: bool = False
     sheet: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -81,6 +83,11 @@ class GenerateOptions:
             raise ValueError(f"strength {self.refiner_strength}: give a number from -100 to 100, 0 is the base")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
+
+    @property
+    def outputs(self) -> Outputs:
+        """The files that this run writes."""
+        return Outputs(self.out, self.sheet, self.extend, self.save_latents, self.overwrite)
 
 
 def unused(options: GenerateOptions) -> list[str]:
@@ -100,7 +107,9 @@ def notes(job: "Job") -> list[str]:
     """What a user should know of the request before it runs, a line each."""
     options = job.options
     told = [f"{name} does nothing in this run" for name in unused(options)]
-    if job.begun and (others := other_than(job.begun, job.metadata)):
+    if options.extend and job.initial is None:
+        told.append(f"{options.extend} holds no finished chunk: the clip starts anew")
+    if job.begun and (others := differences(job.begun, job.metadata, job.plan.given)):
         told.append(f"{options.extend} was made with {others}: the clip goes on otherwise than it would have")
     if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
         told.append(IDLE)
@@ -118,12 +127,6 @@ def notes(job: "Job") -> list[str]:
     return told
 
 
-def other_than(begun: dict[str, str], now: dict[str, str]) -> str:
-    """What decides a clip's noise and way and was other in the run that it goes on from, by both runs' metadata."""
-    pairs = [(name, begun.get(name, "none"), now.get(name, "none")) for name in DECIDING]
-    return ", ".join(f"{name} {then} (now {own})" for name, then, own in pairs if then != own)
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request that was checked and counted: nothing is loaded yet."""
@@ -139,7 +142,7 @@ class Job:
     initial: Tensor | None
     estimate: Estimate
     refiner: RefinerPlan | None = None
-    begun: dict[str, str] = field(default_factory=dict)  # what the latents that are gone on from say of their run
+    begun: dict[str, str] = field(default_factory=dict)  # the metadata of the latents to extend
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -156,6 +159,9 @@ class Job:
             "size": f"{options.width}x{options.height}",
             "window": f"{self.preset.window}, sink {self.preset.sink}",
             "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": options.weights,
+            "noise": str(NOISE_VERSION),
+            "chunk_lengths": format_lengths(self.plan.lengths),
             **({"lora": options.lora.name} if options.lora else {}),
             **({"refiner": self.refiner.describe()} if self.refiner else {}),
         }
@@ -198,7 +204,10 @@ def prepare(options: GenerateOptions) -> Job:
     config, name, told = identify(options)
     preset = get_preset(name).changed(steps=options.steps, window=options.window, sink=options.sink)
     total = latent_frames(options.frames)
-    initial, begun = read_initial(options, config, total) if options.extend else (None, {})
+    shape = (config.in_dim, options.height // 8, options.width // 8)
+    initial, begun = (None, {})
+    if options.extend:
+        initial, begun = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
     plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
@@ -217,7 +226,7 @@ def prepare(options: GenerateOptions) -> Job:
         estimate = replace(estimate, refiner=refiner.nbytes)
     job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate, refiner, begun)
     if not options.dry_run:
-        check_outputs(job)
+        options.outputs.check(job.metadata)
         estimate.check(available_bytes(device))
     return job
 
@@ -230,24 +239,6 @@ def plan_refiner(options: GenerateOptions, config: WanConfig, preset: Preset, dt
         path, config, preset.all_steps, dtype,
         form=options.refiner_form, strength=options.refiner_strength, levels=options.refined_levels,
     )  # fmt: skip
-
-
-def check_outputs(job: Job) -> None:
-    """Raise ValueError when a file that this run will write at its end cannot be written."""
-    options = job.options
-    check_output(options.out)
-    if options.sheet:
-        if options.sheet.suffix != ".png":
-            raise ValueError(f"contact sheet {options.sheet} is not a .png: give a name that ends in .png")
-        check_output(options.sheet)
-    if options.save_latents:
-        check_output(latents_path(options.out))
-        LatentWriter.check(job.metadata)
-        left = partial_path(latents_path(options.out))
-        if left.exists() and (options.extend is None or options.extend.resolve() != left.resolve()):
-            raise ValueError(
-                f"{left} is of a run that was stopped: if none is writing it, go on with --extend {left}, or delete it"
-            )
 
 
 def model_path(options: GenerateOptions) -> Path:
@@ -274,23 +265,6 @@ def text_encoder_bytes(options: GenerateOptions) -> int:
         return 0
     info = inspect(options.text_encoder)
     return info.nbytes * (2 if info.dtypes[0].startswith("float8") else 1)
-
-
-def read_initial(options: GenerateOptions, config: WanConfig, total: int) -> tuple[Tensor, dict[str, str]]:
-    """Latents of an earlier run [1, C, F, h, w] and its metadata; ValueError when this run cannot go on from them."""
-    initial, begun = read_latents(options.extend)
-    _, channels, given, height, width = initial.shape
-    if given >= total:
-        raise ValueError(
-            f"{options.extend} holds {given} latent frames and --frames {options.frames} asks for {total} in all: ask"
-            f" for at least {4 * given + 1}"
-        )
-    if (channels, 8 * height, 8 * width) != (config.in_dim, options.height, options.width):
-        raise ValueError(
-            f"{options.extend} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes"
-            f" {config.in_dim} of {options.width}x{options.height}: use its --size and its model"
-        )
-    return initial, begun
 
 
 def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:
@@ -394,38 +368,50 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
     An error or an interrupt leaves NAME.partial.mp4 (and the partial latents) with every chunk that was finished.
     """
     options = job.options
-    vae, context, network = load_vae(job), make_context(job), load_network(job)
-    if told := job.refiner and job.refiner.warning(network):
-        warnings.warn(told, stacklevel=2)
+    vae = load_vae(job)
     state, frames = DecoderState(), 0
     with ExitStack() as stack:
+        chunks = stack.enter_context(closing(sampled(job, callback)))
+        next(chunks)  # the models are loaded before a file is touched
         video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
-        latents = stack.enter_context(latents_beside(job)) if options.save_latents else None
-        refiner = stack.enter_context(job.refiner.attached(network)) if job.refiner else None
-        chunks = sample(
-            network, context, job.plan, seed=options.seed, initial=job.initial,
-            method=SAMPLERS[options.method], callback=callback, refiner=refiner,
-        )  # fmt: skip
-        stack.callback(chunks.close)
+        if options.save_latents:
+            chunks = saving(chunks, stack.enter_context(latents_beside(job)))
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)
-        given_frames = max(0, 4 * job.plan.given - 3)
         for x0 in chain(given, chunks):
             pixels = vae.decode(x0.to(job.device, job.dtype), state)
             frames += pixels.shape[2]
-            if latents is not None and frames > given_frames:
-                latents.write(x0)  # first: a stop between the two leaves latents to go on from
             video.write(to_frames(pixels))
             yield frames
+    options.outputs.remove_stale()
     if options.sheet:
         contact_sheet(read_frames(options.out, every=max(1, -(-options.frames // SHEET_FRAMES))), options.sheet)
 
 
-def latents_path(out: Path) -> Path:
-    """Where `--save-latents` writes for a video of this name."""
-    return out.with_suffix(".latents.safetensors")
+def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[Tensor | None]:
+    """Load the models and yield None, then yield the x0 of each new chunk. Nothing is loaded where all are given."""
+    if not job.plan.frames:
+        yield None
+        return
+    context, network = make_context(job), load_network(job)
+    if message := job.refiner and job.refiner.warning(network):
+        warnings.warn(message, stacklevel=2)
+    with job.refiner.attached(network) if job.refiner else nullcontext() as refiner:
+        yield None
+        chunks = sample(
+            network, context, job.plan, seed=job.options.seed, initial=job.initial,
+            method=SAMPLERS[job.options.method], callback=callback, refiner=refiner,
+        )  # fmt: skip
+        yield from finite(chunks, job.plan.given_chunks)
+
+
+def saving(chunks: Iterator[Tensor], latents: LatentWriter) -> Iterator[Tensor]:
+    """Put each chunk on disk before it is passed on, so that the latents never lack what the video shows."""
+    for x0 in chunks:
+        latents.write(x0)
+        yield x0
 
 
 def latents_beside(job: Job) -> LatentWriter:
     """A writer of the job's latents beside its video."""
     shape = (job.config.in_dim, job.plan.height, job.plan.width)
-    return LatentWriter(latents_path(job.options.out), shape, job.metadata, job.initial)
+    return LatentWriter(job.options.outputs.latents, shape, job.metadata, job.initial)

@@ -1,19 +1,30 @@
-"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable whenever it stops."""
+"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable whenever it stops.
+
+Only whole chunks are ever read. The metadata `chunk_lengths` says how the frames are cut, like `1,3x6,2`: a kill can
+leave a part of the last chunk, and a run that went on from it would make another clip.
+"""
 
 import json
 import math
 import os
+import re
 import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from .schedule import PRESETS, chunk_lengths, latent_frames
 from .video import partial_path
 
 KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
 HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed
+LENGTHS = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?")
 OTHER_FILE = (OSError, struct.error, ValueError, TypeError, KeyError, RecursionError)  # what reading its header raises
 
 
@@ -22,6 +33,7 @@ class LatentWriter:
 
     A file that was cut off by a kill lacks only its final shape, which `read_latents` does without. `given` latents
     [1, C, F, h, w] stand in it from the start, so a run may go on from the partial file that it is about to write.
+    A chunk is on disk when `write` returns.
     """
 
     @staticmethod
@@ -45,6 +57,7 @@ class LatentWriter:
         self.file.write(self._header())
         if given is not None:
             self.write(given)
+        os.fsync(self.file.fileno())
         self.file.close()  # Windows renames no open file
         os.replace(begun, self.partial)
         self.file = open(self.partial, "r+b", buffering=0)  # noqa: SIM115, closed by close()
@@ -57,6 +70,8 @@ class LatentWriter:
         try:
             while rest:
                 rest = rest[self.file.write(rest) :]
+            self.file.flush()
+            os.fsync(self.file.fileno())
         except OSError as error:
             self.file.truncate(end)
             raise OSError(
@@ -91,44 +106,127 @@ class LatentWriter:
         return struct.pack("<Q", HEADER) + text.ljust(HEADER)
 
 
+@dataclass(frozen=True, slots=True)
+class LatentsInfo:
+    """A latents file by its header and size: whole frames in whole chunks, shape [C, h, w] of a frame, metadata."""
+
+    frames: int
+    frame_shape: tuple[int, int, int]
+    metadata: dict[str, str]
+    cut: bool  # whether a part of a chunk follows
+
+
+def inspect_latents(path: Path) -> LatentsInfo:
+    """Read the header of a file by `LatentWriter`, finished, stopped or cut off by a kill; ValueError for another."""
+    try:
+        with open(path, "rb") as file:
+            (written, *frame_shape), metadata = _read_header(file)
+            nbytes = os.fstat(file.fileno()).st_size - file.tell()
+        frame_bytes = 4 * math.prod(frame_shape)
+        frames = whole_frames(metadata, nbytes // frame_bytes, written)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: give a file written by --save-latents") from None
+    except OTHER_FILE:
+        raise ValueError(f"{path} is not a latents file: give one written by --save-latents") from None
+    return LatentsInfo(frames, tuple(frame_shape), metadata, nbytes > frames * frame_bytes)
+
+
+def count_latents(path: Path) -> int:
+    """Latent frames in whole chunks of a file by `LatentWriter`; 0 where its run ended before the first one."""
+    return inspect_latents(path).frames
+
+
 def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     """Latents [1, C, F, h, w] and metadata of a file by `LatentWriter`, finished, stopped or cut off by a kill.
 
-    Raises ValueError for any other file.
+    Warns when it drops the part of a chunk that a kill left. Raises ValueError for a file without a whole chunk, and
+    for one of another kind.
     """
-    try:
-        with open(path, "rb") as file:
-            frame, metadata = _read_header(file)
-            body = bytearray(file.read())
-    except OTHER_FILE:
-        raise ValueError(f"{path} is not a latents file: give one written by --save-latents") from None
-    size = math.prod(frame)
-    whole = len(body) // (4 * size)  # a chunk cut off in the middle of a frame loses that frame
-    if not whole:
+    info = inspect_latents(path)
+    if not info.frames:
         raise ValueError(f"{path} holds no finished chunk: start again without it")
-    flat = torch.frombuffer(body, dtype=torch.float32, count=whole * size)
-    return flat.reshape(1, whole, *frame).transpose(1, 2), metadata
+    if info.cut:
+        warnings.warn(f"{path} ends in an unfinished chunk: {info.frames} latent frames are kept", stacklevel=2)
+    count = info.frames * math.prod(info.frame_shape)
+    with open(path, "rb") as file:
+        file.seek(8 + HEADER)
+        body = bytearray(file.read(4 * count))
+    flat = torch.frombuffer(body, dtype=torch.float32, count=count)
+    return flat.reshape(1, info.frames, *info.frame_shape).transpose(1, 2), info.metadata
+
+
+def whole_frames(metadata: Mapping[str, str], frames: int, written: int) -> int:
+    """Frames in whole chunks, of the `frames` in a file whose header was last `written` with so many.
+
+    Files without `chunk_lengths` (0.1) are cut as their preset cuts them; without a preset every frame counts. Raises
+    ValueError for lengths that are not understood.
+    """
+    if frames == written:  # closed well, or nothing was added
+        return frames
+    kept = 0
+    for length, count in _planned_chunks(metadata, written if written < frames else 0, frames):
+        fitting = min(count, (frames - kept) // length)
+        kept += fitting * length
+        if fitting < count:
+            break
+    return kept
+
+
+def _planned_chunks(metadata: Mapping[str, str], given: int, frames: int) -> Sequence[tuple[int, int]]:
+    """(length, count) of the chunks of a run, from its metadata."""
+    if "chunk_lengths" in metadata:
+        return parse_lengths(metadata["chunk_lengths"])
+    preset = PRESETS.get(metadata.get("preset", ""))
+    if preset is None:
+        return [(1, frames)]
+    new = latent_frames(int(metadata["frames"])) - given
+    lengths = chunk_lengths(max(0, new), preset.chunk, preset.first_alone and not given)
+    return [(length, 1) for length in ([given] if given else []) + lengths]
+
+
+def format_lengths(lengths: Iterable[int]) -> str:
+    """Chunk lengths as the metadata has them: `3,3,3,1` is `3x3,1`."""
+    runs = ((length, len(list(same))) for length, same in groupby(lengths))
+    return ",".join(f"{length}x{count}" if count > 1 else f"{length}" for length, count in runs)
+
+
+def parse_lengths(text: str) -> list[tuple[int, int]]:
+    """(length, count) of each run of equal chunk lengths; ValueError for another text."""
+    runs = [LENGTHS.fullmatch(part) for part in text.split(",")]
+    if not all(runs):
+        raise ValueError(f"chunk lengths {text[:40]!r}: expected a list like 1,3x6,2")
+    return [(int(run[1]), int(run[2] or 1)) for run in runs]
+
+
+def first_lengths(text: str, frames: int) -> list[int]:
+    """The lengths of the first chunks in a `chunk_lengths` text, as many as fit in `frames`."""
+    lengths: list[int] = []
+    for length, count in parse_lengths(text):
+        fitting = min(count, (frames - sum(lengths)) // length)
+        lengths += [length] * fitting
+        if fitting < count:
+            break
+    return lengths
 
 
 def is_latents(path: Path) -> bool:
     """Whether a file is one by `LatentWriter`, from its header alone."""
     try:
-        with open(path, "rb") as file:
-            _read_header(file)
-    except OTHER_FILE:
+        inspect_latents(path)
+    except ValueError:
         return False
     return True
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, int, int], dict[str, str]]:
-    """Shape [C, h, w] of a frame, and metadata; raises one of several errors for a file of another kind."""
+def _read_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], dict[str, str]]:
+    """Shape [F, C, h, w] as last written, and metadata; raises one of several errors for a file of another kind."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length != HEADER:
         raise ValueError
     header = json.loads(file.read(length))
-    frame, metadata = tuple(header[KEY]["shape"][1:]), header.get("__metadata__", {})
-    if len(frame) != 3 or any(type(side) is not int or side < 1 for side in frame):
+    shape, metadata = tuple(header[KEY]["shape"]), header.get("__metadata__", {})
+    if len(shape) != 4 or any(type(side) is not int for side in shape) or min(shape[1:]) < 1 or shape[0] < 0:
         raise ValueError
     if not all(isinstance(value, str) for value in dict(metadata).values()):
         raise ValueError
-    return frame, metadata
+    return shape, metadata

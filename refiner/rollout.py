@@ -159,6 +159,8 @@ class Rollout:
                 f"scores have shape {tuple(scores.shape)}, expected [{len(candidates)} candidates,"
                 f" {self.frame_shape[0]} samples]: score every candidate of every sample"
             )
+        if not scores.isfinite().all():
+            raise ValueError("a score is NaN or infinite, so candidates cannot be compared: check the reward's model")
         best = scores.argmax(0)
         return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
 

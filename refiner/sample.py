@@ -1,6 +1,6 @@
 """A whole run: from a network, a prompt and a seed to chunks of latents, one after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,17 @@ class RunPlan:
             raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
         plan_chunks(self.preset, self.frames, self.given)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Latent frames of every chunk, given ones first."""
+        given, new = plan_chunks(self.preset, self.frames, self.given)
+        return tuple(chunk.length for chunk in given + new)
+
+    @property
+    def given_chunks(self) -> int:
+        """Chunks that the new ones follow."""
+        return len(plan_chunks(self.preset, self.frames, self.given)[0])
+
     def memory(self, network: CausalWan, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
         """The K/V memory of this run; its `nbytes` is what will be allocated. A refiner needs a chunk more."""
         relative = self.preset.relative
@@ -80,7 +91,7 @@ def sample(
     from; `noise` replaces the seed's white noise; `refiner` works on whatever noise that is. Device and dtype of a
     pass are those of the weights, unless a host that keeps its weights elsewhere (offloaded, quantised) says where and
     in what it computes. Closing the iterator frees the memory. Raises ValueError when `initial` or `context` do not
-    fit the plan.
+    fit the plan. No chunk is checked here, which would wait for the device: see `finite`.
     """
     parameter = next(network.model.parameters())
     device, dtype = device or parameter.device, dtype or parameter.dtype
@@ -93,6 +104,10 @@ def sample(
             f"context of {len(context)} prompts for {plan.batch} videos: give one for all, or one for each"
         )
     given, new = plan_chunks(plan.preset, plan.frames, plan.given)
+    if initial is not None:
+        check_finite(initial, "the clip to start from")
+    if not new:
+        return
     memory = RingMemory(plan.memory(network, dtype, refined=refiner is not None), device)
     context = context.to(device, dtype)
     rollout = Rollout(
@@ -118,3 +133,22 @@ def sample(
         yield from method(rollout)
     finally:
         memory.free()
+
+
+def finite(chunks: Iterable[Tensor], given: int = 0) -> Iterator[Tensor]:
+    """Pass chunks on, each once its device has made it; ValueError at the first one that is not finite.
+
+    `given` chunks came before them.
+    """
+    for number, x0 in enumerate(chunks, start=given + 1):
+        check_finite(x0, f"chunk {number}")
+        yield x0
+
+
+def check_finite(latents: Tensor, name: str) -> None:
+    """Raise ValueError unless every value is finite."""
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values: try another dtype (bf16 or fp32), download the model again, or lower"
+            " the strength of a LoRA or refiner"
+        )

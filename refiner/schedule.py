@@ -154,10 +154,11 @@ def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk
     """Chunks of `given` clean latent frames (without levels) and of the `frames` new ones that follow.
 
     Given frames are 1, k·chunk or 1 + k·chunk, else ValueError; their first frame stands alone in the last case.
+    Without new frames there may be any number of them.
     """
-    if frames < 1:
+    if frames < (0 if given else 1):
         raise ValueError(f"{frames} new latent frames: ask for at least 1")
-    if given % preset.chunk not in (0, 1) and given != 1:
+    if frames and given % preset.chunk not in (0, 1) and given != 1:
         raise ValueError(
             f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one more than a multiple"
         )

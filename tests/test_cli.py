@@ -14,54 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
-from autorefiner.refiner.cli import build_parser, main, options_of
+from autorefiner.refiner.cli import main
 from autorefiner.refiner.generate import generate, notes, prepare
-from autorefiner.refiner.latents import HEADER, LatentWriter, read_latents
+from autorefiner.refiner.latents import HEADER, read_latents
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import get_preset
 from autorefiner.refiner.video import read_frames, read_metadata
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
-from autorefiner.refiner.wan.vae import WanVAE
 
-from tiny import TINY, tiny_network
-
-FRAMES = 33  # 9 latent frames, 3 chunks
+from tiny import TINY
+from tiny_command import FRAMES, command, parse, write_files
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with a model, a VAE and a context, as a user has them."""
-    folder = tmp_path_factory.mktemp("files")
-    sizes = {"text_len": TINY.text_len}
-    metadata = {
-        "config": json.dumps({"transformer": {"causal_ar": True, **sizes}}),
-        "autorefiner": '{"preset": "self-forcing"}',
-    }
-    save_file(tiny_network().model.state_dict(), folder / "model.safetensors", metadata=metadata)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(WanVAE(4).state_dict(), folder / "vae.safetensors")
-        save_file({"context": torch.randn(5, TINY.text_dim)}, folder / "context.safetensors")
-    shapes = {"A": (2, 128), "B": (128, 2)}
-    lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(shape) for part, shape in shapes.items()}
-    save_file(lora, folder / "lora.safetensors")
-    save_file({name: tensor + 0.1 for name, tensor in lora.items()}, folder / "live.safetensors")
-    save_file({"prompt_embeds": torch.zeros(2, 5, TINY.text_dim)}, folder / "two.safetensors")
-    with LatentWriter(folder / "six.safetensors", (16, 8, 8), {}) as latents:
-        latents.write(torch.zeros(1, 16, 6, 8, 8))
-    return folder
-
-
-def command(files: Path, out: Path, *extra: str) -> list[str]:
-    base = {"model": "model", "vae": "vae", "context": "context"}
-    given = [part for name, stem in base.items() for part in (f"--{name}", str(files / f"{stem}.safetensors"))]
-    size = ["--frames", str(FRAMES), "--size", "48x32", "--out", str(out), "--device", "cpu"]
-    return ["generate", *given, "--prompt", "a fox", *size, *extra]
-
-
-def parse(arguments: list[str]):
-    return options_of(build_parser().parse_args(arguments))
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, capsys) -> None:
@@ -85,7 +53,7 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
 
 
 def latents_of(files: Path, out: Path, *extra: str) -> torch.Tensor:
-    assert main(command(files, out, "--save-latents", "--frames", "9", *extra)) == 0
+    assert main(command(files, out, "--save-latents", "--overwrite", "--frames", "9", *extra)) == 0
     return read_latents(out.with_suffix(".latents.safetensors"))[0]
 
 
@@ -136,8 +104,12 @@ def test_a_run_that_goes_on_with_other_options_says_so(files, tmp_path) -> None:
     latents = tmp_path / "first.latents.safetensors"
     again = [*command(files, tmp_path / "rest.mp4"), "--extend", str(latents)]
     assert not notes(prepare(parse(again)))
-    (told,) = notes(prepare(parse([*again, "--seed", "8", "--method", "ode", "--prompt", "a cat"])))
-    assert "was made with seed 0 (now 8), method self-forcing (now ode): the clip goes on otherwise" in told
+    changed = ["--seed", "8", "--method", "ode", "--dtype", "bf16", "--preset", "causal-forcing-framewise"]
+    (note,) = notes(prepare(parse([*again, *changed, "--prompt", "a cat"])))
+    assert "seed 0 (now 8), method self-forcing (now ode), " in note
+    assert "dtype float32 (now bfloat16), preset self-forcing (now causal-forcing-framewise)" in note
+    assert "chunks of 3x2 (now 1x6)" in note
+    assert "cat" not in note
 
 
 def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -> None:
@@ -149,9 +121,7 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
     iterator.close()
     partial = tmp_path / "fox.latents.partial.safetensors"
     kept = read_latents(partial)[0]
-    with pytest.raises(
-        ValueError, match=r"of a run that was stopped: if none is writing it, go on with --extend .*partial.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"--extend .*partial.safetensors"):
         prepare(parse(command(files, out, "--save-latents")))
     assert torch.equal(read_latents(partial)[0], kept)
     iterator = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
@@ -165,7 +135,7 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
 def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, tmp_path, sent, code) -> None:
     out, partial, latents = (tmp_path / f"fox{end}" for end in (".mp4", ".partial.mp4", ".latents.partial.safetensors"))
     out.write_bytes(b"old")
-    args = command(files, out, "--save-latents", "--frames", "4001", "--window", "9")
+    args = command(files, out, "--save-latents", "--overwrite", "--frames", "4001", "--window", "9")
     ignored = signal.SIGINT if sent is signal.SIGTERM else signal.SIGUSR1  # as in a job in the background
     run = subprocess.Popen(
         [sys.executable, "-m", "autorefiner.refiner.cli", *args],
@@ -274,7 +244,7 @@ WRONG = {
     "output folder": (["--out", "{files}/model.safetensors/fox.mp4"], "cannot be written"),
     "extend": (["--extend", "{files}/model.safetensors"], "is not a latents file"),
     "extend size": (["--extend", "{files}/six.safetensors"], "16 channels of 64x64 pixels, this run makes 16 of 48x32"),
-    "extend length": (["--extend", "{files}/six.safetensors", "--frames", "21"], "ask for at least 25"),
+    "extend length": (["--extend", "{files}/six.safetensors", "--frames", "17", "--size", "64x64"], "at least 21"),
 }
 
 
@@ -284,7 +254,7 @@ def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, caps
     out = tmp_path / "fox.mp4"
     out.write_bytes(b"old")
     try:
-        assert main(command(files, out, *(part.format(files=files) for part in extra))) == 2
+        assert main(command(files, out, "--overwrite", *(part.format(files=files) for part in extra))) == 2
     except SystemExit as end:  # argparse's own way
         assert end.code == 2
     told = capsys.readouterr().err.splitlines()

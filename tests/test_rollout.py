@@ -11,7 +11,7 @@ from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.rollout import Cut, Flush, PromptSwitch, Rollout
-from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.sample import RunPlan, finite, sample
 from autorefiner.refiner.samplers import ode, self_forcing
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.wan.causal import Host
@@ -218,6 +218,40 @@ def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(ne
     for other in others:
         assert len(other) < len(four)
         assert all(torch.equal(noise, four[place]) for place, noise in other.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", [self_forcing, ode])
+def test_a_run_stops_at_the_first_chunk_that_is_not_finite(network, context, value, method) -> None:
+    def noise(chunk, draw, shape):
+        drawn = WhiteNoise(0)(chunk, draw, shape)
+        return drawn.index_fill(1, torch.tensor([3]), value) if chunk.index == 1 else drawn
+
+    plan = RunPlan(SF, 9, HEIGHT, WIDTH, 2)
+    chunks = finite(sample(network, context, plan, noise=noise, method=method))
+    assert next(chunks).isfinite().all()
+    with pytest.raises(ValueError, match="chunk 2"):
+        next(chunks)
+
+
+def test_a_start_that_is_not_finite_is_refused(network, context) -> None:
+    initial = torch.zeros(1, 16, 3, HEIGHT, WIDTH)
+    initial[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        run(network, context, frames=3, given=3, initial=initial)
+
+
+def test_a_run_of_given_frames_alone_makes_none(network, context) -> None:
+    plan = RunPlan(SF, 0, HEIGHT, WIDTH, given=8)
+    assert not [*sample(network, context, plan, initial=torch.zeros(1, 16, 8, HEIGHT, WIDTH))]
+    assert plan.lengths == (3, 3, 2)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_choose_nothing(score) -> None:
+    run_ = rollout(tiny_network(), torch.zeros(1, 8, 32))
+    with pytest.raises(ValueError, match="score"):
+        run_.select([torch.zeros(1, 16, 3, 1, 1)] * 2, torch.tensor([[0.3], [score]]))
 
 
 def test_select_takes_the_best_of_each_sample() -> None:
