@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pictures clean
+.PHONY: demo test kill lint pictures clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# Kills runs at random moments and checks that nothing finished is lost; at most 20 minutes on two cores.
+kill: $(VENV)/ready
+	$(BIN)/python tests/kill_campaign.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

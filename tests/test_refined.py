@@ -36,8 +36,8 @@ def refiner(tmp_path):
 
 def made(folder, *more: str) -> torch.Tensor:
     out = folder / "x.mp4"
-    fixed = ["--model", "random-tiny", "--frames", "13", "--size", "32x32", "--save-latents", "--out", str(out)]
-    assert main(["generate", *fixed, *more]) == 0
+    fixed = ["--model", "random-tiny", "--frames", "13", "--size", "32x32", "--save-latents", "--overwrite"]
+    assert main(["generate", *fixed, "--out", str(out), *more]) == 0
     return read_latents(out.with_suffix(".latents.safetensors"))[0]
 
 

@@ -141,7 +141,7 @@ def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(vae, me
     for wanted in numbers:
         frames = [frames for told, frames in seen if told == wanted]
         nearest = min((one - whole[:, list(wanted)]).abs().max() for one in frames)  # the chosen candidate's
-        assert nearest < 1e-5
+        assert nearest < 3e-5
 
 
 def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_follows(vae, monkeypatch) -> None:

@@ -204,7 +204,7 @@ def test_a_prompt_reaches_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     def run(prompt: str) -> Tensor:
         files = ["--model", str(tmp_path / "model.safetensors"), "--vae", str(tmp_path / "vae.safetensors")]
         prompt_from = ["--text-encoder", str(folder), "--context-cache", str(tmp_path / "cache"), "--prompt", prompt]
-        what = ["--preset", "self-forcing", "--frames", "9", "--size", "32x32", "--save-latents", "--device", "cpu"]
+        what = ["--preset", "self-forcing", "--frames", "9", "--size", "32x32", "--save-latents", "--overwrite"]
         assert main(["generate", *files, *prompt_from, *what, "--out", str(tmp_path / "a.mp4")]) == 0
         return read_latents(tmp_path / "a.latents.safetensors")[0]
 
