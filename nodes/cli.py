@@ -40,10 +40,11 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Execute a workflow and name the files that it wrote."""
     from .hosts import standalone
-    from .workflow import execute, read_workflow, with_values, written
+    from .workflow import execute, prompt_of, read_workflow, with_values, written
 
-    with standalone.running_at(standalone.place_of(args.base, args.out, args.device)):
-        results = execute(with_values(read_workflow(args.workflow), args.set))
+    nodes = with_values(read_workflow(args.workflow), args.set)
+    with standalone.running_at(standalone.place_of(args.base, args.out, args.device, prompt_of(nodes))):
+        results = execute(nodes)
     for path in written(results):
         print(path)
     return 0

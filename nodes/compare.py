@@ -50,8 +50,8 @@ class CompareVideos(io.ComfyNode):
             inputs=[
                 io.MultiType.Input("base", types=EITHER, tooltip="Left of the slider, images or a video."),
                 io.MultiType.Input("refined", types=EITHER, tooltip="Right of the slider, of the same size."),
-                io.Int.Input(
-                    "fps", default=16, min=1, max=120,
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0,
                     tooltip="Frames a second, of images; a video brings its own.",
                 ),
             ],
@@ -60,7 +60,7 @@ class CompareVideos(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, base, refined, fps: int) -> io.NodeOutput:
+    def execute(cls, base, refined, fps: float) -> io.NodeOutput:
         check_clips({"base": host.clip_size(base), "refined": host.clip_size(refined)})
         (first, rate), (second, _) = host.clip_frames(base, fps), host.clip_frames(refined, fps)
         return io.NodeOutput(ui=host.show_pair(first, second, rate, told(first, second)))

@@ -3,7 +3,7 @@
 import torch
 
 from ..refiner.estimate import available_bytes
-from ..refiner.video import VideoWriter, as_bytes
+from ..refiner.video import VideoWriter, as_bytes, check_pixels
 from .hosts import host, io
 from .load import CATEGORY
 from .run import video_latents
@@ -44,6 +44,7 @@ class DecodeChunks(io.ComfyNode):
         done = 0
         for clip in latents.split(1):
             for pixels in host.decode(vae, clip):
+                check_pixels(pixels)
                 images[done : done + len(pixels)] = pixels
                 done += len(pixels)
         return io.NodeOutput(images)
@@ -59,12 +60,16 @@ class DecodeToVideo(io.ComfyNode):
             display_name="VAE Decode Chunks to Video",
             category=CATEGORY,
             description="Decodes straight into an .mp4 in the output folder, so that not even the images of a long"
-            " video must fit in memory. Stopped, it leaves NAME.partial.mp4 with what is finished.",
+            " video must fit in memory. Stopped, it leaves NAME.partial.mp4 with what is finished. The file holds the"
+            " workflow: drop it on the page.",
             search_aliases=["vae decode", "save video", "streaming decode"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The clip to decode, one video."),
                 io.Vae.Input("vae", tooltip=WAN_VAE),
-                io.Int.Input("fps", default=16, min=1, max=120, tooltip="Frames a second; Wan2.1's models make 16."),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=120.0, step=1.0,
+                    tooltip="Frames a second; Wan2.1's models make 16.",
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="video/AutoRefiner",
@@ -72,17 +77,18 @@ class DecodeToVideo(io.ComfyNode):
                 ),
             ],
             outputs=[io.Video.Output(tooltip="The file, for nodes that take a VIDEO.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, samples: dict, vae, fps: int, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, samples: dict, vae, fps: float, filename_prefix: str) -> io.NodeOutput:
         latents = video_latents(samples, "samples")
         if len(latents) > 1:
             raise ValueError(f"samples hold {len(latents)} videos and a file takes one: use LatentFromBatch before it")
         height, width = (8 * side for side in latents.shape[3:])
         path = host.output_path(filename_prefix, ".mp4", width, height)
-        with VideoWriter(path, width, height, fps) as writer:
+        with VideoWriter(path, width, height, fps, host.graph_metadata(cls.hidden)) as writer:
             for pixels in host.decode(vae, latents):
                 writer.write(as_bytes(pixels))
         return io.NodeOutput(host.video_file(path), ui=host.show_video(path))

@@ -73,6 +73,15 @@ def _node(key: str, node: dict) -> Node:
     return Node(key, kind, str(meta.get("title") or kind), dict(node["inputs"]))
 
 
+def prompt_of(nodes: dict[str, Node]) -> str:
+    """The nodes as JSON in API format, for the files that they write."""
+    prompt = {
+        node.id: {"class_type": node.kind, "inputs": node.inputs, "_meta": {"title": node.title}}
+        for node in nodes.values()
+    }
+    return json.dumps(prompt)
+
+
 def with_values(nodes: dict[str, Node], settings: Sequence[str]) -> dict[str, Node]:
     """The nodes with `node.input=value` set, nodes by id, title or class; ValueError names what there is."""
     nodes = dict(nodes)

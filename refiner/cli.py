@@ -20,6 +20,7 @@ from .bench import SIZES, bench
 from .bench_refiner import bench_refiner
 from .demo.bundle import REFINERS
 from .demo.cli import add_demo, run_demo
+from .files import check_output, partial_path
 from .generate import (
     DTYPES,
     RANDOM_TINY,
@@ -40,7 +41,7 @@ from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .train import run_training
 from .training.distributed import distributed, is_first
-from .video import check_output, count_frames, partial_path, read_metadata
+from .video import count_frames, read_metadata
 from .wan.checkpoint import describe, inspect
 
 ERROR = "autorefiner: error: "

@@ -17,12 +17,13 @@ from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, te
 from .latents import LatentWriter, format_lengths
 from .noise.source import VERSION as NOISE_VERSION
 from .outputs import Outputs, differences, read_given
+from .pictures import contact_sheet
 from .refined import IDLE, Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, finite, sample
 from .samplers import SAMPLERS, SelfRefine
 from .schedule import PRESETS, Preset, get_preset, latent_frames
-from .video import VideoWriter, contact_sheet, read_frames, to_frames
+from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
 from .wan.text import load_text_encoder
@@ -373,7 +374,9 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
     with ExitStack() as stack:
         chunks = stack.enter_context(closing(sampled(job, callback)))
         next(chunks)  # the models are loaded before a file is touched
-        video = stack.enter_context(VideoWriter(options.out, options.width, options.height, FPS, job.metadata))
+        video = stack.enter_context(
+            VideoWriter(options.out, options.width, options.height, FPS, job.metadata, extends=job.plan.given > 0)
+        )
         if options.save_latents:
             chunks = saving(chunks, stack.enter_context(latents_beside(job)))
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)

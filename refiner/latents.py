@@ -19,8 +19,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .files import partial_path
 from .schedule import PRESETS, chunk_lengths, latent_frames
-from .video import partial_path
 
 KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
 HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed

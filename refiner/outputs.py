@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .files import check_output, partial_path
 from .latents import LatentWriter, count_latents, first_lengths, format_lengths, read_latents
-from .video import check_output, partial_path
 
 # Metadata that decides how a clip goes on, and what it was in files that do not say; a prompt may change.
 DECIDING = {name: "none" for name in ("model", "dtype", "preset", "seed", "steps", "window", "method")}

@@ -16,6 +16,7 @@ from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
 from .noise.file import FINGERPRINTED, RefinerCard, fingerprint_of, save_refiner
 from .noise.refiner import Refiner, merged
+from .pictures import contact_sheet
 from .sample import RunPlan, sample
 from .train_config import SPRITES, RewardConfig, TrainConfig
 from .training.begun import begin, digest
@@ -27,7 +28,7 @@ from .training.refine import RefineStage
 from .training.reward_objective import RewardObjective
 from .training.rewards.clip import SINGLE, load_clip_reward
 from .training.rewards.reward import Mixture, Reward
-from .video import contact_sheet, to_frames
+from .video import to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import load_transformer, load_vae_state
 from .wan.lora import save_lora

@@ -1,37 +1,57 @@
-"""Video files that grow by a chunk at a time, what they say of themselves, and contact sheets of them."""
+"""Video files that grow by a chunk at a time, and what they say of themselves."""
 
 import errno
 import io
 import os
 import struct
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .files import INSTEAD, check_output, open_locked, partial_path, renames_open_files
 
 # One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
+FINISHED = "faststart+use_metadata_tags"
 CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder"}  # the muxer's own
 # The first of these that this PyAV was built with. No scene cuts: they would start a group of pictures within a chunk.
 ENCODERS = {
     "libx264": {"preset": "medium", "crf": "16", "tune": "zerolatency", "sc_threshold": "0"},
     "mpeg4": {"qmin": "2", "qmax": "4", "sc_threshold": "1000000000"},
 }
+# Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may depend on a
+# chunk's length. This is the longest group of pictures that mpeg4 takes.
+GROUP = 600
+BT709 = 1  # of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 says it in the container alone
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """Frames a second as the fraction that is meant: 23.976 is 2997/125, 24000/1001 as a float is itself."""
+    rate = Fraction(fps).limit_denominator(1001)
+    if not rate > 0:
+        raise ValueError(f"{fps} frames a second: give a number above 0, like 16 or 23.976")
+    return rate
 
 
 def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
-    """Pixels [1, 3, F, H, W] in [-1, 1], clamped, as uint8 frames [F, H, W, 3] on the CPU."""
+    """Pixels [1, 3, F, H, W] in [-1, 1], clamped, as uint8 frames [F, H, W, 3] on the CPU.
+
+    Raises ValueError for pixels that are not finite.
+    """
+    check_pixels(pixels_BCFHW)
     levels = ((pixels_BCFHW[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Raise ValueError for NaN and infinite values, which would be black."""
+    if not pixels.isfinite().all():
+        raise ValueError("the VAE gave NaN or infinite pixels: decode in bf16 or fp32, or download its file again")
 
 
 def as_bytes(images_FHWC: Tensor) -> np.ndarray:
@@ -39,35 +59,49 @@ def as_bytes(images_FHWC: Tensor) -> np.ndarray:
     return to_frames(images_FHWC[..., :3].permute(3, 0, 1, 2)[None] * 2 - 1)
 
 
-def partial_path(path: Path) -> Path:
-    """Where a video lies until it is finished."""
-    return path.with_name(f"{path.stem}.partial{path.suffix}")
-
-
 class VideoWriter:
-    """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end renames it to NAME.
+    """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end makes NAME of it.
 
-    Whatever stood at NAME stays until then. Left by an exception, or killed, the partial file holds every chunk that
-    was written. Raises ValueError or OSError when the output cannot be written, ValueError for a size or name that
-    .mp4 does not take.
+    Whatever stood at NAME stays until then. Left by an exception, or killed at any moment, the partial file holds
+    every chunk that was written. A partial file of an earlier run is replaced by the first chunk; where this run
+    `extends` that one, as soon as this one holds as many frames. Pixels are BT.709 in limited range, and say so.
+    Raises ValueError or OSError when the output cannot be written, ValueError for a size, rate or name that .mp4
+    does not take.
     """
 
     def __init__(
-        self, path: Path, width: int, height: int, fps: int = 16, metadata: dict[str, str] | None = None
-    ) -> None:
+        self, path: Path, width: int, height: int, fps: float | Fraction = 16,
+        metadata: dict[str, str] | None = None, *, extends: bool = False,
+    ) -> None:  # fmt: skip
         self.path, self.partial = Path(path), partial_path(Path(path))
-        self.size, self.fps, self.metadata = (width, height), fps, metadata or {}
+        self.hidden = self.partial.with_name(f".{self.partial.name}")  # until it takes the partial file's name
+        self.size, self.rate, self.metadata = (width, height), exact_rate(fps), metadata or {}
         self.frames = self.chunks = self.finished = 0  # the last one in bytes
+        self.parameters: bytes | None = None  # of the first chunk's encoder
         check_output(self.path)
         if self.path.suffix != ".mp4":
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
-        self.file = open_exclusive(self.partial)
+        self.shown = False  # whether this run's file has the partial file's name
+        self.file = self._open()
+        self.enough = max(1, playable_frames(self.partial)) if extends else 1
 
     def __enter__(self) -> "VideoWriter":
         return self
+
+    def _open(self) -> io.FileIO:
+        """Open the hidden file, empty, unless another run writes that or the partial file."""
+        file = open_locked(self.hidden, INSTEAD)
+        try:
+            if self.partial.exists():
+                open_locked(self.partial, INSTEAD).close()
+            file.truncate(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def write(self, frames: np.ndarray | Tensor) -> None:
         """Append a chunk of frames [F, H, W, 3], uint8 on the CPU, as one group of pictures, and flush it to disk."""
@@ -79,25 +113,68 @@ class VideoWriter:
             )
         keep = (b"moof", b"mdat") if self.chunks else (b"ftyp", b"moov", b"moof", b"mdat")
         found = [(kind, box) for kind, box in boxes(self._encode(frames)) if kind in keep]
-        # In one write, which leaves a kill next to no time to cut a fragment in two.
-        data = b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found)
-        if self.file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, f"the disk is full, {self.partial} has {self.frames} frames")
-        os.fsync(self.file.fileno())
-        self.finished = self.file.tell()
+        self._append(b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found))
         self.frames += len(frames)
         self.chunks += 1
+        if not self.shown and self.frames >= self.enough:
+            self._show()
+
+    def _append(self, data: bytes) -> None:
+        """Put a fragment on disk. It counts as free space until it is whole, so a kill leaves no damaged file."""
+        start = data.index(b"moof")
+        self.file.seek(self.finished)
+        if self.file.write(data[:start] + b"free" + data[start + 4 :]) < len(data):
+            raise OSError(errno.ENOSPC, f"the disk is full, {self.partial} has {self.frames} frames")
+        os.fsync(self.file.fileno())
+        self.file.seek(self.finished + start)
+        self.file.write(b"moof")
+        os.fsync(self.file.fileno())
+        self.finished = self.file.seek(0, os.SEEK_END)
+
+    def _show(self) -> None:
+        """Let the hidden file take the partial file's name; the lock goes with it."""
+        if renames_open_files():
+            os.replace(self.hidden, self.partial)
+        else:
+            self.file.close()
+            os.replace(self.hidden, self.partial)
+            self.file = open_locked(self.partial, INSTEAD)
+        self.shown = True
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        os.ftruncate(self.file.fileno(), self.finished)  # what a full disk or a signal cut off goes
-        os.fsync(self.file.fileno())
-        if fcntl is None:
-            self.file.close()  # Windows renames no open file
-        if kind is None and self.frames:
+        try:
+            self.file.truncate(self.finished)  # what a full disk or a signal cut off goes
+            os.fsync(self.file.fileno())
+            if kind is None and self.frames:
+                if not self.shown:
+                    self._show()
+                self._finish()
+        finally:
+            if not renames_open_files():
+                self.file.close()
+            if not self.shown:
+                self.hidden.unlink(missing_ok=True)
+            self.file.close()  # last, because it lets go of the lock
+
+    def _finish(self) -> None:
+        """Copy the fragments into a plain file that starts with its index, which takes the name."""
+        finished = self.path.with_name(f".{self.path.stem}.finished.mp4")
+        try:
+            remux(self.partial, finished, self.metadata)
+            with open(finished, "rb+") as file:
+                os.fsync(file.fileno())
+            if not renames_open_files():
+                self.file.close()
+            os.replace(finished, self.partial)
             os.replace(self.partial, self.path)
-        elif not self.frames:
-            self.partial.unlink()
-        self.file.close()  # last, because it lets go of the lock
+        except (OSError, av.FFmpegError) as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"{self.path} could not be finished ({reason}): {self.partial} holds all {self.frames} frames; make"
+                " room, then go on with --extend"
+            ) from error
+        finally:
+            finished.unlink(missing_ok=True)
 
     def _encode(self, frames: np.ndarray) -> bytes:
         """The chunk as a fragmented mp4 of its own whose times go on where the last one ended."""
@@ -105,44 +182,39 @@ class VideoWriter:
         options = {"movflags": FRAGMENTED, "avoid_negative_ts": "disabled"}
         with av.open(buffer, "w", format="mp4", options=options) as container:
             container.metadata.update(self.metadata)
-            stream = container.add_stream(self.codec, rate=self.fps, options=ENCODERS[self.codec])
+            stream = container.add_stream(self.codec, rate=self.rate, options=ENCODERS[self.codec])
             stream.width, stream.height = self.size
             stream.pix_fmt = "yuv420p"
-            stream.codec_context.time_base = Fraction(1, self.fps)
-            stream.codec_context.gop_size = len(frames)
+            encoder = stream.codec_context
+            encoder.time_base = 1 / self.rate
+            encoder.gop_size = GROUP
+            encoder.color_primaries = encoder.color_trc = encoder.colorspace = BT709
+            encoder.color_range = ColorRange.MPEG
             for index, pixels in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
                 frame.pts = self.frames + index
-                frame.time_base = Fraction(1, self.fps)
+                frame.time_base = 1 / self.rate
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
+            parameters = bytes(encoder.extradata or b"")
+        self.parameters = self.parameters or parameters
+        if parameters != self.parameters:
+            raise RuntimeError(f"{self.codec} encodes chunk {self.chunks + 1} with other parameters than the first")
         return buffer.getvalue()
 
 
-def open_exclusive(path: Path, instead: str = "give another --out, or wait") -> io.FileIO:
-    """An empty file to write that no other run writes; ValueError, which says what to do instead, when one does."""
-    file = open(path, "ab", buffering=0)  # noqa: SIM115, the caller closes it
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"another run is writing {path}: {instead}") from None
-    file.truncate(0)
-    return file
-
-
-def check_output(path: Path) -> None:
-    """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
-    if path.is_dir():
-        raise ValueError(f"output {path} is a folder: give the name of a file")
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output {path} cannot be written ({error.strerror}): give another folder") from error
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"output {path} cannot be written (no permission): give another name or folder")
+def remux(source: Path, target: Path, metadata: dict[str, str]) -> None:
+    """Copy the packets of a video into a plain .mp4 whose index comes first."""
+    with av.open(str(source)) as container, av.open(str(target), "w", options={"movflags": FINISHED}) as copy:
+        copy.metadata.update(metadata)
+        stream = container.streams.video[0]
+        copied = copy.add_stream_from_template(stream)
+        for packet in container.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copied
+                copy.mux(packet)
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -181,17 +253,28 @@ def count_frames(path: Path) -> int:
     return video_size(path)[0]
 
 
+def playable_frames(path: Path) -> int:
+    """Frames in a video that may be absent, empty or damaged: 0 then."""
+    try:
+        return count_frames(path)
+    except ValueError:
+        return 0
+
+
 def video_size(path: Path) -> tuple[int, int, int]:
-    """(frames, width, height) of a video, without decoding it."""
+    """(frames, width, height) of a video, without decoding it; ValueError for a file that is damaged."""
     with _open_video(path) as container:
         stream = container.streams.video[0]
-        return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
+        try:
+            return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
+        except av.FFmpegError as error:
+            raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
 
 
-def video_rate(path: Path) -> float:
+def video_rate(path: Path) -> Fraction:
     """Frames a second of a video, as it says."""
     with _open_video(path) as container:
-        return float(container.streams.video[0].guessed_rate)
+        return container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:
@@ -199,49 +282,15 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
     with _open_video(path) as container:
         decoded = enumerate(container.decode(video=0))
         try:
-            return np.stack([frame.to_ndarray(format="rgb24") for index, frame in decoded if index % every == 0])
+            frames = [to_rgb(frame) for index, frame in decoded if index % every == 0]
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
+    if not frames:
+        raise ValueError(f"{path} holds no frames: its writing ended before the first chunk")
+    return np.stack(frames)
 
 
-def contact_sheet(
-    frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2, marks: Sequence[np.ndarray] = ()
-) -> None:
-    """A PNG with the frames [H, W, 3] side by side, in reading order on white.
-
-    With `marks`, pictures [H, any, 3] of one width, each row begins with the next one of them, over and over.
-    """
-    if not len(frames) or columns < 1:
-        raise ValueError(f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each")
-    height, width = frames[0].shape[:2]
-    rows = -(-len(frames) // columns)
-    wide = marks[0].shape[1] if len(marks) else 0
-    margin = wide + gap if wide else 0
-    sheet = np.full((rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8)
-    for index, frame in enumerate(frames):
-        row, column = divmod(index, columns)
-        top, left = gap + row * (height + gap), margin + gap + column * (width + gap)
-        sheet[top : top + height, left : left + width] = frame
-        if margin:
-            sheet[top : top + height, gap : gap + wide] = marks[row % len(marks)]
-    write_png(sheet, path)
-
-
-def write_png(image: np.ndarray, path: Path) -> None:
-    """An RGB image [H, W, 3], uint8, as a PNG; a file that stood there is replaced whole."""
-    path = Path(path)
-    check_output(path)
-    lines = np.concatenate((np.zeros((len(image), 1), np.uint8), image.reshape(len(image), -1)), axis=1)
-
-    def piece(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + piece(b"IHDR", header)
-        + piece(b"IDAT", zlib.compress(lines.tobytes()))
-        + piece(b"IEND", b"")
-    )
-    os.replace(temporary, path)
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as RGB [H, W, 3], uint8, by the matrix and range that it is tagged with; BT.601 without a tag."""
+    matrix = frame.colorspace if frame.colorspace in set(Colorspace) else Colorspace.ITU601
+    return frame.to_ndarray(format="rgb24", src_colorspace=matrix, src_color_range=frame.color_range or None)

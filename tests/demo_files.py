@@ -11,7 +11,7 @@ from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
 from autorefiner.refiner.noise.refiner import target_modules
-from autorefiner.refiner.video import write_png
+from autorefiner.refiner.pictures import write_png
 from autorefiner.refiner.wan.lora import LoraPair
 from autorefiner.refiner.wan.transformer import WanConfig, WanTransformer
 from autorefiner.refiner.wan.vae import WanVAE

@@ -23,6 +23,7 @@ from autorefiner.refiner.video import read_frames, read_metadata
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
 
+from decoding import decoded
 from tiny import TINY
 from tiny_command import FRAMES, command, parse, write_files
 
@@ -35,7 +36,7 @@ def files(tmp_path_factory) -> Path:
 def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, capsys) -> None:
     out, sheet = tmp_path / "new" / "fox.mp4", tmp_path / "fox.png"
     assert main(command(files, out, "--seed", "7", "--sheet", str(sheet))) == 0
-    assert read_frames(out).shape == (FRAMES, 32, 48, 3)
+    assert decoded(out).shape == (FRAMES, 32, 48, 3)
     told = read_metadata(out)
     assert (told["prompt"], told["seed"], told["preset"], told["model"]) == (
         "a fox",
@@ -50,6 +51,13 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     told = capsys.readouterr().out
     assert "prompt    a fox" in told
     assert f"made      {FRAMES} frames" in told
+
+
+@pytest.mark.parametrize("preset", ["causal-forcing-framewise", "self-forcing"])
+def test_the_video_of_every_chunk_size_plays(files, tmp_path, preset) -> None:
+    out = tmp_path / "fox.mp4"
+    assert main(command(files, out, "--preset", preset, "--save-latents", "--frames", "17")) == 0
+    assert decoded(out).shape == (17, 32, 48, 3)
 
 
 def latents_of(files: Path, out: Path, *extra: str) -> torch.Tensor:

@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.video import (
-    VideoWriter,
-    boxes,
-    contact_sheet,
-    partial_path,
-    read_frames,
-    read_metadata,
-    to_frames,
-)
+from autorefiner.refiner.files import partial_path
+from autorefiner.refiner.pictures import contact_sheet
+from autorefiner.refiner.video import VideoWriter, boxes, read_frames, read_metadata, to_frames
 
 LENGTHS = (9, 12, 12)
 
@@ -46,8 +40,15 @@ def test_frames_and_times_are_those_written(tmp_path) -> None:
         assert [frame.time for frame in container.decode(video=0)] == [index / 16 for index in range(33)]
     assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21], "one GOP a chunk"
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
-    moofs = [box for kind, box in boxes(path.read_bytes()) if kind == b"moof"]
-    assert [int.from_bytes(box[20:24], "big") for box in moofs] == [1, 2, 3], "fragments are numbered in turn"
+
+
+def test_the_fragments_of_a_partial_file_are_numbered_in_turn(tmp_path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
+        for _ in range(3):
+            video.write(smooth(4))
+        data = partial_path(tmp_path / "a.mp4").read_bytes()
+    moofs = [box for kind, box in boxes(data) if kind == b"moof"]
+    assert [int.from_bytes(box[20:24], "big") for box in moofs] == [1, 2, 3]
 
 
 def test_a_chunk_can_be_read_while_the_next_is_made(tmp_path) -> None:
@@ -134,7 +135,7 @@ def test_what_was_cut_off_is_cut_away(tmp_path) -> None:
 def test_two_runs_do_not_write_one_video(tmp_path) -> None:
     with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
         video.write(smooth(9))
-        with pytest.raises(ValueError, match="another run is writing"):
+        with pytest.raises(ValueError, match="another run"):
             VideoWriter(tmp_path / "a.mp4", 48, 32)
         video.write(smooth(3, 9))
     assert len(read_frames(tmp_path / "a.mp4")) == 12
@@ -148,17 +149,17 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path) -> None:
 
 def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+    with pytest.raises(ValueError, match="folder"):
         VideoWriter(tmp_path, 48, 32)
     with pytest.raises(ValueError, match="cannot be written"):
         VideoWriter(tmp_path / "file" / "a.mp4", 48, 32)
-    with pytest.raises(ValueError, match=r"a\.avi is not an \.mp4: give a name that ends in \.mp4"):
+    with pytest.raises(ValueError, match=r"a\.avi"):
         VideoWriter(tmp_path / "a.avi", 48, 32)
-    with pytest.raises(ValueError, match=r"video size 47x32: .* give even sides"):
+    with pytest.raises(ValueError, match="47x32"):
         VideoWriter(tmp_path / "a.mp4", 47, 32)
     for shape in ((3, 48, 32, 3), (0, 32, 48, 3)):
         with (
-            pytest.raises(ValueError, match=r"takes uint8 of \(32, 48, 3\), one frame or more"),
+            pytest.raises(ValueError, match="uint8"),
             VideoWriter(tmp_path / "a.mp4", 48, 32) as video,
         ):
             video.write(np.zeros(shape, np.uint8))
@@ -168,11 +169,11 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path) -> None:
 def test_files_that_are_no_videos_are_refused(tmp_path) -> None:
     (tmp_path / "a.mp4").write_text("hello")
     for path in (tmp_path / "a.mp4", tmp_path / "none.mp4"):
-        with pytest.raises(ValueError, match="is not a readable video"):
+        with pytest.raises(ValueError, match="readable video"):
             read_metadata(path)
 
 
-def test_a_chunk_cut_in_two_is_told(tmp_path) -> None:
+def test_a_damaged_file_is_refused(tmp_path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), np.uint8)
     with VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
         for _ in range(2):
@@ -215,5 +216,5 @@ def test_a_contact_sheet_marks_its_rows(tmp_path) -> None:
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 3), (2, 0)])
 def test_a_contact_sheet_of_nothing_is_refused(tmp_path, count, columns) -> None:
-    with pytest.raises(ValueError, match="takes at least one of each"):
+    with pytest.raises(ValueError, match="at least one"):
         contact_sheet(smooth(count), tmp_path / "sheet.png", columns=columns)

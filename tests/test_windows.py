@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner import estimate, video
+from autorefiner.refiner import estimate, files, video
 from autorefiner.refiner.latents import LatentWriter, read_latents
+
+from decoding import decoded
 
 
 def test_the_command_line_needs_no_module_of_unix_alone() -> None:
@@ -46,7 +48,7 @@ def closed(monkeypatch) -> None:
 
         return run
 
-    monkeypatch.setattr(video, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     for name in ("replace", "unlink"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
 
@@ -60,7 +62,7 @@ def test_a_video_and_its_latents_are_closed_before_they_are_renamed(tmp_path) ->
     ):
         frames.write(np.zeros((5, 16, 16, 3), np.uint8))
         latents.write(chunk)
-    assert video.count_frames(tmp_path / "a.mp4") == 5
+    assert len(decoded(tmp_path / "a.mp4")) == 5
     assert torch.equal(read_latents(tmp_path / "a.safetensors")[0], torch.cat((chunk, chunk), 2))
     with pytest.raises(KeyboardInterrupt), video.VideoWriter(tmp_path / "b.mp4", 16, 16):
         raise KeyboardInterrupt

@@ -50,6 +50,7 @@ from .comfy_video import (  # noqa: F401, part of what a host is
     clip_frames,
     clip_size,
     decode,
+    graph_metadata,
     output_path,
     show_pair,
     show_video,

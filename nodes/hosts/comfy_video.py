@@ -1,8 +1,10 @@
 """Frames and video files in ComfyUI: decoded a few at a time, named in its folders, shown on its page."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import comfy.ldm.wan.vae
@@ -12,6 +14,7 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
+from comfy.cli_args import args
 from comfy_api.latest import Input, InputImpl, io, ui
 from torch import Tensor, nn
 
@@ -69,6 +72,16 @@ def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Pa
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
+def graph_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
+    """The prompt and the workflow of a node's run, as core's SaveVideo puts them into a file."""
+    if args.disable_metadata:
+        return {}
+    graphs = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        graphs["prompt"] = hidden.prompt
+    return {name: json.dumps(graph) for name, graph in graphs.items()}
+
+
 def video_file(path: Path) -> InputImpl.VideoFromFile:
     """A VIDEO of a file."""
     return InputImpl.VideoFromFile(str(path))
@@ -87,15 +100,15 @@ def clip_size(clip: Tensor | Input.Video) -> tuple[int, int, int]:
     return clip.get_frame_count(), *clip.get_dimensions()
 
 
-def clip_frames(clip: Tensor | Input.Video, fps: float) -> tuple[np.ndarray, int]:
+def clip_frames(clip: Tensor | Input.Video, fps: float) -> tuple[np.ndarray, float | Fraction]:
     """uint8 frames [F, H, W, 3] of IMAGE or VIDEO, and their rate: `fps`, unless a VIDEO brings its own."""
     if isinstance(clip, Tensor):
-        return as_bytes(clip), round(fps)
+        return as_bytes(clip), fps
     parts = clip.get_components()
-    return as_bytes(parts.images), max(1, round(parts.frame_rate))
+    return as_bytes(parts.images), parts.frame_rate
 
 
-def show_pair(base: np.ndarray, refined: np.ndarray, fps: int, text: str) -> dict:
+def show_pair(base: np.ndarray, refined: np.ndarray, fps: float | Fraction, text: str) -> dict:
     """What plays two clips in step on the node: files in ComfyUI's folder of what is not kept, and a line of text."""
     folder, name = Path(folder_paths.get_temp_directory()), f"autorefiner_{uuid.uuid4().hex}"
     shown = []
@@ -104,5 +117,5 @@ def show_pair(base: np.ndarray, refined: np.ndarray, fps: int, text: str) -> dic
         with VideoWriter(path, frames.shape[2], frames.shape[1], fps) as writer:
             for start in range(0, len(frames), GROUP):
                 writer.write(frames[start : start + GROUP])
-        shown.append({**ui.SavedResult(path.name, "", io.FolderType.temp), "frames": len(frames), "fps": fps})
+        shown.append({**ui.SavedResult(path.name, "", io.FolderType.temp), "frames": len(frames), "fps": float(fps)})
     return {PAIR: shown, **show(text).as_dict()}

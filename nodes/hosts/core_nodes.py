@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...refiner.video import VideoWriter, as_bytes, write_png
+from ...refiner.pictures import write_png
+from ...refiner.video import VideoWriter, as_bytes
 from ...refiner.wan.vae import WanVAE
 from ..run import video_latents
 from . import schema as io
@@ -192,7 +193,7 @@ class SaveVideo(io.ComfyNode):
     def execute(cls, video: VideoFile, filename_prefix: str, format: str, codec: str) -> io.NodeOutput:
         path = host.output_path(filename_prefix, ".mp4")
         frames, fps = host.clip_frames(video, video.fps)
-        with VideoWriter(path, frames.shape[2], frames.shape[1], fps) as writer:
+        with VideoWriter(path, frames.shape[2], frames.shape[1], fps, host.graph_metadata()) as writer:
             writer.write(frames)
         return io.NodeOutput(video, ui=path)
 

@@ -77,9 +77,11 @@ class MultiType:
 
 
 class Hidden:
-    """What ComfyUI tells a node of itself; nothing here."""
+    """What ComfyUI tells a node of itself and its graph; nothing here."""
 
     unique_id = "UNIQUE_ID"
+    prompt = "PROMPT"
+    extra_pnginfo = "EXTRA_PNGINFO"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ class NodeOutput:
 
 class ComfyNode:
     """A node: `define_schema` and `execute` are class methods."""
+
+    hidden = None
 
     @classmethod
     def define_schema(cls) -> Schema:

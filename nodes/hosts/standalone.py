@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from tqdm import tqdm
 from ...refiner.demo import bundle
 from ...refiner.demo.captions import misread
 from ...refiner.estimate import available_bytes
+from ...refiner.files import partial_path
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
-from ...refiner.video import as_bytes, partial_path, read_frames, video_rate, video_size
+from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
@@ -40,11 +42,13 @@ CHUNK = 3  # latent frames decoded at once
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a workflow runs: ComfyUI's folders `models` and `input` under `base`, the folder that it writes into."""
+    """Where a workflow runs: ComfyUI's folders `models` and `input` under `base`, the folder that it writes into, and
+    the workflow itself in API format."""
 
     base: Path = Path(".")
     outputs: Path = Path("output")
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    prompt: str = ""
 
 
 _place = Place()
@@ -61,7 +65,7 @@ def running_at(place: Place) -> Iterator[None]:
         _place = before
 
 
-def place_of(base: Path, outputs: Path | None, device: str) -> Place:
+def place_of(base: Path, outputs: Path | None, device: str, prompt: str = "") -> Place:
     """A place under `base`; ValueError when one of them, or the device, is not here or of no use."""
     if not base.is_dir():
         raise ValueError(f"base {base} is not a folder: give the one that holds models/ and input/, as ComfyUI's does")
@@ -69,7 +73,7 @@ def place_of(base: Path, outputs: Path | None, device: str) -> Place:
     there = next(folder for folder in (outputs, *outputs.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{outputs} is no folder that can be written: give another with --out")
-    return Place(base, outputs, pick_device(device))
+    return Place(base, outputs, pick_device(device), prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class Clip:
 class VideoFile:
     """A VIDEO: frames [F, H, W, 3] in [0, 1] or the file that holds them, and their rate."""
 
-    fps: float = FPS
+    fps: float | Fraction = FPS
     frames: Tensor | None = None
     path: Path | None = None
 
@@ -353,6 +357,11 @@ def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Pa
     return path
 
 
+def graph_metadata(hidden: object = None) -> dict[str, str]:
+    """The workflow that runs, as ComfyUI puts it into a file."""
+    return {"prompt": _place.prompt} if _place.prompt else {}
+
+
 def video_file(path: Path) -> VideoFile:
     """A VIDEO of a file."""
     return VideoFile(video_rate(path), path=path)
@@ -366,14 +375,14 @@ def clip_size(clip: Tensor | VideoFile) -> tuple[int, int, int]:
     return frames, width, height
 
 
-def clip_frames(clip: Tensor | VideoFile, fps: float) -> tuple[np.ndarray, int]:
+def clip_frames(clip: Tensor | VideoFile, fps: float) -> tuple[np.ndarray, float | Fraction]:
     """uint8 frames [F, H, W, 3] of IMAGE or VIDEO, and their rate: `fps`, unless a VIDEO brings its own."""
     if not isinstance(clip, VideoFile):
-        return as_bytes(clip), round(fps)
-    return read_frames(clip.path) if clip.frames is None else as_bytes(clip.frames), round(clip.fps)
+        return as_bytes(clip), fps
+    return read_frames(clip.path) if clip.frames is None else as_bytes(clip.frames), clip.fps
 
 
-def show_pair(base: np.ndarray, refined: np.ndarray, fps: int, text: str) -> str:
+def show_pair(base: np.ndarray, refined: np.ndarray, fps: float | Fraction, text: str) -> str:
     """What a page would show of two clips: there is none, so only the line of text."""
     return show(text)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..memory.whole import WholeClip
 from ..noise.refiner import Refiner
+from ..pictures import contact_sheet
 from ..rollout import Sampler
 from ..sample import RunPlan, sample
 from ..samplers import self_forcing
@@ -20,7 +21,7 @@ from ..schedule import PRESETS, Preset
 from ..training.dmd import shifted
 from ..training.learner import noise_stream
 from ..training.precision import mixed_precision
-from ..video import contact_sheet, to_frames
+from ..video import to_frames
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
 from .captions import Caption

@@ -9,7 +9,8 @@ from numpy import ndarray
 
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
-from ..video import VideoWriter, contact_sheet
+from ..pictures import contact_sheet
+from ..video import VideoWriter
 from ..wan.causal import CausalWan
 from .bundle import REFINERS, WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae
 from .captions import Caption

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..video import write_png
+from ..pictures import write_png
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 8
 RAW, SMOOTH, FRAME, INK = (205, 215, 235), (30, 70, 160), (190, 190, 190), (60, 60, 60)

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from ..video import open_exclusive
+from ..files import open_exclusive
 from .curve import draw_curve
 from .distributed import is_first, load_shards, save_shards, saved_shards, world
 

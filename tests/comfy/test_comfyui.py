@@ -25,9 +25,10 @@ from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import SEARCHES
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.video import count_frames, read_frames
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
+
+from decoding import decoded
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
@@ -94,7 +95,7 @@ def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str,
     sampler = "SamplerCustomAdvanced" if name in NEED_COMFYUI else "AutoRefinerSampler"
     made = sampled(server, graph, name, of_kind(graph, sampler))
     frames = made.shape[2] * 4 - 3
-    assert count_frames(sorted((server.base / "output" / "video").glob(f"{name}_0*.mp4"))[-1]) == frames
+    assert len(decoded(sorted((server.base / "output" / "video").glob(f"{name}_0*.mp4"))[-1])) == frames
     if name not in NEED_COMFYUI:
         torch.testing.assert_close(made, alone(server, graph), **NEAR)
 
@@ -261,7 +262,7 @@ def test_decoding_in_chunks_equals_comfyuis_decode(length: int, server: Server) 
     chunks, whole = (sorted((server.base / "output" / f"{name}{length}").iterdir()) for name in ("chunks", "whole"))
     assert len(chunks) == len(whole) == length
     for ours, theirs in zip(chunks, whole, strict=True):
-        assert abs(read_frames(ours).astype(int) - read_frames(theirs).astype(int)).max() <= 1
+        assert abs(decoded(ours).astype(int) - decoded(theirs).astype(int)).max() <= 1
 
 
 def test_reflective_cache_shows_its_bytes(server: Server) -> None:

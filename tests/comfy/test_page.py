@@ -6,9 +6,11 @@ PAGE_PICTURES names a folder for screenshots.
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
@@ -16,6 +18,11 @@ from comfy_page import TELLING, to_page
 from comfy_server import Server, find_comfyui
 from page_browser import FINISHED, STATUS, Page, complaints, find_chromium, opened, touch_files
 from safetensors.torch import load_file
+
+from autorefiner.refiner.files import partial_path
+from autorefiner.refiner.video import VideoWriter
+
+from decoding import decoded
 
 pytestmark = [
     pytest.mark.page,
@@ -105,6 +112,68 @@ def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
     assert overlapping(page) == []
     assert page.errors == []
     picture(page, f"{workflow.stem}-told")
+
+
+PLAYED = """(address) => new Promise((done) => {
+    const video = document.createElement("video");
+    video.muted = true;
+    video.playbackRate = 8;
+    video.onended = () => done(["ended", video.currentTime, video.duration, video.videoWidth]);
+    video.onerror = () => done(["error", video.error.message]);
+    video.src = address;
+    document.body.append(video);
+    video.play();
+})"""
+
+
+def test_written_videos_play_to_their_end(page: Page, server: Server) -> None:
+    """Finished and partial files of several patterns of chunks, as decoders and presets write them."""
+    folder = server.base / "output" / "played"
+    folder.mkdir(exist_ok=True)
+    for pattern in ((1, 4, 4, 4), (1, 8, 8), (9, 12), (1, 1, 1)):
+        name = "_".join(map(str, pattern))
+        for end in ("finished", "partial"):
+            path = folder / f"{name}_{end}.mp4"
+            with suppress(KeyboardInterrupt), VideoWriter(path, 64, 48) as video:
+                for length in pattern:
+                    video.write(np.full((length, 48, 64, 3), 20 * length, np.uint8))
+                if end == "partial":
+                    raise KeyboardInterrupt
+            shown = path if end == "finished" else partial_path(path)
+            address = f"/view?filename={shown.name}&type=output&subfolder=played"
+            how, *places = page.tab.evaluate(PLAYED, address)
+            assert how == "ended", f"{shown.name}: {places}"
+            assert places[:2] == pytest.approx([sum(pattern) / 16] * 2, abs=0.07)
+            assert places[2] == 64
+
+
+def test_a_decoded_video_brings_its_workflow_back(page: Page, server: Server) -> None:
+    graph = small("text_to_video")
+    graph["3"]["inputs"] |= {"length": 5, "seed": 40 + len(page.name)}
+    name = f"dropped_{page.name}"
+    graph["4"] = graph_node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix=name)
+    graph["4"]["_meta"] = {"title": "Decode"}
+    graph = {key: graph[key] for key in "1234"}
+    page.load(written(server, name, graph))
+    page.queue()
+    path = server.base / "output" / f"{name}_00001_.mp4"
+    while not path.exists():
+        page.tab.wait_for_timeout(100)
+    idle(server, page)
+    assert len(decoded(path)) == 5
+    page.tab.evaluate("() => window.app.graph.clear()")
+    page.tab.evaluate(
+        """async (name) => {
+            const data = await (await fetch(`/view?filename=${name}&type=output`)).blob();
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([data], name, { type: "video/mp4" }));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        path.name,
+    )
+    page.until("window.app.graph.nodes.length === 4")
+    kinds = page.tab.evaluate("() => window.app.graph.nodes.map((node) => node.type).sort()")
+    assert kinds == sorted(node["class_type"] for node in graph.values())
 
 
 def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, node, small
@@ -19,7 +21,9 @@ from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.video import count_frames, read_frames, video_rate
+from autorefiner.refiner.video import video_rate
+
+from decoding import decoded
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_COMFYUI])
@@ -32,13 +36,13 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     assert main(["run", str(base / "graph.json"), "--base", str(base), "--out", str(base / "out")]) == 0
     path = base / "out" / "video" / f"{name}_00001_.mp4"
     assert str(path) in capsys.readouterr().out.splitlines()
-    assert count_frames(path) == sampler["inputs"]["length"]
+    assert len(decoded(path)) == sampler["inputs"]["length"]
     sizes = {
         "compare_controls": (128, 128),
         "quickstart": (64, 128),
         "train_a_refiner": (64, 128),
     }  # several videos in one
-    assert read_frames(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
+    assert decoded(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
 
 
 def test_a_workflow_samples_what_the_core_does(base: Path) -> None:
@@ -111,7 +115,7 @@ def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
     (base / "graph.json").write_text(json.dumps(small("text_to_video")))
     values = ["--set", "3.length=5", "--set", "Save Video.filename_prefix=a/b", "--set", "Create Video.fps=8"]
     assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
-    assert count_frames(base / "output" / "a" / "b_00001_.mp4") == 5
+    assert len(decoded(base / "output" / "a" / "b_00001_.mp4")) == 5
     for wrong, told in (
         ("3.lenght=5", "no input 'lenght', only batch_size"),
         ("9.length=5", "0 nodes are '9'; the nodes are 1 (Load AR-VDM Demo)"),
@@ -143,7 +147,49 @@ def test_a_decoded_video_keeps_its_rate(base: Path) -> None:
     del graph["5"]
     graph["6"] = node("SaveVideo", video=["4", 0], filename_prefix="second", format="auto", codec="auto")
     execute(graph, base)
-    assert [video_rate(base / "output" / f"{name}_00001_.mp4") for name in ("first", "second")] == [8, 8]
+    files = [base / "output" / f"{name}_00001_.mp4" for name in ("first", "second")]
+    assert [video_rate(path) for path in files] == [8, 8]
+    assert [len(decoded(path)) for path in files] == [5, 5]
+
+
+@pytest.mark.parametrize("fps", ["23.976", "12.5", "29.97", "1.4"])
+def test_a_rate_that_is_no_whole_number_is_kept(base: Path, fps: str) -> None:
+    graph = small("text_to_video")
+    graph["3"]["inputs"]["length"] = 5
+    (base / "graph.json").write_text(json.dumps(graph))
+    assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", f"Create Video.fps={fps}"]) == 0
+    path = base / "output" / "video" / "text_to_video_00001_.mp4"
+    assert video_rate(path) == Fraction(fps)
+    assert len(decoded(path)) == 5
+
+
+@pytest.mark.parametrize("saver", ["SaveVideo", "AutoRefinerDecodeToVideo"])
+def test_a_video_holds_the_workflow_that_made_it(base: Path, saver: str) -> None:
+    graph = small("text_to_video")
+    graph["3"]["inputs"]["length"] = 5
+    if saver == "AutoRefinerDecodeToVideo":
+        graph["4"] = node(saver, samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="video/text_to_video")
+        del graph["5"], graph["6"]
+    (base / "graph.json").write_text(json.dumps(graph))
+    assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", "3.seed=9"]) == 0
+    with av.open(str(base / "output" / "video" / "text_to_video_00001_.mp4")) as container:
+        prompt = json.loads(container.metadata["prompt"])
+    assert prompt["3"]["inputs"]["seed"] == "9"
+    (base / "again.json").write_text(json.dumps(prompt))
+    assert main(["run", str(base / "again.json"), "--base", str(base)]) == 0
+
+
+def test_pixels_that_are_not_finite_are_no_black_video(base: Path, monkeypatch) -> None:
+    monkeypatch.setattr(standalone, "decode", lambda vae, raw: iter([torch.full((1, 64, 64, 3), float("nan"))]))
+    for kind in ("AutoRefinerDecodeToVideo", "AutoRefinerDecodeChunks"):
+        graph = small("text_to_video")
+        graph["3"]["inputs"]["length"] = 5
+        graph["4"] = node(kind, samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="nan")
+        if kind == "AutoRefinerDecodeToVideo":
+            del graph["5"], graph["6"]
+        with pytest.raises(ValueError, match="NaN"):
+            execute(graph, base)
+    assert not list((base / "output").glob("**/*.mp4"))
 
 
 def test_what_an_interrupted_run_left_stays(base: Path) -> None:
@@ -154,7 +200,7 @@ def test_what_an_interrupted_run_left_stays(base: Path) -> None:
     left.write_bytes(b"what is finished")
     execute(graph, base)
     assert left.read_bytes() == b"what is finished"
-    assert count_frames(left.with_name("text_to_video_00002_.mp4")) == 5
+    assert len(decoded(left.with_name("text_to_video_00002_.mp4"))) == 5
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ from autorefiner.refiner.demo.world import sample_scene
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.rollout import add_noise, predict_x0
 from autorefiner.refiner.training.dmd import whole_flow
-from autorefiner.refiner.video import count_frames, read_metadata
+from autorefiner.refiner.video import read_metadata
 from autorefiner.refiner.wan.weight_file import open_weights
+
+from decoding import decoded
 
 MODELS = ("text", "vae", "teacher", "student")
 
@@ -100,7 +102,7 @@ def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.mp4"
     prompt = "a small red star bounces to the left of a green circle that stays still on a navy ground"
     assert main(["generate", "--model", "sprites", "--prompt", prompt, "--out", str(out)]) == 0
-    assert count_frames(out) == 81 and read_metadata(out)["prompt"] == prompt
+    assert len(decoded(out)) == 81 and read_metadata(out)["prompt"] == prompt
 
 
 @pytest.mark.parametrize("name", REFINERS)
@@ -118,7 +120,7 @@ def test_the_refiners_are_the_students(demo: Demo, name: str) -> None:
 
 def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys) -> None:
     assert main(["demo", "show", "--clips", "1", "--out", str(tmp_path)]) == 0
-    assert count_frames(tmp_path / "sprites_1.mp4") == 81
+    assert len(decoded(tmp_path / "sprites_1.mp4")) == 81
     assert (tmp_path / "sprites.png").exists()
     told = capsys.readouterr().out
     assert held_out(1)[0].text in told and "base: " in told

@@ -31,8 +31,8 @@ from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.demo.world import sample_scene
+from autorefiner.refiner.files import open_exclusive
 from autorefiner.refiner.training.loop import LoopOptions, restore, save, train
-from autorefiner.refiner.video import open_exclusive
 from autorefiner.refiner.wan.checkpoint import inspect
 from autorefiner.refiner.wan.vae import LATENT_STD, WanVAE
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...pictures import contact_sheet
 from ...training.ahead import Ahead, helpers
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision
 from ...training.replay import Replay
-from ...video import contact_sheet, to_frames
+from ...video import to_frames
 from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels

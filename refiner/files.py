@@ -1,0 +1,87 @@
+"""Files that grow while they are written: their names, their locks, and whether they can be made at all."""
+
+import errno
+import io
+import os
+import warnings
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What file systems without locks answer, as some of clusters and network shares do.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+INSTEAD = "give another --out, or wait"  # what to do while another run writes
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file lies until it is finished."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def renames_open_files() -> bool:
+    """Whether a file may be renamed and deleted while it is open, as on any system but Windows."""
+    return fcntl is not None
+
+
+def lock(file: io.FileIO, path: Path, instead: str) -> None:
+    """Lock an open file for this run; ValueError, which says what to do instead, where another run holds the lock.
+
+    A file system without locks is warned of and written to all the same. OSError names the path.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing {path}: {instead}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(error.errno, f"{path} cannot be locked ({error.strerror})") from error
+        warnings.warn(f"{path.parent} has no file locks: do not write {path.name} from two runs at once", stacklevel=3)
+
+
+def open_locked(path: Path, instead: str) -> io.FileIO:
+    """Open a file for writing, locked and as it is; ValueError where another run writes it."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            lock(file, path, instead)
+            if is_open(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the run that held the lock until now has renamed it
+
+
+def is_open(file: io.FileIO, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    if not renames_open_files():
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def open_exclusive(path: Path, instead: str = INSTEAD) -> io.FileIO:
+    """An empty file that no other run writes; ValueError, which says what to do instead, where one does."""
+    file = open_locked(path, instead)
+    file.truncate(0)
+    return file
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: give the name of a file")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {path} cannot be written ({error.strerror}): give another folder") from error
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"output {path} cannot be written (no permission): give another name or folder")
