@@ -1,11 +1,10 @@
-"""A training inside a node: its stage, what a host is told of every step, and a state that no interruption loses."""
+"""A training inside a node: its stage and its losses."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..refiner.train import SHEET_PROMPTS, Sheets
 from ..refiner.training.dmd_objective import DmdObjective
-from ..refiner.training.loop import LoopOptions, save, train
+from ..refiner.training.loop import LoopOptions, Watch, train
 from ..refiner.training.objective import Objective
 from ..refiner.training.options import RefineOptions
 from ..refiner.training.refine import RefineStage
@@ -22,20 +21,6 @@ from ..refiner.training.rewards.reward import Mixture
 from ..refiner.wan.vae import WanVAE
 from .hosts import host
 from .train_plan import Asked
-
-
-class Watch(Protocol):
-    """What a host makes of a training."""
-
-    def report(self, done: int) -> None:
-        """So many steps are taken. May raise, as ComfyUI does when the user interrupts."""
-        ...
-
-    def add(self, index: int, figures: Mapping[str, float]) -> None: ...
-
-    def sheet(self, path: Path) -> None:
-        """A sample sheet was written."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,41 +47,6 @@ def encoded(asked: Asked, device: torch.device) -> tuple[list[str], Contexts]:
     if known[""] is None and asked.clip is not None:
         known[""] = host.encode_prompt(asked.clip, "")
     return prompts, Contexts({name: context.clone() for name, context in known.items() if context is not None}, device)
-
-
-@dataclass(slots=True)
-class Watched:
-    """A stage whose host is told of every step; what interrupts it there loses no step."""
-
-    stage: RefineStage
-    run: Path
-    watch: Watch
-    taken: int = 0
-
-    def step(self, index: int) -> dict[str, float]:
-        try:
-            self.watch.report(index)
-        except BaseException:
-            if self.taken:
-                save(self.stage, self.run, index)
-            raise
-        figures = self.stage.step(index)
-        self.taken += 1
-        self.watch.add(index, figures)
-        return figures
-
-    def show(self, folder: Path, index: int) -> dict[str, float]:
-        figures = self.stage.show(folder, index)
-        path = folder / f"sheet_{index:06d}.png"
-        if path.exists():
-            self.watch.sheet(path)
-        return figures
-
-    def state_dict(self) -> dict:
-        return self.stage.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stage.load_state_dict(state)
 
 
 @contextmanager
@@ -126,8 +76,7 @@ def make_objective(
 
 def run_stage(stage: RefineStage, folder: Path, asked: Asked, watch: Watch) -> None:
     """Train to the end, from where the run stands."""
-    train(Watched(stage, folder, watch), LoopOptions(folder, asked.steps, asked.save_every, asked.preview_every))
-    watch.report(asked.steps)
+    train(stage, LoopOptions(folder, asked.steps, asked.save_every, asked.preview_every), watch)
 
 
 def loss_map(folder: Path) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 import time
 import warnings
@@ -39,6 +38,7 @@ from .refined import FORMS
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
+from .stopping import INTERRUPTED, handling, interrupt, settle
 from .train import run_training
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
@@ -56,7 +56,6 @@ SMALLER = {  # what takes less memory, by command
     "demo": "lower the --batch of a training, or use --device cpu",
     "run": "make the clip smaller or shorter, or connect a Reflective Cache with a smaller window",
 }
-INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 GENERATE = """\
 Sample a video chunk by chunk and write each chunk to the file as soon as it is made.
 
@@ -235,6 +234,7 @@ def stream(job: Job) -> int:
                 for frames in progress:
                     bar.update(frames - bar.n)
         except KeyboardInterrupt:
+            settle()
             bar.close()
             print(what_is_there(job, begun), file=sys.stderr)
             return INTERRUPTED
@@ -293,11 +293,6 @@ def run_demo_command(args: argparse.Namespace) -> int:
     return run_demo(args, pick_device(args.device))
 
 
-def interrupt(*_: object) -> None:
-    """End as Ctrl-C does; a process started in the background has that signal ignored, so it is not sent."""
-    raise KeyboardInterrupt
-
-
 def main(
     argv: list[str] | None = None, more: Mapping[str, tuple[AddCommand, RunCommand]] = MappingProxyType({})
 ) -> int:
@@ -305,8 +300,17 @@ def main(
 
     `more` are subcommands of the rooms above by name: what adds one to the parser, and what runs it.
     """
-    signal.signal(signal.SIGTERM, interrupt)
     warnings.showwarning = lambda message, *_, **__: print(f"autorefiner: warning: {message}", file=sys.stderr)
+    try:
+        with handling(interrupt):
+            return run_command(argv, more)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_command(argv: list[str] | None, more: Mapping[str, tuple[AddCommand, RunCommand]]) -> int:
+    """Run one command; the exit status."""
     args = build_parser([add for add, _ in more.values()]).parse_args(argv)
     commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "train": run_train}
     commands["demo"] = run_demo_command
@@ -315,9 +319,6 @@ def main(
         return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = str(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
     except RuntimeError as error:  # torch's own for a GPU, a plain one for a CPU
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

@@ -2,10 +2,8 @@
 
 import copy
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,6 +21,7 @@ from ...refiner.files import partial_path
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
+from ...refiner.training.loop import Unwatched
 from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
@@ -230,41 +229,10 @@ def training() -> Iterator[None]:
         yield
 
 
-class TrainWatch:
-    """Nobody looks on: the training prints its own bar. Ctrl-C ends it behind a step, so that none is lost."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def interrupt(self, *_: object) -> None:
-        """Of a signal; the second one ends it at once."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        notice("stopping behind this step, again to stop at once")
-
-    def report(self, done: int) -> None:
-        """Raises what Ctrl-C does, where it was pressed."""
-        if self.asked:
-            raise KeyboardInterrupt
-
-    def add(self, index: int, figures: Mapping[str, float]) -> None: ...
-
-    def sheet(self, path: Path) -> None: ...
-
-
 @contextmanager
-def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
-    """The watch of a training."""
-    watch = TrainWatch()
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
-        yield watch
-        return
-    before = signal.signal(signal.SIGINT, watch.interrupt)
-    try:
-        yield watch
-    finally:
-        signal.signal(signal.SIGINT, before)
+def train_watch(folder: Path, done: int, steps: int) -> Iterator[Unwatched]:
+    """The watch of a training, which prints its own bar."""
+    yield Unwatched()
 
 
 def show_sheet(folder: Path, text: str) -> list[Path]:

@@ -18,6 +18,7 @@ from ..rollout import Sampler
 from ..sample import RunPlan, sample
 from ..samplers import self_forcing
 from ..schedule import PRESETS, Preset
+from ..stopping import ignore_in_worker
 from ..training.dmd import shifted
 from ..training.learner import noise_stream
 from ..training.precision import mixed_precision
@@ -107,7 +108,7 @@ def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "",
     bar = tqdm(pairs, total=len(captions), desc=told, unit="clip", disable=not told, dynamic_ncols=True)
     if not workers:
         return [evaluate_clip(clip, caption) for clip, caption in bar]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), ignore_in_worker) as pool:
         jobs = [pool.submit(evaluate_clip, clip, caption) for clip, caption in bar]
         return [job.result() for job in jobs]
 

@@ -7,7 +7,7 @@ anything on or off, and a checkpointed region recomputes what it computed.
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..noise.refiner import TARGETS, check_pairs, shared_copy
 from ..wan.causal import CausalWan
@@ -52,13 +52,14 @@ def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.model.named_parameters() if parameter.requires_grad}
 
 
-def pairs_of(network: CausalWan) -> dict[str, LoraPair]:
-    """The factors by layer as they stand, detached and whole, with their scale."""
+def pairs_of(network: CausalWan, factors: Mapping[str, Tensor] | None = None) -> dict[str, LoraPair]:
+    """The factors by layer with their scale, detached and whole: as they stand, or others by parameter name."""
+    factors = branch_parameters(network) if factors is None else factors
     pairs = {}
     for name, module in network.model.named_modules():
         if hasattr(module, "lora_A"):
-            factors = (getattr(module, part)["default"].weight for part in ("lora_A", "lora_B"))
-            down, up = (whole(factor.detach()).clone() for factor in factors)
+            names = (f"{name}.{part}.default.weight" for part in ("lora_A", "lora_B"))
+            down, up = (whole(factors[each].detach()).clone() for each in names)
             pairs[name] = LoraPair(down, up, module.scaling["default"])
     return pairs
 

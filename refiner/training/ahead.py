@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..stopping import ignore_in_worker
+
 T = TypeVar("T")
 MOST = 8  # processes
 EACH = 2  # batches that each of them is ahead
@@ -40,7 +42,10 @@ class Ahead(Generic[T]):
 
     def _loader(self, start: int) -> DataLoader:
         made = _Made(self.make, start, self.end)
-        return DataLoader(made, batch_size=None, num_workers=self.workers, prefetch_factor=EACH, collate_fn=_as_it_is)
+        return DataLoader(
+            made, batch_size=None, num_workers=self.workers, prefetch_factor=EACH, collate_fn=_as_it_is,
+            worker_init_fn=ignore_in_worker,
+        )  # fmt: skip
 
 
 class _Made(Dataset):

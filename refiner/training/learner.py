@@ -116,11 +116,13 @@ class Learner:
 
     def update(self, index: int, factor: float, clip: float = 1.0) -> None:
         """The step along the gradient that was gathered; ValueError, and no step, where that is not finite."""
+        global _updates
         self.optimizer.set_factor(factor)
         try:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, error_if_nonfinite=True)
         except RuntimeError as error:
             raise ValueError("a gradient is not finite: lower the learning rate; the state before is kept") from error
+        _updates += 1
         self.optimizer.step()
         if not self.keep:
             return
@@ -144,6 +146,14 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
+
+
+_updates = 0
+
+
+def updates_begun() -> int:
+    """Count the updates that learners of this process have begun: between two of them their state does not change."""
+    return _updates
 
 
 class LearnerStage:

@@ -6,10 +6,9 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ..files import open_exclusive
+from ..stopping import handling, interrupt, settle
 from .curve import draw_curve
 from .distributed import is_first, load_shards, save_shards, saved_shards, world
+from .learner import updates_begun
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 
@@ -70,78 +71,164 @@ class LoopOptions:
         if min(self.steps, self.save_every, self.show_every) < 1:
             raise ValueError(f"steps {self.steps}, save {self.save_every}, show {self.show_every}: give at least 1")
 
+    def saves(self, done: int) -> bool:
+        """Whether the state is saved after `done` steps."""
+        return done % self.save_every == 0 or done == self.steps
 
-def train(stage: Stage, options: LoopOptions) -> None:
+    def shows(self, done: int) -> bool:
+        """Whether a sample sheet is drawn after `done` steps."""
+        return done % self.show_every == 0 or done == self.steps
+
+
+class Watch(Protocol):
+    """What follows a training, and may end it by raising."""
+
+    def report(self, done: int) -> None:
+        """So many steps are taken."""
+        ...
+
+    def add(self, index: int, figures: Mapping[str, float]) -> None:
+        """Take what a step logged."""
+        ...
+
+    def sheet(self, path: Path) -> None:
+        """A sample sheet was written."""
+        ...
+
+
+class Unwatched:
+    """Nobody follows the training but its bar and its log."""
+
+    def report(self, done: int) -> None: ...
+
+    def add(self, index: int, figures: Mapping[str, float]) -> None: ...
+
+    def sheet(self, path: Path) -> None: ...
+
+
+def train(stage: Stage, options: LoopOptions, watch: Watch | None = None) -> None:
     """Train to `options.steps`, from where the run in `options.run` stands.
 
     The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of several processes
-    the first one writes the latter. Raises ValueError at the first loss that is not finite, what was saved before
+    the first one writes the latter. Whatever ends it, steps that were taken are saved first, and the same call goes on
+    behind them. Raises ValueError at the first loss that is not finite, what was saved before
     stays; for what a step refuses, with its number; and for a folder that another training writes. OSError where the
     disk is full.
     """
     options.run.mkdir(parents=True, exist_ok=True)
+    watch = watch or Unwatched()
     if not is_first():
-        _train(stage, options, None)
+        _train(stage, options, None, watch)
         return
     with open_exclusive(options.run / "lock", "wait for it, or train in another folder"):
-        _train(stage, options, options.run / "log.jsonl")
+        _train(stage, options, options.run / "log.jsonl", watch)
 
 
-def _train(stage: Stage, options: LoopOptions, log: Path | None) -> None:
+def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -> None:
     start = restore(stage, options.run)
     if start > options.steps:
         raise ValueError(
             f"{options.run} has taken {start} steps, more than {options.steps}: ask for {start} or more, or train in"
             " another folder"
         )
-    with _Log(log, start, options.steps) as told, ended_behind_a_step() as asked:
+    with _Log(log, start, options.steps) as lines, _Steps(stage, options.run, start) as steps:
+        if start and options.shows(start) and not sheet_path(options.run, start).exists():
+            show(stage, options.run, start, watch)  # its drawing was interrupted
         for index in range(start, options.steps):
             began = time.perf_counter()
-            logged = _step(stage, index)
-            if not all(map(_finite, logged.values())):
-                raise ValueError(f"step {index} gave {logged}: lower the learning rate; the state before is kept")
-            done = index + 1
-            if done % options.show_every == 0 or done == options.steps:
-                logged |= stage.show(options.run, done)
-            told.add(index, logged, time.perf_counter() - began)
-            ended = asked()
-            if done % options.save_every == 0 or done == options.steps or ended:
-                save(stage, options.run, done)
+            with steps.taking():
+                watch.report(index)
+                logged = _step(stage, index)
+            try:
+                if options.shows(steps.taken):
+                    logged |= show(stage, options.run, steps.taken, watch)
+            finally:
+                lines.add(index, logged, time.perf_counter() - began)
+            watch.add(index, logged)
+            if options.saves(steps.taken) or steps.asked:
+                steps.save()
                 if log is not None:
                     draw_curve(log, options.run / "loss.png")
-            if ended and done < options.steps:
+            if steps.asked and steps.taken < options.steps:
                 raise KeyboardInterrupt
+    watch.report(options.steps)
 
 
-@contextmanager
-def ended_behind_a_step() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: a training then ends behind its step, so that none is lost; the second one ends it at
-    once. Of several processes, in a thread, or where somebody else waits for it, it stays what it is."""
-    asked: list[bool] = []
+def show(stage: Stage, run: Path, done: int, watch: Watch) -> dict[str, float]:
+    """Draw the sample sheet after `done` steps; its scores."""
+    scores, path = stage.show(run, done), sheet_path(run, done)
+    if path.exists():
+        watch.sheet(path)
+    return scores
 
-    def ask(*_: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        print("stopping behind this step, again to stop at once", file=sys.stderr)
 
-    ours = threading.current_thread() is threading.main_thread() and world() == 1
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def sheet_path(run: Path, done: int) -> Path:
+    """The sample sheet after `done` steps."""
+    return run / f"sheet_{done:06d}.png"
+
+
+class _Steps:
+    """The steps that a stage has taken. Whatever ends the training between two updates, none of them is lost.
+
+    Ctrl-C and SIGTERM end it after the step that is being taken, the second one at once. Of several processes, in a
+    thread, or where somebody else handles the signals, they stay what they are.
+    """
+
+    def __init__(self, stage: Stage, run: Path, taken: int) -> None:
+        self.stage, self.run = stage, run
+        self.taken = self.saved = taken
+        self.stepping = self.changed = self.asked = False
+        others = () if world() > 1 else (signal.default_int_handler, interrupt)
+        self.handled = handling(self._ask, instead_of=others) if others else nullcontext()
+
+    def __enter__(self) -> "_Steps":
+        self.handled.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        settle()
+        try:
+            if kind is not None and not self.changed and self.taken > self.saved and world() == 1:
+                self.save()
+        finally:
+            self.handled.__exit__(kind, *error)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked or not self.stepping:
+            self.asked = True
+            interrupt()
+        self.asked = True
+        print("stopping after this step (Ctrl-C again to stop now)", file=sys.stderr)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Take a step. One that ends by an error counts as not begun where no update had begun."""
+        before, self.stepping, self.changed = updates_begun(), True, True
+        try:
+            yield
+        except BaseException:
+            self.changed = updates_begun() != before
+            raise
+        finally:
+            self.stepping = False
+        self.taken += 1
+        self.changed = False
+
+    def save(self) -> None:
+        """Save the state after the steps that were taken."""
+        save(self.stage, self.run, self.taken)
+        self.saved = self.taken
 
 
 def _step(stage: Stage, index: int) -> dict[str, float]:
     """What the step logs. What it refuses, as a reward out of its range, names the step: the log ends before it."""
     try:
-        return stage.step(index)
+        logged = stage.step(index)
     except ValueError as error:
         raise ValueError(f"step {index}: {error}") from error
+    if not all(map(_finite, logged.values())):
+        raise ValueError(f"step {index} gave {logged}: lower the learning rate; the state before is kept")
+    return logged
 
 
 class _Log:

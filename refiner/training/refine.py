@@ -80,14 +80,7 @@ class RefineStage:
 
     def average(self) -> dict[str, LoraPair]:
         """The average factors by layer."""
-        with torch.no_grad():
-            kept = [factor.clone() for factor in self.factors.values()]
-            for factor, average in zip(self.factors.values(), self.learner.average, strict=True):
-                factor.copy_(average)
-            pairs = pairs_of(self.tree)
-            for factor, own in zip(self.factors.values(), kept, strict=True):
-                factor.copy_(own)
-        return pairs
+        return pairs_of(self.tree, dict(zip(self.factors, self.learner.average, strict=True)))
 
     def refiner(self, residuals: Residuals | None = None) -> Refiner | None:
         """T_φ as it stands, with its graph; None where the branches are the base's own."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from autorefiner.nodes.train_plan import check_name, run_folder
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.training.dmd_objective import DmdObjective
+from autorefiner.refiner.training.loop import Unwatched
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.wan.vae import WanVAE
 
 pytest.importorskip("peft")
 SAVED = "models/loras/mine.refiner.safetensors"
@@ -65,18 +68,29 @@ def test_the_guidance_of_the_teacher_is_the_nodes(base: Path) -> None:
     assert "guidance 0.0 and is 2.0 now" in refusal(training(run="other", guidance=2.0, **asked), base)
 
 
-def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch) -> None:
-    class Stop(BaseException):
-        """As ComfyUI's, no Exception."""
+class Stop(BaseException):
+    """As ComfyUI's, no Exception."""
 
-    def report(watch, done: int) -> None:
-        if done == 3:
-            raise Stop
 
+def stop_at_three(*arguments: object) -> None:
+    """Ends the training when it is told of three steps, or of the sheet after them."""
+    if 3 in arguments or any("sheet_000003" in str(one) for one in arguments):
+        raise Stop
+
+
+@pytest.mark.parametrize("place", ["report", "sheet", "draw", "decode"])
+def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: str) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(standalone.TrainWatch, "report", report)
+        watch = Unwatched()
+        patch.setattr(standalone, "train_watch", lambda *_: nullcontext(watch))
+        if place == "draw":
+            patch.setattr(RefineStage, "show", lambda stage, folder, done: stop_at_three(done) or {})
+        elif place == "decode":
+            patch.setattr(WanVAE, "decode", lambda *_: stop_at_three(3))
+        else:
+            setattr(watch, place, stop_at_three)
         with pytest.raises(Stop):
-            execute(training(), base)
+            execute(training(preview_every=3, save_every=100), base)
     run = base / "output" / "autorefiner" / "mine"
     assert train_plan.steps_taken(run) == 3 and not (base / SAVED).exists()
     on, through = execute(training(), base)["3"], execute(training(run="other"), base)["3"]
