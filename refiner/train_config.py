@@ -1,5 +1,6 @@
 """The TOML file of `autorefiner train`: what it may say, checked before anything is loaded."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -13,6 +14,11 @@ from .training.options import RefineOptions
 from .training.rewards.clip import FORMULAS
 from .training.rewards.reward import FrameDraw
 from .wan.checkpoint import inspect
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 KINDS = (SPRITES, *FORMULAS)
 
@@ -77,10 +83,6 @@ class TrainConfig:
     @classmethod
     def read(cls, path: Path) -> "TrainConfig":
         """From a TOML file. ValueError in one line for anything that it cannot say."""
-        try:
-            import tomllib
-        except ImportError as error:
-            raise ValueError("training files need Python 3.11 or newer, which reads TOML") from error
         try:
             told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -69,6 +69,11 @@ def running(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+def log_of(folder: Path) -> Path:
+    """What the last run in a folder printed."""
+    return folder.with_name(f"{folder.name}.log")
+
+
 def forked(run: Run, folder: Path, delay: float | None) -> tuple[int, int, float]:
     """Run in a child and kill it after `delay` seconds; (exit status, what it reported last, seconds it ran)."""
     reading, writing = os.pipe()
@@ -76,13 +81,15 @@ def forked(run: Run, folder: Path, delay: float | None) -> tuple[int, int, float
     child = os.fork()
     if not child:
         os.close(reading)
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
+        said = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         status = 1
         try:
             run(folder, lambda done: os.write(writing, done.to_bytes(4, "big")) and None)
             status = 0
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
     os.close(writing)
@@ -260,7 +267,8 @@ def one_run(
         killed = status == -signal.SIGKILL
         tally.kills[kind] += killed
         if not killed and status:
-            tally.unreadable.append(f"{folder}: a run ended with status {status}")
+            said = log_of(folder).read_text(errors="replace").splitlines()[-1:]
+            tally.unreadable.append(f"{folder}: a run ended with status {status}: {said}")
             return
         try:
             safe = subject.check(folder, done, safe, reference, tally)

@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import autorefiner
 
@@ -32,6 +35,72 @@ def imports(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.ImportFrom):
             found.append((node.level, node.module or ""))
     return found
+
+
+# Of the standard library, newer than Python 3.10, which the package promises.
+NEW_MODULES = {"tomllib"}
+NEW_NAMES = {
+    "datetime": {"UTC"}, "typing": {"Self", "LiteralString", "assert_never", "Never", "NotRequired", "Unpack"},
+    "enum": {"StrEnum", "verify"}, "contextlib": {"chdir"}, "hashlib": {"file_digest"}, "itertools": {"batched"},
+    "asyncio": {"TaskGroup", "timeout", "Runner"}, "operator": {"call"}, "math": {"cbrt", "exp2", "sumprod"},
+    "pathlib": {"UnsupportedOperation"}, "warnings": {"deprecated"}, "inspect": {"getmembers_static"},
+    "string": {"Template.get_identifiers"}, "builtins": {"ExceptionGroup", "BaseExceptionGroup", "aiter"},
+}  # fmt: skip
+
+
+def newer_than_promised(source: str) -> list[str]:
+    """What a source takes of Python 3.11 and newer, outside of a branch on the version."""
+    tree = ast.parse(source)
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "version_info" in ast.dump(node.test)]
+    guarded = {id(inner) for branch in branches for inner in ast.walk(branch)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in NEW_MODULES]
+        if isinstance(node, ast.ImportFrom):
+            names = NEW_NAMES.get(node.module or "", set())
+            found += [alias.name for alias in node.names if alias.name in names or node.module in NEW_MODULES]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [node.attr] if node.attr in NEW_NAMES.get(node.value.id, set()) else []
+        if isinstance(node, ast.Name) and node.id in NEW_NAMES["builtins"]:
+            found.append(node.id)
+    return found
+
+
+def test_nothing_newer_than_the_promised_python_is_used() -> None:
+    assert newer_than_promised("import tomllib") == ["tomllib"]
+    assert newer_than_promised("import datetime\ndatetime.UTC\nfrom typing import Self") == ["Self", "UTC"]
+    found = {str(path.relative_to(ROOT)): newer_than_promised(path.read_text()) for path in SOURCES + NODES}
+    assert not {path: names for path, names in found.items() if names}
+
+
+# Takes away what older versions of torch lack, then imports the whole core and the command line.
+OLD_TORCH = """
+import importlib, pkgutil, torch, torch._dynamo
+del torch.optim.Muon
+torch.ops.mkldnn.__dict__.pop("_is_mkldnn_bf16_supported", None)
+type(torch.ops.mkldnn).__getattr__ = lambda self, name: (_ for _ in ()).throw(AttributeError(name))
+import autorefiner.refiner, autorefiner.nodes.cli
+for module in pkgutil.walk_packages(autorefiner.refiner.__path__, "autorefiner.refiner."):
+    if module.name != "autorefiner.refiner.training.muon":
+        importlib.import_module(module.name)
+from autorefiner.refiner.training.learner import Learner
+from autorefiner.refiner.training.precision import multiplies_bf16
+assert not multiplies_bf16(torch.device("cpu"))
+Learner(torch.nn.Linear(2, 2), 0.1, 0.0)
+try:
+    Learner(torch.nn.Linear(2, 2), 0.1, 0.0, muon=0.1)
+except ValueError as error:
+    print("2.9" in str(error))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch is such an old one")
+def test_an_older_torch_is_enough_for_all_but_what_needs_muon() -> None:
+    ran = subprocess.run([sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
 
 
 def test_every_folder_of_the_package_is_installed() -> None:

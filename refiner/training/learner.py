@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from .muon import Muon
-
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
     """Factor on the learning rate: up over `warm` steps, then down a half cosine to `floor`."""
@@ -21,6 +19,15 @@ def warm_root(index: int, steps: int, warm: int = 100, hold: float = 0.1, cool: 
     falling = min(1.0, math.sqrt(hold * steps / (index + 1)))
     ending = min(1.0, (1 - index / steps) / cool)
     return min(1.0, (index + 1) / warm) * falling * ending
+
+
+def muon_optimizer() -> type[torch.optim.Optimizer]:
+    """Muon; ValueError where torch is too old for it, which is newer than all else here needs."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"this training needs torch 2.9 or newer, for Muon, and torch is {torch.__version__}")
+    from .muon import Muon
+
+    return Muon
 
 
 class MuonAdamW:
@@ -40,7 +47,7 @@ class MuonAdamW:
         self.kernels = [p for _, p in named if p.ndim > 1 and len(p) > 1 and p[0].numel() > 1]
         others = [p for p in model.parameters() if all(p is not kernel for kernel in self.kernels)]
         self.matrices = [nn.Parameter(kernel.data.flatten(1)) for kernel in self.kernels]  # of the same memory
-        self.muon = Muon(self.matrices, muon, weight_decay=decay)
+        self.muon = muon_optimizer()(self.matrices, muon, weight_decay=decay)
         self.adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.0)
         self.rates = ((self.muon, muon), (self.adamw, rate))
 

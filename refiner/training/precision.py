@@ -19,7 +19,24 @@ KINDS_OF_CALL = 64  # lengths of a history, with and without gradients, that a c
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 products are worth having: on a CPU without instructions for them they are emulated, number by
     number, at a hundredth of fp32's speed and less. Most desktop CPUs have none."""
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cpu" or _cpu_multiplies_bf16()
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """As oneDNN says, by a function of torch's own that a version may lack: fp32 is right then, too."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def allow_recompiling(times: int) -> None:
+    """Let a compiled function be compiled for so many kinds of call; the setting's name changed in torch 2.6."""
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(config, name):
+            setattr(config, name, times)
+            return
 
 
 def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torch.autocast:
@@ -56,7 +73,7 @@ def training_host(device: torch.device, compiled: bool = False) -> Host:
     attend = explicit_attention if device.type == "cpu" else fused_attention
     if not compiled:
         return Host(attention=attend)
-    torch._dynamo.config.recompile_limit = KINDS_OF_CALL
+    allow_recompiling(KINDS_OF_CALL)
     parts = (torch.compile(part, dynamic=False) for part in (attend, before_attention, after_attention))
     attend, before, after = parts
     return Host(attention=attend, before=before, after=after)
