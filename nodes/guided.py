@@ -11,7 +11,7 @@ from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
 from .options import ChunkSchedule, ReflectiveCache, preset_for
 from .refined import RefinerLora, plan_refiner
-from .run import ModelFacts, Run, Search, begun_from, plan_run, video_latents
+from .run import ModelFacts, Run, Search, begun_from, plan_run, start_of, video_latents
 
 SAME_SIGMA = 2e-3  # two sigmas nearer than this are one level written down twice
 SEEDS = 1 << 63  # our noise's; NOISE may have twice as many
@@ -118,7 +118,7 @@ class SamplerOptions:
         preset = GivenLevels(**named, given=levels)
         samples = video_latents({"samples": noise}, "latent_image")
         shape = (samples.shape[0], *samples.shape[2:])
-        initial = begun_from(self.start, shape)
+        initial = begun_from(start_of(self.start, facts), shape)
         as_core = self.fresh_noise == FRESH_NOISE[1]
         later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
         plan, source = plan_run(preset, shape, initial), GuiderNoise(samples, later)

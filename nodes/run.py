@@ -28,12 +28,14 @@ CHANNELS = len(LATENT_MEAN)
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its device's whole memory."""
+    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its device's whole memory, and
+    the raw latents [1 or B, 16, F, h, w] that core's ARVideoI2V lets it start from."""
 
     config: WanConfig
     dtype: torch.dtype
     preset: str | None
     device_bytes: int
+    start: Tensor | None = None
 
 
 class Search(Protocol):
@@ -147,6 +149,15 @@ def clip_shape(latent: dict | None, width: int, height: int, length: int, batch:
         near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
         raise ValueError(f"width {width}, height {height}: both must be multiples of 16, the nearest is {near}")
     return batch, latent_frames(length), height // 8, width // 8
+
+
+def start_of(start: dict | None, facts: ModelFacts) -> dict | None:
+    """The LATENT that a run goes on from: the connected one, or the MODEL's; ValueError where both are there."""
+    if facts.start is None:
+        return start
+    if start is not None:
+        raise ValueError("start is connected, and MODEL has a start image of its own (ARVideoI2V): keep one of them")
+    return {"samples": facts.start}
 
 
 def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor | None:

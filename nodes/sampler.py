@@ -8,7 +8,7 @@ from .load import CATEGORY
 from .options import FALLBACK, preset_for
 from .refined import plan_refiner
 from .refiner import RefinerType
-from .run import Run, begun_from, check_memory, clip_shape, plan_run, told
+from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, told
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels a side
@@ -19,7 +19,8 @@ def options_of_run(schedule: str) -> list:
     return [
         io.Latent.Input(
             "start", optional=True,
-            tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks.",
+            tooltip="Clean latents to go on from: an encoded image (1 frame), or a clip of whole chunks. Without it,"
+            " the start image that ARVideoI2V put on the MODEL.",
         ),
         RefinerType.Input(
             "refiner", optional=True, tooltip="Refines the noise between levels; without one it is the base.",
@@ -106,7 +107,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
         preset = preset_for(facts.preset, chunk_schedule, reflective_cache, refiner is not None)
         refined = plan_refiner(refiner, facts.config, facts.dtype, preset.all_steps, chunk_schedule, reflective_cache)
         shape = clip_shape(latent, width, height, length, batch_size)
-        initial = begun_from(start, shape)
+        initial = begun_from(start_of(start, facts), shape)
         plan = plan_run(preset, shape, initial)
         run = host.settled(model, Run(plan, seed, method, initial, refined=refined, search=search))
         check_memory(run, facts)

@@ -43,6 +43,7 @@ from .train import run_training
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
 from .wan.checkpoint import describe, inspect
+from .wan.lora import LoraFile
 
 ERROR = "autorefiner: error: "
 AddCommand = Callable[[argparse._SubParsersAction], None]
@@ -112,6 +113,14 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def lora(text: str) -> LoraFile:
+    """A LoRA's file, and its strength behind a colon."""
+    try:
+        return LoraFile.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     """The parser of every subcommand; `more` add those of the rooms above."""
     parser = Parser(prog="autorefiner", description=__doc__)
@@ -148,7 +157,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
     about = "where a file holds both: averaged (ema) or last (raw); default: what its authors sample with"
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=about)
-    model.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to merge on load (LongLive 1 needs its own)")
+    about = "a LoRA to merge on load, strength 1 unless said; may be repeated (LongLive 1 needs its own)"
+    model.add_argument("--lora", type=lora, action="append", metavar="FILE[:STRENGTH]", help=about)
     model.add_argument("--vae", type=Path, metavar="FILE", help="Wan2.1's VAE")
     model.add_argument("--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file")
     model.add_argument("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, if it does not lie beside it")
@@ -194,6 +204,7 @@ def add_machine(command: argparse._ActionsContainer) -> None:
 def options_of(args: argparse.Namespace) -> GenerateOptions:
     """The request that the arguments of `generate` make."""
     named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
+    named["lora"] = tuple(args.lora or ())
     width, height = args.size or (SPRITES_SIZE if args.model == SPRITES else (832, 480))
     return GenerateOptions(**named, width=width, height=height)
 

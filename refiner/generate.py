@@ -26,6 +26,7 @@ from .schedule import PRESETS, Preset, get_preset, latent_frames
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
+from .wan.lora import LoraFile
 from .wan.text import load_text_encoder
 from .wan.transformer import WAN_TINY, WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
@@ -51,7 +52,7 @@ class GenerateOptions:
     window: int | None = None
     sink: int | None = None
     weights: str = "auto"
-    lora: Path | None = None
+    lora: tuple[LoraFile, ...] = ()
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     context_cache: Path | None = None
@@ -97,7 +98,7 @@ def unused(options: GenerateOptions) -> list[str]:
     given = {
         "--refiner-strength": options.refiner is None and options.refiner_strength != 1,
         "--refined-levels": options.refiner is None and options.refined_levels is not None,
-        "--lora": tiny and options.lora is not None,
+        "--lora": bool(tiny and options.lora),
         "--tokenizer": embedded and options.tokenizer is not None,
         "--context-cache": embedded and options.context_cache is not None,
     }
@@ -163,7 +164,7 @@ class Job:
             "weights": options.weights,
             "noise": str(NOISE_VERSION),
             "chunk_lengths": format_lengths(self.plan.lengths),
-            **({"lora": options.lora.name} if options.lora else {}),
+            **({"lora": ", ".join(lora.describe() for lora in options.lora)} if options.lora else {}),
             **({"refiner": self.refiner.describe()} if self.refiner else {}),
         }
 

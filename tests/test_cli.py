@@ -313,3 +313,17 @@ def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command,
     assert main(command) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "out of memory (DefaultCPUAllocator" in told[0] and said in told[0]
+
+
+def test_several_loras_change_the_clip_each_by_its_strength(files, tmp_path, capsys) -> None:
+    live, still = files / "live.safetensors", files / "lora.safetensors"
+    base = latents_of(files, tmp_path / "a.mp4")
+    both = latents_of(files, tmp_path / "b.mp4", "--lora", f"{still}", "--lora", f"{live}:0.5")
+    assert read_metadata(tmp_path / "b.mp4")["lora"] == "lora.safetensors, live.safetensors:0.5"
+    assert torch.equal(both, latents_of(files, tmp_path / "c.mp4", "--lora", f"{live}:0.5"))
+    assert not torch.equal(both, base)
+    assert not torch.equal(both, latents_of(files, tmp_path / "d.mp4", "--lora", str(live)))
+    assert torch.equal(base, latents_of(files, tmp_path / "e.mp4", "--lora", f"{live}:0", "--lora", f"{still}:2"))
+    with pytest.raises(SystemExit):
+        main(command(files, tmp_path / "f.mp4", "--lora", f"{live}:200"))
+    assert "live.safetensors" in capsys.readouterr().err.splitlines()[-1]

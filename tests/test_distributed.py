@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.training.distributed import load_shards
+from autorefiner.refiner.training.distributed import check_torch, load_shards
 
 from tiny_bundle import use_bundle, write_tiny_bundle
 
@@ -33,6 +33,14 @@ def write(folder: Path, name: str, steps: int, objective: str) -> Path:
     return path
 
 
+def test_an_older_torch_trains_in_one_process_alone() -> None:
+    for version in ("2.9.0", "2.13.0+cpu", "3.0.1"):
+        check_torch(version)
+    for version in ("2.7.1+cu126", "2.8.0"):
+        with pytest.raises(ValueError, match="several processes"):
+            check_torch(version)
+
+
 def rows_of(run: Path) -> list[dict]:
     """What the steps logged; a distance is of all noises together, and no mean of the processes'."""
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
@@ -43,6 +51,10 @@ def rows_of(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder where two processes have trained for both objectives; the first training was ended and gone on with."""
+    try:
+        check_torch(torch.__version__)
+    except ValueError as error:
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("two")
     write_tiny_bundle(folder / "models")
     trainings = [("dmd", 2), ("dmd", 3), ("reward", 3)]

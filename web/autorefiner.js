@@ -6,6 +6,7 @@ import { CacheView } from "./cache.js";
 import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
 import { nodeAt } from "./graph.js";
+import { LORA_LOADERS, warnOfRefiner } from "./loras.js";
 import { Strip } from "./strip.js";
 import { Trainer } from "./trainer.js";
 import { word } from "./words.js";
@@ -106,6 +107,12 @@ function addCompare(node) {
   after(node, "onRemoved", () => compare.told(null));
 }
 
+function watchLora(node) {
+  const widget = node.widgets?.find((widget) => widget.name === "lora_name");
+  if (widget) after(widget, "callback", () => warnOfRefiner(node));
+  after(node, "onConfigure", () => warnOfRefiner(node));
+}
+
 app.registerExtension({
   name: "AutoRefiner.Page",
   setup() {
@@ -119,5 +126,6 @@ app.registerExtension({
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);
+    if (LORA_LOADERS.includes(node.comfyClass)) watchLora(node);
   },
 });

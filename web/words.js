@@ -39,6 +39,7 @@ const WORDS = {
     step: "step",
     "a step": "s a step",
     sheet: "Base above, refined below, of the first prompts: click to enlarge",
+    "no lora": "this is a refiner and does nothing as a LoRA; use Load Refiner LoRA and connect it to the sampler",
   },
   zh: {
     idle: "生成的分块会依次显示在这里",
@@ -77,6 +78,7 @@ const WORDS = {
     step: "步",
     "a step": "秒/步",
     sheet: "前几个提示词的样张：上为基础模型，下为精修结果。点击放大",
+    "no lora": "这是精修器，作为 LoRA 加载不起作用；请使用 Load Refiner LoRA 并连接到采样器",
   },
 };
 

@@ -221,7 +221,9 @@ def facts(model: ModelPatcher) -> ModelFacts:
     config = WanConfig(**{name: getattr(network, name) for name in WanConfig.__dataclass_fields__})
     preset = model.get_attachment(PRESET)
     memory = int(management.get_total_memory(model.load_device))
-    return ModelFacts(config, model.model.get_dtype_inference(), preset if preset in PRESETS else None, memory)
+    options = model.model_options.get("transformer_options", {})
+    start = options.get("ar_config", {}).get("initial_latent")  # of core's ARVideoI2V
+    return ModelFacts(config, model.model.get_dtype_inference(), preset if preset in PRESETS else None, memory, start)
 
 
 def own_network(model: ModelPatcher) -> CausalWan:

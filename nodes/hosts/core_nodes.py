@@ -1,11 +1,13 @@
 """The nodes of ComfyUI itself that a workflow may have and still run without it; inputs as ComfyUI names them."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from ...refiner.pictures import write_png
@@ -24,14 +26,46 @@ COLORS = {
 SCALINGS = ("nearest-exact", "bilinear", "area", "bicubic")
 
 
-def as_images(frames: np.ndarray) -> Tensor:
-    """uint8 frames [F, H, W, 3] as an IMAGE in [0, 1]."""
-    return torch.from_numpy(frames).float() / 255
-
-
 def margin(side: int, kept: float) -> int:
     """Pixels that are cut off at both ends of a side of which about `kept` stay, at least one."""
     return min((side - 1) // 2, max(0, round((side - kept) / 2)))
+
+
+def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
+    """IMAGE [F, H, W, 3] and MASK of a picture, upright, as ComfyUI's LoadImage gives them: a mask is 1 - alpha.
+
+    Frames of other sizes than the first are left out. Without alpha the mask is 64x64 zeros. ValueError for a file that
+    is no picture, or too large.
+    """
+    images, masks = [], []
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height * getattr(picture, "n_frames", 1) > MOST_PIXELS:
+                raise ValueError(f"image {name!r} has {picture.width}x{picture.height} pixels: scale it down first")
+            for frame in ImageSequence.Iterator(picture):
+                upright = ImageOps.exif_transpose(frame)
+                if images and upright.size != (images[0].shape[1], images[0].shape[0]):
+                    continue
+                images.append(rgb_levels(upright))
+                masks.append(mask_of(upright))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {name!r} is not a readable picture: give a .png, .jpg or .webp") from error
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
+
+
+def rgb_levels(picture: Image.Image) -> np.ndarray:
+    """A picture as [H, W, 3] in [0, 1], fp32; pictures of 16 bits a channel keep them."""
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture, dtype=np.float32) / 65535
+        return np.repeat(grey.clip(0, 1)[..., None], 3, axis=-1)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+
+
+def mask_of(picture: Image.Image) -> np.ndarray:
+    """1 - alpha [H, W] of a picture, fp32; 64x64 zeros of one without alpha."""
+    if not picture.has_transparency_data:
+        return np.zeros((64, 64), np.float32)
+    return 1 - np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
 
 
 class CLIPTextEncode(io.ComfyNode):
@@ -75,17 +109,7 @@ class LoadImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: str) -> io.NodeOutput:
-        path = host.input_path(image)
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                if stream.width * stream.height > MOST_PIXELS:
-                    raise ValueError(f"image {image!r} has {stream.width}x{stream.height} pixels: scale it down first")
-                pixels = next(container.decode(stream)).to_ndarray(format="rgb24")
-        except (av.FFmpegError, StopIteration, IndexError) as error:
-            raise ValueError(f"image {image!r} is not a readable picture: give a .png, .jpg or .webp") from error
-        images = as_images(pixels[None])
-        return io.NodeOutput(images, torch.zeros(images.shape[:3]))
+        return io.NodeOutput(*load_picture(host.input_path(image), image))
 
 
 class ImageScale(io.ComfyNode):

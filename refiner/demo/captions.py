@@ -10,6 +10,7 @@ from numpy.random import Generator
 from .palette import GROUND_COLOURS
 
 RELATIONS = ("left", "right", "above", "below", "behind", "front")  # of the first object to the second
+MOST_WORDS = 32  # that the sprites' text encoder reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,10 @@ def unknown_words(text: str) -> list[str]:
 def misread(text: str) -> list[str]:
     """What the models will not take from a text as a person would, a line each: words they have never read, and what no
     caption says like this."""
-    unknown = ", ".join(map(repr, unknown_words(text)[:5]))
+    unknown, read = ", ".join(map(repr, unknown_words(text)[:5])), words(text)
     told = [f"the sprites do not know {unknown}: what they do know is in the README"] if unknown else []
+    if len(read) > MOST_WORDS:
+        told.append(f"the sprites read {MOST_WORDS} words of {len(read)}: up to …{' '.join(read[:MOST_WORDS][-4:])!r}")
     return told + unlike_captions(text)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .captions import vocabulary, words
+from .captions import MOST_WORDS, vocabulary, words
 
 UNKNOWN = "?"
 
@@ -11,7 +11,7 @@ UNKNOWN = "?"
 class SpriteTextEncoder(nn.Module):
     """Captions to context [B, text_len, dim], zeros behind each caption's end, as umT5's output is for Wan2.1."""
 
-    def __init__(self, dim: int = 128, text_len: int = 32, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, dim: int = 128, text_len: int = MOST_WORDS, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.text_len, self.text_dim = text_len, dim
         self.words = (UNKNOWN, *vocabulary())

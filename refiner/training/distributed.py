@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..noise.refiner import shared_copy
 from ..wan.causal import CausalWan
 
+OLDEST = (2, 9)  # of torch
 PATIENCE = timedelta(hours=2)  # of the other processes, while the first draws a sample sheet
 
 
@@ -32,6 +33,7 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
+    check_torch(torch.__version__)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -44,6 +46,12 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
         dist.barrier()  # the others wait for what the first one writes
     finally:
         dist.destroy_process_group()
+
+
+def check_torch(version: str) -> None:
+    """Raise ValueError for a torch whose sharded trainings are not those of one process: with 2.7 the critic's are not."""
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise ValueError(f"training in several processes needs torch 2.9 or newer, and torch is {version}")
 
 
 def world() -> int:

@@ -5,6 +5,7 @@ model, info = load_transformer("longlive_base.pt", lora="lora.pt", dtype=torch.b
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .identify import PUBLISHED_KEY, guess_preset, name_hint
 from .layouts import INSTEAD, QUANTISED, Layout, choose_top_key, other_model, read_config, read_layout
-from .lora import LoraPair, check_targets, looks_like_longlive, lora_modules, read_lora
+from .lora import LoraFile, LoraPair, check_targets, looks_like_longlive, lora_modules, read_lora
 from .transformer import WanConfig, WanTransformer
 from .weight_file import WeightFile, choose_dtype, open_weights, save_safetensors
 
@@ -70,15 +71,16 @@ def inspect(path: Path | str, *, weights: str = "auto") -> CheckpointInfo:
 def load_transformer(
     path: Path | str,
     *,
-    lora: Path | str | None = None,
+    lora: Path | str | Sequence[LoraFile] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     weights: str = "auto",
 ) -> tuple[WanTransformer, CheckpointInfo]:
     """The network of a file, frozen and in eval mode, and what the file is.
 
-    A LoRA is merged in fp32. `dtype` None keeps the stored one (of most bytes, where mixed; fp8 becomes bf16). On the
-    CPU, unconverted weights stay mapped from the file. Raises ValueError in one line when the file is something else.
+    LoRAs are merged in fp32, one after the other; one of strength 0 changes nothing. `dtype` None keeps the stored one
+    (of most bytes, where mixed; fp8 becomes bf16). On the CPU, unconverted weights stay mapped from the file. Raises
+    ValueError in one line when the file is something else.
     """
     file = open_weights(path)
     info, layout = _survey(file, weights)
@@ -89,14 +91,19 @@ def load_transformer(
     expected = model.state_dict()
     _require_same(expected, tensors, info.path)
     dtype = choose_dtype(dtype, tensors, info.path)
-    pairs = read_lora(lora) if lora else {}
-    check_targets(pairs, expected, lora or "")
+    files = [LoraFile(Path(lora))] if isinstance(lora, (str, Path)) else [*(lora or ())]
+    loras = [(read_lora(each.path), each.strength) for each in files]
+    for each, (pairs, _) in zip(files, loras, strict=True):
+        check_targets(pairs, expected, each.path)
     state = {}
     for name, stored in layout.names.items():
-        pair = pairs.get(name.removesuffix(".weight"))
-        state[name] = _placed(file.read(info.top_key, stored), pair, dtype, device)
+        module = name.removesuffix(".weight")
+        mine = [(pairs[module], strength) for pairs, strength in loras if module in pairs and strength]
+        state[name] = _placed(file.read(info.top_key, stored), mine, dtype, device)
     model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False), _with_lora(info, pairs)
+    for pairs, _ in loras:
+        info = _with_lora(info, pairs)
+    return model.eval().requires_grad_(False), info
 
 
 def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[str, Tensor], CheckpointInfo]:
@@ -116,8 +123,15 @@ def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[s
     return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}, info
 
 
-def _placed(tensor: Tensor, pair: LoraPair | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return pair.merged(tensor.to(device)).to(dtype) if pair else tensor.to(device=device, dtype=dtype)
+def _placed(
+    tensor: Tensor, loras: Sequence[tuple[LoraPair, float]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    if not loras:
+        return tensor.to(device=device, dtype=dtype)
+    tensor = tensor.to(device)
+    for pair, strength in loras:
+        tensor = pair.merged(tensor, strength)
+    return tensor.to(dtype)
 
 
 def load_vae_state(path: Path | str) -> dict[str, Tensor]:
@@ -215,11 +229,16 @@ def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) 
     except ValueError as error:
         return _noted(info, f"the file {error}")
     ranks = sorted({len(down) for parts in modules.values() if (down := group[parts["down"]]).ndim})
-    return _noted(info, f"rank {', '.join(map(str, ranks))} on {len(modules)} linear layers")
+    info = _noted(info, f"rank {', '.join(map(str, ranks))} on {len(modules)} linear layers")
+    try:
+        scales = sorted({pair.scale for pair in read_lora(info.path).values()})
+    except ValueError as error:
+        return _noted(info, str(error).removeprefix(f"{info.path} "))
+    return _noted(info, "scale " + " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1]))))
 
 
 def _with_lora(info: CheckpointInfo, pairs: dict[str, LoraPair]) -> CheckpointInfo:
-    info = replace(info, merged_lora=len(pairs))
+    info = replace(info, merged_lora=info.merged_lora + len(pairs))
     if info.preset is None and looks_like_longlive(pairs, info.config.num_layers):
         reason = "the LoRA has rank 256 on every linear layer of the blocks, as LongLive's (and MemFlow's) has"
         info = replace(info, preset="longlive", preset_reason=reason)

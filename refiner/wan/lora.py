@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .layouts import choose_top_key, read_layout
+from .lora_scale import StatedScale, stated_scale
 from .weight_file import open_weights, save_safetensors
 
 KEY = re.compile(
@@ -31,10 +31,40 @@ class LoraPair:
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """The weight [out, in] with this LoRA added, in fp32, on the weight's device."""
         up, down = (part.to(weight.device).float() for part in (self.up, self.down))
-        return weight.float() + self.scale * (up @ down)
+        return weight.float() + strength * self.scale * (up @ down)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA's file or folder, and how strongly it is merged."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not -100 <= self.strength <= 100:
+            raise ValueError(f"strength {self.strength} of {self.path}: give a number from -100 to 100, like 0.8")
+
+    @classmethod
+    def parse(cls, text: str) -> "LoraFile":
+        """From FILE or FILE:STRENGTH. A file whose whole name ends like that is a file."""
+        path, colon, strength = text.rpartition(":")
+        if not colon or not path or Path(text).exists():
+            return cls(Path(text))
+        try:
+            number = float(strength)
+        except ValueError as error:
+            if strength[:1].isdecimal():
+                raise ValueError(f"LoRA {text!r}: give FILE or FILE:STRENGTH, like style.safetensors:0.8") from error
+            return cls(Path(text))
+        return cls(Path(path), number)
+
+    def describe(self) -> str:
+        """Its name, and its strength where it is not 1."""
+        return self.path.name if self.strength == 1 else f"{self.path.name}:{self.strength:g}"
 
 
 def lora_modules(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -55,17 +85,21 @@ def lora_modules(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def read_lora(path: Path | str) -> dict[str, LoraPair]:
-    """{module: pair} of a LoRA file: PEFT's names, bare or under `generator_lora`, or ComfyUI's. Data stays mapped.
+    """{module: pair} of a LoRA file or PEFT folder: PEFT's names, bare or under `generator_lora`, or ComfyUI's.
 
-    The scale is alpha / rank where the file has alpha, else 1. Raises ValueError in one line.
+    The scale is alpha / rank where the file has alpha, else what its metadata or the adapter_config.json beside it
+    states, else 1. Data stays mapped. Raises ValueError in one line.
     """
     file = open_weights(path)
     try:
         group = choose_top_key(file.groups, "auto", "generator_lora")
         layout = read_layout(file.groups[group])
+        if layout.kind == "refiner":
+            raise ValueError("is a refiner and not a LoRA: pass it with --refiner")
         if layout.kind != "lora":
             raise ValueError(f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like")
         modules = lora_modules(layout.names)
+        stated = stated_scale(Path(path), file.metadata) or StatedScale()
         pairs = {}
         for module, parts in modules.items():
             down, up = file.read(group, parts["down"]), file.read(group, parts["up"])
@@ -73,15 +107,19 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
                 raise ValueError(
                     f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
                 )
-            alpha = file.read(group, parts["alpha"]) if "alpha" in parts else torch.tensor(len(down))
-            if alpha.numel() != 1:
-                raise ValueError(
-                    f"has an alpha of {list(alpha.shape)} for {module}, which is one number: it is damaged"
-                )
-            pairs[module] = LoraPair(down, up, alpha.item() / len(down))
+            scale = stated.scale(module, len(down))
+            if "alpha" in parts:
+                scale = _alpha(file.read(group, parts["alpha"]), module) / len(down)
+            pairs[module] = LoraPair(down, up, scale)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return pairs
+
+
+def _alpha(stored: Tensor, module: str) -> float:
+    if stored.numel() != 1:
+        raise ValueError(f"has an alpha of {list(stored.shape)} for {module}, which is one number: it is damaged")
+    return stored.item()
 
 
 def save_lora(path: Path | str, pairs: Mapping[str, LoraPair], told: Mapping[str, str]) -> None:

@@ -79,6 +79,8 @@ class TextEncoder:
         key = json.dumps([*self._fingerprint, self.text_len, prompt])
         path = self._cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tokens = self._cached(path)
+        if tokens is not None and len(tokens) == self.text_len:  # of a prompt that may have been cut
+            self._tokenizer.warn_if_cut(prompt, self.text_len)
         if tokens is None:
             tokens = self._run(prompt)
             self._cache_dir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import re
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 PIP_LINE = 'pip install "transformers>=4.50.3" "sentencepiece>=0.2" (or pip install "autorefiner[umt5]")'
 FILES = ("tokenizer.json", "spiece.model")
+SHOWN = 40  # characters of a prompt in a message
 FOLDERS = (".", "google/umt5-xxl", "tokenizer", "../tokenizer")  # Hugging Face, Wan2.1's and diffusers' places
 
 
@@ -28,21 +30,37 @@ class Tokenizer:
         self.digest = hashlib.sha256(data).hexdigest()
 
     def __call__(self, prompt: str, text_len: int) -> tuple[Tensor, int]:
-        """Ids [1, text_len], padded, and how many are true; a prompt too long loses its end but keeps the eos token."""
-        encode, eos, pad = self._parts
+        """Ids [1, text_len], padded, and how many are true.
+
+        A prompt that is too long loses its end, with a warning, but keeps the eos token.
+        """
+        encode, _, eos, pad = self._parts
+        self.warn_if_cut(prompt, text_len)
         ids = [*encode(prompt)[: text_len - 1], eos]
         return torch.tensor([ids + [pad] * (text_len - len(ids))]), len(ids)
 
+    def warn_if_cut(self, prompt: str, text_len: int) -> None:
+        """Warn of a prompt of more tokens than a model reads, and say where it ends."""
+        encode, decode, _, _ = self._parts
+        ids = encode(prompt)
+        if len(ids) > text_len - 1:
+            end = decode(ids[: text_len - 1])[-SHOWN:]
+            warnings.warn(
+                f"the prompt {prompt[:SHOWN]!r}… has {len(ids) + 1} tokens and the model reads {text_len}: it ends"
+                f" after …{end!r}",
+                stacklevel=2,
+            )
+
     @cached_property
     def _parts(self):
-        """(text -> ids, eos id, pad id)."""
+        """(text -> ids, ids -> text, eos id, pad id)."""
         try:
             parts = self._from_json() if self.data.lstrip()[:1] == b"{" else self._from_sentencepiece()
         except ImportError as error:
             raise ValueError(f"the tokenizer needs a library that is missing ({error.name}): {PIP_LINE}") from error
         except Exception as error:  # both libraries raise bare exceptions
             raise ValueError(f"{self.source} is not a tokenizer that can be read: pass a tokenizer.json") from error
-        if parts[1] is None or parts[1] < 0:
+        if parts[2] is None or parts[2] < 0:
             raise ValueError(
                 f"{self.source} has no </s> token, so it is not umT5's: pass google/umt5-xxl's tokenizer.json"
             )
@@ -58,13 +76,13 @@ class Tokenizer:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        return encode, tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>") or 0
+        return encode, tokenizer.decode, tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>") or 0
 
     def _from_sentencepiece(self):
         from sentencepiece import SentencePieceProcessor
 
         processor = SentencePieceProcessor(model_proto=self.data)
-        return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)
+        return processor.encode, processor.decode, processor.eos_id(), max(processor.pad_id(), 0)
 
 
 def find_tokenizer(encoder: Path, given: Path | str | None, embedded: bytes | None) -> Tokenizer:

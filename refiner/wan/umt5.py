@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .fp8 import check_formats, scale_names, unscaled
 from .layouts import INSTEAD, QUANTISED, choose_top_key, read_layout
 from .tokenizer import PIP_LINE
 from .weight_file import WeightFile, choose_dtype, open_weights
@@ -40,6 +41,7 @@ class Umt5File:
     names: dict[str, str]
     sizes: dict[str, Any]
     tokenizer: bytes | None
+    scales: dict[str, str] = field(default_factory=dict)  # stored names of scales by those of fp8 weights
 
     @property
     def text_dim(self) -> int:
@@ -76,10 +78,12 @@ class Umt5File:
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         stored = self.names[name]
         tensor = self.file.read(self.group, stored)
-        scale_name = stored.removesuffix("weight") + "scale_weight"
-        if scale_name in self.file.groups[self.group]:
-            return (tensor.float() * self.file.read(self.group, scale_name).float()).to(dtype)
-        return tensor.to(dtype)
+        if stored not in self.scales:
+            return tensor.to(dtype)
+        try:
+            return unscaled(tensor, self.file.read(self.group, self.scales[stored]), stored).to(dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.file.path} {error}") from error
 
     def _require_same(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         for name, tensor in expected.items():
@@ -114,12 +118,14 @@ def open_umt5(path: Path | str) -> Umt5File:
         embedded = names.pop(TOKENIZER_TENSOR, None)
         names = {name: stored for name, stored in names.items() if _is_weight(name)}
         sizes = _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
+        scales = scale_names(file.groups[group])
+        check_formats(file.groups[group], lambda name: file.read(group, name))
         if embedded and file.groups[group][embedded].dtype != torch.uint8:
             raise ValueError(f"has a tokenizer of {file.groups[group][embedded].dtype}, which is bytes: it is damaged")
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     tokenizer = file.read(group, embedded).numpy().tobytes() if embedded else None
-    return Umt5File(file, group, names, sizes, tokenizer)
+    return Umt5File(file, group, names, sizes, tokenizer, scales)
 
 
 def _is_weight(name: str) -> bool:

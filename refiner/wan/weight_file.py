@@ -26,6 +26,9 @@ KNOWN_IN_FOLDERS = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
 )
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,

@@ -128,3 +128,14 @@ def test_self_refine_repeats_the_levels_of_the_sigmas() -> None:
 def test_a_refiner_is_refused_where_the_sigmas_have_none_of_its_levels() -> None:
     with pytest.raises(ValueError, match="refined levels 250, 500, 750: this run's levels are 1000, 385"):
         SamplerOptions("self-forcing", refiner=REFINER).run(FACTS, white(0), torch.tensor([1.0, 0.7576, 0.0]), 0)
+
+
+def test_a_start_image_on_the_model_is_where_a_run_begins() -> None:
+    """Core's ARVideoI2V puts raw latents there; a connected start beside them is an error."""
+    raw = raw_latents(torch.randn(1, 16, 1, 4, 4))
+    facts = replace(FACTS, start=raw)
+    run = SamplerOptions("self-forcing").run(facts, white(0), SIGMAS, 0)
+    assert run.plan.given == 1
+    assert torch.equal(made(run)[:, :, :1], normalized(raw))
+    with pytest.raises(ValueError, match="ARVideoI2V"):
+        SamplerOptions("self-forcing", start={"samples": raw}).run(facts, white(0), SIGMAS, 0)

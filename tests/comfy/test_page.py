@@ -147,6 +147,29 @@ def test_written_videos_play_to_their_end(page: Page, server: Server) -> None:
             assert places[2] == 64
 
 
+def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Server) -> None:
+    name = "page_test.refiner.safetensors"
+    (server.base / "models" / "loras" / name).touch()
+    page.tab.evaluate("() => window.app.graph.clear()")
+    for kind, value, told in (("LoraLoaderModelOnly", "plain.safetensors", 0), ("LoraLoaderModelOnly", name, 1)):
+        page.tab.evaluate(
+            """([kind, value]) => {
+                const node = LiteGraph.createNode(kind);
+                window.app.graph.add(node);
+                const widget = node.widgets.find((widget) => widget.name === "lora_name");
+                widget.value = value;
+                widget.callback(value);
+            }""",
+            [kind, value],
+        )
+        page.settle()
+        page.tab.wait_for_timeout(300)
+        texts = page.tab.evaluate("() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)")
+        assert sum("Load Refiner LoRA" in text for text in texts) == told
+    picture(page, "lora-notice")
+    (server.base / "models" / "loras" / name).unlink()
+
+
 def test_a_decoded_video_brings_its_workflow_back(page: Page, server: Server) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": 5, "seed": 40 + len(page.name)}

@@ -1,14 +1,17 @@
 """LoRA files, of LongLive and others, merge into the base weights as the arithmetic says."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from published import State, equal_bits, make_state, prefixed, write
+from safetensors.torch import save_file
 from torch import Tensor
 
 from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer
+from autorefiner.refiner.wan.lora import LoraFile, read_lora
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
 
 def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
     info = inspect(write(tmp_path / "lora.pt", {"generator_lora": make_lora(state, 8), "critic_lora": OTHER}))
-    assert (info.kind, info.top_key, info.notes) == ("lora", "generator_lora", ("rank 8 on 20 linear layers",))
+    assert (info.kind, info.top_key) == ("lora", "generator_lora")
+    assert info.notes == ("rank 8 on 20 linear layers", "scale 1")
 
 
 def test_a_lora_of_zeros_changes_nothing(state: State, tmp_path: Path) -> None:
@@ -94,6 +98,124 @@ def test_alpha_scales_a_lora(state: State, tmp_path: Path) -> None:
     alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(2.0) for name in lora if "lora_A" in name}
     model, _ = load_transformer(base, lora=write(tmp_path / "lora.safetensors", lora | alphas))
     assert equal_bits(model.state_dict(), merged(state, lora, 0.5))
+
+
+def scaled(state: State, tmp_path: Path, lora: Path) -> float:
+    """The scale that a LoRA was merged with, by the change of one weight."""
+    base = write(tmp_path / "base.safetensors", {name: tensor.float() for name, tensor in state.items()})
+    model, _ = load_transformer(base, lora=lora, dtype=torch.float32)
+    name = "blocks.0.ffn.0.weight"
+    change = model.state_dict()[name] - state[name].float()
+    unit = merged({name: torch.zeros_like(change)}, make_lora(state, 4))[name]
+    return (change * unit).sum().item() / unit.square().sum().item()
+
+
+RSLORA = {"lora_alpha": 8, "r": 4, "use_rslora": True}
+STATED = {  # where alpha is said, and the scale of rank 4 that it means
+    "SimpleTuner": ({"transformer.lora_alpha": "16", "transformer.r": "4"}, 4.0),
+    "diffusers": ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}, 0.5),
+    "diffusers, rsLoRA": ({"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in RSLORA.items()})}, 4),
+    "kohya": ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, 0.5),
+    "bare": ({"lora_alpha": "1"}, 0.25),
+    "nothing": ({"format": "pt"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("form", STATED)
+def test_an_alpha_in_the_metadata_scales_a_lora(form: str, state: State, tmp_path: Path) -> None:
+    metadata, scale = STATED[form]
+    save_file(make_lora(state, 4), tmp_path / "lora.safetensors", metadata=metadata)
+    assert scaled(state, tmp_path, tmp_path / "lora.safetensors") == pytest.approx(scale, rel=1e-4)
+    assert f"scale {scale:g}" in describe(inspect(tmp_path / "lora.safetensors"))
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+@pytest.mark.parametrize(("config", "scale"), [({"lora_alpha": 16, "r": 4}, 4), (RSLORA, 4), ({"lora_alpha": 1}, 0.25)])
+def test_an_alpha_in_adapter_config_scales_a_lora(given, config, scale, state: State, tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file(make_lora(state, 4), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    path = folder if given == "folder" else folder / "adapter_model.safetensors"
+    assert scaled(state, tmp_path, path) == pytest.approx(scale, rel=1e-4)
+
+
+def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(state: State, tmp_path: Path) -> None:
+    patterns = {"alpha_pattern": {"ffn.0": 12, "fn.2": 99}, "lora_alpha": 4}
+    path, lora = tmp_path / "adapter_model.safetensors", make_lora(state, 4)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(patterns))
+    save_file(lora, path)
+    scales = {module: pair.scale for module, pair in read_lora(path).items()}
+    assert scales["blocks.0.ffn.0"] == 3
+    assert scales["blocks.0.ffn.2"] == scales["blocks.1.self_attn.q"] == 1, "a pattern is of whole names"
+    save_file(lora | {"base_model.model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}, path)
+    assert read_lora(path)["blocks.0.ffn.0"].scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "keyword"),
+    [
+        ({"lora_alpha": "many"}, None, "alpha"),
+        ({"lora_alpha": "nan"}, None, "alpha"),
+        ({"lora_alpha": "true"}, None, "alpha"),
+        ({"lora_adapter_metadata": "{"}, None, "lora_adapter_metadata"),
+        ({"lora_adapter_metadata": "[1]"}, None, "lora_adapter_metadata"),
+        ({}, "{", "adapter_config.json"),
+        ({}, '{"lora_alpha": 4, "use_dora": true}', "DoRA"),
+        ({}, '{"lora_alpha": 4, "use_rslora": "maybe"}', "maybe"),
+        ({}, '{"lora_alpha": 4, "alpha_pattern": [1]}', "table"),
+        ({"lora_alpha": "8"}, '{"lora_alpha": 4}', "alpha"),
+    ],
+)
+def test_a_scale_that_is_not_understood_is_refused(metadata, config, keyword, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(make_lora(state, 4), path, metadata=metadata)
+    if config:
+        (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ValueError, match=keyword) as error:
+        read_lora(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert keyword in describe(inspect(path))
+
+
+def test_several_loras_are_merged_each_by_its_strength(state: State, tmp_path: Path) -> None:
+    whole = {name: tensor.float() for name, tensor in state.items()}
+    base = write(tmp_path / "base.safetensors", whole)
+    first, second = make_lora(state, 4), {name: 2 * part for name, part in make_lora(state, 2).items()}
+    files = [write(tmp_path / f"{number}.safetensors", lora) for number, lora in enumerate((first, second))]
+
+    def with_strengths(*strengths: float) -> State:
+        loras = [LoraFile(path, strength) for path, strength in zip(files, strengths, strict=True)]
+        model, info = load_transformer(base, lora=loras, dtype=torch.float32)
+        assert info.merged_lora == 40
+        return model.state_dict()
+
+    expected = merged(merged(whole, first, 0.5), second, -2.0)
+    torch.testing.assert_close(with_strengths(0.5, -2.0), expected)
+    assert equal_bits(with_strengths(0.0, 0.0), whole)
+    assert equal_bits(with_strengths(1.0, 0.0), load_transformer(base, lora=files[0])[0].state_dict())
+
+
+def test_a_lora_and_its_strength_are_read_from_a_text(tmp_path: Path) -> None:
+    odd = tmp_path / "a:0.5"
+    odd.touch()
+    assert LoraFile.parse("style.safetensors") == LoraFile(Path("style.safetensors"))
+    assert LoraFile.parse("a/style.pt:0.8") == LoraFile(Path("a/style.pt"), 0.8)
+    assert LoraFile.parse("a.pt:-1") == LoraFile(Path("a.pt"), -1.0)
+    assert LoraFile.parse(r"C:\loras\a.pt") == LoraFile(Path(r"C:\loras\a.pt"))
+    assert LoraFile.parse(str(odd)) == LoraFile(odd)
+    assert LoraFile.parse(f"{odd}:2") == LoraFile(odd, 2.0)
+    for wrong in ("a.pt:1.2.3", "a.pt:1e9", "a.pt:nan"):
+        with pytest.raises(ValueError, match=r"a\.pt"):
+            LoraFile.parse(wrong)
+
+
+def test_a_refiner_is_no_lora(tmp_path: Path) -> None:
+    path = tmp_path / "a.refiner.safetensors"
+    keys = [f"autorefiner.blocks.0.ffn.0.lora_{part}.weight" for part in "AB"]
+    save_file({keys[0]: torch.zeros(2, 4), keys[1]: torch.zeros(4, 2)}, path)
+    with pytest.raises(ValueError, match="--refiner"):
+        read_lora(path)
 
 
 def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:

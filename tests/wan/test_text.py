@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_padding_is_not_attended_to(folder: Path) -> None:
     torch.testing.assert_close(long[:, :6], short, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt")
 def test_a_long_prompt_loses_its_end_but_keeps_the_eos(folder: Path) -> None:
     prompt = "a red circle moves to the left slowly"
     assert torch.equal(load_text_encoder(folder, text_len=5).encode([prompt]), expected(folder, [prompt], 5))
@@ -107,6 +109,7 @@ def test_every_layout_gives_the_same_context(folder: Path, state: State, tmp_pat
         assert torch.equal(context, right), name
 
 
+@pytest.mark.filterwarnings("ignore:the prompt")
 def test_the_reach_of_positions_comes_from_config_json(folder: Path, state: State, tmp_path: Path) -> None:
     prompt = " ".join(WORDS * 9)
     right = expected(folder, [prompt], 80)
@@ -135,6 +138,92 @@ def test_scaled_fp8_is_multiplied_out(naming, folder: Path, state: State, tmp_pa
     )
     assert scaled.dtype == torch.bfloat16
     assert torch.equal(scaled, plain)
+
+
+def fp8_state(state: State, scale_name: str, shape: str = "number") -> tuple[State, State]:
+    """An encoder in fp8 with scales by this name, and the same multiplied out by hand."""
+    stored, right = {}, {}
+    for name, weight in state.items():
+        stored[name] = right[name] = weight.to(torch.bfloat16)
+        if re.search(r"SelfAttention\.[qkvo]|DenseReluDense", name):
+            rows = weight.abs().amax(1, keepdim=True) / 448
+            scale = {"number": rows.max(), "one": rows.max()[None], "rows": rows[:, 0], "column": rows}[shape]
+            by_row = scale if scale.numel() == 1 else scale.reshape(-1, 1)
+            stored[name] = (weight / by_row).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + scale_name] = scale
+            right[name] = (stored[name].float() * by_row).to(torch.bfloat16)
+    return stored, right
+
+
+def quantised_as(stored: State, text: bytes) -> State:
+    """With ComfyUI's note of the format beside each scaled weight."""
+    notes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    names = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
+    return stored | {name.removesuffix("weight") + "comfy_quant": notes.clone() for name in names}
+
+
+@pytest.mark.parametrize("shape", ["number", "one", "rows", "column"])
+@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale", "weight_scale with comfy_quant"])
+def test_fp8_scales_of_every_name_and_shape_are_used(scale_name, shape, folder, state, tmp_path) -> None:
+    stored, right = fp8_state(state, scale_name.split()[0], shape)
+    if "comfy_quant" in scale_name:
+        stored = quantised_as(stored, b'{"format": "float8_e4m3fn"}')
+        stored["encoder.block.0.layer.0.SelfAttention.q.input_scale"] = torch.tensor(1.0)  # of activations
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file(right, tmp_path / "right.safetensors")
+    scaled, plain = (
+        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(PROMPTS)
+        for name in ("scaled", "right")
+    )
+    assert torch.equal(scaled, plain)
+
+
+Q = "encoder.block.0.layer.0.SelfAttention.q."
+UNSCALED = {
+    "an unknown name": (lambda stored: stored | {Q + "scale": torch.ones(())}, "scale"),
+    "a scale without its weight": (lambda stored: stored | {"encoder.x.scale_weight": torch.ones(())}, "encoder.x"),
+    "two scales": (lambda stored: stored | {Q + "weight_scale": torch.ones(())}, "two scales"),
+    "one lacks": (lambda stored: {name: one for name, one in stored.items() if name != Q + "scale_weight"}, "no scale"),
+    "in blocks": (lambda stored: stored | {Q + "scale_weight": torch.ones(2, 3)}, r"\[2, 3\]"),
+    "a format in blocks": (lambda stored: quantised_as(stored, b'{"format": "nvfp4"}'), "nvfp4"),
+    "a format of none": (lambda stored: quantised_as(stored, b"\xff"), "comfy_quant"),
+    "a second scale": (lambda stored: stored | {Q + "weight_scale_2": torch.ones(())}, "weight_scale_2"),
+}
+
+
+@pytest.mark.parametrize("case", UNSCALED)
+def test_scales_that_would_be_left_out_are_refused(case: str, folder, state, tmp_path) -> None:
+    change, keyword = UNSCALED[case]
+    path = tmp_path / "umt5.safetensors"
+    save_file(change(fp8_state(state, "scale_weight")[0]), path)
+    with pytest.raises(ValueError, match=keyword) as error:
+        load_text_encoder(path, folder, text_len=TEXT_LEN).encode(PROMPTS)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece"])
+def test_a_prompt_that_is_cut_is_said_each_time(kind: str, folder: Path, spiece: bytes, tmp_path: Path) -> None:
+    place = folder
+    if kind == "sentencepiece":
+        place = tmp_path / "spiece.model"
+        place.write_bytes(spiece)
+    long = "the red circle moves to the left slowly " * 3
+    for _ in range(2):  # encoded, then from the cache
+        encoder = load_text_encoder(folder, place, text_len=TEXT_LEN, cache_dir=tmp_path / "cache")
+        with pytest.warns(UserWarning, match=f"reads {TEXT_LEN}"):
+            encoder.encode([long])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode(["a red"])
+
+
+def test_a_prompt_that_just_fits_is_not_cut(folder: Path) -> None:
+    encoder = load_text_encoder(folder, text_len=TEXT_LEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode([" ".join(["red"] * (TEXT_LEN - 1))])
+    with pytest.warns(UserWarning, match=f"{TEXT_LEN + 1} tokens"):
+        encoder.encode([" ".join(["red"] * TEXT_LEN)])
 
 
 def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> None:
