@@ -49,7 +49,7 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
 
 
 def check_torch(version: str) -> None:
-    """Raise ValueError for a torch whose sharded trainings are not those of one process: with 2.7 the critic's are not."""
+    """Raise ValueError for a torch whose sharded trainings differ from those of one process, as the critic's of 2.7."""
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         raise ValueError(f"training in several processes needs torch 2.9 or newer, and torch is {version}")
 

@@ -35,7 +35,8 @@ def upright() -> np.ndarray:
 def stored(path: Path, orientation: int) -> Path:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(STORED[orientation](upright()))).save(path, exif=exif, quality=100, subsampling=0)
+    picture = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright())))
+    picture.save(path, exif=exif, quality=100, subsampling=0)
     return path
 
 
