@@ -109,7 +109,8 @@ def test_guidance_leads_away_from_what_no_prompt_gives() -> None:
 def test_the_size_of_a_gradient_is_the_mean_distance_of_its_sample() -> None:
     clean = torch.zeros(SHAPE)
     clean[0, 0] = 12.0  # a third of the first sample: mean |x| is 4; the second one's is 0, which divides nothing
-    gradient = dmd_gradient(clean, draws()[1], SIGMA, aiming(0.0), aiming(1.0), (0.0, 0.0, 0.0), 0.0)
+    sigma = torch.tensor([0.25, 0.5])  # x0 = x − σ (x / σ) is 0 exactly
+    gradient = dmd_gradient(clean, draws()[1], sigma, aiming(0.0), aiming(1.0), (0.0, 0.0, 0.0), 0.0)
     torch.testing.assert_close(gradient[0], torch.full(SHAPE[1:], 0.25))
     assert gradient[1].isfinite().all() and gradient[1].min() > 1e6
 
@@ -183,6 +184,16 @@ def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
     fresh = Learner(layer([0.0, 0.0]), 0.1, average)
     fresh.load_state_dict(learner.state_dict())
     torch.testing.assert_close(next(fresh.average.parameters()).detach(), kept)
+
+
+def test_the_betas_are_those_that_were_given() -> None:
+    """With β1 = 0 a step follows its own gradient: rate · g / √v̂, v̂ = (β2 (1 − β2) g1² + (1 − β2) g2²) / (1 − β2²)."""
+    module = layer([0.0])
+    learner = Learner(module, 0.1, 0.0, betas=(0.0, 0.9))
+    learner.step(module.weight.sum() * 3.0, 0, 1.0, clip=100.0)
+    learner.step(module.weight.sum() * -1.0, 1, 1.0, clip=100.0)
+    second = (0.9 * 0.1 * 9 + 0.1 * 1) / (1 - 0.81)
+    assert module.weight.item() == pytest.approx(-0.1 + 0.1 / second**0.5, rel=1e-5)
 
 
 def test_rate_factor_decay_and_clip_by_hand() -> None:

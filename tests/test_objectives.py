@@ -176,10 +176,10 @@ def test_means_of_parts() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(objective="magic"), "objective 'magic' is not known: use dmd, reward"),
-        (dict(precision="fp8"), "precision 'fp8' is not known: use bf16, fp32"),
-        (dict(accumulation=0), "accumulation 0: give at least 1"),
-        (dict(l2=-1.0), "a penalty is finite and not negative"),
+        (dict(objective="magic"), "'magic'"),
+        (dict(precision="fp8"), "'fp8'"),
+        (dict(accumulation=0), "accumulation 0"),
+        (dict(l2=-1.0), "penalty"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
@@ -210,7 +210,7 @@ def test_a_training_sees_the_presets_window_and_positions(name: str) -> None:
 def test_a_score_that_is_no_number_is_no_gradient_of_zero() -> None:
     stage = stage_of(SMALL)
     stage.objective.teacher.model.head.head.bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="a gradient is not finite"):
+    with pytest.raises(ValueError, match="gradient"):
         stage.step(0)
 
 
@@ -223,7 +223,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(average: float) -> None:
     learner.zero_grad()
     layer(torch.ones(1, 3)).sum().backward()
     layer.weight.grad[1, 1] = float("nan")
-    with pytest.raises(ValueError, match="a gradient is not finite: lower the learning rate"):
+    with pytest.raises(ValueError, match="gradient"):
         learner.update(1, 1.0)
     after = (*layer.parameters(), *learner.average.parameters())
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -68,7 +68,7 @@ def test_its_bytes_are_counted_and_another_base_is_told(tmp_path, refiner, capsy
     assert "refiner  " in capsys.readouterr().out
     foreign = save(tmp_path / "b.refiner.safetensors", base="of another")
     made(tmp_path, "--refiner", str(foreign))
-    assert "trained on another base model" in capsys.readouterr().err
+    assert "another base" in capsys.readouterr().err
     own = fingerprint(_random_tiny())
     made(tmp_path, "--refiner", str(save(tmp_path / "c.refiner.safetensors", base=own)))
     assert "another base" not in capsys.readouterr().err
@@ -83,8 +83,8 @@ def _random_tiny() -> WanTransformer:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--refined-levels", "900"], "refined levels 900: this run's levels are 1000, 750, 500, 250"),
-        (["--refiner-strength", "1e9"], "give a number from -100 to 100"),
+        (["--refined-levels", "900"], "refined levels 900"),
+        (["--refiner-strength", "1e9"], "-100 to 100"),
         (["--refined-levels", "x"], "give nominal levels"),
     ],
 )

@@ -194,9 +194,9 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
     broken = pairs | {HEAD: LoraPair(pairs[HEAD].down * float("nan"), pairs[HEAD].up, 1.0)}
     with pytest.raises(ValueError, match="not finite"):
         Branches(network.model, broken)
-    with pytest.raises(ValueError, match="predict this chunk first"):
+    with pytest.raises(ValueError, match="predict"):
         reflect(memories()[0], (0, 1, 2), ReflectiveCache())
-    with pytest.raises(ValueError, match="use shared or none"):
+    with pytest.raises(ValueError, match="shared"):
         ReflectiveCache(history="some")
-    with pytest.raises(ValueError, match="initial noise has none"):
+    with pytest.raises(ValueError, match="initial noise"):
         run(network, refiner=Refiner(merged(network, pairs), ReflectiveCache("shared", "joint"), frozenset({1000})))

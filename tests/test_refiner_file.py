@@ -59,23 +59,23 @@ def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
     lora = tmp_path / "lora.safetensors"
     save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 8),
                "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(8, 4)}, lora)  # fmt: skip
-    with pytest.raises(ValueError, match="is a LoRA: pass it as the LoRA"):
+    with pytest.raises(ValueError, match="is a LoRA"):
         load_refiner(lora)
     bare = tmp_path / "bare.safetensors"
     save_file(PAIR, bare)
-    with pytest.raises(ValueError, match="does not say how it was trained"):
+    with pytest.raises(ValueError, match="how it was trained"):
         load_refiner(bare)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rank": 2}, "ranks do not match"),
-        ({"previous": "some"}, "use pending or joint or none"),
+        ({"rank": 2}, "ranks"),
+        ({"previous": "some"}, "pending"),
         ({"version": 99}, "update AutoRefiner"),
         ({"levels": []}, "update AutoRefiner"),
-        ({"levels": None}, "does not say how"),
-        ({"rank": float("inf")}, "does not say how"),
+        ({"levels": None}, "does not say"),
+        ({"rank": float("inf")}, "does not say"),
     ],
 )
 def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
@@ -87,7 +87,7 @@ def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
 
 
 def test_a_card_of_brackets_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not say how"):
+    with pytest.raises(ValueError, match="does not say"):
         RefinerCard.parse("[" * 100_000)
 
 
@@ -95,7 +95,7 @@ def test_quantised_factors_are_refused(tmp_path) -> None:
     path = tmp_path / "x.refiner.safetensors"
     card = {"autorefiner": json.dumps({"rank": 4, "levels": [750], "history": "shared", "previous": "none"})}
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in PAIR.items()}, path, metadata=card)
-    with pytest.raises(ValueError, match="is quantised: pass the bf16 file"):
+    with pytest.raises(ValueError, match="quantised"):
         load_refiner(path)
 
 

@@ -104,7 +104,7 @@ def test_a_training_goes_on_where_nothing_can_be_captured(monkeypatch: pytest.Mo
     plain = stage_of(SMALL)
     monkeypatch.setattr(Repeated, "_capture", fails)
     replayed = replaying(monkeypatch, SMALL)
-    with pytest.warns(UserWarning, match="not replayed, which is slower: CUDA error: out of luck$"):
+    with pytest.warns(UserWarning, match="out of luck"):
         assert replayed.step(0) == plain.step(0)
     assert replayed.step(1) == plain.step(1)
     assert not replayed.replay.captured

@@ -298,13 +298,13 @@ def test_a_flush_forgets_and_a_cut_moves_away(network, context) -> None:
 def test_what_does_not_fit_is_said_before_anything_runs(network, context) -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         RunPlan(SF, 6, 5, 6)
-    with pytest.raises(ValueError, match="at least 1 video"):
+    with pytest.raises(ValueError, match="at least 1"):
         RunPlan(SF, 6, 4, 6, batch=0)
-    with pytest.raises(ValueError, match=r"the plan expects \(1, 16, 3, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"\(1, 16, 3, 4, 6\)"):
         run(network, context, frames=3, given=3, initial=torch.zeros(1, 16, 3, 4, 4))
-    with pytest.raises(ValueError, match="context of 3 prompts for 2 videos: give one for all, or one for each"):
+    with pytest.raises(ValueError, match="3 prompts"):
         run(network, context.expand(3, -1, -1), frames=3, batch=2)
-    with pytest.raises(ValueError, match="seed 9223372036854775808: give one from"):
+    with pytest.raises(ValueError, match="9223372036854775808"):
         run(network, context, frames=3, seed=1 << 63)
-    with pytest.raises(ValueError, match="latents to start from: none came"):
+    with pytest.raises(ValueError, match="start from"):
         run(network, context, frames=3, given=3)

@@ -44,7 +44,7 @@ def test_presets_are_the_published_models() -> None:
         "causal-forcing-2step": 2, "causal-forcing-1step": 1, "krea-14b": 4,
     }  # fmt: skip
     assert (PRESETS["longlive"].window, PRESETS["longlive"].sink) == (12, 3)
-    with pytest.raises(ValueError, match="use one of self-forcing, causvid"):
+    with pytest.raises(ValueError, match="self-forcing, causvid"):
         get_preset("wan")
 
 
@@ -83,15 +83,15 @@ def test_given_frames_come_before_the_new_ones(given, lengths) -> None:
 
 @pytest.mark.parametrize("given", [2, 5, 8])
 def test_given_frames_that_fit_no_chunks_are_refused(given) -> None:
-    with pytest.raises(ValueError, match="a multiple of 3, or one more than a multiple"):
+    with pytest.raises(ValueError, match="multiple of 3"):
         plan_chunks(PRESETS["self-forcing"], 3, given)
 
 
 def test_pixel_frames_are_one_and_a_multiple_of_four() -> None:
     assert [latent_frames(n) for n in (1, 5, 81)] == [1, 2, 21]
-    with pytest.raises(ValueError, match="the nearest are 77 and 81"):
+    with pytest.raises(ValueError, match="77 and 81"):
         latent_frames(80)
-    with pytest.raises(ValueError, match="the nearest are 1 and 5"):
+    with pytest.raises(ValueError, match="1 and 5"):
         latent_frames(0)
 
 
@@ -102,6 +102,6 @@ def test_levels_that_do_not_fall_are_refused(steps) -> None:
 
 
 def test_a_window_smaller_than_sink_and_chunk_is_refused() -> None:
-    with pytest.raises(ValueError, match="use a window of at least 6"):
+    with pytest.raises(ValueError, match="at least 6"):
         PRESETS["self-forcing"].changed(window=5, sink=3)
     assert PRESETS["self-forcing"].changed(window=None) == PRESETS["self-forcing"]

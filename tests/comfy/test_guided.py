@@ -86,7 +86,7 @@ def test_a_schedule_that_contradicts_the_sigmas_is_an_error(schedule: ChunkSched
 
 @pytest.mark.parametrize("sigmas", [[], [1.0], [0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [1.0, 1.1, 0.0]])
 def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(sigmas: list[float]) -> None:
-    with pytest.raises(ValueError, match="give sigmas that fall from 1 to 0"):
+    with pytest.raises(ValueError, match="SIGMAS"):
         levels_of(torch.tensor(sigmas), PRESETS["self-forcing"])
 
 
@@ -126,7 +126,7 @@ def test_self_refine_repeats_the_levels_of_the_sigmas() -> None:
 
 
 def test_a_refiner_is_refused_where_the_sigmas_have_none_of_its_levels() -> None:
-    with pytest.raises(ValueError, match="refined levels 250, 500, 750: this run's levels are 1000, 385"):
+    with pytest.raises(ValueError, match="1000, 385"):
         SamplerOptions("self-forcing", refiner=REFINER).run(FACTS, white(0), torch.tensor([1.0, 0.7576, 0.0]), 0)
 
 

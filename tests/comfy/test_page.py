@@ -356,7 +356,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
     says("18/18")
     assert drawn() == {"sink": 0, "gone": 0, "recent": 18, "now": 3, "previous": 0}
     page.set("AutoRefinerReflectiveCache", window=2)
-    says("window of at least")
+    says("window")
     assert [told for told in page.errors if "autorefiner/cache" not in told] == []
 
 

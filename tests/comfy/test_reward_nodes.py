@@ -81,7 +81,7 @@ def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, caps
     seen = video()[list(drawn[0])].permute(0, 3, 1, 2)[None]
     expected = mixture(seen, drawn[0], drawn, ["a red star"])[0].item()
     assert alone[1] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="name at least one, and each once"):
+    with pytest.raises(ValueError, match="each once"):
         LoadReward.execute(**SPRITES, more=both)
 
 
@@ -102,5 +102,5 @@ def test_a_score_asks_for_room_for_its_models(base: Path, monkeypatch) -> None:
 
 def test_a_video_that_does_not_fit_in_memory_is_not_scored(base: Path, monkeypatch) -> None:
     monkeypatch.setattr("autorefiner.nodes.compare.available_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match="scoring this video takes"):
+    with pytest.raises(ValueError, match="scoring"):
         ScoreVideo.execute(video(), LoadReward.execute(**SPRITES).args[0], "a red star")

@@ -249,7 +249,7 @@ def test_nothing_there_scores_nothing(scenes, videos):
     [
         (np.zeros((81, 64, 64, 3), np.float32), "frames float32"),
         (np.zeros((81, 64, 48, 3), np.uint8), "square frames"),
-        (np.zeros((9, 64, 64, 3), np.uint8), "9 frames: motion is judged over at least 16"),
+        (np.zeros((9, 64, 64, 3), np.uint8), "at least 16"),
         (np.zeros((81, 20, 20, 3), np.uint8), "a frame side of 20"),
     ],
 )
@@ -288,11 +288,11 @@ def test_a_paired_difference_leaves_out_what_the_captions_share():
     assert all(interval.low == interval.high == 0 for interval in paired_difference(first, first).values())
     gain = paired_difference(second, first)["action"]
     assert 1.5 < gain.low < gain.mean < gain.high < 2.5
-    with pytest.raises(ValueError, match="60 clips against 59"):
+    with pytest.raises(ValueError, match=r"60 .* 59"):
         paired_difference(first, first[1:])
     with pytest.raises(ValueError, match="no scores"):
         summarise([])
-    with pytest.raises(ValueError, match="2 groups for 60 clips"):
+    with pytest.raises(ValueError, match="2 groups"):
         summarise(first, [0, 1])
 
 
@@ -308,7 +308,7 @@ def test_diversity_is_that_of_the_world_or_none(scenes):
     worlds = [render(realise(caption, 50 + index % 3)) for index, caption in enumerate(captions)]
     assert diversity(worlds, captions) > 80
     assert diversity([worlds[index - index % 3] for index in range(24)], captions) == 0
-    with pytest.raises(ValueError, match="diversity needs two seeds"):
+    with pytest.raises(ValueError, match="two seeds"):
         diversity(worlds[::3], captions[::3])
 
 

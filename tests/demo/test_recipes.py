@@ -155,12 +155,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(tmp_path) -> None:
     with pytest.raises(ValueError, match="step 2 gave"):
         train(stage, LoopOptions(tmp_path, 4))
     assert restore(TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), tmp_path) == 2
-    with pytest.raises(ValueError, match="give at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         LoopOptions(tmp_path, 0)
 
 
 def test_one_training_a_folder(tmp_path) -> None:
-    with open_exclusive(tmp_path / "lock"), pytest.raises(ValueError, match="wait for it, or train in another folder"):
+    with open_exclusive(tmp_path / "lock"), pytest.raises(ValueError, match="another folder"):
         train(TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), LoopOptions(tmp_path, 2))
 
 

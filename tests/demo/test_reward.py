@@ -141,7 +141,7 @@ def test_a_frames_time_is_told_to_the_model() -> None:
 
 
 def test_without_its_file_the_reward_says_what_to_do(tmp_path) -> None:
-    with pytest.raises(ValueError, match="make it with `autorefiner demo train reward`"):
+    with pytest.raises(ValueError, match="demo train reward"):
         load_sprite_reward(tmp_path)
 
 

