@@ -283,7 +283,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         print(describe(inspect(path)))
         return 0
-    print("\n".join(f"{name:<10}{' '.join(value.split())}" for name, value in rows.items()))
+    print("\n".join(f"{name:<9} {' '.join(value.split())}" for name, value in rows.items()))
     return 0
 
 

@@ -1,5 +1,6 @@
 """The training loop: what a run's folder holds at any time, and what it refuses to go on with."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from autorefiner.refiner import files
 from autorefiner.refiner.stopping import handling, interrupt
 from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, pairs_of
 from autorefiner.refiner.training.learner import Learner, LearnerStage
@@ -271,3 +273,15 @@ def test_an_average_is_read_without_changing_the_factors() -> None:
     assert all((pair.down == 2).all() and (pair.up == 2).all() for pair in pairs.values())
     assert all(torch.equal(factor, before[name]) for name, factor in factors.items())
     assert torch.equal(pairs_of(tree)["blocks.0.ffn.0"].down, before["blocks.0.ffn.0.lora_A.default.weight"])
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks here")
+@pytest.mark.filterwarnings("ignore:.*file locks")
+def test_a_training_goes_on_where_there_are_no_locks(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    for steps in (2, 4):
+        train(Line(2), LoopOptions(tmp_path, steps))
+    assert restore(Line(2), tmp_path) == 4
