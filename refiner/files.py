@@ -40,7 +40,7 @@ def lock(file: io.FileIO, path: Path, instead: str) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise OSError(error.errno, f"{path} cannot be locked ({error.strerror})") from error
-        warnings.warn(f"{path.parent} has no file locks: do not write {path.name} from two runs at once", stacklevel=3)
+        warnings.warn(f"{path.parent} has no file locks: let no other run write {path.name} now", stacklevel=3)
 
 
 def open_locked(path: Path, instead: str) -> io.FileIO:

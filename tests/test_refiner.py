@@ -81,6 +81,20 @@ def test_merged_weights_and_branches_agree_and_leave_the_base_alone(cache) -> No
     assert torch.equal(run(network), base)
 
 
+@torch.no_grad()
+def test_the_scale_of_a_pair_counts_merged_and_as_a_branch() -> None:
+    """scale · up · down: a scale of 0.5 is that of factors half as large."""
+    network, cache = tiny_network(), ReflectiveCache("shared", "none")
+    whole = pairs_for(network)
+    scaled = {name: dataclasses.replace(pair, scale=0.5) for name, pair in whole.items()}
+    halved = {name: LoraPair(pair.down, 0.5 * pair.up, 1.0) for name, pair in whole.items()}
+    expected = run(network, refiner=Refiner(merged(network, halved), cache))
+    assert (run(network, refiner=Refiner(merged(network, scaled), cache)) - expected).abs().max() < 1e-4
+    branches = Branches(network.model, scaled)
+    assert (run(network, refiner=Refiner(network, cache, on=branches.on)) - expected).abs().max() < 1e-4
+    assert (run(network, refiner=Refiner(merged(network, whole), cache)) - expected).abs().max() > 1e-2
+
+
 def test_strength_scales_and_zero_is_the_base_with_no_pass() -> None:
     network = tiny_network()
     base, refiner = run(network), Refiner(merged(network, pairs_for(network)))
