@@ -88,6 +88,40 @@ def test_rewards_lead_to_every_factor_and_to_nothing_else(cache) -> None:
     assert all(parameter.grad is None for parameter in frozen)
 
 
+def test_the_penalty_counts_by_its_weight() -> None:
+    stage = stage_of(replace(REWARD, l2=0.3))
+    logged = [stage.step(index) for index in range(2)][-1]
+    assert logged["l2"] > 0
+    assert logged["loss"] == pytest.approx(0.3 * logged["l2"] - logged["reward"], rel=1e-5)
+
+
+def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
+    """AdamW's first step is the rate times the gradient's sign, after a decay of rate · 0.01: β1 = 0, β2 = 0.999."""
+    stage = stage_of(replace(SMALL, critic_rate=2e-3))
+    critic = stage.objective.critic
+    before = {name: one.detach().clone() for name, one in critic.model.named_parameters()}
+    stage.step(0)
+    (group,) = critic.optimizer.adamw.param_groups
+    assert group["betas"] == (0.0, 0.999)
+    (own,) = stage.learner.optimizer.adamw.param_groups
+    assert (own["betas"], own["weight_decay"], own["lr"]) == ((0.0, 0.999), 0.0, SMALL.learning_rate)
+    for name, parameter in critic.model.named_parameters():
+        clear = parameter.grad.abs() > 1e-4  # beside Adam's epsilon of 1e-8
+        expected = before[name] * (1 - 2e-3 * 0.01) - 2e-3 * parameter.grad.sign()
+        torch.testing.assert_close(parameter.detach()[clear], expected[clear], atol=1e-6, rtol=1e-5)
+    assert critic.average is critic.model
+
+
+def test_the_critic_begins_as_the_teacher_and_the_teacher_stays() -> None:
+    objective = objective_of(SMALL)
+    teacher = {name: one.detach().clone() for name, one in objective.teacher.model.named_parameters()}
+    assert all(torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())
+    stage = RefineStage(SMALL, tiny_network(), objective, PROMPTS, encode, lambda *_: {})
+    stage.step(0)
+    assert all(torch.equal(one, teacher[name]) for name, one in objective.teacher.model.named_parameters())
+    assert any(not torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())
+
+
 @pytest.mark.parametrize("method", ["autorefiner", "init-noise", "lora"])
 def test_the_reward_rises_and_only_a_refiner_pays_for_it(method) -> None:
     """One chunk, all of whose frames are seen: nothing but the gradient's own path changes the reward."""

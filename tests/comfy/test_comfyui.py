@@ -10,14 +10,14 @@ import time
 import urllib.request
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small, training
 from comfy_page import to_api, to_page
+from comfy_runs import keeping, latents, sampled, short
 from comfy_server import Refused, Server, find_comfyui
 from demo_files import PREVIEW, STAND_IN
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from autorefiner.nodes import workflow
 from autorefiner.nodes.hosts import standalone
@@ -41,23 +41,6 @@ def stand_ins(weights: Path, monkeypatch) -> None:
     monkeypatch.setattr(bundle, "WEIGHTS", weights)
 
 
-def keeping(graph: dict, key: str, name: str) -> dict:
-    """The graph with a node's LATENT saved under a name."""
-    return {**graph, "90": node("SaveLatent", samples=[key, 0], filename_prefix=f"latents/{name}")}
-
-
-def latents(server: Server, name: str) -> torch.Tensor:
-    """What the newest run saved under that name."""
-    path = sorted((server.base / "output" / "latents").glob(f"{name}_*.latent"))[-1]
-    return load_file(path)["latent_tensor"]
-
-
-def sampled(server: Server, graph: dict, name: str, key: str | None = None) -> torch.Tensor:
-    """The latents of a graph's last sampler, run by ComfyUI."""
-    server.run(keeping(graph, key or of_kind(graph, "AutoRefinerSampler"), name))
-    return latents(server, name)
-
-
 def alone(server: Server, graph: dict) -> torch.Tensor:
     """The same as `autorefiner run` makes it."""
     path = server.base / "graph.json"
@@ -65,13 +48,6 @@ def alone(server: Server, graph: dict) -> torch.Tensor:
     with standalone.running_at(standalone.place_of(server.base, server.base / "alone", "cpu")):
         results = workflow.execute(workflow.read_workflow(path))
     return results[of_kind(graph, "AutoRefinerSampler")].args[0]["samples"]
-
-
-def short(length: int = 21, **inputs: object) -> dict:
-    """Text to video, short."""
-    graph = small("text_to_video")
-    graph["3"]["inputs"] |= {"length": length, **inputs}
-    return graph
 
 
 def told(server: Server, graph: dict) -> str:
@@ -99,51 +75,6 @@ def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str,
     assert len(decoded(sorted((server.base / "output" / "video").glob(f"{name}_0*.mp4"))[-1])) == frames
     if name not in NEED_COMFYUI:
         torch.testing.assert_close(made, alone(server, graph), **NEAR)
-
-
-def starting(graph: dict, sampler: str) -> tuple[dict, dict, dict]:
-    """A graph that begins from a picture: by its `start` input, by core's ARVideoI2V, and by both at once."""
-    picture = {"70": node("EmptyImage", width=64, height=64, batch_size=1, color=0xC03030)}
-    encoded = picture | {"71": node("VAEEncode", pixels=["70", 0], vae=["1", 2])}
-    sizes = {"width": 64, "height": 64, "length": 21, "batch_size": 1}
-    on_model = picture | {"72": node("ARVideoI2V", model=["1", 0], vae=["1", 2], start_image=["70", 0], **sizes)}
-
-    def linked(more: dict, start: bool, model: bool) -> dict:
-        changed = {key: {**each, "inputs": dict(each["inputs"])} for key, each in graph.items()}
-        if start:
-            changed[sampler]["inputs"]["start"] = ["71", 0]
-        for each in changed.values():
-            if model and each["inputs"].get("model") == ["1", 0]:
-                each["inputs"]["model"] = ["72", 0]
-        return changed | more
-
-    return linked(encoded, True, False), linked(on_model, False, True), linked(encoded | on_model, True, True)
-
-
-@pytest.mark.parametrize("kind", ["AutoRefinerSampler", "AutoRefinerCustomSampler"])
-def test_a_start_image_on_the_model_is_the_start_of_both_samplers(server: Server, kind: str) -> None:
-    custom = kind == "AutoRefinerCustomSampler"
-    graph = small("sampler_custom_advanced") if custom else short()
-    by_input, by_model, twice = starting(graph, of_kind(graph, kind))
-    key = of_kind(graph, "SamplerCustomAdvanced" if custom else kind)
-    expected = sampled(server, by_input, f"start_{kind}", key)
-    assert torch.equal(sampled(server, by_model, f"i2v_{kind}", key), expected)
-    assert not torch.equal(expected, sampled(server, graph, f"none_{kind}", key))
-    failed = server.wait(server.queue(keeping(twice, key, "twice")))
-    assert "ARVideoI2V" in json.dumps(failed["status"]["messages"])
-
-
-def test_a_decoded_video_holds_prompt_and_workflow(server: Server) -> None:
-    graph = short(5)
-    graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=12.5, filename_prefix="held")
-    del graph["5"], graph["6"]
-    server.run(graph)
-    path = server.base / "output" / "held_00001_.mp4"
-    assert len(decoded(path)) == 5
-    with av.open(str(path)) as container:
-        assert json.loads(container.metadata["prompt"])["3"]["class_type"] == "AutoRefinerSampler"
-        assert container.streams.video[0].average_rate == 12.5
-        assert container.streams.video[0].frames == 5
 
 
 def test_a_second_run_is_taken_from_the_cache(server: Server) -> None:

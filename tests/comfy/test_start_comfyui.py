@@ -1,0 +1,59 @@
+"""In a real ComfyUI: where a clip starts from, and what a decoded video file holds."""
+
+import json
+
+import av
+import pytest
+import torch
+from comfy_graphs import node, of_kind, small
+from comfy_runs import keeping, sampled, short
+from comfy_server import Server, find_comfyui
+
+from decoding import decoded
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
+
+
+def starting(graph: dict, sampler: str) -> tuple[dict, dict, dict]:
+    """A graph that begins from a picture: by its `start` input, by core's ARVideoI2V, and by both at once."""
+    picture = {"70": node("EmptyImage", width=64, height=64, batch_size=1, color=0xC03030)}
+    encoded = picture | {"71": node("VAEEncode", pixels=["70", 0], vae=["1", 2])}
+    sizes = {"width": 64, "height": 64, "length": 21, "batch_size": 1}
+    on_model = picture | {"72": node("ARVideoI2V", model=["1", 0], vae=["1", 2], start_image=["70", 0], **sizes)}
+
+    def linked(more: dict, start: bool, model: bool) -> dict:
+        changed = {key: {**each, "inputs": dict(each["inputs"])} for key, each in graph.items()}
+        if start:
+            changed[sampler]["inputs"]["start"] = ["71", 0]
+        for each in changed.values():
+            if model and each["inputs"].get("model") == ["1", 0]:
+                each["inputs"]["model"] = ["72", 0]
+        return changed | more
+
+    return linked(encoded, True, False), linked(on_model, False, True), linked(encoded | on_model, True, True)
+
+
+@pytest.mark.parametrize("kind", ["AutoRefinerSampler", "AutoRefinerCustomSampler"])
+def test_a_start_image_on_the_model_is_the_start_of_both_samplers(server: Server, kind: str) -> None:
+    custom = kind == "AutoRefinerCustomSampler"
+    graph = small("sampler_custom_advanced") if custom else short()
+    by_input, by_model, twice = starting(graph, of_kind(graph, kind))
+    key = of_kind(graph, "SamplerCustomAdvanced" if custom else kind)
+    expected = sampled(server, by_input, f"start_{kind}", key)
+    assert torch.equal(sampled(server, by_model, f"i2v_{kind}", key), expected)
+    assert not torch.equal(expected, sampled(server, graph, f"none_{kind}", key))
+    failed = server.wait(server.queue(keeping(twice, key, "twice")))
+    assert "ARVideoI2V" in json.dumps(failed["status"]["messages"])
+
+
+def test_a_decoded_video_holds_prompt_and_workflow(server: Server) -> None:
+    graph = short(5)
+    graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=12.5, filename_prefix="held")
+    del graph["5"], graph["6"]
+    server.run(graph)
+    path = server.base / "output" / "held_00001_.mp4"
+    assert len(decoded(path)) == 5
+    with av.open(str(path)) as container:
+        assert json.loads(container.metadata["prompt"])["3"]["class_type"] == "AutoRefinerSampler"
+        assert container.streams.video[0].average_rate == 12.5
+        assert container.streams.video[0].frames == 5
