@@ -87,6 +87,7 @@ class LatentWriter:
 
     def close(self, finished: bool) -> Path:
         """Write the final header; a finished file takes its name, a stopped one stays partial."""
+        self.file.truncate(8 + HEADER + 4 * self.frames * math.prod(self.frame_shape))  # an interrupted write ends here
         self.file.seek(0)
         self.file.write(self._header())
         os.fsync(self.file.fileno())

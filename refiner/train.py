@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .demo.bundle import FILES, WEIGHTS, load_sprite_network, load_sprite_reward, load_sprite_text, load_sprite_vae
+from .demo.captions import misread
 from .demo.clips import SHOWN, held_out, show_clips, student_clips
 from .demo.reward_model import FRAMES
 from .demo.world import sample_scene
@@ -87,10 +89,24 @@ def load_network(name: str, sprite: str, device: torch.device) -> CausalWan:
     return CausalWan(model, info.config)
 
 
+def warn_of_misread(prompts: Sequence[str]) -> None:
+    """Warn, once, of prompts that the sprites' text encoder does not take as a person would."""
+    misunderstood = [prompt for prompt in prompts if misread(prompt)]
+    if misunderstood:
+        first = misunderstood[0]
+        warnings.warn(
+            f"{len(misunderstood)} of {len(prompts)} prompts are not like the sprites' captions, such as"
+            f" {first[:40]!r}: {misread(first)[0]}",
+            stacklevel=2,
+        )
+
+
 def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     """Everything that a training needs, loaded and checked."""
     prompts = read_prompts(config.prompts)
     base = load_network(config.base, "student", device)
+    if config.base == SPRITES and not config.text_encoder and config.prompts != SPRITES:
+        warn_of_misread(prompts)
     encode = make_encoder(config, base, device)
     vae = load_sprite_vae() if config.vae == SPRITES else WanVAE.from_state_dict(load_vae_state(config.vae))
     vae = vae.to(device, torch.float32)

@@ -132,6 +132,16 @@ def test_a_chunk_is_on_disk_when_it_is_written(tmp_path, chunks, monkeypatch) ->
     assert {*synced} == {*ends}
 
 
+def test_an_interrupted_write_leaves_plain_safetensors(tmp_path, chunks) -> None:
+    with pytest.raises(KeyboardInterrupt), LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), SAYS) as writer:
+        writer.write(chunks[0])
+        writer.file.write(b"\0" * 1000)
+        raise KeyboardInterrupt
+    partial = tmp_path / "a.partial.safetensors"
+    assert torch.equal(load_file(partial)["latents"], chunks[0][0].transpose(0, 1))
+    assert not inspect_latents(partial).cut
+
+
 def test_other_files_are_refused_in_one_line(tmp_path) -> None:
     other, text, empty = tmp_path / "model.safetensors", tmp_path / "a.txt", tmp_path / "none.safetensors"
     save_file({"weight": torch.zeros(3)}, other)

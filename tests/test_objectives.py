@@ -152,6 +152,20 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
                 assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
     for name, factor in whole.factors.items():
         assert torch.allclose(factor.grad, parts.factors[name].grad, rtol=1e-3, atol=1e-6), name
+    if objective == "dmd":
+        pairs = zip(whole.objective.fake.model.parameters(), parts.objective.fake.model.parameters(), strict=True)
+        assert all(torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5) for one, other in pairs)
+        norm = sum(one.grad.square().sum() for one in whole.objective.fake.model.parameters()) ** 0.5
+        assert norm < 9, "a gradient that is cut to a norm of 10 would hide a factor"
+
+
+def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
+    stage = stage_of(replace(SMALL, ratio=2))
+    for index, learns in enumerate((True, False, True)):
+        before = {name: factor.detach().clone() for name, factor in stage.factors.items()}
+        logged = stage.step(index)
+        assert ("gradient" in logged) == learns
+        assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items()) == learns
 
 
 def test_checkpointing_gives_the_same_losses() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from autorefiner.refiner.demo.bundle import save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.train_config import TrainConfig
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.wan.checkpoint import inspect, save_safetensors
 from autorefiner.refiner.wan.transformer import WanTransformer
@@ -280,3 +282,17 @@ def test_a_teacher_may_be_a_folder_and_each_of_its_files_tells_it(tmp_path, bund
     before = training.seal(folder)
     (folder / "config.json").write_text("{}")
     assert training.seal(folder) != before
+
+
+def test_prompts_that_the_sprites_do_not_understand_are_said_once(tmp_path) -> None:
+    good = "a red star circles on a navy ground"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.warn_of_misread([good])
+    with pytest.warns(UserWarning, match=r"2 of 3 .*dragon") as seen:
+        training.warn_of_misread([good, "a red dragon", " ".join([good] * 5)])
+    assert len(seen) == 1
+    (tmp_path / "p.txt").write_text("a red dragon\n")
+    path = write(tmp_path, 'prompts = "p.txt"', "")
+    with pytest.warns(UserWarning, match="dragon"):
+        training.make_stage(TrainConfig.read(path), torch.device("cpu"))
