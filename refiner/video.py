@@ -111,23 +111,24 @@ class VideoWriter:
                 f"frames are {frames.dtype} of {frames.shape}, this video takes uint8 of"
                 f" ({self.size[1]}, {self.size[0]}, 3), one frame or more"
             )
-        keep = (b"moof", b"mdat") if self.chunks else (b"ftyp", b"moov", b"moof", b"mdat")
-        found = [(kind, box) for kind, box in boxes(self._encode(frames)) if kind in keep]
-        self._append(b"".join(numbered(box, self.chunks + 1) if kind == b"moof" else box for kind, box in found))
+        parts = dict(boxes(self._encode(frames)))
+        head = b"" if self.chunks else parts[b"ftyp"] + parts[b"moov"]
+        self._append(head, numbered(parts[b"moof"], self.chunks + 1) + parts[b"mdat"])
         self.frames += len(frames)
         self.chunks += 1
         if not self.shown and self.frames >= self.enough:
             self._show()
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, head: bytes, fragment: bytes) -> None:
         """Put a fragment on disk. It counts as free space until it is whole, so a kill leaves no damaged file."""
-        start = data.index(b"moof")
+        length, kind, rest = fragment[:4], fragment[4:8], fragment[8:]
+        data = head + length + b"free" + rest
         self.file.seek(self.finished)
-        if self.file.write(data[:start] + b"free" + data[start + 4 :]) < len(data):
+        if self.file.write(data) < len(data):
             raise OSError(errno.ENOSPC, f"the disk is full, {self.partial} has {self.frames} frames")
         os.fsync(self.file.fileno())
-        self.file.seek(self.finished + start)
-        self.file.write(b"moof")
+        self.file.seek(self.finished + len(head) + len(length))
+        self.file.write(kind)
         os.fsync(self.file.fileno())
         self.finished = self.file.seek(0, os.SEEK_END)
 

@@ -98,6 +98,19 @@ def test_a_fragment_that_a_kill_cut_off_hides_no_chunk(tmp_path) -> None:
     assert len(decoded(torn)) == 4
 
 
+def test_a_prompt_may_say_what_boxes_are_called(tmp_path) -> None:
+    said = {"prompt": "moof mdat moov ftyp mfhd free"}
+    whole = write(tmp_path / "a.mp4", (1, 4), metadata=said)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["prompt"] == said["prompt"]
+    assert len(decoded(tmp_path / "a.mp4")) == len(whole)
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "b.mp4", 48, 32, metadata=said) as writer:
+        for start in (0, 4):
+            writer.write(moving(4, 48, 32, start))
+        raise KeyboardInterrupt
+    assert len(decoded(tmp_path / "b.partial.mp4")) == 8
+
+
 def luma_and_chroma(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
