@@ -90,8 +90,11 @@ def test_rewards_lead_to_every_factor_and_to_nothing_else(cache) -> None:
 
 def test_the_penalty_counts_by_its_weight() -> None:
     stage = stage_of(replace(REWARD, l2=0.3))
-    logged = [stage.step(index) for index in range(2)][-1]
-    assert logged["l2"] > 0
+    with torch.no_grad():
+        for factor in stage.factors.values():
+            factor.add_(0.1)
+    logged = stage.step(0)
+    assert logged["l2"] > 1e-3
     assert logged["loss"] == pytest.approx(0.3 * logged["l2"] - logged["reward"], rel=1e-5)
 
 
@@ -160,12 +163,17 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
 
 
 def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
+    """Its average counts its own updates: after the second one it keeps 2/11."""
     stage = stage_of(replace(SMALL, ratio=2))
     for index, learns in enumerate((True, False, True)):
         before = {name: factor.detach().clone() for name, factor in stage.factors.items()}
+        averages = [average.clone() for average in stage.learner.average.parameters()]
         logged = stage.step(index)
         assert ("gradient" in logged) == learns
         assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items()) == learns
+    keep = 2 / 11
+    for old, new, factor in zip(averages, stage.learner.average.parameters(), stage.factors.values(), strict=True):
+        torch.testing.assert_close(new, keep * old + (1 - keep) * factor.detach())
 
 
 def test_checkpointing_gives_the_same_losses() -> None:
