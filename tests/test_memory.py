@@ -87,6 +87,13 @@ def test_bytes_are_known_before_they_are_allocated(keys, dtype) -> None:
     assert memory.nbytes == 0
 
 
+@pytest.mark.parametrize("window", [-1, 6, 7, 60])
+def test_a_window_longer_than_the_video_takes_the_bytes_of_the_video(window) -> None:
+    plan = MemoryPlan.of(TINY, (2, 16, 6, 4, 6), window_frames=window, sink_frames=3)
+    assert (plan.window_frames, plan.sink_frames) == (6, 0)
+    assert plan.nbytes == 2 * 6 * 6 * TINY.dim * 4 * (2 * TINY.num_layers)
+
+
 def test_the_published_size_takes_the_published_bytes() -> None:
     """Self-Forcing 1.3B at 832x480 over 21 latent frames holds 6.04 GB in bf16."""
     from autorefiner.refiner.wan.transformer import WAN_1_3B

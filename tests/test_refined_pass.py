@@ -20,7 +20,7 @@ from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
-from autorefiner.refiner.wan.vae import LATENT_MEAN, LATENT_STD
+from autorefiner.refiner.wan.vae import LATENT_MEAN, LATENT_STD, WanVAE
 
 from tiny import TINY, tiny_network
 
@@ -105,6 +105,22 @@ def test_joint_is_the_noise_half_of_a_pass_behind_one_that_writes_x0() -> None:
     for one, other in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert (results[0] - results[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_refine_pass_needs_its_own_chunks_prediction_and_room_for_what_it_writes() -> None:
+    network = tiny_network()
+    refiner = Refiner(t_phi(network))
+    rollout = rollout_of(network, refiner)
+    chunk, later = rollout.chunks
+    first, level = chunk.levels[:2]
+    x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+    with pytest.raises(ValueError, match="predict"):
+        rollout.renoise(x0, level, later)
+    narrow = rollout_of(network, refiner, RingMemory(MemoryPlan.of(TINY, SHAPE, spare_frames=chunk.length - 1)))
+    narrow.predict(narrow.draw(chunk, first), first, chunk)
+    with pytest.raises(ValueError, match="spare"):
+        narrow.renoise(x0, level, chunk)
 
 
 @torch.no_grad()
@@ -245,6 +261,9 @@ def test_estimates_by_hand() -> None:
     values = tokens * max(2 * 128 + 12 * 128, 18 * 128) * 4
     assert pass_bytes(TINY, plan, 3) == values + 8 * 3 * 9 * 6 * 128
     assert pass_bytes(TINY, replace(plan, keys="rotated", positions="absolute"), 3) == values
+    one, five = (WanVAE.decode_bytes(4, 16, 32, frames, torch.float32) for frames in (1, 5))
+    assert five - one == 4 * (10 * 4 * 16 * 32) * 4 * 4, "10 maps of width 4 in fp32, 4 frames a latent, 4 latents"
+    assert len({WanVAE.decode_bytes(4, 512, 512, frames, torch.float32) for frames in (1, 5)}) == 1, "in pieces"
     parts = Estimate(weights=100, kv=20, text_kv=3, activations=7, decode=11, refiner=40, text_encoder=50)
     assert parts.total == 100 + 20 + 3 + 11 + 40, "a pass and the decoder are not alive at once"
     assert replace(parts, activations=30).total == 100 + 20 + 3 + 30 + 40

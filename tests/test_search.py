@@ -1,6 +1,6 @@
 """Search and self-refinement: the base where they change nothing, the better one where they choose."""
 
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -142,6 +142,27 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     assert (best >= base).all()
     assert (worst <= base).all()
     assert (best > worst).all()
+
+
+@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+def test_every_candidate_has_noise_of_its_own_at_every_level(kind) -> None:
+    network, seen = tiny_network(), []
+
+    def score(x0: Tensor) -> Tensor:
+        seen.append(x0)
+        return torch.zeros(len(x0))
+
+    plan = RunPlan(PRESET, 3, 4, 4, batch=2)
+    list(sample(network, CONTEXT, plan, seed=3, method=kind(Scored(score), 3)))
+    assert len(seen) == (3 if kind is BestOfN else 3 * len(PRESET.steps))
+    for start in range(0, len(seen), 3):
+        for one, other in combinations(seen[start : start + 3], 2):
+            assert (one - other).abs().mean() > 1e-3
+
+
+def test_self_refinement_repeats_the_second_and_third_level_by_default() -> None:
+    assert SelfRefine() == SelfRefine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
+    assert SelfRefine({750: 2, 500: 0}).levels == {750}
 
 
 @pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
