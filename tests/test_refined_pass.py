@@ -261,6 +261,8 @@ def test_estimates_by_hand() -> None:
     values = tokens * max(2 * 128 + 12 * 128, 18 * 128) * 4
     assert pass_bytes(TINY, plan, 3) == values + 8 * 3 * 9 * 6 * 128
     assert pass_bytes(TINY, replace(plan, keys="rotated", positions="absolute"), 3) == values
+    wide = replace(TINY, ffn_dim=1024)  # where the feed-forward holds more than the attention
+    assert pass_bytes(wide, MemoryPlan.of(wide, (3, 16, 9, 4, 6)), 3) == tokens * (2 * 1024 + 12 * 128) * 4
     one, five = (WanVAE.decode_bytes(4, 16, 32, frames, torch.float32) for frames in (1, 5))
     assert five - one == 4 * (10 * 4 * 16 * 32) * 4 * 4, "10 maps of width 4 in fp32, 4 frames a latent, 4 latents"
     assert len({WanVAE.decode_bytes(4, 512, 512, frames, torch.float32) for frames in (1, 5)}) == 1, "in pieces"

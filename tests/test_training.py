@@ -1,6 +1,7 @@
 """Training a refiner: what gets gradients, what is retained, and that training samples as sampling does."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,6 +164,28 @@ def test_factors_come_out_and_go_in_again() -> None:
         load_pairs(attach_branches(base, RANK + 1, silent_head=True), pairs_of(tree), base)
     with pytest.raises(ValueError, match="at least 1"):
         attach_branches(base, 0, silent_head=True)
+
+
+@torch.no_grad()
+def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
+    base = tiny_network()
+    tree = shaken(attach_branches(base, RANK, silent_head=True))
+    x = torch.randn(5, TINY.dim, generator=torch.Generator().manual_seed(2))
+    for name in ("blocks.1.ffn.0", "blocks.0.cross_attn.k", HEAD):
+        own, pair = base.model.get_submodule(name), pairs_of(tree)[name]
+        assert (pair.scale, pair.down.shape[0]) == (1, RANK)
+        before = torch.zeros(()) if name == HEAD else own(x)
+        torch.testing.assert_close(tree.model.get_submodule(name)(x), before + x @ pair.down.T @ pair.up.T)
+        scaled = attach_branches(base, RANK, silent_head=True)
+        load_pairs(scaled, {each: replace(one, scale=3.0) for each, one in pairs_of(tree).items()}, base)
+        torch.testing.assert_close(scaled.model.get_submodule(name)(x), before + 3 * (x @ pair.down.T @ pair.up.T))
+
+
+def test_the_rank_of_the_head_is_at_most_its_64_outputs() -> None:
+    for rank in (64, 65):
+        pairs = pairs_of(attach_branches(tiny_network(), rank, silent_head=True))
+        assert {name: pair.rank for name, pair in pairs.items()} == {**dict.fromkeys(pairs, rank), HEAD: 64}
+        assert {pair.scale for pair in pairs.values()} == {1}
 
 
 def test_a_residual_is_watched_with_its_graph() -> None:
