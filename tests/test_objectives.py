@@ -176,18 +176,6 @@ def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
         torch.testing.assert_close(new, keep * old + (1 - keep) * factor.detach())
 
 
-def test_the_average_counts_the_refiners_own_updates() -> None:
-    """With a ratio of 2, step 2 is update i = 1, behind which the average keeps (i + 1) / (i + 10)."""
-    stage = stage_of(replace(SMALL, ratio=2))
-    model, average = stage.learner.model, stage.learner.average
-    for index in range(2):
-        stage.step(index)
-    before = [mean.clone() for mean in average.parameters()]
-    stage.step(2)
-    for mean, after, factor in zip(before, average.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(after, torch.lerp(factor.detach(), mean, 2 / 11))
-
-
 def test_checkpointing_gives_the_same_losses() -> None:
     plain, saving = (stage_of(replace(REWARD, checkpointing=each)) for each in (False, True))
     for index in range(2):
