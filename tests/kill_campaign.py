@@ -252,24 +252,25 @@ def campaign(kind: str, kills: int, seed: int, seconds: float, folder: Path, tal
     number = 0
     while tally.kills[kind] < kills and time.monotonic() < deadline:
         number += 1
-        one_run(subject, kind, folder / f"run_{number:03d}", reference, rng, span, tally)
+        span = min(span, one_run(subject, kind, folder / f"run_{number:03d}", reference, rng, span, tally))
 
 
 def one_run(
     subject: Clip | Training, kind: str, folder: Path, reference: Path, rng: random.Random, span: float, tally: Tally
-) -> None:
-    """Kill a run at most four times, then let it end."""
+) -> float:
+    """Kill a run at most four times, then let it end; the longest that a part of it was seen to take, in seconds."""
     folder.mkdir()
-    safe = 0
+    safe, longest = 0, 0.0
     for attempt in range(5):
         delay = rng.uniform(0, span) if attempt < 4 else None
-        status, done, _ = forked(subject.run, folder, delay)
+        status, done, seconds = forked(subject.run, folder, delay)
+        longest = max(longest, seconds)
         killed = status == -signal.SIGKILL
         tally.kills[kind] += killed
         if not killed and status:
             said = log_of(folder).read_text(errors="replace").splitlines()[-1:]
             tally.unreadable.append(f"{folder}: a run ended with status {status}: {said}")
-            return
+            return longest
         try:
             safe = subject.check(folder, done, safe, reference, tally)
         except (ValueError, OSError, RuntimeError, EOFError) as error:
@@ -281,6 +282,7 @@ def one_run(
     elif left := subject.leftovers(folder):
         tally.different.append(f"{folder}: {', '.join(left)} left")
     tally.finished[kind] += 1
+    return longest
 
 
 def parsed() -> argparse.Namespace:

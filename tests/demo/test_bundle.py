@@ -62,7 +62,7 @@ def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
 
 
 def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
-    captions = held_out(12)
+    captions = held_out(6)
     clips = [*student_clips(demo.student, demo.text, demo.vae, captions)]
     found, others = (summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]]))
     assert found["colour"].mean > others["colour"].mean + 20

@@ -38,13 +38,13 @@ from autorefiner.refiner.wan.vae import LATENT_STD, WanVAE
 
 from tiny import TINY
 
+STAGES = ["vae", "decoder", "text", "teacher", "longer", "init", "student", "reward"]
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run of all stages, two steps each, over a shard of two clips."""
+
+def train_stage(folder: Path, what: str) -> None:
+    """`demo train` of a stage, or of all, with two steps each."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("the sprites' recipes need torch 2.9, for Muon")
-    folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
         patch.setattr(vae, "HELD_OUT", 8)
@@ -53,12 +53,27 @@ def run(tmp_path_factory) -> Path:
         patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
         kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
-        assert main(["demo", "train", "all", "--run", str(folder), *size, *kept]) == 0
+        assert main(["demo", "train", what, "--run", str(folder), *size, *kept]) == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """All stages, of which those that are there already are not trained again."""
+    train_stage(folder, "all")
     return folder
 
 
-@pytest.mark.parametrize("stage", ["vae", "decoder", "text", "teacher", "longer", "init", "student", "reward"])
-def test_every_stage_logs_draws_and_shows(run, stage) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_logs_draws_and_shows(folder, stage) -> None:
+    """In this order: each stage begins with what those before it have made."""
+    for each in ("clips", stage) if stage == "teacher" else (stage,):
+        train_stage(folder, each)
+    run = folder
     lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["loss"] > 0 for line in lines)
