@@ -2,16 +2,20 @@
 
 import os
 import sys
+from contextlib import suppress
 
-from .refiner.stopping import INTERRUPTED, handling
+from .refiner.stopping import INTERRUPTED, handle
 
 
 def main() -> int:
     """Run the command line. A signal before it starts, or after it ended, ends the process at once."""
-    with handling(leave):
-        from .nodes.cli import main as run
+    handle(leave)
+    from .nodes.cli import main as run
 
-        return run()
+    status = run()
+    with suppress(OSError):  # a closed pipe is reported at the exit
+        sys.stdout.flush()
+    return status
 
 
 def leave(*_: object) -> None:

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from ..refiner import cli
-
 RUN = """\
 Execute a ComfyUI workflow, saved with Export (API), without ComfyUI.
 
@@ -19,6 +17,8 @@ BASE/models/vae/ …"""
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; wrong input is one line on stderr and exit status 2."""
+    from ..refiner import cli
+
     return cli.main(argv, {"run": (add_run, run)})
 
 
@@ -51,4 +51,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ..__main__ import main as start
+
+    sys.exit(start())

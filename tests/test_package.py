@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import autorefiner
+from autorefiner.refiner.training.precision import allow_recompiling
+from autorefiner.refiner.wan import linear
 
 ROOT = Path(autorefiner.__file__).parent
 SOURCES = sorted((ROOT / "refiner").rglob("*.py"))
@@ -101,6 +104,24 @@ except ValueError as error:
 def test_an_older_torch_is_enough_for_all_but_what_needs_muon() -> None:
     ran = subprocess.run([sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
+
+
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
+def test_the_limit_of_compilations_is_set_by_either_name(monkeypatch, name: str) -> None:
+    config = SimpleNamespace(**{name: 8})
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    allow_recompiling(64)
+    assert vars(config) == {name: 64}
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
+    allow_recompiling(64)  # a torch with neither is left alone
+
+
+def test_a_linear_layer_needs_no_onednn(monkeypatch) -> None:
+    layer, x = linear.Linear(8, 4), torch.randn(3, 8)
+    expected = layer(x)
+    monkeypatch.setattr(linear, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(linear, "_multiply", None)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
 def test_every_folder_of_the_package_is_installed() -> None:

@@ -13,9 +13,12 @@ from autorefiner.refiner import stopping
 from autorefiner.refiner.stopping import INTERRUPTED, handling, interrupt
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-# Sends this process a signal as soon as a module is imported, which is put on the path as a sitecustomize.
+# Sends this process a signal as soon as a module is imported, or at its end, put on the path as a sitecustomize.
+AT_END = "the end"
 SENDER = """
-import os, signal, sys
+import atexit, os, signal, sys
+if {module!r} == {at_end!r}:
+    atexit.register(os.kill, os.getpid(), {number})
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
@@ -27,7 +30,7 @@ sys.meta_path.insert(0, Finder())
 
 def ended(command: list[str], folder: Path, module: str, number: int) -> tuple[int, list[str]]:
     """Exit status and lines on stderr of a command that is sent a signal while it imports a module."""
-    (folder / "sitecustomize.py").write_text(SENDER.format(module=module, number=int(number)))
+    (folder / "sitecustomize.py").write_text(SENDER.format(module=module, number=int(number), at_end=AT_END))
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -44,6 +47,13 @@ def test_a_signal_while_libraries_load_is_one_line(tmp_path, module, number) -> 
     if status == 0:
         pytest.skip(f"{module} is not imported by this torch")
     assert (status, lines) == (INTERRUPTED, ["stopped"])
+
+
+@BOTH
+@pytest.mark.parametrize("command", ["autorefiner", "autorefiner.nodes.cli"])
+@pytest.mark.parametrize("module", ["torch", AT_END])
+def test_a_signal_at_either_end_of_a_command_is_one_line(tmp_path, command, module, number) -> None:
+    assert ended([sys.executable, "-m", command, "--help"], tmp_path, module, number) == (INTERRUPTED, ["stopped"])
 
 
 @BOTH

@@ -50,8 +50,9 @@ class DmdObjective:
             tensors = (clean, *self._noised(part), part.context)
             _, loss = self.replay(self._critic_loss, *tensors, weight=part.weight)
             told.add({"loss": loss}, part.weight)
+        logged = told.floats()
         self.critic.update(index, 1.0, clip=10.0)
-        return told.floats()
+        return logged
 
     def _critic_loss(
         self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, weight: float

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -123,13 +124,13 @@ class Learner:
 
     def update(self, index: int, factor: float, clip: float = 1.0) -> None:
         """The step along the gradient that was gathered; ValueError, and no step, where that is not finite."""
-        global _updates
+        global _whole
         self.optimizer.set_factor(factor)
         try:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, error_if_nonfinite=True)
         except RuntimeError as error:
             raise ValueError("a gradient is not finite: lower the learning rate; the state before is kept") from error
-        _updates += 1
+        _whole = False
         self.optimizer.step()
         if not self.keep:
             return
@@ -155,12 +156,48 @@ class Learner:
             getattr(self, name).load_state_dict(part)
 
 
-_updates = 0
+_whole = True
 
 
-def updates_begun() -> int:
-    """Count the updates that learners of this process have begun: between two of them their state does not change."""
-    return _updates
+def is_whole() -> bool:
+    """Whether the state of what is trained here can be saved: no update has begun since `mark_whole`."""
+    return _whole
+
+
+def mark_whole() -> None:
+    """Say that the state is that between two steps, or tells how far into a step it is."""
+    global _whole
+    _whole = True
+
+
+class FirstHalf:
+    """The first of a step's two updates. It is a part of the state, so that a run may go on behind it."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """The step is complete, or has not begun."""
+        self.index, self.logged = -1, {}
+
+    def take(self, index: int, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What the update of step `index` logs; it is not made again where the state is behind it."""
+        if self.index != index:
+            self.clear()
+            self.logged = update()
+            self.index = index
+            mark_whole()
+        return dict(self.logged)
+
+    def state_dict(self) -> dict:
+        """Nothing between two steps."""
+        return {} if self.index < 0 else {"first_half": {"index": self.index, "logged": self.logged}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """From a stage's state."""
+        self.clear()
+        if "first_half" in state:
+            self.index, self.logged = (state["first_half"][name] for name in ("index", "logged"))
 
 
 class LearnerStage:

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ..files import open_exclusive
-from ..stopping import handling, interrupt, settle
+from ..stopping import SOON, call_later, handling, interrupt, settle
 from .curve import draw_curve
 from .distributed import is_first, load_shards, save_shards, saved_shards, world
-from .learner import updates_begun
+from .learner import is_whole, mark_whole
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 
@@ -131,19 +131,19 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -
             f"{options.run} has taken {start} steps, more than {options.steps}: ask for {start} or more, or train in"
             " another folder"
         )
-    with _Log(log, start, options.steps) as lines, _Steps(stage, options.run, start) as steps:
+    with _Steps(stage, options.run, start) as steps, _Log(log, start, options.steps) as lines:
         if start and options.shows(start) and not sheet_path(options.run, start).exists():
-            show(stage, options.run, start, watch)  # its drawing was interrupted
+            _show_again(stage, options.run, start, watch, lines)
         for index in range(start, options.steps):
             began = time.perf_counter()
             with steps.taking():
                 watch.report(index)
                 logged = _step(stage, index)
-            try:
-                if options.shows(steps.taken):
-                    logged |= show(stage, options.run, steps.taken, watch)
-            finally:
-                lines.add(index, logged, time.perf_counter() - began)
+                lines.pending = index, logged, began
+            if options.shows(steps.taken):
+                show(stage, options.run, steps.taken, watch, logged)
+            with steps.waiting():
+                lines.write()
             watch.add(index, logged)
             if options.saves(steps.taken) or steps.asked:
                 steps.save()
@@ -154,12 +154,25 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -
     watch.report(options.steps)
 
 
-def show(stage: Stage, run: Path, done: int, watch: Watch) -> dict[str, float]:
-    """Draw the sample sheet after `done` steps; its scores."""
-    scores, path = stage.show(run, done), sheet_path(run, done)
+def show(stage: Stage, run: Path, done: int, watch: Watch, logged: dict[str, float]) -> None:
+    """Draw the sample sheet after `done` steps and log its scores. One that is not scored is not left behind."""
+    path = sheet_path(run, done)
+    try:
+        logged |= stage.show(run, done)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     if path.exists():
         watch.sheet(path)
-    return scores
+
+
+def _show_again(stage: Stage, run: Path, done: int, watch: Watch, lines: "_Log") -> None:
+    """Draw a sheet whose drawing was interrupted."""
+    scores: dict[str, float] = {}
+    try:
+        show(stage, run, done, watch, scores)
+    finally:
+        lines.complete(done - 1, scores)
 
 
 def sheet_path(run: Path, done: int) -> Path:
@@ -177,7 +190,7 @@ class _Steps:
     def __init__(self, stage: Stage, run: Path, taken: int) -> None:
         self.stage, self.run = stage, run
         self.taken = self.saved = taken
-        self.stepping = self.changed = self.asked = False
+        self.waits = self.asked = False
         others = () if world() > 1 else (signal.default_int_handler, interrupt)
         self.handled = handling(self._ask, instead_of=others) if others else nullcontext()
 
@@ -187,32 +200,41 @@ class _Steps:
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         settle()
+        self.waits = kind is not None
         try:
-            if kind is not None and not self.changed and self.taken > self.saved and world() == 1:
+            if kind is not None and is_whole() and self.taken > self.saved and world() == 1:
                 self.save()
         finally:
             self.handled.__exit__(kind, *error)
 
     def _ask(self, *_: object) -> None:
-        if self.asked or not self.stepping:
-            self.asked = True
+        first, self.asked = not self.asked, True
+        if not self.waits:
             interrupt()
-        self.asked = True
-        print("stopping after this step (Ctrl-C again to stop now)", file=sys.stderr)
+        if first:
+            print("stopping after this step (Ctrl-C again to stop now)", file=sys.stderr)
+        elif is_whole():
+            interrupt()
+        else:  # within an update, which is short
+            call_later(self._ask, SOON)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let a first signal wait for the end of what is done here."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Take a step. One that ends by an error counts as not begun where no update had begun."""
-        before, self.stepping, self.changed = updates_begun(), True, True
-        try:
+        """Take a step. One that ends by an error does not count; what its updates changed is not saved."""
+        mark_whole()
+        with self.waiting():
             yield
-        except BaseException:
-            self.changed = updates_begun() != before
-            raise
-        finally:
-            self.stepping = False
-        self.taken += 1
-        self.changed = False
+            self.taken += 1
+            mark_whole()
 
     def save(self) -> None:
         """Save the state after the steps that were taken."""
@@ -236,25 +258,48 @@ class _Log:
 
     def __init__(self, path: Path | None, start: int, steps: int) -> None:
         self.path = path
+        self.pending: tuple[int, dict[str, float], float] | None = None  # step, figures, when it began
         if path is not None:
-            kept = path.with_name(f".{path.name}.partial")
-            kept.write_text("".join(_lines_before(path, start)))
-            os.replace(kept, path)  # whole at any time, so that a kill loses no line
-            self.file = open(path, "a")  # noqa: SIM115, closed at the end
+            self._begin(_lines_before(path, start))
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def _begin(self, lines: list[str]) -> None:
+        """Go on behind these lines. The file is whole at any time, so that a kill loses no line."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115, closed at the end
 
     def __enter__(self) -> "_Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
+            self.write()
+        finally:
             self.bar.close()
             self.file.close()
 
-    def add(self, index: int, logged: dict[str, float], seconds: float) -> None:
-        if self.path is None:
+    def complete(self, index: int, scores: dict[str, float]) -> None:
+        """Add the scores of a sheet to the last line, if it is that of step `index`."""
+        if self.path is None or not scores:
             return
-        self.file.write(json.dumps({"step": index, **logged, "seconds": round(seconds, 3)}) + "\n")
+        *before, last = _lines_before(self.path, index + 1) or [""]
+        if _step_of(last) == index:
+            row = json.loads(last)
+            seconds = {"seconds": row.pop("seconds", 0.0)}
+            self.file.close()
+            self._begin([*before, json.dumps({**row, **scores, **seconds}) + "\n"])
+
+    def write(self) -> None:
+        """Write the line of the step that was taken, unless it is there."""
+        if self.path is None or self.pending is None:
+            return
+        (index, logged, began), self.pending = self.pending, None
+        seconds = round(time.perf_counter() - began, 3)
+        self.file.write(json.dumps({"step": index, **logged, "seconds": seconds}) + "\n")
         self.file.flush()
         self.bar.update()
         self.bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logged.items()))

@@ -23,7 +23,7 @@ from ..wan.upload import upload
 from .adapters import attach_branches, branch_parameters, pairs_of
 from .distributed import rank, sharded, world
 from .dmd_objective import BETAS
-from .learner import Learner, stream
+from .learner import FirstHalf, Learner, stream
 from .objective import Means, Objective, Part
 from .options import RefineOptions
 from .precision import mixed_precision, training_host
@@ -56,6 +56,7 @@ class RefineStage:
         self.factors = branch_parameters(self.tree)
         self.learner = Learner(nn.ParameterList(self.factors.values()), options.learning_rate, options.ema, BETAS)
         self.replay = Replay(self.learner.model, self.device, eager=not replayable(options, self.base))
+        self.first_half = FirstHalf()
 
     def allocate(self) -> None:
         """Bring the optimisers' state to where it can be read in place."""
@@ -63,16 +64,18 @@ class RefineStage:
             learner.allocate()
 
     def state_dict(self) -> dict:
-        return {"factors": self.learner.state_dict(), **self.objective.state_dict()}
+        return {"factors": self.learner.state_dict(), **self.objective.state_dict(), **self.first_half.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.learner.load_state_dict(state["factors"])
         self.objective.load_state_dict(state)
+        self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
-        logged = self.objective.prepare(index, self._samples(index))
+        logged = self.first_half.take(index, lambda: self.objective.prepare(index, self._samples(index)))
         if index % self.objective.ratio == 0:
             logged |= self._teach(index)
+        self.first_half.clear()
         return logged
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
@@ -97,8 +100,9 @@ class RefineStage:
             fixed = {"exit_level": part.exit_level, "weight": part.weight, **others}
             figures = self.replay(self._loss, part.path, part.context, *tensors, **fixed)
             told.add({name: figure for name, figure in figures.items() if name != MINIMISED}, part.weight)
+        logged = told.floats()
         self.learner.update(index // self.objective.ratio, 1.0, clip=10.0)
-        return told.floats()
+        return logged
 
     def _loss(
         self, path: Tensor, context: Tensor, *tensors: Tensor, exit_level: int, weight: float, **others: Hashable

@@ -97,6 +97,23 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 
 
+def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_other(base: Path, monkeypatch) -> None:
+    teach = RefineStage._teach
+
+    def fail(stage: RefineStage, index: int) -> dict:
+        if index == 2:
+            raise RuntimeError("out of memory")
+        return teach(stage, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RefineStage, "_teach", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            execute(training(vae=None), base)
+    assert train_plan.steps_taken(base / "output" / "autorefiner" / "mine") == 2
+    on, through = execute(training(vae=None), base)["3"], execute(training(run="other", vae=None), base)["3"]
+    assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
+
+
 def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch) -> None:
     own, before = RefineStage.step, signal.getsignal(signal.SIGINT)
 

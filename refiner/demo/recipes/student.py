@@ -20,7 +20,7 @@ from ...rollout import Rollout, add_noise
 from ...schedule import plan_chunks
 from ...training.ahead import Ahead, helpers
 from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
-from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.precision import mixed_precision, training_host
 from ...training.replay import Replay
 from ...training.self_rollout import self_rollout
@@ -147,25 +147,33 @@ class DistilStage:
         self.teacher = CausalWan(teacher.model, teacher.config, host)
         self.of_critic, self.of_generator = (Replay(one.model, self.device) for one in (self.critic, self.generator))
         self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
+        self.first_half = FirstHalf()
 
     def state_dict(self) -> dict:
-        return {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
+        states = {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
+        return states | self.first_half.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
+        self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
         """Every step the critic learns, and the generator every `ratio`-th."""
-        teaches = index % self.options.ratio == 0
         for_critic, for_generator = self.prompts(index)
-        (loss,) = self._teach(index, 0, for_critic, self.of_critic, self._critic_loss)
-        self.critic.update(index, 1.0, clip=10.0)
-        logged = {"loss": loss}
-        if teaches:
-            _, logged["generator"] = self._teach(index, 1, for_generator, self.of_generator, self._generator_loss)
+        logged = self.first_half.take(index, lambda: self._teach_critic(index, for_critic))
+        if index % self.options.ratio == 0:
+            _, size = self._teach(index, 1, for_generator, self.of_generator, self._generator_loss)
+            logged["generator"] = size.item()
             self.generator.update(index // self.options.ratio, 1.0, clip=10.0)
-        return {name: figure.item() for name, figure in logged.items()}
+        self.first_half.clear()
+        return logged
+
+    def _teach_critic(self, index: int, prompts: list[str]) -> dict[str, float]:
+        (loss,) = self._teach(index, 0, prompts, self.of_critic, self._critic_loss)
+        logged = {"loss": loss.item()}
+        self.critic.update(index, 1.0, clip=10.0)
+        return logged
 
     def _teach(self, index: int, use: int, prompts: list[str], replay: Replay, loss_of: Callable) -> Sequence[Tensor]:
         """Gradients of one of the two networks: on the student's own clips [B, 16, F, h, w], stopped at one level for
