@@ -21,6 +21,15 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
+def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
+    """Return the first NAME_00001_.mp4, counting from `counter`, that no finished or partial file uses."""
+    while True:
+        path = folder / f"{name}_{counter:05}_{suffix}"
+        if not path.exists() and not partial_path(path).exists():
+            return path
+        counter += 1
+
+
 def renames_open_files() -> bool:
     """Whether a file may be renamed and deleted while it is open, as on any system but Windows."""
     return fcntl is not None

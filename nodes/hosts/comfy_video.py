@@ -18,6 +18,7 @@ from comfy.cli_args import args
 from comfy_api.latest import Input, InputImpl, io, ui
 from torch import Tensor, nn
 
+from ...refiner.files import unused_path
 from ...refiner.video import VideoWriter, as_bytes
 from ..run import CHANNELS
 from .page import show
@@ -66,10 +67,13 @@ def cache_layers(decoder: nn.Module) -> int:
 
 
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
-    """A new path in the output folder: PREFIX_00001_.mp4, counted on; ComfyUI refuses a prefix that leaves it."""
+    """A new path in the output folder: PREFIX_00001_.mp4, counted on; ComfyUI refuses a prefix that leaves it.
+
+    ComfyUI starts at 1 again for a prefix that ends in a slash.
+    """
     root = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, width, height)
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+    return unused_path(Path(folder), name, suffix, counter)
 
 
 def graph_metadata(hidden: io.HiddenHolder) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ...refiner.demo import bundle
 from ...refiner.demo.captions import misread
 from ...refiner.estimate import available_bytes
-from ...refiner.files import partial_path
+from ...refiner.files import unused_path
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
@@ -314,15 +314,12 @@ def input_path(name: str) -> Path:
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
     """A new path in the output folder: PREFIX_00001_.mp4, counted on, also behind what an interrupted run left."""
     stem = inside(_place.outputs, prefix, "filename_prefix")
-    counter = 1
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        while any(map(Path.exists, (path := stem.with_name(f"{stem.name}_{counter:05}_{suffix}"), partial_path(path)))):
-            counter += 1
+        return unused_path(stem.parent, stem.name, suffix)
     except OSError as error:
         shown = prefix if len(prefix) <= 60 else f"{prefix[:60]}…"
         raise ValueError(f"filename_prefix {shown!r} cannot be written ({error.strerror}): give another") from error
-    return path
 
 
 def graph_metadata(hidden: object = None) -> dict[str, str]:

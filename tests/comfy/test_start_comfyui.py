@@ -57,3 +57,19 @@ def test_a_decoded_video_holds_prompt_and_workflow(server: Server) -> None:
         assert json.loads(container.metadata["prompt"])["3"]["class_type"] == "AutoRefinerSampler"
         assert container.streams.video[0].average_rate == 12.5
         assert container.streams.video[0].frames == 5
+
+
+@pytest.mark.parametrize("prefix", ["numbered/a", "numbered/b/"])
+def test_no_run_takes_the_name_of_a_finished_or_partial_file(server: Server, prefix: str) -> None:
+    graph, folder = short(5), server.base / "output" / "numbered"
+    del graph["5"], graph["6"]
+    folder.mkdir(exist_ok=True)
+    left = folder / f"{prefix[9]}_00001_.partial.mp4"
+    left.write_bytes(b"what is finished")
+    for fps in (8, 16):  # what did not change is not run again
+        graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=fps, filename_prefix=prefix)
+        server.run(graph)
+    assert left.read_bytes() == b"what is finished"
+    written = sorted(folder.glob(f"{prefix[9]}_0000?_.mp4"))
+    assert [path.name[2:7] for path in written] == ["00002", "00003"]
+    assert [len(decoded(path)) for path in written] == [5, 5]
