@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ BT709 = 1  # of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
     """Frames a second as the fraction that is meant: 23.976 is 2997/125, 24000/1001 as a float is itself."""
-    rate = Fraction(fps).limit_denominator(1001)
-    if not rate > 0:
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps < math.inf else 0
+    if not rate:
         raise ValueError(f"{fps} frames a second: give a number above 0, like 16 or 23.976")
     return rate
 

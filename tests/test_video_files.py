@@ -204,7 +204,7 @@ def test_frames_come_at_the_rate_that_was_asked_for(tmp_path, fps, rate) -> None
     assert len(decoded(tmp_path / "a.mp4")) == 9  # at index / rate exactly
 
 
-@pytest.mark.parametrize("fps", [0, -1, 0.0])
+@pytest.mark.parametrize("fps", [0, -1, 0.0, 1e-9, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(tmp_path, fps) -> None:
     with pytest.raises(ValueError, match="frames a second"):
         VideoWriter(tmp_path / "a.mp4", 48, 32, fps)
