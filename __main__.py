@@ -11,8 +11,11 @@ def main() -> int:
     """Run the command line. A signal before it starts, or after it ended, ends the process at once."""
     handle(leave)
     from .nodes.cli import main as run
+    from .refiner.training.distributed import end_process, is_one_of_several
 
     status = run()
+    if is_one_of_several():
+        end_process(status)
     with suppress(OSError):  # a closed pipe is reported at the exit
         sys.stdout.flush()
     return status

@@ -1,9 +1,6 @@
 """A training in two processes: the losses and the refiner of one, and it goes on from what both have saved."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,24 @@ from safetensors.torch import load_file
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.training.distributed import check_torch, load_shards
 
-from tiny_bundle import use_bundle, write_tiny_bundle
+from tiny_bundle import start_forkserver, train_in_processes, use_bundle, write_tiny_bundle
 
 pytest.importorskip("peft")
 
 INNER = {
-    "dmd": 'batch = 4\nratio = 1\nprevious = "joint"\ncheckpointing = true',
+    "dmd": 'batch = 2\nratio = 1\nprevious = "joint"\ncheckpointing = true',
     "reward": 'batch = 2\naccumulation = 2\nobjective = "reward"\n[[rewards]]\nkind = "sprites"',
 }
+FRAMES = {"dmd": 4, "reward": 3}  # two chunks and one
 
 
 def write(folder: Path, name: str, steps: int, objective: str) -> Path:
     """A training's file; all steps of one name share a run."""
     path = folder / f"{name}_{steps}.toml"
     path.write_text(
-        f'out = "{name}.safetensors"\nrun = "{name}_run"\nsave_every = 2\nshow_every = 3\n[refiner]\nsteps = {steps}\n'
-        f'rank = 3\nframes = 4\nshown = 1\nprecision = "fp32"\nlearning_rate = 1e-3\n{INNER[objective]}\n'
+        f'out = "{name}.safetensors"\nrun = "{name}_run"\nsave_every = 2\nshow_every = 2\n[refiner]\nsteps = {steps}\n'
+        f'rank = 3\nframes = {FRAMES[objective]}\nshown = 1\nprecision = "fp32"\nlearning_rate = 1e-3\n'
+        f"{INNER[objective]}\n"
     )
     return path
 
@@ -49,50 +48,63 @@ def rows_of(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder where two processes have trained for both objectives; the first training was ended and gone on with."""
+def folder(tmp_path_factory) -> Path:
+    """A folder with tiny models to train with; processes are started behind the imports from here on."""
     try:
         check_torch(torch.__version__)
     except ValueError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("two")
     write_tiny_bundle(folder / "models")
-    trainings = [("dmd", 2), ("dmd", 3), ("reward", 3)]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("tiny_bundle.py")), str(folder / "models")]
-    command += [str(write(folder, f"two_{objective}", steps, objective)) for objective, steps in trainings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], check=False, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    expected = [str(folder / f"two_{objective}.safetensors") for objective, _ in trainings]
-    assert done.stdout.split() == expected  # the first process speaks alone
+    start_forkserver()
     return folder
 
 
-@pytest.mark.parametrize("objective", ["dmd", "reward"])
-def test_two_processes_train_as_one(trained, monkeypatch, objective) -> None:
-    use_bundle(trained / "models", monkeypatch.setattr)
-    assert main(["train", str(write(trained, f"one_{objective}", 3, objective)), "--device", "cpu"]) == 0
-    found, expected = (rows_of(trained / f"{name}_{objective}_run") for name in ("two", "one"))
-    assert [row.keys() for row in found] == [row.keys() for row in expected]
-    for left, right in zip(found, expected, strict=True):
-        assert left == {name: pytest.approx(value, rel=2e-4, abs=1e-6) for name, value in right.items()}
-    left, right = (load_file(trained / f"{name}_{objective}.safetensors") for name in ("two", "one"))
-    assert left.keys() == right.keys()
-    assert all(torch.allclose(left[name].float(), right[name].float(), atol=2e-3) for name in left)
-
-    run = trained / f"two_{objective}_run"
-    assert [path.name for path in run.glob("state*")] == ["state_00000003"]
-    assert (run / "sheet_000003.png").exists()
-
-
-def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch, capsys) -> None:
-    models = tmp_path / "models"
-    write_tiny_bundle(models)
-    use_bundle(models, monkeypatch.setattr)
+def test_a_run_goes_on_as_it_was_begun(folder, tmp_path, monkeypatch, capsys) -> None:
+    use_bundle(folder / "models", monkeypatch.setattr)
     (tmp_path / "one_run" / "state_00000001").mkdir(parents=True)
     assert main(["train", str(write(tmp_path, "one", 3, "dmd")), "--device", "cpu"]) == 2
     assert "several processes" in capsys.readouterr().err
+
+
+def train_two(folder: Path, objective: str, steps: int) -> None:
+    """Train in two processes up to that step."""
+    config = write(folder, f"two_{objective}", steps, objective)
+    assert train_in_processes(folder / "models", [config], 2, folder) == [0, 0], (folder / "err_1").read_text()[-4000:]
+    assert (folder / "out_0").read_text() == f"{folder}/two_{objective}.safetensors\n"
+    assert not (folder / "out_1").read_text()  # the first process speaks alone
+
+
+@pytest.fixture(scope="module")
+def begun(folder) -> Path:
+    """The folder, where two processes have taken a first step by DMD."""
+    train_two(folder, "dmd", 1)
+    return folder
+
+
+def test_each_process_writes_its_shard_of_a_state(begun) -> None:
+    (state,) = (begun / "two_dmd_run").glob("state*")
+    assert state.name == "state_00000001"
+    assert len([*state.glob("*.distcp")]) == 2
+
+
+@pytest.mark.parametrize("objective", ["dmd", "reward"])
+def test_two_processes_train_as_one(begun, monkeypatch, objective) -> None:
+    """By DMD they go on from what both have saved."""
+    train_two(begun, objective, 2)
+    use_bundle(begun / "models", monkeypatch.setattr)
+    assert main(["train", str(write(begun, f"one_{objective}", 2, objective)), "--device", "cpu"]) == 0
+    found, expected = (rows_of(begun / f"{name}_{objective}_run") for name in ("two", "one"))
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for left, right in zip(found, expected, strict=True):
+        assert left == {name: pytest.approx(value, rel=2e-4, abs=1e-6) for name, value in right.items()}
+    left, right = (load_file(begun / f"{name}_{objective}.safetensors") for name in ("two", "one"))
+    assert left.keys() == right.keys()
+    assert all(torch.allclose(left[name].float(), right[name].float(), atol=2e-3) for name in left)
+
+    run = begun / f"two_{objective}_run"
+    assert [path.name for path in run.glob("state*")] == ["state_00000002"]
+    assert (run / "sheet_000002.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads here

@@ -62,6 +62,11 @@ def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
     figures = residuals.figures()
     assert set(figures) == {"change 750", "distance 750"}
     assert figures["change 750"].item() == pytest.approx((0.2 + 0.4 + 3) / 3)
+    shifted = Residuals()
+    shifted(noise, torch.full_like(noise, -3.0), level)
+    figures = shifted.figures()
+    assert figures["change 750"].item() == pytest.approx(3)
+    assert figures["distance 750"].item() == pytest.approx(0.5 * 3**2, rel=0.05)
     assert Residuals().penalty(noise.device).item() == 0
     assert Residuals().figures() == {}
 
@@ -176,6 +181,25 @@ def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
         torch.testing.assert_close(new, keep * old + (1 - keep) * factor.detach())
 
 
+@pytest.mark.parametrize(
+    ("method", "levels", "refined"),
+    [("autorefiner", (500,), {"change 500"}), ("init-noise", (750, 500), {"change 1000"}), ("lora", (750, 500), set())],
+)
+def test_a_training_refines_the_levels_of_its_method_alone(method, levels, refined) -> None:
+    logged = stage_of(replace(SMALL, method=method, levels=levels)).step(0)
+    assert {name for name in logged if name.startswith("change")} == refined
+
+
+def test_a_fresh_lora_is_the_base_and_its_head_speaks() -> None:
+    stage = stage_of(replace(SMALL, method="lora"))
+    with torch.no_grad():
+        context = encode(PROMPTS[:2])
+        made = self_rollout(stage.rollout(context, WhiteNoise(3), stage.refiner()), exit_level=3)
+        plan = RunPlan(SMALL.preset, SMALL.frames, SMALL.height, SMALL.width, batch=2)
+        sampled = torch.cat(list(sample(stage.base, context, plan, noise=WhiteNoise(3))), dim=2)
+    torch.testing.assert_close(made, sampled, atol=1e-5, rtol=1e-5)
+
+
 def test_checkpointing_gives_the_same_losses() -> None:
     plain, saving = (stage_of(replace(REWARD, checkpointing=each)) for each in (False, True))
     for index in range(2):
@@ -241,6 +265,13 @@ def test_means_of_parts() -> None:
 def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
     with pytest.raises(ValueError, match=said):
         RefineOptions(**wrong)
+
+
+def test_options_are_the_documented_ones_by_default() -> None:
+    options = RefineOptions()
+    assert (options.rank, options.ratio, options.ema, options.l2, options.guidance) == (64, 5, 0.99, 1.0, 3.0)
+    assert (options.levels, options.history, options.previous) == ((750, 500, 250), "shared", "pending")
+    assert options.exits == [1, 2, 3]
 
 
 def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:

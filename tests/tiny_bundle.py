@@ -1,11 +1,12 @@
-"""Tiny random models in the place of the demo's, for tests of training; as a script, a training of several processes.
+"""Tiny random models in the place of the demo's, for tests of training, in one process or several."""
 
-torchrun --nproc-per-node 2 tests/tiny_bundle.py MODELS CONFIG.toml …
-"""
-
-import sys
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -14,7 +15,7 @@ from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
-from autorefiner.refiner.training.distributed import distributed
+from autorefiner.refiner.training.distributed import distributed, end_process
 from autorefiner.refiner.wan.transformer import WanConfig, WanTransformer
 from autorefiner.refiner.wan.vae import WanVAE
 
@@ -43,7 +44,41 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
     put(training, "WEIGHTS", models)
 
 
-if __name__ == "__main__":
-    use_bundle(Path(sys.argv[1]))
+def start_forkserver() -> BaseContext:
+    """Start the process that others are forked from, if it is not there, and let it import what they need."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    process = context.Process(target=os.getpid)
+    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # the server has no other path to it
+        process.start()
+    process.join()
+    return context
+
+
+def train_in_processes(models: Path, configs: Sequence[Path], count: int, folder: Path) -> list[int]:
+    """Train in `count` processes, one file's training after the other; returns the exit statuses.
+
+    The processes are as torchrun makes them, but forked behind the imports. What each prints is in the folder: `out_0`,
+    `err_0` and so on.
+    """
+    context = start_forkserver()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    processes = [context.Process(target=_train, args=(models, configs, folder, environment, i)) for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _train(models: Path, configs: Sequence[Path], folder: Path, environment: dict[str, str], rank: int) -> None:
+    """Train as one of several processes, and end it."""
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    use_bundle(models)
     with distributed(torch.device("cpu")):
-        sys.exit(max(main(["train", path, "--device", "cpu"]) for path in sys.argv[2:]))
+        status = max(main(["train", str(path), "--device", "cpu"]) for path in configs)
+    end_process(status)

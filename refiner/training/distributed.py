@@ -5,6 +5,7 @@ Each process makes its own rows of every step's clips. With one process nothing 
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
 
     Where they are joined already they stay so: gloo does not join twice in one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_one_of_several():
         yield device
         return
     check_torch(torch.__version__)
@@ -46,6 +48,22 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
         dist.barrier()  # the others wait for what the first one writes
     finally:
         dist.destroy_process_group()
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def end_process(status: int) -> NoReturn:
+    """End one of several processes with this exit status, without taking the interpreter down.
+
+    Gloo's threads outlive their group (seen with torch 2.13), and one that asks for the interpreter's lock while it is
+    taken down aborts the process: "terminate called without an active exception".
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_torch(version: str) -> None:
