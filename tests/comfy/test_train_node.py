@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -114,8 +115,16 @@ def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_ot
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 
 
-def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch) -> None:
-    own, before = RefineStage.step, signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def ctrl_c() -> Iterator[object]:
+    """The handler that Ctrl-C has in a terminal; a job in the background may have been started without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch, ctrl_c) -> None:
+    own = RefineStage.step
 
     def step(stage: RefineStage, index: int) -> dict:
         for _ in range({1: 1, 2: 2}.get(index, 0)):
@@ -127,7 +136,7 @@ def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base:
     for _ in range(2):  # the second training begins with step 2, which is ended at once
         with pytest.raises(KeyboardInterrupt):
             execute(training(vae=None), base)
-        assert train_plan.steps_taken(run) == 2 and signal.getsignal(signal.SIGINT) is before
+        assert train_plan.steps_taken(run) == 2 and signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) -> None:

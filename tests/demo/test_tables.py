@@ -34,7 +34,7 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     for module in (rows, tables):
         monkeypatch.setattr(module, "WEIGHTS", models)
     out, run = tmp_path / "RESULTS.md", tmp_path / "run"
-    command = ["demo", "tables", "--quick", "--tables", "1", "--run", str(run), "--out", str(out)]
+    command = ["demo", "tables", "--quick", "--tables", "1", "--captions", "1", "--run", str(run), "--out", str(out)]
     assert main(command) == 0
     text = out.read_text()
     for name in ("base", "+LoRA (dmd)", "+InitNoiseRefiner (dmd)", "+AutoRefiner (dmd)"):
