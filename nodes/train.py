@@ -12,6 +12,7 @@ from .train_plan import (
     METHODS,
     MOST_TEXT,
     OBJECTIVES,
+    WARMUP,
     WIDEST,
     Asked,
     begin,
@@ -69,7 +70,10 @@ def widgets() -> list:
         io.Int.Input("height", default=480, min=16, max=WIDEST, step=16, tooltip="Pixels, a multiple of 16."),
         io.Int.Input("length", default=81, min=1, max=LONGEST, step=4, tooltip="Pixel frames of a clip: 1 + 4n."),
         io.Int.Input("rank", default=64, min=1, max=256, tooltip="Of the LoRA; the paper's is 128."),
-        io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1e-2, step=1e-7, tooltip="2e-5 for rewards."),
+        io.Float.Input(
+            "learning_rate", default=1e-3, min=1e-7, max=1e-2, step=1e-7,
+            tooltip="Rises over the first updates and falls to 0 along a cosine.",
+        ),
         io.Int.Input(
             "seed", default=0, min=0, max=(1 << 62) - 1, control_after_generate=True,
             tooltip="Of the LoRA's start and of all noise.",
@@ -94,14 +98,15 @@ def advanced_widgets() -> list:
             tooltip="Levels whose noise is refined, like 750, 500. Empty: all but the first.",
         ),
         io.Int.Input(
-            "accumulation", default=1, min=1, max=256, advanced=True, tooltip="Batches a step, one after the other.",
+            "accumulation", default=16, min=1, max=256, advanced=True,
+            tooltip="Batches a step, one after the other. The refiner's gradient shows from 64 clips a step on.",
         ),
         io.Float.Input(
-            "l2", default=1.0, min=0.0, max=1000.0, step=0.01, advanced=True,
+            "l2", default=0.03, min=0.0, max=1000.0, step=0.01, advanced=True,
             tooltip="With a reward: how much a change of the noise costs.",
         ),
         io.Int.Input(
-            "critic_ratio", default=5, min=1, max=100, advanced=True,
+            "critic_ratio", default=2, min=1, max=100, advanced=True,
             tooltip="With dmd: steps of the critic for one of the refiner.",
         ),
         io.Combo.Input(
@@ -120,6 +125,10 @@ def advanced_widgets() -> list:
             "guidance", default=GUIDANCE, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
             tooltip="With dmd: how far the teacher is pushed from no prompt to the prompt. 0 is the teacher as it is;"
             " 3 is what samplers call a cfg of 4.",
+        ),
+        io.Int.Input(
+            "critic_warmup", default=WARMUP, min=0, max=1_000_000, optional=True, advanced=True,
+            tooltip="With dmd: steps of the critic before the refiner's first update, at most a quarter of all.",
         ),
     ]  # fmt: skip
 

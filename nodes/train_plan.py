@@ -27,7 +27,7 @@ OBJECTIVES, METHODS = ("dmd", "reward"), ("autorefiner", "init-noise")
 MOST_PROMPTS, MOST_TEXT = 4096, 1 << 20
 LONGEST, WIDEST = 1021, 2048  # pixel frames; pixels a side
 GROWS = ("steps",)  # what a run that goes on may be asked for anew
-GUIDANCE = RefineOptions().guidance
+GUIDANCE, WARMUP = RefineOptions().guidance, RefineOptions().critic_warmup
 COPIES = 6  # of the weights that a teacher takes: itself, and what learns with its average, gradient and Adam's two
 
 
@@ -65,6 +65,7 @@ class Asked:
     chunk_schedule: ChunkSchedule | None = None
     reflective_cache: ReflectiveCache | None = None
     guidance: float = GUIDANCE
+    critic_warmup: int = WARMUP
 
     def options(self, facts: ModelFacts) -> RefineOptions:
         """How to train a refiner of this MODEL; ValueError for what does not go together."""
@@ -80,6 +81,7 @@ class Asked:
             accumulation=self.accumulation, frames=frames, height=height, width=width,
             learning_rate=self.learning_rate, ratio=self.critic_ratio, l2=self.l2, preset=preset, seed=self.seed,
             checkpointing=self.checkpointing, precision=self.precision, guidance=self.guidance,
+            critic_warmup=self.critic_warmup,
         )  # fmt: skip
 
     def refined(self, preset: Preset) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..refiner.train import SHEET_PROMPTS, Sheets
+from ..refiner.train import SHEET_PROMPTS, Sheets, hold_out
 from ..refiner.training.dmd_objective import DmdObjective
 from ..refiner.training.loop import LoopOptions, Watch, train
 from ..refiner.training.objective import Objective
@@ -62,7 +62,8 @@ def stage_of(asked: Asked, options: RefineOptions) -> Iterator[RefineStage]:
     show = Sheets(base, contexts, vae, prompts[:SHEET_PROMPTS]) if vae is not None else lambda *_: {}
     with asked.reward.on(device) if options.objective == "reward" else nullcontext() as rewards:
         objective = make_objective(asked, options, contexts, vae, rewards)
-        yield RefineStage(options, base, objective, prompts, contexts, show)
+        trained, unseen = hold_out(prompts)
+        yield RefineStage(options, base, objective, trained, contexts, show, unseen)
 
 
 def make_objective(

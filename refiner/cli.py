@@ -39,7 +39,7 @@ from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .stopping import INTERRUPTED, handling, interrupt, settle
-from .train import run_training
+from .train import run_probe, run_training
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
 from .wan.checkpoint import describe, inspect
@@ -73,9 +73,10 @@ Train a noise refiner as a TOML file says; killed or stopped, the same command g
   out = "sprites.refiner.safetensors"
   [refiner]
   objective = "reward"
-  learning_rate = 2e-5
   [[rewards]]
   kind = "sprites"
+
+Before a long training, --probe says whether its gradient has a signal.
 
 In several processes, which share the batch and hold a part of each network:
 
@@ -141,6 +142,10 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
         "train", help="train a refiner", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_argument("config", type=Path, metavar="CONFIG.toml")
+    about = "do not train: say whether the gradient has a signal, after the critic's warm-up, which is saved"
+    command.add_argument("--probe", action="store_true", help=about)
+    about = "independent batches that --probe compares (default %(default)s)"
+    command.add_argument("--batches", type=int, default=8, metavar="N", help=about)
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
     add_demo(commands)
     for add in more:
@@ -266,6 +271,11 @@ def what_is_there(job: Job, begun: float) -> str:
 
 def run_train(args: argparse.Namespace) -> int:
     with distributed(pick_device(args.device)) as device:
+        if args.probe:
+            found = run_probe(args.config, device, args.batches)
+            if is_first():
+                print("\n".join(found.lines()))
+            return 0
         path = run_training(args.config, device)
         if is_first():
             print(path)

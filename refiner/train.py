@@ -24,8 +24,9 @@ from .train_config import SPRITES, RewardConfig, TrainConfig
 from .training.begun import begin, digest
 from .training.distributed import is_first, whole, world
 from .training.dmd_objective import DmdObjective
-from .training.loop import LoopOptions, keep_freed_memory, train
+from .training.loop import LoopOptions, keep_freed_memory, restore, train
 from .training.objective import Objective
+from .training.probe import Probe, probe
 from .training.refine import RefineStage
 from .training.reward_objective import RewardObjective
 from .training.rewards.clip import SINGLE, load_clip_reward
@@ -40,6 +41,7 @@ from .wan.vae import WanVAE
 MAX_PROMPTS = 1_000_000
 SPRITE_PROMPTS = 4096
 SHEET_PROMPTS = 4
+HELD_OUT = 16  # prompts
 MAY_CHANGE = ("steps", "shown", "compiled", "checkpointing")  # when a run goes on
 
 
@@ -101,9 +103,23 @@ def warn_of_misread(prompts: Sequence[str]) -> None:
         )
 
 
+def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and held-out ones."""
+    prompts = read_prompts(config.prompts)
+    if config.prompts == SPRITES:
+        return prompts, [caption.text for caption in held_out(HELD_OUT)]
+    return hold_out(prompts)
+
+
+def hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and the last tenth, at most 16, to compare with the base on."""
+    count = min(HELD_OUT, len(prompts) // 10)
+    return prompts[: len(prompts) - count], prompts[len(prompts) - count :]
+
+
 def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     """Everything that a training needs, loaded and checked."""
-    prompts = read_prompts(config.prompts)
+    prompts, unseen = split_prompts(config)
     base = load_network(config.base, "student", device)
     if config.base == SPRITES and not config.text_encoder and config.prompts != SPRITES:
         warn_of_misread(prompts)
@@ -112,7 +128,8 @@ def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     vae = vae.to(device, torch.float32)
     sheets = Sheets(base, encode, vae, None if config.base == SPRITES else prompts[:SHEET_PROMPTS])
     show = sheets if is_first() else gather_only
-    return RefineStage(config.refiner, base, make_objective(config, base, encode, vae), prompts, encode, show)
+    objective = make_objective(config, base, encode, vae)
+    return RefineStage(config.refiner, base, objective, prompts, encode, show, unseen)
 
 
 def make_objective(
@@ -200,8 +217,24 @@ def run_training(path: Path, device: torch.device) -> Path:
     return train_refiner(TrainConfig.read(path), device)
 
 
-def train_refiner(config: TrainConfig, device: torch.device) -> Path:
-    """Train to the end, from where the run stands, and write the result; returns where."""
+def run_probe(path: Path, device: torch.device, batches: int) -> Probe:
+    """Probe the training that a file describes where its run stands, after the critic's warm-up, which is saved."""
+    config = TrainConfig.read(path)
+    stage, _ = prepare(config, device)
+    warm_up = stage.options.first_update
+    if restore(stage, config.run) < warm_up:
+        stage.show = nothing_shown
+        train(stage, LoopOptions(config.run, warm_up, config.save_every, warm_up))
+    return probe(stage, batches)
+
+
+def nothing_shown(folder: Path, index: int) -> dict[str, float]:
+    """Draw no sheet: the refiner has not learnt yet."""
+    return {}
+
+
+def prepare(config: TrainConfig, device: torch.device) -> tuple[RefineStage, str]:
+    """The stage of a run, which begins or goes on, and the base's fingerprint."""
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent} is not a folder: make it, `out` is written there")
     if device.type == "cpu":
@@ -213,6 +246,13 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
         print(f"{options.method}: {options.steps} steps on {device} in {config.run}{several}", file=sys.stderr)
     base = fingerprint_of({name: whole(stage.base.model.get_parameter(name)) for name in FINGERPRINTED})
     begin(config.run, begun_with(config, base, stage.prompts), MAY_CHANGE, first=is_first())
+    return stage, base
+
+
+def train_refiner(config: TrainConfig, device: torch.device) -> Path:
+    """Train to the end, from where the run stands, and write the result; returns where."""
+    stage, base = prepare(config, device)
+    options = stage.options
     train(stage, LoopOptions(config.run, options.steps, config.save_every, config.show_every))
     pairs = stage.average()
     if not is_first():

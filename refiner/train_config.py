@@ -113,6 +113,8 @@ class TrainConfig:
         inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]))
         if not told.get("out"):
             raise ValueError("does not say `out`, the file to write")
+        if "betas" in inner:
+            inner["betas"] = _betas_of(inner["betas"])
         _check_said(told, inner)
         told |= {"out": folder / told["out"], "run": folder / told.get("run", f"{path.stem}_run")}
         for name in ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer"):
@@ -144,6 +146,13 @@ def _levels_of(told: object) -> tuple[int, ...]:
     """Of TOML, which has lists of anything; ValueError for any but whole numbers."""
     if not isinstance(told, list) or not all(type(one) is int for one in told):
         raise ValueError(f"refiner.levels is {told!r}, expected a list of whole numbers, like [750, 500]")
+    return tuple(told)
+
+
+def _betas_of(told: object) -> tuple[float, ...]:
+    """From a TOML list; ValueError unless it holds numbers."""
+    if not isinstance(told, list) or not all(type(one) in (int, float) for one in told):
+        raise ValueError(f"refiner.betas is {told!r}, expected a list of two numbers, like [0.9, 0.999]")
     return tuple(told)
 
 

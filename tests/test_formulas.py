@@ -1,5 +1,6 @@
 """Objective arithmetic against formulas worked by hand, with linear networks whose predictions can be written down."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from autorefiner.refiner.training.dmd import (
     shifted,
     whole_flow,
 )
-from autorefiner.refiner.training.learner import Learner, warm_cosine
+from autorefiner.refiner.training.learner import NORMS, Learner, warm_cosine
 
 SHAPE = (2, 3, 2, 2, 2)  # [B, C, F, h, w]
 SIGMA = torch.tensor([0.25, 0.8])
@@ -174,7 +175,7 @@ def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
     kept = torch.tensor([1.0, -2.0])
     for index in range(2):
         learner.step((module.weight * torch.tensor([3.0, -0.5])).sum(), index, 1.0, clip=100.0)
-        keep = min(average, (index + 1) / (index + 10))
+        keep = min(average, (index + 1) / (index + 8))
         kept = keep * kept + (1 - keep) * module.weight.detach()
         torch.testing.assert_close(next(learner.average.parameters()).detach(), kept)
         assert not next(learner.average.parameters()).requires_grad
@@ -208,6 +209,28 @@ def test_rate_factor_decay_and_clip_by_hand() -> None:
     small = layer([1.0])
     Learner(small, 0.1, 0.0).step(small.weight.sum() * 0.2, 0, 1.0, clip=1.0)
     torch.testing.assert_close(small.weight.grad, torch.tensor([0.2]), msg="a norm below the limit stays")
+
+
+def test_a_gradient_is_clipped_to_4_times_the_median_of_the_norms_before() -> None:
+    module = layer([0.0, 0.0])
+    learner = Learner(module, 0.1, 0.0)
+    assert learner.usual_norm() == math.inf
+
+    def after(norm: float, index: int) -> float:
+        learner.step((module.weight * torch.tensor([0.6 * norm, 0.8 * norm])).sum(), index, 1.0, clip=None)
+        return module.weight.grad.norm().item()
+
+    assert after(1e4, 0) == pytest.approx(1e4)  # nothing is known before the first
+    assert [after(norm, index) for index, norm in ((1, 1.0), (2, 2.0), (3, 3.0))] == pytest.approx([1, 2, 3])
+    assert learner.usual_norm() == 2  # of 1, 2, 3, 1e4: the lower middle
+    assert after(100.0, 4) == pytest.approx(8)
+    assert learner.usual_norm() == 3  # what was clipped counts as it was
+    fresh = Learner(layer([0.0, 0.0]), 0.1, 0.0)
+    fresh.load_state_dict(learner.state_dict())
+    assert fresh.usual_norm() == 3
+    for index in range(5, 5 + NORMS):
+        after(7.0, index)
+    assert learner.usual_norm() == pytest.approx(7)  # older ones are forgotten
 
 
 def test_a_rate_warms_up_and_falls_on_a_half_cosine() -> None:

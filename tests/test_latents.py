@@ -84,6 +84,18 @@ def test_a_file_cut_off_anywhere_gives_its_whole_chunks(tmp_path, chunks, metada
                 assert said == metadata
 
 
+@pytest.mark.filterwarnings("ignore:.*unfinished chunk")
+def test_the_given_frames_of_an_old_file_are_no_chunk_of_its_preset(tmp_path) -> None:
+    """One frame was given, as of a picture, so the chunks of 3 begin behind it."""
+    frames = torch.randn(1, 16, 6, 4, 6, generator=torch.Generator().manual_seed(0))
+    writer = LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), OLD)
+    writer.write(frames[:, :, :1])
+    begun = writer.close(True)
+    added = frames[0, :, 1:].transpose(0, 1).contiguous().numpy().tobytes()
+    begun.write_bytes(begun.read_bytes() + added)  # 1 + 3 frames, and 2 of the next chunk
+    assert torch.equal(read_latents(begun)[0], frames[:, :, :4])
+
+
 def test_what_was_cut_off_is_said(tmp_path, chunks) -> None:
     data, cut = killed(tmp_path / "a.safetensors", chunks, SAYS), tmp_path / "cut.safetensors"
     cut.write_bytes(data[:-1])

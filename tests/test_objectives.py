@@ -1,8 +1,11 @@
 """What a refiner is trained for: rewards and their penalty, distribution matching, and that parts make a whole."""
 
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +32,9 @@ pytest.importorskip("peft")
 
 PROMPTS = ["a", "bb", "ccc"]
 SMALL = RefineOptions(
-    rank=2, steps=8, batch=2, frames=4, height=4, width=4, ratio=1, learning_rate=1e-3, precision="fp32"
-)
+    rank=2, steps=8, batch=2, accumulation=1, frames=4, height=4, width=4, ratio=1, critic_warmup=0, score_draws=1,
+    learning_rate=1e-3, l2=1.0, precision="fp32",
+)  # fmt: skip
 REWARD = replace(SMALL, objective="reward")
 BRIGHT = Mixture(((Brightness(), 2.0),))
 
@@ -47,8 +51,9 @@ def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective
     return RewardObjective(options, rewards, tiny_vae())
 
 
-def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> RefineStage:
-    return RefineStage(options, tiny_network(), objective_of(options, rewards), PROMPTS, encode, lambda *_: {})
+def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()) -> RefineStage:
+    objective = objective_of(options, rewards)
+    return RefineStage(options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out)
 
 
 def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
@@ -60,12 +65,12 @@ def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
         residuals(noise[:, :, :frames], residual, level)
     assert residuals.penalty(noise.device).item() == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.4**2) / 2)
     figures = residuals.figures()
-    assert set(figures) == {"change 750", "distance 750"}
-    assert figures["change 750"].item() == pytest.approx((0.2 + 0.4 + 3) / 3)
+    assert set(figures) == {f"{name} 750" for name in ("rms", "constant", "shrink", "distance")}
+    assert figures["rms 750"].item() == pytest.approx((0.2 + 0.4 + 3) / 3)
     shifted = Residuals()
     shifted(noise, torch.full_like(noise, -3.0), level)
     figures = shifted.figures()
-    assert figures["change 750"].item() == pytest.approx(3)
+    assert figures["rms 750"].item() == pytest.approx(3)
     assert figures["distance 750"].item() == pytest.approx(0.5 * 3**2, rel=0.05)
     assert Residuals().penalty(noise.device).item() == 0
     assert Residuals().figures() == {}
@@ -87,7 +92,7 @@ def test_rewards_lead_to_every_factor_and_to_nothing_else(cache) -> None:
         logged = stage.step(index)
     assert logged["loss"] == pytest.approx(logged["l2"] - logged["reward"])
     assert logged["reward"] == pytest.approx(2 * logged["brightness"])
-    assert {"change 750", "distance 750"} <= set(logged)
+    assert {"rms 750", "distance 750"} <= set(logged)
     assert all(factor.grad.any() for factor in stage.factors.values())
     frozen = [*stage.base.model.parameters(), *stage.objective.vae.parameters()]
     assert all(parameter.grad is None for parameter in frozen)
@@ -112,7 +117,7 @@ def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
     (group,) = critic.optimizer.adamw.param_groups
     assert group["betas"] == (0.0, 0.999)
     (own,) = stage.learner.optimizer.adamw.param_groups
-    assert (own["betas"], own["weight_decay"], own["lr"]) == ((0.0, 0.999), 0.0, SMALL.learning_rate)
+    assert (own["betas"], own["weight_decay"], own["lr"]) == ((0.9, 0.999), 0.0, SMALL.learning_rate)
     for name, parameter in critic.model.named_parameters():
         clear = parameter.grad.abs() > 1e-4  # beside Adam's epsilon of 1e-8
         expected = before[name] * (1 - 2e-3 * 0.01) - 2e-3 * parameter.grad.sign()
@@ -156,7 +161,7 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
         left, right = whole.step(index), parts.step(index)
         assert left.keys() == right.keys()
         for name in left:
-            if not name.startswith("distance"):  # which is of all noises together, and no mean
+            if not name.startswith(("distance", "rms", "constant")):  # which are of all noises together, and no means
                 assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
     for name, factor in whole.factors.items():
         assert torch.allclose(factor.grad, parts.factors[name].grad, rtol=1e-3, atol=1e-6), name
@@ -167,8 +172,132 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
         assert norm < 9, "a gradient that is cut to a norm of 10 would hide a factor"
 
 
+def test_the_critic_warms_up_alone_for_a_quarter_of_the_steps_at_most() -> None:
+    options = replace(SMALL, ratio=2, steps=12, critic_warmup=100)
+    assert (options.first_update, options.updates) == (3, 5)
+    stage = stage_of(options)
+    logged = [stage.step(index) for index in range(6)]
+    assert ["gradient" in row for row in logged] == [False, False, False, True, False, True]
+    assert all("loss" in row for row in logged)
+    assert replace(options, critic_warmup=2).first_update == 2
+    reward = replace(REWARD, critic_warmup=100, ratio=5)  # neither is a reward's
+    assert (reward.first_update, reward.updates) == (0, 8)
+
+
+def test_the_rate_rises_over_a_share_of_the_updates_and_falls_to_0() -> None:
+    options = replace(REWARD, steps=101, warmup=0.1)  # 10 updates
+    factors = [options.rate_factor(update) for update in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[4] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 4 / 101)))
+    assert factors[50] == pytest.approx(0.5 * (1 + math.cos(math.pi * 50 / 101)))
+    assert options.rate_factor(101) == pytest.approx(0)
+    assert replace(options, warmup=0.0).rate_factor(0) == 1
+    stage = stage_of(replace(REWARD, steps=4, learning_rate=1e-2, warmup=0.5))
+    before = {name: factor.detach().clone() for name, factor in stage.factors.items()}
+    stage.step(0)
+    (group,) = stage.learner.optimizer.adamw.param_groups
+    assert group["lr"] == pytest.approx(1e-2 * 0.5)
+    assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items())
+
+
+def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:
+    pairs = stage_of(replace(SMALL, batch=4, accumulation=2, antithetic=True))
+    parts = list(pairs._parts(0, use=1))
+    for part in parts:
+        assert part.prompts[::2] == part.prompts[1::2]
+        assert torch.equal(part.path[:, ::2], -part.path[:, 1::2])
+    assert not torch.equal(parts[0].path, parts[1].path)
+    whole = stage_of(replace(SMALL, batch=8, antithetic=True))
+    (one,) = whole._parts(0, use=1)
+    assert one.prompts == parts[0].prompts + parts[1].prompts
+    assert torch.equal(one.path, torch.cat([part.path for part in parts], dim=1))
+    with pytest.raises(ValueError, match="even"):
+        replace(SMALL, batch=3, antithetic=True)
+
+
+def test_a_score_is_the_mean_over_its_draws() -> None:
+    stage = stage_of(replace(SMALL, score_draws=3))
+    (part,) = stage._parts(0, use=1)
+    (clean,) = stage._clips(part.path, part.context, part.exit_level)
+    (nothing, noise, sigma), _ = stage.objective.given(part)
+    assert noise.shape == (3, *clean.shape)
+    assert len({*sigma.flatten().tolist()}) > 3
+    whole = stage.objective._gradient(clean, part.context, nothing, noise, sigma)
+    single = [
+        stage.objective._gradient(clean, part.context, nothing, noise[i : i + 1], sigma[i : i + 1]) for i in range(3)
+    ]
+    torch.testing.assert_close(whole, sum(single) / 3)
+    losses = [
+        stage.objective._critic_loss(clean, n[None], s[None], part.context, 1.0)[1]
+        for n, s in zip(noise, sigma, strict=True)
+    ]
+    mean = stage.objective._critic_loss(clean, noise, sigma, part.context, 1.0)[1]
+    torch.testing.assert_close(mean, torch.stack(losses).mean())
+
+
+def test_an_improvement_is_what_the_gradient_promises_along_the_way() -> None:
+    """With a gradient of x it is ½|a|² - ½|b|², a mean over elements, which the trapezoid rule gives exactly."""
+    objective = stage_of(SMALL).objective
+    objective.given = lambda part: ((None, None, None), {})
+    objective._gradient = lambda clean, *_: clean
+    before, after = (torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = objective.improvement(before, after, SimpleNamespace(context=None))
+    assert found == pytest.approx((0.5 * before.square() - 0.5 * after.square()).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [SMALL, REWARD], ids=["dmd", "reward"])
+@pytest.mark.parametrize("method", ["autorefiner", "lora"])
+def test_held_out_clips_are_compared_with_the_bases(options, method) -> None:
+    """A fresh one is the base, and rewards are the difference that two rollouts have."""
+    stage = stage_of(replace(options, method=method), held_out=["held", "out"])
+    assert stage.compare() == {"held-out": pytest.approx(0, abs=1e-6)}
+    with torch.no_grad():
+        for factor in stage.factors.values():
+            factor.add_(0.05)
+    found = stage.compare()["held-out"]
+    assert found != 0
+    assert stage.compare() == {"held-out": found}
+    assert stage.show(Path(), 1) == {"held-out": found}
+    assert stage_of(options).show(Path(), 1) == {}
+
+
+def test_an_improvement_of_rewards_is_their_difference() -> None:
+    objective = stage_of(REWARD).objective
+    part = SimpleNamespace(prompts=("a", "bb"), use=3)
+    before, after = (torch.full((2, 16, 4, 4, 4), value) for value in (0.0, 0.5))
+    brightness = []
+    for clips in (before, after):
+        pixels = ((objective.vae.decode(clips) + 1) / 2).clamp(0, 1)
+        brightness.append(pixels[:, :, 1:].mean().item())
+    found = objective.improvement(before, after, part)
+    assert found == pytest.approx(2 * (brightness[1] - brightness[0]), abs=0.05)
+    assert objective.improvement(after, before, part) == pytest.approx(-found)
+
+
+def test_critic_and_refiner_see_clips_of_their_own() -> None:
+    stage = stage_of(replace(SMALL, batch=8))
+    (critic,), (refiner,) = (list(stage._parts(0, use)) for use in (0, 1))
+    assert critic.prompts != refiner.prompts
+    assert not any(torch.equal(*pair) for pair in zip(critic.path.unbind(1), refiner.path.unbind(1), strict=True))
+    seen: list[int] = []
+    parts = stage._parts
+    stage._parts = lambda index, use: seen.append(use) or parts(index, use)
+    stage.step(0)
+    assert seen == [0, 1]
+
+
+def test_what_is_kept_of_a_training_is_the_average() -> None:
+    stage = stage_of(SMALL)
+    for index in range(3):
+        stage.step(index)
+    average = dict(zip(stage.factors, stage.learner.average.parameters(), strict=True))
+    for name, pair in stage.average().items():
+        assert torch.equal(pair.up, average[f"{name}.lora_B.default.weight"])
+        assert not torch.equal(pair.up, stage.factors[f"{name}.lora_B.default.weight"])
+
+
 def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
-    """Its average counts its own updates: after the second one it keeps 2/11."""
+    """Its average counts its own updates: after the second one it keeps 2/9."""
     stage = stage_of(replace(SMALL, ratio=2))
     for index, learns in enumerate((True, False, True)):
         before = {name: factor.detach().clone() for name, factor in stage.factors.items()}
@@ -176,18 +305,18 @@ def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
         logged = stage.step(index)
         assert ("gradient" in logged) == learns
         assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items()) == learns
-    keep = 2 / 11
+    keep = 2 / 9
     for old, new, factor in zip(averages, stage.learner.average.parameters(), stage.factors.values(), strict=True):
         torch.testing.assert_close(new, keep * old + (1 - keep) * factor.detach())
 
 
 @pytest.mark.parametrize(
     ("method", "levels", "refined"),
-    [("autorefiner", (500,), {"change 500"}), ("init-noise", (750, 500), {"change 1000"}), ("lora", (750, 500), set())],
+    [("autorefiner", (500,), {"rms 500"}), ("init-noise", (750, 500), {"rms 1000"}), ("lora", (750, 500), set())],
 )
 def test_a_training_refines_the_levels_of_its_method_alone(method, levels, refined) -> None:
     logged = stage_of(replace(SMALL, method=method, levels=levels)).step(0)
-    assert {name for name in logged if name.startswith("change")} == refined
+    assert {name for name in logged if name.startswith("rms")} == refined
 
 
 def test_a_fresh_lora_is_the_base_and_its_head_speaks() -> None:
@@ -269,9 +398,13 @@ def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
 
 def test_options_are_the_documented_ones_by_default() -> None:
     options = RefineOptions()
-    assert (options.rank, options.ratio, options.ema, options.l2, options.guidance) == (64, 5, 0.99, 1.0, 3.0)
+    assert (options.rank, options.start, options.l2, options.guidance) == (64, "head", 0.03, 3.0)
+    assert (options.learning_rate, options.betas, options.ema, options.warmup) == (1e-3, (0.9, 0.999), 0.999, 0.05)
+    assert (options.ratio, options.critic_warmup, options.score_draws) == (2, 150, 2)
+    assert options.batch * options.accumulation == 64
     assert (options.levels, options.history, options.previous) == ((750, 500, 250), "shared", "pending")
-    assert options.exits == [1, 2, 3]
+    for method in ("autorefiner", "init-noise", "lora"):
+        assert replace(options, method=method).exits == [1, 2, 3]
 
 
 def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:

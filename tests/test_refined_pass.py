@@ -229,6 +229,15 @@ def test_a_clip_ends_with_the_chunk_after_which_it_is_stopped(monkeypatch) -> No
     assert begun.clip(network, context, CPU, torch.float32, stop=lambda: True).shape[2] == 6
 
 
+def test_a_clip_that_is_not_finite_stops_at_its_first_chunk() -> None:
+    network, asked = tiny_network(), []
+    network.model.head.head.bias.data.fill_(float("nan"))
+    run = Run(plan_run(SF, (1, 9, 4, 4), None), 3, "self-forcing")
+    with pytest.raises(ValueError, match="finite"):
+        run.clip(network, CONTEXTS[0][:1], CPU, torch.float32, stop=lambda: asked.append(1))
+    assert not asked
+
+
 def test_latents_of_nodes_are_raw_and_those_of_the_core_normalised() -> None:
     raw = torch.zeros(1, 16, 1, 1, 1)
     raw[0, 5] = LATENT_MEAN[5] + 2 * LATENT_STD[5]

@@ -13,7 +13,9 @@ from autorefiner.refiner.wan.lora import LoraPair
 
 from tiny import TINY, tiny_network
 
-PAIR = {f"autorefiner.{HEAD}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+QUERY = "blocks.0.self_attn.q"
+PAIR = {f"autorefiner.{QUERY}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+HEAD_PAIR = {f"autorefiner.{HEAD}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
 CARD = RefinerCard(rank=4, levels=(750, 500), previous="joint", base="", objective="dmd", steps=10)
 
 
@@ -83,6 +85,17 @@ def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
     path = tmp_path / "x.refiner.safetensors"
     save_file(PAIR, path, metadata={"autorefiner": json.dumps(told)})
     with pytest.raises(ValueError, match=said):
+        load_refiner(path)
+
+
+def test_the_head_has_the_rank_of_its_outputs_at_most(tmp_path) -> None:
+    path = tmp_path / "x.refiner.safetensors"
+    told = {"rank": 2, "levels": [750], "history": "shared", "previous": "none"}
+    save_file(HEAD_PAIR, path, metadata={"autorefiner": json.dumps(told)})
+    assert load_refiner(path)[0][HEAD].rank == 4
+    save_file({name: torch.ones((5, 4) if "_A" in name else (4, 5)) for name in HEAD_PAIR}, path,
+              metadata={"autorefiner": json.dumps(told)})  # fmt: skip
+    with pytest.raises(ValueError, match="ranks"):
         load_refiner(path)
 
 

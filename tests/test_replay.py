@@ -26,7 +26,7 @@ pytest.importorskip("peft")
 
 METHODS = [
     dict(previous="pending"), dict(previous="joint"), dict(method="init-noise"), dict(method="lora"),
-    dict(history="none", previous="joint"),
+    dict(history="none", previous="joint"), dict(accumulation=2), dict(score_draws=2),
     dict(preset=PRESETS["causal-forcing-2step"], levels=(500,)),
 ]  # fmt: skip
 
@@ -34,17 +34,19 @@ METHODS = [
 class Repeated(Replay):
     """Replays on the CPU: a graph is the first call's pass, made again on tensors of its own."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, eager: bool = False) -> None:
-        super().__init__(model, device, eager)
+    def __init__(self, model: torch.nn.Module, device: torch.device, eager: bool = False, adds: bool = False) -> None:
+        super().__init__(model, device, eager, adds)
         self.replays = not eager
 
     def _capture(self, run: Callable[..., Outputs], function: Callable, tensors: Sequence[Tensor], fixed) -> Captured:
         inputs = [torch.full_like(tensor, float("nan")) for tensor in tensors]
+        self._forget()
         outputs = run(function, tensors, fixed)
         gradients = [parameter.grad for parameter in self.parameters] if run == self._learn else []
 
         def again() -> None:
             held = len(self.tables)
+            self._forget()
             with holding(self.tables):
                 new = run(function, inputs, fixed)
             assert len(self.tables) == held
@@ -125,10 +127,10 @@ def test_a_steps_passes_need_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatc
     chunks = plan_chunks(options.preset, options.frames)[1]
     clip, level = torch.empty(2, 16, options.frames, 4, 4, device="meta"), options.exits[-1]
     path = torch.empty(max(len(chunk.levels) for chunk in chunks), *clip.shape, device="meta")
-    text, sigma = torch.empty(2, TINY.text_len, TINY.text_dim, device="meta"), torch.empty(2, device="meta")
+    text, sigma = torch.empty(2, TINY.text_len, TINY.text_dim, device="meta"), torch.empty(1, 2, device="meta")
     passes = (
-        (stage._loss, (path, text, text, clip, sigma), dict(exit_level=level, weight=1.0)),
-        (stage.objective._critic_loss, (clip, clip, sigma, text), dict(weight=1.0)),
+        (stage._loss, (path, text, text, clip[None], sigma), dict(exit_level=level, weight=1.0)),
+        (stage.objective._critic_loss, (clip, clip[None], sigma, text), dict(weight=1.0)),
     )
     for function, tensors, fixed in passes:
         with holding({}):
@@ -158,7 +160,7 @@ def test_noises_that_were_drawn_before_make_the_same_clips(name: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(objective="reward"), dict(accumulation=2), dict(checkpointing=True), dict(compiled=True),
+        dict(objective="reward"), dict(checkpointing=True), dict(compiled=True),
         dict(preset=PRESETS["longlive"], frames=15),
     ],
 )  # fmt: skip
@@ -171,12 +173,13 @@ def test_other_trainings_are_not_replayed(changes: dict) -> None:
 
 def test_gradients_of_parts_add_up_and_those_of_whole_steps_do_not() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
-    for eager, times in ((True, 2), (False, 1)):
-        layer.weight.grad, replay = None, Replay(layer, torch.device("cpu"), eager)
+    for kind, adds, times in ((Replay, True, 2), (Repeated, True, 2), (Replay, False, 1), (Repeated, False, 1)):
+        layer.weight.grad, replay = None, kind(layer, torch.device("cpu"), adds=adds)
         for _ in range(2):
             outputs = replay(lambda x: {"loss": layer(x).sum(), "twice": 2 * x}, torch.ones(1, 2))
         assert layer.weight.grad.tolist() == [[times, times]]
         assert [*outputs] == ["loss", "twice"]
         assert not outputs["loss"].requires_grad
+    replay = Replay(layer, torch.device("cpu"))
     assert not replay.forward(lambda x: (layer(x),), torch.ones(1, 2))[0].requires_grad
     assert layer.weight.grad.tolist() == [[1, 1]]

@@ -25,6 +25,12 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(autouse=True)
+def few_held_out(monkeypatch) -> None:
+    """Compare with the base on few prompts: decoding takes the time of a test."""
+    monkeypatch.setattr(training, "HELD_OUT", 2)
+
+
+@pytest.fixture(autouse=True)
 def bundle(tmp_path, monkeypatch):
     """Tiny random models in the bundle's place: what is tried here is the training, not what it learns."""
     models = tmp_path / "models"
@@ -37,15 +43,15 @@ def write(folder, more: str = "", inner: str = ""):
     path = folder / "small.toml"
     path.write_text(
         f'out = "small.safetensors"\nsave_every = 1\nshow_every = 100\n{more}\n'
-        f"[refiner]\nsteps = 4\nbatch = 2\nrank = 2\nframes = 6\nratio = 2\nshown = 1\n{inner}\n"
+        f"[refiner]\nsteps = 4\nbatch = 2\naccumulation = 1\nrank = 2\nframes = 6\nratio = 2\nshown = 1\n{inner}\n"
     )
     return path
 
 
 def rows_of(run) -> list[dict]:
-    """What was logged, without the time it took."""
+    """What was logged, without the time it took, and without what compares a step with the one before."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "signal")} for row in rows]
 
 
 @pytest.mark.parametrize("previous", ["pending", "joint", "none"])
@@ -57,7 +63,7 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     assert card.base == fingerprint(training.load_sprite_network("student", "cpu").model)
     assert any(pair.up.any() for pair in pairs.values())
     logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
-    assert {"loss", "gradient", "change 750", "distance 750"} <= logged
+    assert {"loss", "gradient", "rms 750", "distance 750", "held-out"} <= logged
     header = (tmp_path / "small_run" / "sheet_000004.png").read_bytes()[16:24]
     assert struct.unpack(">II", header) == (8 * 66 + 2, 2 * 66 + 2)  # one caption: before it and now
 
@@ -87,13 +93,39 @@ def test_a_refiner_is_trained_by_rewards(tmp_path) -> None:
     _, card = load_refiner(tmp_path / "small.safetensors")
     assert card.objective == "reward"
     for row in rows_of(tmp_path / "small_run"):
-        assert row["loss"] == pytest.approx(row["l2"] - row["reward"])
+        assert row["loss"] == pytest.approx(0.03 * row["l2"] - row["reward"])
         assert row["reward"] == pytest.approx(0.5 * row["sprites"])
     assert (tmp_path / "small_run" / "loss.png").exists()
 
 
+def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(tmp_path, bundle, capsys) -> None:
+    probed, plain = tmp_path / "probed", tmp_path / "plain"
+    for folder in (probed, plain):
+        folder.mkdir()
+        write(folder, inner="levels = [750]")
+    for _ in range(2):
+        assert main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "3"]) == 0
+        told = capsys.readouterr().out
+        assert "3 batches of 2 clips" in told and "Δ at 750" in told and "refined less base +0.00000" in told
+        assert len(rows_of(probed / "small_run")) == 1
+        assert not (probed / "small.safetensors").exists() and not [*(probed / "small_run").glob("sheet*")]
+    for folder in (probed, plain):
+        assert main(["train", str(folder / "small.toml"), "--device", "cpu"]) == 0
+    assert rows_of(probed / "small_run") == rows_of(plain / "small_run")
+    assert main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "2"]) == 2
+    assert "at least 3" in capsys.readouterr().err
+
+
+def test_a_tenth_of_the_prompts_is_held_out() -> None:
+    prompts = [str(number) for number in range(25)]
+    assert training.hold_out(prompts) == (prompts[:23], prompts[23:])
+    assert training.hold_out(prompts[:15]) == (prompts[:14], prompts[14:15])
+    assert training.hold_out(prompts[:9]) == (prompts[:9], [])
+    assert training.hold_out(10 * prompts) == ((10 * prompts)[:-2], prompts[-2:])  # as many as are compared at most
+
+
 @pytest.mark.parametrize("inner", ["", SPRITES], ids=["dmd", "reward"])
-def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monkeypatch, inner) -> None:
+def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monkeypatch, bundle, inner) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()

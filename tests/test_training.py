@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -179,6 +180,39 @@ def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
         scaled = attach_branches(base, RANK, silent_head=True)
         load_pairs(scaled, {each: replace(one, scale=3.0) for each, one in pairs_of(tree).items()}, base)
         torch.testing.assert_close(scaled.model.get_submodule(name)(x), before + 3 * (x @ pair.down.T @ pair.up.T))
+
+
+@pytest.mark.parametrize("cache", [ReflectiveCache(), JOINT], ids=str)
+def test_from_the_head_a_residual_is_the_bases_flow_times_what_b_says(cache) -> None:
+    """A = W of the head and B = -c I: Δ = -c (v - bias), in the refined pass's own place; at B = 0 it is nothing."""
+    base = tiny_network()
+    tree = attach_branches(base, 4, silent_head=True, start="head")
+    head = pairs_of(tree)[HEAD]
+    assert torch.equal(head.down, base.model.head.head.weight)
+    assert head.up.shape == (64, 64) and head.scale == 1 and not head.up.any()
+    assert torch.equal(sampled(base, Refiner(tree, cache)), sampled(base))
+    loud = attach_branches(base, 4, silent_head=False)  # the base's own tree: its flow where T_φ is asked
+    with torch.no_grad():
+        tree.model.get_submodule(HEAD).lora_B["default"].weight.copy_(-0.1 * torch.eye(64))
+        loud.model.get_submodule(HEAD).base_layer.bias.zero_()
+    seen: dict[str, list[Tensor]] = {"head": [], "flow": []}
+    for name, network in (("head", tree), ("flow", loud)):
+        watch = partial(lambda residuals, _, residual, __: residuals.append(residual), seen[name])
+        refiner = Refiner(network, cache, frozenset({750}), watch=watch)
+        self_rollout(rollout_of(base, refiner), exit_level=1)
+    torch.testing.assert_close(seen["head"][0], -0.1 * seen["flow"][0])
+
+
+def test_only_a_refiner_starts_from_the_head() -> None:
+    base = tiny_network()
+    ranks = {
+        (silent, start): pairs_of(attach_branches(base, 4, silent_head=silent, start=start))[HEAD].rank
+        for silent in (True, False)
+        for start in ("head", "random")
+    }
+    assert ranks == {(True, "head"): 64, (True, "random"): 4, (False, "head"): 4, (False, "random"): 4}
+    names = {name for name, one in branch_parameters(attach_branches(base, 4, silent_head=True, start="head")).items()}
+    assert f"{HEAD}.lora_A.default.weight" in names  # trainable, as all others
 
 
 def test_the_rank_of_the_head_is_at_most_its_64_outputs() -> None:

@@ -41,6 +41,7 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
     put(training, "load_sprite_reward", lambda frames, device: reward(models, frames, device))
     put(training, "load_sprite_network", lambda name, device: load(name, models, device))
     put(training, "SPRITE_PROMPTS", 8)
+    put(training, "HELD_OUT", 2)
     put(training, "WEIGHTS", models)
 
 

@@ -15,6 +15,7 @@ from ..wan.checkpoint import INSTEAD, inspect
 from ..wan.layouts import REFINER_PREFIX
 from ..wan.lora import LoraPair
 from ..wan.weight_file import FLAT, open_weights, save_safetensors
+from .refiner import HEAD
 
 KEY = "autorefiner"  # of the metadata
 VERSION = 1
@@ -81,6 +82,11 @@ def save_refiner(path: Path | str, pairs: Mapping[str, LoraPair], card: RefinerC
     save_safetensors(path, tensors, {KEY: json.dumps({"method": "AutoRefiner", **asdict(card)})})
 
 
+def largest(card: RefinerCard, name: str, up: Tensor) -> int:
+    """The largest rank of a layer: the card's, but on the final layer that of the layer itself."""
+    return max(card.rank, len(up)) if f".{HEAD}." in name else card.rank
+
+
 def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
     """Factors by layer, mapped from the file, and the card. ValueError in one line for anything that is no refiner."""
     info = inspect(path)
@@ -96,7 +102,7 @@ def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
             if other not in file.groups[FLAT]:
                 raise ValueError(f"has {name} without {other}: it is not complete")
             down, up = file.read(FLAT, name), file.read(FLAT, other)
-            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] > card.rank:
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or len(down) > largest(card, other, up):
                 raise ValueError(
                     f"has factors of {list(up.shape)} and {list(down.shape)} for {name} and says rank {card.rank}: its"
                     " ranks do not match"

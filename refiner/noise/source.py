@@ -58,6 +58,17 @@ class WhiteNoise:
 
 
 @dataclass(frozen=True, slots=True)
+class AntitheticNoise:
+    """Noise in pairs of opposite signs: samples 2i and 2i + 1 are ε and -ε of the source's sample i."""
+
+    source: NoiseSource
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        half = self.source(chunk, draw, (shape[0] // 2, *shape[1:]))
+        return torch.stack((half, -half), dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class GivenNoise:
     """Precomputed noise [levels, B, C, F, h, w] of whole clips, on any device; ignores Draw.repeat and Draw.candidate.
 

@@ -5,23 +5,28 @@ anything on or off, and a checkpointed region recomputes what it computed.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..noise.refiner import TARGETS, check_pairs, shared_copy
+from ..noise.refiner import HEAD, TARGETS, check_pairs, shared_copy
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
 from .distributed import whole
 
-HEAD_RANK = 64  # the head of a Wan2.1 network has 64 outputs
+Start = Literal["head", "random"]
 PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
 
 
-def attach_branches(base: CausalWan, rank: int, *, silent_head: bool, seed: int = 0) -> CausalWan:
+def attach_branches(
+    base: CausalWan, rank: int, *, silent_head: bool, start: Start = "random", seed: int = 0
+) -> CausalWan:
     """A tree over the base's frozen parameters with fresh LoRA branches (rank = alpha, B zero), which are trainable.
 
-    With `silent_head` it is T_φ: the final layer's base weight and bias count as zero. ValueError without peft.
+    With `silent_head` it is T_φ: the final layer's base weight and bias count as zero. `start` "head" then gives that
+    layer a branch of rank 64, whatever `rank` is, whose A is the base's weight: B = -c I is Δ = -c v, within reach of
+    the first update. ValueError without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -30,18 +35,23 @@ def attach_branches(base: CausalWan, rank: int, *, silent_head: bool, seed: int 
     if rank < 1:
         raise ValueError(f"rank {rank}: give at least 1")
     model = shared_copy(base.model.requires_grad_(False))
+    head_weight = model.head.head.weight
+    from_head = silent_head and start == "head"
     if silent_head:
         for name in ("weight", "bias"):
             zeros = torch.zeros_like(getattr(model.head.head, name))
             setattr(model.head.head, name, nn.Parameter(zeros, requires_grad=False))
-    head = min(rank, HEAD_RANK)
+    head = len(head_weight) if from_head else min(rank, len(head_weight))
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=TARGETS.pattern,
-        rank_pattern={"head.head": head}, alpha_pattern={"head.head": head},
+        rank_pattern={HEAD: head}, alpha_pattern={HEAD: head},
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+    if from_head:
+        with torch.no_grad():
+            model.get_submodule(HEAD).lora_A["default"].weight.copy_(head_weight)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return CausalWan(model, base.config, base.host, base.checkpointing)

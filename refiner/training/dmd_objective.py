@@ -34,7 +34,7 @@ class DmdObjective:
         self.fake = sharded(CausalWan(fake.to(self.device), teacher.config, host, options.checkpointing))
         self.critic = Learner(self.fake.model, options.critic_rate, 0.0, BETAS, decay=0.01)
         self.learners = [self.critic]
-        self.replay = Replay(self.fake.model, self.device, eager=not replayable(options, self.fake))
+        self.replay = Replay(self.fake.model, self.device, eager=not replayable(options, self.fake), adds=True)
 
     def state_dict(self) -> dict:
         return {"critic": self.critic.state_dict()}
@@ -51,15 +51,17 @@ class DmdObjective:
             _, loss = self.replay(self._critic_loss, *tensors, weight=part.weight)
             told.add({"loss": loss}, part.weight)
         logged = told.floats()
-        self.critic.update(index, 1.0, clip=10.0)
+        self.critic.update(index, 1.0, clip=None)
         return logged
 
     def _critic_loss(
         self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Of a part, by its weight and as it is."""
+        """Of a part, by its weight and as it is; the mean over draws."""
         with mixed_precision(self.device, self.options.precision):
-            loss = critic_loss(self.fake, clean, noise, sigma, self.fake.text(context))
+            text = self.fake.text(context)
+            losses = [critic_loss(self.fake, clean, *draw, text) for draw in zip(noise, sigma, strict=True)]
+        loss = torch.stack(losses).mean()
         return weight * loss, loss
 
     def given(self, part: Part) -> tuple[tuple[Tensor, ...], dict]:
@@ -72,14 +74,35 @@ class DmdObjective:
         self, clean: Tensor, context: Tensor, residuals: Residuals, nothing: Tensor, noise: Tensor, sigma: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See dmd_loss; logged is the size of the gradient."""
-        with torch.no_grad(), mixed_precision(self.device, self.options.precision):
-            texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
-            guidance = self.options.dmd.guidance
-            gradient = dmd_gradient(clean.detach(), noise, sigma, self.teacher, self.fake, texts, guidance)
+        gradient = self._gradient(clean, context, nothing, noise, sigma)
         return dmd_loss(clean, gradient), {"gradient": gradient.abs().mean()}
 
+    @torch.no_grad()
+    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
+        """How much closer to the real distribution `after` is than `before`: minus the line integral of the gradient
+        from one to the other by the trapezoid rule, a mean over elements. 0 is no difference; higher is better."""
+        given, _ = self.given(part)
+        slope = (self._gradient(before, part.context, *given) + self._gradient(after, part.context, *given)) / 2
+        return (slope * (before - after)).mean().item()
+
+    @torch.no_grad()
+    def _gradient(self, clean: Tensor, context: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The mean of dmd_gradient over draws of noise [N, B, C, F, h, w] and sigma [N, B]."""
+        clean, guidance = clean.detach(), self.options.dmd.guidance
+        with mixed_precision(self.device, self.options.precision):
+            texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
+            gradients = [
+                dmd_gradient(clean, *draw, self.teacher, self.fake, texts, guidance)
+                for draw in zip(noise, sigma, strict=True)
+            ]
+        return torch.stack(gradients).mean(dim=0)
+
     def _noised(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Noise and level to score a part's clips at: those of its rows in the whole step's."""
+        """Noises [N, B, C, F, h, w] and levels [N, B] to score a part's clips at: its rows of the whole step's."""
         generator = noise_stream(self.device, self.options.seed, part.index, part.use, 1)
-        noise = torch.randn((part.total, *part.path.shape[2:]), generator=generator, device=self.device)
-        return noise[part.rows], draw_sigma(part.total, self.options.dmd, generator)[part.rows]
+        shape = (part.total, *part.path.shape[2:])
+        noises, sigmas = [], []
+        for _ in range(self.options.score_draws):
+            noises.append(torch.randn(shape, generator=generator, device=self.device)[part.rows])
+            sigmas.append(draw_sigma(part.total, self.options.dmd, generator)[part.rows])
+        return torch.stack(noises), torch.stack(sigmas)

@@ -8,6 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from .distributed import whole
+
+AVERAGED = 8  # a running average is of the last eighth of a run that is shorter than its longest memory
+NORMS = 50  # of the last updates, whose median limits the next one's
+LOOSE = 4.0  # times the median
+
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
     """Factor on the learning rate: up over `warm` steps, then down a half cosine to `floor`."""
@@ -106,6 +112,7 @@ class Learner:
         self.model = model
         self.average = frozen_copy(model) if average else model
         self.keep = average
+        self.norms = torch.full((NORMS,), torch.nan)  # of the last updates' gradients, in turn
         self.optimizer = (
             MuonAdamW(model, learning_rate, muon, betas, decay, spared)
             if muon
@@ -122,21 +129,29 @@ class Learner:
         """Begin a step whose gradient comes in several backward passes."""
         self.model.zero_grad(set_to_none=True)
 
-    def update(self, index: int, factor: float, clip: float = 1.0) -> None:
-        """The step along the gradient that was gathered; ValueError, and no step, where that is not finite."""
+    def update(self, index: int, factor: float, clip: float | None = 1.0) -> None:
+        """Step along the accumulated gradient, whose norm is clipped to `clip`, or without it to 4 times the median of
+        the last 50 updates. ValueError, and no step, where the gradient is not finite."""
         global _whole
         self.optimizer.set_factor(factor)
+        limit = self.usual_norm() * LOOSE if clip is None else clip
         try:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, error_if_nonfinite=True)
         except RuntimeError as error:
             raise ValueError("a gradient is not finite: lower the learning rate; the state before is kept") from error
         _whole = False
+        self.norms[index % NORMS] = whole(norm).item()
         self.optimizer.step()
         if not self.keep:
             return
-        keep = min(self.keep, (index + 1) / (index + 10))  # short at first, so that it forgets the start
+        keep = min(self.keep, (index + 1) / (index + AVERAGED))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+
+    def usual_norm(self) -> float:
+        """The median norm of the last updates' gradients; infinity before the first update."""
+        median = self.norms.nanmedian().item()
+        return math.inf if math.isnan(median) else median
 
     def allocate(self) -> None:
         """Make the optimiser's state as its first step does, without a step: what a state is read into in place."""
@@ -149,11 +164,14 @@ class Learner:
 
     def state_dict(self) -> dict:
         names = ("model", "average", "optimizer") if self.keep else ("model", "optimizer")
-        return {name: getattr(self, name).state_dict() for name in names}
+        return {name: getattr(self, name).state_dict() for name in names} | {"norms": self.norms}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+            if name == "norms":
+                self.norms.copy_(part)
+            else:
+                getattr(self, name).load_state_dict(part)
 
 
 _whole = True

@@ -49,6 +49,10 @@ class Objective(Protocol):
         its training is not replayed."""
         ...
 
+    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
+        """How much better clips `after` [B, C, F, h, w] are than `before`, of the same prompts and noises."""
+        ...
+
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None:

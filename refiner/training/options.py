@@ -6,7 +6,9 @@ from typing import Literal, get_args
 from ..memory.reflect import History, Previous, ReflectiveCache
 from ..noise.refiner import LEVELS
 from ..schedule import PRESETS, STEPS, Preset
+from .adapters import Start
 from .dmd import DmdOptions
+from .learner import warm_cosine
 from .precision import Precision
 
 Method = Literal["autorefiner", "init-noise", "lora"]
@@ -17,29 +19,36 @@ LARGEST = 3e38  # of fp32
 
 @dataclass(frozen=True, slots=True)
 class RefineOptions:
-    """Of a training. Frames are latent; a step takes `batch` · `accumulation` clips.
+    """Training options. Frames are latent; a step samples `batch` · `accumulation` clips.
 
-    With objective `dmd` the critic learns every step and the refiner every `ratio`-th; with `reward` the refiner every
-    step, and the paper's learning rate is 2e-5.
+    With objective `dmd` the critic learns at every step and the refiner at every `ratio`-th after the critic's warm-up;
+    with `reward` the refiner learns at every step. The refiner's rate rises over `warmup` of its updates and falls to 0
+    along a cosine.
     """
 
     method: Method = "autorefiner"
     objective: Aim = "dmd"
+    start: Start = "head"
     history: History = "shared"
     previous: Previous = "pending"
     levels: tuple[int, ...] = tuple(sorted(LEVELS, reverse=True))  # refined, nominal
     rank: int = 64
     steps: int = 2000
     batch: int = 16
-    accumulation: int = 1
+    accumulation: int = 4
+    antithetic: bool = False  # clips in pairs: one prompt, noises of opposite sign
     frames: int = 21
     height: int = 8  # of the latents
     width: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
+    warmup: float = 0.05  # share of the refiner's updates
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, of the refiner
     critic_rate: float = 1e-4
-    ratio: int = 5
-    ema: float = 0.99
-    l2: float = 1.0  # weight of ½ mean(Δ²), with objective reward alone
+    critic_warmup: int = 150  # steps before the refiner's first update, at most a quarter of all
+    ratio: int = 2
+    score_draws: int = 2  # noises that each clip is scored with, with objective dmd
+    ema: float = 0.999  # longest memory of the average; a short run averages its last eighth
+    l2: float = 0.03  # weight of ½ mean(Δ²), with objective reward
     preset: Preset = PRESETS["self-forcing"]
     guidance: float = DmdOptions().guidance  # of the real score, with objective dmd
     seed: int = 0
@@ -54,14 +63,14 @@ class RefineOptions:
         self._check_levels()
 
     def _check_names(self) -> None:
-        named = (("method", Method), ("objective", Aim), ("precision", Precision))
+        named = (("method", Method), ("objective", Aim), ("start", Start), ("precision", Precision))
         for name, allowed in named:
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {', '.join(get_args(allowed))}")
         ReflectiveCache(self.history, self.previous)
 
     def _check_numbers(self) -> None:
-        for name in ("rank", "steps", "batch", "accumulation", "frames", "ratio", "shown"):
+        for name in ("rank", "steps", "batch", "accumulation", "frames", "ratio", "shown", "score_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
         if self.rank > MOST_RANK:
@@ -72,6 +81,14 @@ class RefineOptions:
         for name in ("learning_rate", "critic_rate"):
             if not 0 < getattr(self, name) <= 1:  # no NaN is
                 raise ValueError(f"{name} {getattr(self, name)}: give one above 0 and at most 1, like 1e-4")
+        if self.critic_warmup < 0:
+            raise ValueError(f"critic_warmup {self.critic_warmup}: give a number of steps, 0 is none")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup {self.warmup}: give a share of the updates, from 0 to below 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {[*self.betas]}: give two from 0 to below 1, like [0.9, 0.999]")
+        if self.antithetic and self.batch % 2:
+            raise ValueError(f"batch {self.batch} with antithetic pairs: give an even number")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema}: give one from 0, no average, to below 1")
         if not 0 <= self.l2 <= LARGEST:
@@ -100,10 +117,26 @@ class RefineOptions:
 
     @property
     def exits(self) -> list[int]:
-        """Indices of the levels that a training rollout may end at: those with a refined noise, or any."""
+        """Indices of the levels that a training rollout may end at, the same for every method: the refined ones."""
         levels = range(len(self.preset.steps))
-        return [i for i in levels if self.method != "autorefiner" or self.preset.steps[i] in self.levels]
+        return [i for i in levels if self.preset.steps[i] in self.levels] or [*levels]
 
     @property
     def refined(self) -> frozenset[int]:
+        """Nominal steps of the levels that T_φ refines."""
         return frozenset({STEPS} if self.method == "init-noise" else self.levels)
+
+    @property
+    def first_update(self) -> int:
+        """The step of the refiner's first update."""
+        return min(self.critic_warmup, self.steps // 4) if self.objective == "dmd" else 0
+
+    @property
+    def updates(self) -> int:
+        """Updates of the refiner in all."""
+        every = self.ratio if self.objective == "dmd" else 1
+        return -(-(self.steps - self.first_update) // every)
+
+    def rate_factor(self, update: int) -> float:
+        """Factor on the learning rate at one of the updates."""
+        return warm_cosine(update, self.updates, warm=max(1, round(self.warmup * self.updates)), floor=0.0)

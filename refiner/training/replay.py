@@ -33,24 +33,33 @@ class Replay:
 
     The function must make the same passes for the same shapes and `fixed` arguments, draw no random numbers, and read
     nothing that changes but its tensors and parameters: a replay repeats the kernels of the first call. Each kind of
-    call keeps the memory of its activations. An `eager` one replays nothing and asks nothing of the function, and its
-    gradients add up until someone sets them to None, as those of a step's parts.
+    call keeps the memory of its activations. An `eager` one replays nothing and asks nothing of the function. With
+    `adds`, gradients add up until someone sets them to None, as those of a step's parts.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, eager: bool = False) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, eager: bool = False, adds: bool = False) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.eager, self.replays = eager, device.type == "cuda" and not eager
+        self.adds, self.replays = adds, device.type == "cuda" and not eager
         self.captured: dict[Hashable, Captured] = {}
         self.tables: Tables = {}  # on the device; captured passes read them in place
 
     def __call__(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
         """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in the parameters."""
+        before = [parameter.grad if self.adds else None for parameter in self.parameters]
         found = self._replay(self._learn, function, tensors, fixed)
         if found is None:
+            for parameter, sum_before in zip(self.parameters, before, strict=True):
+                parameter.grad = sum_before
             return self._learn(function, tensors, fixed)
-        for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
-            parameter.grad = gradient
+        for parameter, sum_before, gradient in zip(self.parameters, before, found.gradients, strict=True):
+            parameter.grad = self._sum(sum_before, gradient)
         return found.outputs
+
+    def _sum(self, before: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        """A replay's gradient, whose memory the next replay writes, added to the one before."""
+        if not self.adds or gradient is None:
+            return gradient if before is None else before
+        return gradient.clone() if before is None else before.add_(gradient)
 
     def forward(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
         """What `function(*tensors, **fixed)` returns, without gradients."""
@@ -58,8 +67,6 @@ class Replay:
         return self._look(function, tensors, fixed) if found is None else found.outputs
 
     def _learn(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
-        if not self.eager:
-            self._forget()
         outputs = function(*tensors, **fixed)
         if isinstance(outputs, dict):
             next(iter(outputs.values())).backward()
@@ -109,6 +116,7 @@ class Replay:
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM):
+                self._forget()
                 run(function, inputs, fixed)
         here.wait_stream(aside)
         if learns:
@@ -122,10 +130,10 @@ class Replay:
 def replayable(options: RefineOptions, network: CausalWan) -> bool:
     """Whether a refiner's training makes the same passes at every step, and whether they are worth replaying.
 
-    A step in parts adds gradients up; a reward draws its frames; a window that forgets frames makes indices on the
-    device; what is compiled, or recomputed in the backward pass, was not tried.
+    A reward draws its frames; a window that forgets frames makes indices on the device; several processes, and what is
+    compiled or recomputed in the backward pass, were not tried.
     """
-    whole = options.accumulation == 1 and world() == 1
+    whole = world() == 1
     remembers = options.preset.window < 0 or options.preset.window >= options.frames
     plain = not (options.checkpointing or options.compiled)
     small = sum(parameter.numel() for parameter in network.model.parameters()) <= SMALL

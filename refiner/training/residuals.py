@@ -15,6 +15,21 @@ def normal_distance(noise_BCFhw: Tensor) -> Tensor:
     return 0.5 * (variance + mean.square() - 1 - variance.log()).mean()
 
 
+def describe(noise_BCFhw: Tensor, residual_BCFhw: Tensor) -> dict[str, Tensor]:
+    """Figures of a residual Δ on noise ε.
+
+    `rms` of Δ; `constant`, the rms over channels of each channel's mean Δ, which says nothing about a clip; `shrink`,
+    the mean of Δ · ε, which is -c where the noise was shrunk by c; `distance`, that of ε + Δ from N(0, I).
+    """
+    noise, residual = noise_BCFhw.float(), residual_BCFhw.float()
+    return {
+        "rms": residual.square().mean().sqrt(),
+        "constant": residual.mean(dim=(0, 2, 3, 4)).square().mean().sqrt(),
+        "shrink": (residual * noise).mean(),
+        "distance": normal_distance(noise + residual),
+    }
+
+
 class Residuals:
     """A refiner's watch over one rollout: the residuals that have a graph, and figures of all of them by level."""
 
@@ -26,7 +41,7 @@ class Residuals:
         if residual.requires_grad:
             self.trained.append(residual)
         with torch.no_grad():
-            for name, figure in (("change", residual.abs().mean()), ("distance", normal_distance(noise + residual))):
+            for name, figure in describe(noise, residual).items():
                 self.seen.setdefault(f"{name} {level.step}", []).append(figure)
 
     def penalty(self, device: torch.device) -> Tensor:
@@ -36,5 +51,5 @@ class Residuals:
         return torch.stack([0.5 * residual.float().square().mean() for residual in self.trained]).mean()
 
     def figures(self) -> dict[str, Tensor]:
-        """Of each level `change`, the mean |Δ|, and `distance`, that of ε + Δ from N(0, I); means over chunks."""
+        """Figures of every level (see `describe`), as means over chunks, by names like `rms 750`."""
         return {name: torch.stack(each).mean() for name, each in self.seen.items()}

@@ -51,8 +51,8 @@ def test_a_training_raises_what_was_loaded(base: Path, monkeypatch) -> None:
     graph["5"] = node("AutoRefinerLoadReward", **SPRITES)
     refiner, losses, _ = execute(graph, base)["3"]
     options = RefineOptions(
-        objective="reward", rank=2, steps=2, batch=2, frames=6, height=8, width=8, learning_rate=1e-3, l2=0.5,
-        precision="fp32",
+        objective="reward", rank=2, steps=2, batch=2, accumulation=1, frames=6, height=8, width=8,
+        learning_rate=1e-3, l2=0.5, precision="fp32",
     )  # fmt: skip
     student, text = bundle.load_sprite_network("student", bundle.WEIGHTS), bundle.load_sprite_text(bundle.WEIGHTS)
     mixture = Mixture(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),))

@@ -39,8 +39,9 @@ def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
     student, teacher = (bundle.load_sprite_network(name, bundle.WEIGHTS) for name in ("student", "teacher"))
     text = bundle.load_sprite_text(bundle.WEIGHTS)
     options = RefineOptions(
-        rank=2, steps=4, batch=2, frames=6, height=4, width=4, learning_rate=1e-3, ratio=2, precision="fp32"
-    )
+        rank=2, steps=4, batch=2, accumulation=1, frames=6, height=4, width=4, learning_rate=1e-3, ratio=2,
+        precision="fp32",
+    )  # fmt: skip
     prompts = training()["3"]["inputs"]["prompts"].splitlines()
     stage = RefineStage(options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {})
     logged = [stage.step(index)["loss"] for index in range(4)]
@@ -101,16 +102,16 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
 def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_other(base: Path, monkeypatch) -> None:
     teach = RefineStage._teach
 
-    def fail(stage: RefineStage, index: int) -> dict:
-        if index == 2:
+    def fail(stage: RefineStage, index: int, update: int) -> dict:
+        if index == 3:
             raise RuntimeError("out of memory")
-        return teach(stage, index)
+        return teach(stage, index, update)
 
     with monkeypatch.context() as patch:
         patch.setattr(RefineStage, "_teach", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             execute(training(vae=None), base)
-    assert train_plan.steps_taken(base / "output" / "autorefiner" / "mine") == 2
+    assert train_plan.steps_taken(base / "output" / "autorefiner" / "mine") == 3
     on, through = execute(training(vae=None), base)["3"], execute(training(run="other", vae=None), base)["3"]
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 

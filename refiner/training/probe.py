@@ -1,0 +1,62 @@
+"""`autorefiner train --probe`: whether a training has anything to learn from, before it takes hours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from tqdm import trange
+
+from .refine import RefineStage
+from .signal import ADVICE, Agreement, agreement, flat
+
+FEWEST = 3  # batches that are compared
+APART = 1 << 32  # steps of the probe's batches, which no training takes
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a stage's gradient and refiner are like."""
+
+    batches: int
+    clips: int  # of each batch
+    signal: Agreement
+    figures: Mapping[str, float]  # logged of a step, as means over batches
+    held_out: float | None  # None where no prompts are held out
+
+    def lines(self) -> list[str]:
+        """The probe as a person reads it, and what to do about it."""
+        signal = self.signal
+        rows = [
+            f"gradient    mean cosine {signal.cosine:+.4f} ± {signal.error:.4f} between {self.batches} batches of"
+            f" {self.clips} clips, signal / total power {signal.share:+.4f}"
+        ]
+        steps = [name.partition(" ")[2] for name in self.figures if name.startswith("rms ")]
+        for step in steps:
+            row = (f"{name} {self.figures[f'{name} {step}']:+.4f}" for name in ("rms", "constant", "shrink"))
+            rows.append(f"Δ at {step:<6} {', '.join(row)}")
+        if self.held_out is None:
+            rows.append("held-out    no prompts are held out: give at least 10")
+        else:
+            rows.append(f"held-out    refined less base {self.held_out:+.5f}")
+        rows.append("signal      yes" if signal.seen else f"signal      none: {ADVICE}")
+        return rows
+
+
+def probe(stage: RefineStage, batches: int) -> Probe:
+    """Compare the gradients of independent batches at the stage's factors; nothing of the stage changes.
+
+    ValueError for fewer than 3 batches.
+    """
+    if batches < FEWEST:
+        raise ValueError(f"{batches} batches: give at least {FEWEST}, whose gradients are compared")
+    gradients, figures = [], []
+    for number in trange(batches, unit="batch", dynamic_ncols=True):
+        figures.append(stage.gradient(APART + number).floats())
+        gradients.append(flat(factor.grad for factor in stage.factors.values()))
+    stage.learner.zero_grad()
+    names = dict.fromkeys(name for each in figures for name in each)  # each batch ends at a level of its own
+    means = {name: fmean(each[name] for each in figures if name in each) for name in names}
+    clips = stage.options.batch * stage.options.accumulation
+    signal = agreement(torch.stack(gradients))
+    return Probe(batches, clips, signal, means, stage.compare().get("held-out"))
