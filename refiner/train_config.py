@@ -66,6 +66,7 @@ class TrainConfig:
     text_encoder: str = ""
     tokenizer: str = ""
     preset: str = "self-forcing"
+    sampler_levels: tuple[int, ...] = ()  # nominal, falling from 1000; none: the preset's
     save_every: int = 100
     show_every: int = 500
     refiner: RefineOptions = field(default_factory=RefineOptions)
@@ -109,8 +110,9 @@ class TrainConfig:
                 raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
         folder = path.parent
         told.setdefault("preset", _preset_of(told.get("base", SPRITES), folder))
-        preset = get_preset(told["preset"])
-        inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]))
+        told["sampler_levels"] = _levels_of(told.get("sampler_levels", []), "sampler_levels")
+        preset = get_preset(told["preset"]).changed(steps=told["sampler_levels"] or None)
+        inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]), "refiner.levels")
         if not told.get("out"):
             raise ValueError("does not say `out`, the file to write")
         if "betas" in inner:
@@ -142,10 +144,10 @@ def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:
         raise ValueError(f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else can")
 
 
-def _levels_of(told: object) -> tuple[int, ...]:
-    """Of TOML, which has lists of anything; ValueError for any but whole numbers."""
+def _levels_of(told: object, name: str) -> tuple[int, ...]:
+    """From a TOML list; ValueError unless it holds whole numbers."""
     if not isinstance(told, list) or not all(type(one) is int for one in told):
-        raise ValueError(f"refiner.levels is {told!r}, expected a list of whole numbers, like [750, 500]")
+        raise ValueError(f"{name} is {told!r}, expected a list of whole numbers, like [750, 500]")
     return tuple(told)
 
 

@@ -1,49 +1,25 @@
 """A coherent reward moves the path's noises and not the initial one (AutoRefiner, section 3.3)."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from autorefiner.refiner.training.objective import Part
-from autorefiner.refiner.training.options import RefineOptions
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo import leverage
+from autorefiner.refiner.demo.leverage import ChannelMean, LeverageOptions
 from autorefiner.refiner.training.refine import RefineStage
-from autorefiner.refiner.training.residuals import Residuals
 
 from tiny import TINY, tiny_network
+from tiny_bundle import write_tiny_bundle
 
 pytest.importorskip("peft")
 
-OPTIONS = RefineOptions(
-    objective="reward", rank=32, steps=24, batch=4, accumulation=1, frames=9, height=4, width=4, learning_rate=1e-3,
-    l2=0.0, precision="fp32",
-)  # fmt: skip
+OPTIONS = replace(LeverageOptions().training, height=4, width=4, precision="fp32")
 PROMPTS = [f"prompt {number}" for number in range(64)]
-
-
-class ChannelMean:
-    """The reward is the mean of the first latent channel."""
-
-    ratio, learners = 1, ()
-
-    def prepare(self, index: int, samples: object) -> dict[str, float]:
-        return {}
-
-    def given(self, part: Part) -> tuple[tuple, dict]:
-        return (), {}
-
-    def loss(self, clean: Tensor, context: Tensor, residuals: Residuals) -> tuple[Tensor, dict[str, Tensor]]:
-        reward = clean[:, 0].mean()
-        return -reward, {"loss": -reward, "reward": reward}
-
-    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        return (after[:, 0] - before[:, 0]).mean().item()
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None: ...
 
 
 def encode(prompts: list[str]) -> Tensor:
@@ -59,3 +35,16 @@ def test_24_updates_raise_the_reward_by_the_paths_noises_alone(method: str, leas
     for index in range(options.steps):
         stage.step(index)
     assert least < stage.compare()["held-out"] < most
+
+
+def test_the_command_writes_a_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_tiny_bundle(tmp_path)
+    for name in ("load_sprite_network", "load_sprite_text"):
+        monkeypatch.setattr(leverage, name, partial(getattr(leverage, name), folder=tmp_path))
+    out = tmp_path / "RESULTS.md"
+    assert main(["demo", "leverage", "--updates", "1", "--out", str(out), "--device", "cpu"]) == 0
+    text = out.read_text()
+    assert "## Leverage" in text
+    for name in ("AutoRefiner", "InitNoiseRefiner", "LoRA"):
+        assert f"| {name} " in text
+    assert "after 1 updates of 4 clips" in text

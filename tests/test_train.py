@@ -181,6 +181,16 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
         ("", 'seed = "many"', "refiner.seed"),
         ("", "levels = [900]", "levels [900]"),
         ("", "levels = 750", "refiner.levels"),
+        ("sampler_levels = [750, 1000]", "", "levels 750,1000"),
+        ("sampler_levels = [1000.0]", "", "sampler_levels"),
+        ("", "betas = [0.9]", "betas"),
+        ("", "betas = [0.9, 1]", "betas"),
+        ("", 'betas = "fast"', "betas"),
+        ("", "critic_warmup = -1", "critic_warmup"),
+        ("", "warmup = 1.0", "warmup"),
+        ("", "score_draws = 0", "score_draws"),
+        ("", 'start = "tail"', "start"),
+        ("", "antithetic = true\nbatch = 3", "even"),
         ("", "levels = [750.0]", "refiner.levels"),
         ("", "levels = []", "levels []"),
         ('preset = "causal-forcing-1step"', "", "another method"),
@@ -261,6 +271,8 @@ def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
     assert read(write(tmp_path)).refiner.levels == (750, 500, 250)
     assert read(write(tmp_path, 'preset = "causvid"')).refiner.levels == (757, 522)
     assert read(write(tmp_path, inner="levels = [500]")).refiner.levels == (500,)
+    own = read(write(tmp_path, more="sampler_levels = [1000, 750]", inner="betas = [0.0, 0.99]")).refiner
+    assert (own.preset.steps, own.levels, own.betas) == ((1000, 750), (750,), (0.0, 0.99))
 
 
 def test_an_empty_prompts_file_is_refused(tmp_path, capsys) -> None:

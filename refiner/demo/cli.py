@@ -11,6 +11,7 @@ import torch
 from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model, told_of
 from .evaluation import EvaluateOptions, evaluate, write_section
+from .leverage import LeverageOptions, leverage
 from .recipes.data import Clips, encode_shards
 from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
@@ -63,6 +64,12 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
 
+    about = "Train for a reward that any noise could raise, by each method, and write the gains into a Markdown file."
+    command = actions.add_parser("leverage", help="which noises can move a clip", description=about)
+    command.add_argument("--updates", type=int, default=24)
+    command.add_argument("--out", type=Path, default=Path("RESULTS.md"), metavar="FILE.md", help="default %(default)s")
+    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+
     about = "Train what is missing, and write the paper's tables in miniature into a Markdown file."
     command = actions.add_parser("tables", help="the paper's tables", description=about)
     command.add_argument("--run", type=Path, default=RUNS / "tables", metavar="FOLDER", help="default %(default)s")
@@ -98,6 +105,11 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
         options = EvaluateOptions(args.captions, args.long_captions, args.pairs, args.teacher_steps)
         body = evaluate(args.models, options, device)
         write_section(args.out, "The bundled models", body)
+        print(body)
+        return 0
+    if args.action == "leverage":
+        body = leverage(LeverageOptions(args.updates), device)
+        write_section(args.out, "Leverage", body)
         print(body)
         return 0
     if args.action == "show":

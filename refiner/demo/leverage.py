@@ -1,0 +1,81 @@
+"""Which noises can move a clip: training for a coherent reward, the mean of one latent channel (AutoRefiner, 3.3)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import trange
+
+from ..training.objective import Part
+from ..training.options import RefineOptions
+from ..training.refine import RefineStage
+from ..training.residuals import Residuals
+from .bundle import load_sprite_network, load_sprite_text
+from .clips import held_out
+from .metrics.table import aligned
+from .world import sample_scene
+
+METHODS = {"autorefiner": "AutoRefiner", "init-noise": "InitNoiseRefiner", "lora": "LoRA"}
+PROMPTS, HELD_OUT = 1024, 16
+
+
+@dataclass(frozen=True, slots=True)
+class LeverageOptions:
+    """How long each method is trained."""
+
+    updates: int = 24
+    batch: int = 4
+    frames: int = 9  # latent
+
+    @property
+    def training(self) -> RefineOptions:
+        """Without a penalty, so that nothing holds the noise back."""
+        return RefineOptions(
+            objective="reward", steps=self.updates, batch=self.batch, accumulation=1, frames=self.frames, rank=32,
+            l2=0.0, shown=1,
+        )  # fmt: skip
+
+
+class ChannelMean:
+    """The reward is the mean of the first latent channel."""
+
+    ratio, learners = 1, ()
+
+    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
+        """There is nothing to learn."""
+        return {}
+
+    def given(self, part: Part) -> tuple[tuple, dict]:
+        return (), {}
+
+    def loss(self, clean: Tensor, context: Tensor, residuals: Residuals) -> tuple[Tensor, dict[str, Tensor]]:
+        reward = clean[:, 0].float().mean()
+        return -reward, {"loss": -reward, "reward": reward}
+
+    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
+        return (after[:, 0] - before[:, 0]).mean().item()
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def leverage(options: LeverageOptions, device: torch.device) -> str:
+    """Train the bundled student by each method; the table, in Markdown."""
+    network, text = load_sprite_network("student", device=device), load_sprite_text().to(device)
+    prompts = [sample_scene(seed).caption.text for seed in range(PROMPTS)]
+    unseen = [caption.text for caption in held_out(HELD_OUT)]
+    rows = [["method", "held-out reward", "rms Δ"]]
+    for method, name in METHODS.items():
+        training = replace(options.training, method=method)
+        stage = RefineStage(training, network, ChannelMean(), prompts, text, lambda *_: {}, unseen)
+        for index in trange(options.updates, desc=name, unit="update", dynamic_ncols=True):
+            logged = stage.step(index)
+        sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))
+        rows.append([name, f"{stage.compare()['held-out']:+.2f}", sizes or "-"])
+    return (
+        f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with the same noise, after"
+        f" {options.updates} updates of {options.batch} clips (`autorefiner demo leverage`).\n\n{aligned(rows)}\n"
+    )
