@@ -1,4 +1,4 @@
-"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled on its own rollouts.
+"""The causal student, a fifth of the teacher's size: taught to work chunk by chunk, then distilled on its own rollouts.
 
 First teacher forcing: clean history, one noised chunk at a time, flow matching at the four levels and between. Then
 Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
@@ -29,17 +29,18 @@ from ...wan.vae import WanVAE
 from ..clips import PRESET, held_out, show_clips, student_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
-from .teacher import TEXT_WAY, twin
+from .teacher import TEXT_WAY, new_model, sprite_config, twin
 
 
 @dataclass(frozen=True, slots=True)
 class InitOptions:
-    """Of the causal initialisation."""
+    """Of the causal initialisation: from the teacher's weights at its width, else from random ones."""
 
-    steps: int = 800
+    width: int = 128
+    steps: int = 4000
     batch: int = 32
-    learning_rate: float = 5e-4
-    muon: float = 5e-3
+    learning_rate: float = 1e-3
+    muon: float = 2e-2
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
     at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
@@ -75,10 +76,14 @@ class CausalInitStage(LearnerStage):
     ) -> None:
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         self.device = next(teacher.model.parameters()).device
-        self.learner = Learner(twin(teacher), options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
+        config = teacher.config
+        if options.width != config.dim:
+            config = sprite_config(options.width, text)
+        model = twin(teacher) if config == teacher.config else new_model(config, options.seed).to(self.device)
+        self.learner = Learner(model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
         host = training_host(self.device, options.compiled)
-        self.network = CausalWan(self.learner.model, teacher.config, host)
-        self.average = CausalWan(self.learner.average, teacher.config)
+        self.network = CausalWan(model, config, host)
+        self.average = CausalWan(self.learner.average, config)
         self.replay = Replay(self.learner.model, self.device)
         self.batches = Ahead(partial(init_batch, options, clips), options.steps, helpers(self.device))
 

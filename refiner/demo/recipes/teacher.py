@@ -21,7 +21,7 @@ from ..clips import held_out, show_clips, teacher_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
 
-WIDTHS = {128: dict(num_heads=4, ffn_dim=512, num_layers=8), 256: dict(num_heads=8, ffn_dim=1024, num_layers=5)}
+WIDTHS = {128: dict(num_heads=1, ffn_dim=512, num_layers=4), 256: dict(num_heads=8, ffn_dim=1024, num_layers=5)}
 TEXT_WAY = ("text_embedding.", "cross_attn.v.")  # without a norm behind them, so no matrices for Muon
 
 
