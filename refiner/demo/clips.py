@@ -39,9 +39,9 @@ DECODED_AT_ONCE = {"cpu": 4, "cuda": 16}
 SHOWN = 4  # clips of a sheet
 
 
-def held_out(count: int, split: str = "test") -> list[Caption]:
-    """The captions of the first scenes of a split that no model was trained on."""
-    return [sample_scene(seed, split).caption for seed in range(count)]
+def held_out(count: int, split: str = "test", first: int = 0) -> list[Caption]:
+    """The captions of scenes of a split that no model was trained on, from its `first` one on."""
+    return [sample_scene(seed, split).caption for seed in range(first, first + count)]
 
 
 def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str]]:

@@ -24,7 +24,7 @@ from ..noise.source import VERSION as NOISE_VERSION
 from ..rollout import Sampler
 from ..samplers import SEARCHES, self_forcing
 from ..samplers.search import Judge, Verifier
-from ..schedule import Chunk, plan_chunks
+from ..schedule import Chunk, Preset, plan_chunks
 from ..train import train_refiner
 from ..train_config import RewardConfig, TrainConfig
 from ..training.ahead import helpers
@@ -36,6 +36,7 @@ from ..wan.lora import read_lora
 from .bundle import FILES, WEIGHTS
 from .captions import Caption
 from .clips import BATCH, PRESET, score, student_clips
+from .controls import Control
 from .evaluation import Demo
 from .metrics.diversity import spreads
 from .metrics.evaluate import ClipScores
@@ -47,12 +48,20 @@ Search = Literal["", "best-of-n", "search-over-path"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A name, and what differs from the base: a training, the levels refined when sampling, a search."""
+    """A name, and what differs from the base: a training, the levels refined when sampling, a search, another sampler,
+    or a residual that nothing was trained for."""
 
     name: str
     training: RefineOptions | None = None
     levels: tuple[int, ...] | None = None  # those it was trained with unless told
     search: Search = ""
+    sampler_levels: tuple[int, ...] = PRESET.steps  # nominal, of the sampler
+    control: Control | None = None
+
+    @property
+    def preset(self) -> Preset:
+        """What it is sampled with."""
+        return PRESET.changed(steps=self.sampler_levels)
 
     @property
     def refined(self) -> tuple[int, ...] | None:
@@ -185,12 +194,16 @@ class Bench:
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
         sampled = (row.refined, row.search, len(self.captions), self.seeds, self.frames, self.candidates)
+        if row.control or row.preset != PRESET:  # so that other rows keep the names they had
+            sampled += (row.sampler_levels, row.control)
         digest.update(repr((NOISE_VERSION, *sampled)).encode())
         return digest.hexdigest()
 
     def _models(self, row: Row, factors: Path | None) -> tuple[CausalWan, Refiner | None]:
         """The network that denoises, and the refiner."""
         student = self.demo.student
+        if row.control is not None:
+            return student, row.control.refiner(student, row.levels or row.sampler_levels[1:])
         if factors is None:
             return student, None
         if row.training.method == "lora":
@@ -202,7 +215,7 @@ class Bench:
     def _measure(self, row: Row, network: CausalWan, refiner: Refiner | None, workers: int) -> Outcome:
         cost = Cost()
         network = counted(network, cost)
-        if refiner is not None:
+        if isinstance(refiner, Refiner):
             refiner = replace(refiner, network=counted(refiner.network, cost))
         captions, clips = [*self.captions] * self.seeds, []
 
@@ -214,15 +227,15 @@ class Bench:
 
         scores = score(made(), captions, row.name, workers)
         frames = sum(map(len, clips))
-        chunks = len(clips) * len(plan_chunks(PRESET, self.frames)[1])
+        chunks = len(clips) * len(plan_chunks(row.preset, self.frames)[1])
         return Outcome(scores, spreads(clips, captions), cost, frames, chunks)
 
     def _clips(
         self, row: Row, network: CausalWan, refiner: Refiner | None, captions: Sequence[Caption], seed: int, cost: Cost
     ) -> Iterator[ndarray]:
         return student_clips(
-            network, self.demo.text, self.demo.vae, captions, seed=seed, frames=self.frames, refiner=refiner,
-            method_of=lambda texts: self._method(row, texts, cost),
+            network, self.demo.text, self.demo.vae, captions, seed=seed, preset=row.preset, frames=self.frames,
+            refiner=refiner, method_of=lambda texts: self._method(row, texts, cost),
         )  # fmt: skip
 
     def _method(self, row: Row, texts: list[str], cost: Cost) -> Sampler:

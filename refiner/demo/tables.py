@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,22 +18,25 @@ from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
 from .bundle import WEIGHTS, load_sprite_reward
 from .captions import Caption
-from .clips import LATENT_FRAMES, held_out
+from .clips import LATENT_FRAMES, PRESET, held_out
+from .controls import Control, Kind
 from .evaluation import Demo
 from .metrics.diversity import of_spreads
 from .metrics.evaluate import ClipScores
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
 from .rows import Bench, Outcome, Row
 
-TABLES = (1, 2, 3, 4, 6, 7)
+TABLES = (1, 2, 3, 4, 6, 7, 8)
 TOTALS = ("quality", "semantic", "total")
 GAINS = ("semantic", "total")
 TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 RANKS = (16, 32, 64, 128)
 BASE = Row("base")
+TWO_LEVELS = (1000, 750)
+CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions, and the first of them
 # As the student was distilled: the teacher's guidance is its own.
-TRAINING = RefineOptions(steps=800, batch=16, rank=32, learning_rate=2e-3, guidance=1.0, shown=16)
-REWARDED = RefineOptions(objective="reward", steps=400, batch=32, frames=9, rank=32, learning_rate=1e-3, shown=8)
+TRAINING = RefineOptions(steps=550, batch=32, accumulation=2, guidance=1.0, shown=16)
+REWARDED = RefineOptions(objective="reward", steps=200, batch=32, accumulation=2, frames=9, shown=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,20 @@ class TablesOptions:
     rewarded: RefineOptions = REWARDED
     short: int = 120  # steps of each row of Tables 4 and 6
     tables: tuple[int, ...] = TABLES
+    strengths: tuple[float, ...] = (0.03, 0.05, 0.07, 0.1)  # c of the controls, of which the best is chosen
+    controls: tuple[tuple[tuple[int, ...], Control], ...] = ()  # the chosen ones, by the sampler's levels
+
+    @property
+    def two_levels(self) -> RefineOptions:
+        """The training by distribution matching for a sampler of two levels."""
+        return replace(self.training, preset=PRESET.changed(steps=TWO_LEVELS), levels=TWO_LEVELS[1:])
 
     @classmethod
     def quick(cls) -> "TablesOptions":
         """So little that every number is meaningless: it tries the command."""
-        little = dict(steps=2, rank=2, batch=2, frames=6, ratio=1, shown=1)
+        little = dict(steps=2, rank=2, batch=2, accumulation=1, frames=4, ratio=1, critic_warmup=0, shown=1)
         dmd, reward = replace(TRAINING, **little), replace(REWARDED, **little)
-        return cls(captions=2, frames=6, training=dmd, rewarded=reward, short=1)
+        return cls(captions=2, frames=5, training=dmd, rewarded=reward, short=1, strengths=())
 
 
 def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
@@ -61,9 +72,33 @@ def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
     return tuple(Row(f"+{name} ({training.objective})", replace(training, method=method)) for name, method in methods)
 
 
+def control_rows(options: TablesOptions, sampler_levels: tuple[int, ...]) -> list[Row]:
+    """Residuals that nothing was trained for, on one sampler."""
+    return [
+        on_sampler(Row(str(control), control=control), sampler_levels)
+        for levels, control in options.controls
+        if levels == sampler_levels
+    ]
+
+
+def on_sampler(row: Row, sampler_levels: tuple[int, ...]) -> Row:
+    """The row on a sampler with these levels, which its name says where they are not the preset's."""
+    if sampler_levels == BASE.sampler_levels:
+        return row
+    return replace(row, name=f"{row.name} at {' '.join(map(str, sampler_levels))}", sampler_levels=sampler_levels)
+
+
 def dmd_rows(options: TablesOptions) -> list[Row]:
     """Table 1."""
-    return [BASE, *objective_rows(options.training)]
+    return [BASE, *control_rows(options, BASE.sampler_levels), *objective_rows(options.training)]
+
+
+def two_level_rows(options: TablesOptions) -> list[Row]:
+    """Table 8: a sampler with something to gain, and what other samplers make of as many passes or more."""
+    samplers = (TWO_LEVELS, (1000, 500), (1000, 750, 500), BASE.sampler_levels)
+    base, *others = (on_sampler(BASE, levels) for levels in samplers)
+    trained = (on_sampler(row, TWO_LEVELS) for row in objective_rows(options.two_levels))
+    return [base, *others, *control_rows(options, TWO_LEVELS), *trained]
 
 
 def reward_rows(options: TablesOptions) -> list[Row]:
@@ -134,6 +169,10 @@ KINDS = {
     4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
     6: Table("Table 6: the rank of the LoRA", rank_rows),
     7: Table("Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"), dynamic_cells),
+    8: Table(
+        "Table 8: a sampler of two levels", two_level_rows, ("ΔNFE", "frames/s", "diversity", "dynamic"),
+        lambda o, b: [cost_cells(o, b)[0], cost_cells(o, b)[2], *dynamic_cells(o, b)],
+    ),
 }  # fmt: skip
 
 
@@ -174,15 +213,43 @@ def by_motion(outcome: Outcome, captions: Sequence[Caption]) -> str:
 
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
     """A table in Markdown."""
-    base, captions = outcomes[BASE.name], options.captions
+    first, *_ = rows = table.rows(options)
+    base, captions = outcomes[first.name], options.captions
     lines = [["", *TOTALS, *(f"{name} less base's" for name in GAINS), *table.columns]]
-    for row in table.rows(options):
+    for row in rows:
         outcome = outcomes[row.name]
         found = summarise(outcome.scores, [number % captions for number in range(len(outcome.scores))])
         more = gains(outcome, base, captions)
-        less = ["–" if row == BASE else str(more[name]) for name in GAINS]
+        less = ["–" if row == first else str(more[name]) for name in GAINS]
         lines.append([row.name, *(str(found[name]) for name in TOTALS), *less, *table.cells(outcome, base)])
     return f"### {table.title}\n\n{aligned(lines)}"
+
+
+def choose_controls(
+    bench: Bench, options: TablesOptions, device: torch.device
+) -> tuple[tuple[tuple[int, ...], Control], ...]:
+    """The best strength of each control for the samplers of Tables 1 and 8, by the total on captions of their own."""
+    samplers = {1: BASE.sampler_levels, 8: TWO_LEVELS}
+    count = min(CHOSEN_ON, options.captions)
+    other = replace(bench, captions=held_out(count, first=CHOSEN_FROM))
+    controls = []
+    for levels in (samplers[number] for number in options.tables if number in samplers):
+        for kind in get_args(Kind):
+            totals: dict[Control, float] = {}
+            for control in (Control(kind, c) for c in options.strengths):
+                row = on_sampler(Row(f"choosing {control}", control=control), levels)
+                totals[control] = summarise(other.outcome(row, device).scores)["total"].mean
+            if totals:
+                controls.append((levels, max(totals, key=totals.get)))
+    return tuple(controls)
+
+
+def how_chosen(options: TablesOptions) -> str:
+    """A sentence on the controls; '' where a table has none."""
+    if not options.controls:
+        return ""
+    strengths, count = ", ".join(map(str, options.strengths)), min(CHOSEN_ON, options.captions)
+    return f"The c of an untrained residual is the best of {strengths} on {count} other captions. "
 
 
 def make_tables(run: Path, options: TablesOptions, device: torch.device, time_again: bool = False) -> str:
@@ -194,6 +261,7 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
     demo = Demo.load(WEIGHTS, device)
     rewards = Mixture(((load_sprite_reward(device=device), 1.0),)) if {2, 7} & {*options.tables} else None
     bench = Bench(demo, held_out(options.captions), options.seeds, options.frames, run, rewards)
+    options = replace(options, controls=choose_controls(bench, options, device))
     chosen = [KINDS[number] for number in options.tables]
     rows = {row.name: row for table in chosen for row in table.rows(options)}
     outcomes = {name: bench.outcome(row, device) for name, row in rows.items()}
@@ -206,12 +274,13 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
         f"{options.captions} held-out captions × {options.seeds} seeds, clips of {4 * options.frames - 3} frames; every"
         " score is 0–100 with its 95 % bootstrap interval over captions, differences are paired by caption and seed."
         f" The base is frozen. By distribution matching (dmd) a row is trained for {training.steps} steps of"
-        f" {training.batch} clips (Tables 4 and 6: {options.short}), of which every {training.ratio}th trains what is"
-        f" tried and all the fake score; by reward for {rewarded.steps} steps of {rewarded.batch} clips of"
+        f" {training.batch * training.accumulation} clips (Tables 4 and 6: {options.short}), of which every"
+        f" {training.ratio}th after {training.first_update} trains what is tried and all the fake score; by reward for"
+        f" {rewarded.steps} steps of {rewarded.batch * rewarded.accumulation} clips of"
         f" {4 * rewarded.frames - 3} frames. Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the"
         " base's; verifications, each of which decodes, are a chunk's too. Both searches choose among"
         f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
-        f" exact metrics judge. {machines(outcomes)}"
+        f" exact metrics judge. {how_chosen(options)}{machines(outcomes)}"
     ).strip()
     drawn = [draw(table, options, outcomes) for table in chosen]
     return "\n\n".join((fill(told, 120), *drawn, by_motion(outcomes[BASE.name], bench.captions)))

@@ -12,13 +12,23 @@ from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import rows, tables
 from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.captions import Caption, Stated
-from autorefiner.refiner.demo.clips import held_out
+from autorefiner.refiner.demo.clips import PRESET, held_out
+from autorefiner.refiner.demo.controls import Control
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.evaluate import ClipScores
-from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, counted, timed
-from autorefiner.refiner.demo.tables import BASE, KINDS, RANKS, TABLES, TablesOptions, machines
+from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, Row, counted, timed
+from autorefiner.refiner.demo.tables import (
+    BASE,
+    KINDS,
+    RANKS,
+    TABLES,
+    TablesOptions,
+    choose_controls,
+    how_chosen,
+    machines,
+)
 from autorefiner.refiner.sample import RunPlan, sample
-from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.schedule import PRESETS, make_level
 
 from tiny import TINY, tiny_network
 from tiny_bundle import use_bundle, write_tiny_bundle
@@ -61,16 +71,19 @@ def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
     options = TablesOptions()
     for number in TABLES:
         found = KINDS[number].rows(options)
-        assert found[0].name == "base" and found[0].training is None
+        assert found[0].name.startswith("base") and found[0].training is None
         assert len({row.name for row in found}) == len(found)
         trained = [row.training for row in found if row.training is not None]
         assert len({(one.steps, one.batch, one.seed, one.objective) for one in trained}) == 1
-        assert [one.rank for one in trained] == ([*RANKS] if number == 6 else [32] * len(trained))
+        assert [one.rank for one in trained] == ([*RANKS] if number == 6 else [64] * len(trained))
     levels = KINDS[3].rows(options)
     assert len({row.file() for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
     assert len({row.file() for row in KINDS[4].rows(options)[1:]}) == 6
     forms, ranks = ({row.name: row.file() for row in KINDS[number].rows(options)[1:]} for number in (4, 6))
-    assert ranks["rank 32"] == forms["history shared, previous pending"]  # trained once
+    assert ranks["rank 64"] == forms["history shared, previous pending"]  # trained once
+    names = [row.name for number in TABLES for row in {row.name: row for row in KINDS[number].rows(options)}.values()]
+    same = {row for number in TABLES for row in KINDS[number].rows(options)}
+    assert len(same) == len({*names})  # a name stands for one row, whatever the table
 
 
 @pytest.mark.parametrize(
@@ -87,6 +100,63 @@ def test_factors_are_those_of_the_models_that_they_were_trained_with(tmp_path, m
     assert {number: row.file() for number, row in trained.items()} == before
     save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / FILES[changed])
     assert {number for number, row in trained.items() if row.file() != before[number]} == again
+
+
+def test_rows_of_two_levels_are_trained_and_sampled_with_them() -> None:
+    options = replace(
+        TablesOptions(), controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.steps, Control("shrunk", 0.1)))
+    )
+    base, *others = KINDS[8].rows(options)
+    assert base.preset.steps == (1000, 750) and base.name == "base at 1000 750"
+    assert [row.name for row in others if row.training is None] == [
+        "base at 1000 500", "base at 1000 750 500", "base", "Δ = -0.07 ε at 1000 750",
+    ]  # fmt: skip
+    trained = [row for row in others if row.training]
+    assert {row.training.preset.steps for row in trained} == {row.sampler_levels for row in trained} == {(1000, 750)}
+    assert {row.training.levels for row in trained} == {(750,)}
+    assert [row.name for row in KINDS[1].rows(options)][:2] == ["base", "Δ = -0.1 ε"]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("shrunk", 0.1), ("towards x0", 0.3)])
+def test_an_untrained_residual_is_its_formula(kind, expected) -> None:
+    level = make_level(750, 5.0, True)
+    refiner = Control(kind, 0.1).refiner(tiny_network(), (750,))
+    noise, x0 = torch.full((1, 16, 3, 4, 4), -1.0), torch.full((1, 16, 3, 4, 4), 2.0)
+    found = refiner.residual(noise, x0, level, None, None, None, torch.float32)
+    torch.testing.assert_close(found, torch.full_like(noise, expected))
+    assert refiner.at(level) and not refiner.at(make_level(500, 5.0, True))
+
+
+def test_a_hand_made_refiner_adds_the_bases_flow() -> None:
+    """Without other branches its features are the base's, so Δ is -c (v - bias) of a joint pass."""
+    network = tiny_network()
+    made = Control("hand-made", 0.1).refiner(network, (750,))
+    assert made.cache.previous == "joint" and made.levels == {750}
+    torch.testing.assert_close(made.network.model.head.head.weight, -0.1 * network.model.head.head.weight)
+    assert not made.network.model.head.head.bias.any()
+    for name in ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"):
+        assert torch.equal(made.network.model.get_parameter(name), network.model.get_parameter(name))
+
+
+def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) -> None:
+    asked: list[tuple[Row, list[str], int]] = []
+
+    def outcome(bench: Bench, row: Row, device: torch.device) -> Outcome:
+        asked.append((row, [caption.text for caption in bench.captions], bench.seeds))
+        good = {0.03: 50.0, 0.05: 70.0, 0.07: 60.0, 0.1: 10.0}[row.control.c]
+        return Outcome([ClipScores(*[good] * len(fields(ClipScores)))] * 2, np.zeros((2, 2)), Cost(), 9, 1)
+
+    monkeypatch.setattr(Bench, "outcome", outcome)
+    options = TablesOptions(captions=2, tables=(1, 3))
+    bench = Bench(None, held_out(2), 2, 6, tmp_path)
+    chosen = choose_controls(bench, options, CPU)
+    assert [(levels, str(control)) for levels, control in chosen] == [
+        (PRESET.steps, formula) for formula in ("Δ = -0.05 ε", "Δ = 0.05 (x0 - ε)", "Δ = -0.05 v")
+    ]
+    assert len(asked) == 12 and {seeds for *_, seeds in asked} == {2}
+    assert "best of 0.03, 0.05, 0.07, 0.1 on 2 other captions" in how_chosen(replace(options, controls=chosen))
+    assert choose_controls(bench, replace(options, strengths=()), CPU) == () and how_chosen(options) == ""
+    assert not {caption.text for caption in held_out(256)} & {text for _, texts, _ in asked for text in texts}
 
 
 def test_passes_are_counted_by_the_network() -> None:
