@@ -213,6 +213,8 @@ def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:
     assert torch.equal(one.path, torch.cat([part.path for part in parts], dim=1))
     with pytest.raises(ValueError, match="even"):
         replace(SMALL, batch=3, antithetic=True)
+    odd = stage_of(replace(SMALL, antithetic=True), held_out=["one", "two", "three"])  # of which none has a pair
+    assert odd.compare() == {"held-out": pytest.approx(0, abs=1e-6)}
 
 
 def test_a_score_is_the_mean_over_its_draws() -> None:

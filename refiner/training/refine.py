@@ -100,7 +100,8 @@ class RefineStage:
         exit_level, prompts = max(self.options.exits), tuple(self.held_out)
         (index, use), count = HELD_OUT, len(prompts)
         seed = int(stream(self.options.seed, index, use).integers(1 << 62))
-        part = self._part(prompts, seed, exit_level, slice(0, count), index=index, use=use, total=count, weight=1.0)
+        noise, rows = WhiteNoise(seed), slice(0, count)
+        part = self._part(prompts, noise, exit_level, rows, index=index, use=use, total=count, weight=1.0)
         before, after = (self._clips(part.path, part.context, exit_level, base=base)[0] for base in (True, False))
         return {"held-out": self.objective.improvement(before, after, part)}
 
@@ -168,26 +169,25 @@ class RefineStage:
         seed, exit_level = int(rng.integers(1 << 62)), int(rng.choice(options.exits))
         share = options.batch // world()
         for start in range(rank() * share, total, options.batch):
-            rows = slice(start, start + share)
-            weight = options.batch / total
-            yield self._part(prompts[rows], seed, exit_level, rows, index=index, use=use, total=total, weight=weight)
+            rows, weight = slice(start, start + share), options.batch / total
+            noise = WhiteNoise(seed, start // alike)
+            if options.antithetic:
+                noise = AntitheticNoise(noise)
+            yield self._part(prompts[rows], noise, exit_level, rows, index=index, use=use, total=total, weight=weight)
 
     def _part(
-        self, prompts: tuple[str, ...], seed: int, exit_level: int, rows: slice, *, index: int, use: int, total: int,
-        weight: float,
+        self, prompts: tuple[str, ...], noise: NoiseSource, exit_level: int, rows: slice, *, index: int, use: int,
+        total: int, weight: float,
     ) -> Part:  # fmt: skip
         """Prompts and noises of some of a step's clips."""
         options = self.options
         chunks = plan_chunks(options.preset, options.frames)[1]
         last = chunks[-1].levels[exit_level].step
         frame_shape = (len(prompts), self.base.config.in_dim, options.height, options.width)
-        source = WhiteNoise(seed, rows.start)
-        if options.antithetic:
-            source = AntitheticNoise(WhiteNoise(seed, rows.start // 2))
-        noise = GivenNoise.of(source, chunks, frame_shape, last).noise
+        path = GivenNoise.of(noise, chunks, frame_shape, last).noise
         with torch.no_grad(), mixed_precision(self.device, options.precision):
             context = self.encode([*prompts])
-        path = upload(noise, self.device, torch.float32)
+        path = upload(path, self.device, torch.float32)
         return Part(path, exit_level, context, prompts, index, use, rows, total, weight)
 
     def rollout(self, context: Tensor, noise: NoiseSource, refiner: Refiner | None, base: bool = False) -> Rollout:
