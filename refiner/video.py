@@ -28,12 +28,14 @@ ENCODERS = {
 # Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may depend on a
 # chunk's length. This is the longest group of pictures that mpeg4 takes.
 GROUP = 600
+MPEG4_RATE = 65535  # its largest numerator
 BT709 = 1  # of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 says it in the container alone
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
     """Frames a second as the fraction that is meant: 23.976 is 2997/125, 24000/1001 as a float is itself."""
-    rate = Fraction(fps).limit_denominator(1001) if 0 < fps < math.inf else 0
+    given = fps if isinstance(fps, Fraction) else float(fps)  # also of numpy
+    rate = Fraction(given).limit_denominator(1001) if 0 < given < math.inf else 0
     if not rate:
         raise ValueError(f"{fps} frames a second: give a number above 0, like 16 or 23.976")
     return rate
@@ -76,6 +78,7 @@ class VideoWriter:
     ) -> None:  # fmt: skip
         self.path, self.partial = Path(path), partial_path(Path(path))
         self.hidden = self.partial.with_name(f".{self.partial.name}")  # until it takes the partial file's name
+        self.remuxed = self.path.with_name(f".{self.path.stem}.finished.mp4")  # until it takes the name
         self.size, self.rate, self.metadata = (width, height), exact_rate(fps), metadata or {}
         self.frames = self.chunks = self.finished = 0  # the last one in bytes
         self.parameters: bytes | None = None  # of the first chunk's encoder
@@ -85,6 +88,8 @@ class VideoWriter:
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
+        if self.codec == "mpeg4" and self.rate.numerator > MPEG4_RATE:
+            raise ValueError(f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number")
         self.shown = False  # whether this run's file has the partial file's name
         self.file = self._open()
         self.enough = max(1, playable_frames(self.partial)) if extends else 1
@@ -99,6 +104,7 @@ class VideoWriter:
             if self.partial.exists():
                 open_locked(self.partial, INSTEAD).close()
             file.truncate(0)
+            self.remuxed.unlink(missing_ok=True)  # of a run that was killed at its end
         except BaseException:
             file.close()
             raise
@@ -126,7 +132,8 @@ class VideoWriter:
         data = head + length + b"free" + rest
         self.file.seek(self.finished)
         if self.file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, f"the disk is full, {self.partial} has {self.frames} frames")
+            left = f"{self.partial} has {self.frames} frames" if self.shown else f"nothing of {self.path} is written"
+            raise OSError(errno.ENOSPC, f"the disk is full, {left}")
         os.fsync(self.file.fileno())
         self.file.seek(self.finished + len(head) + len(length))
         self.file.write(kind)
@@ -160,7 +167,7 @@ class VideoWriter:
 
     def _finish(self) -> None:
         """Copy the fragments into a plain file that starts with its index, which takes the name."""
-        finished = self.path.with_name(f".{self.path.stem}.finished.mp4")
+        finished = self.remuxed
         try:
             remux(self.partial, finished, self.metadata)
             with open(finished, "rb+") as file:
@@ -172,8 +179,8 @@ class VideoWriter:
         except (OSError, av.FFmpegError) as error:
             reason = error.strerror or error
             raise OSError(
-                f"{self.path} could not be finished ({reason}): {self.partial} holds all {self.frames} frames; make"
-                " room, then go on with --extend"
+                f"{self.path} could not be finished ({reason}): {self.partial} holds all {self.frames} frames and plays"
+                " as it is; make room for a second copy and try again"
             ) from error
         finally:
             finished.unlink(missing_ok=True)

@@ -72,6 +72,21 @@ def test_the_other_encoder_decodes_whole(tmp_path, monkeypatch, pattern) -> None
     assert np.abs(decoded(tmp_path / "a.mp4").astype(int) - whole).mean() < 8
 
 
+def test_a_rate_that_the_other_encoder_does_not_take_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    with pytest.raises(ValueError, match="mpeg4"):
+        VideoWriter(tmp_path / "a.mp4", 48, 32, Fraction(120000, 1001))
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "a.mp4", (4, 4), fps=Fraction(60000, 1001))
+    assert len(decoded(tmp_path / "a.mp4")) == 8
+
+
+def test_what_a_kill_left_of_a_remuxed_file_goes_with_the_next_run(tmp_path) -> None:
+    (tmp_path / ".a.finished.mp4").write_bytes(b"half")
+    write(tmp_path / "a.mp4", (4,))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_parameters_that_change_between_chunks_are_no_video(tmp_path, monkeypatch) -> None:
     """As where an encoder is opened by a chunk's length: all chunks are decoded by the first one's."""
     with pytest.raises(RuntimeError, match="parameters"), VideoWriter(tmp_path / "a.mp4", 48, 32) as writer:
@@ -194,7 +209,7 @@ def test_a_finished_file_is_plain_and_starts_with_its_index(tmp_path, fps) -> No
     [
         (16, Fraction(16)), (23.976, Fraction(2997, 125)), (24000 / 1001, Fraction(24000, 1001)),
         (12.5, Fraction(25, 2)), (29.97, Fraction(2997, 100)), (Fraction(30000, 1001), Fraction(30000, 1001)),
-        (1.4, Fraction(7, 5)), (120, 120),
+        (1.4, Fraction(7, 5)), (120, 120), (np.float32(23.976), Fraction(2997, 125)), (np.int64(24), 24),
     ],
 )  # fmt: skip
 def test_frames_come_at_the_rate_that_was_asked_for(tmp_path, fps, rate) -> None:
