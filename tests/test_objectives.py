@@ -402,7 +402,7 @@ def test_options_are_the_documented_ones_by_default() -> None:
     options = RefineOptions()
     assert (options.rank, options.start, options.l2, options.guidance) == (64, "head", 0.03, 3.0)
     assert (options.learning_rate, options.betas, options.ema, options.warmup) == (1e-3, (0.9, 0.999), 0.999, 0.05)
-    assert (options.ratio, options.critic_warmup, options.score_draws) == (2, 150, 2)
+    assert (options.ratio, options.critic_warmup, options.score_draws) == (2, 150, 1)
     assert options.batch * options.accumulation == 64
     assert (options.levels, options.history, options.previous) == ((750, 500, 250), "shared", "pending")
     for method in ("autorefiner", "init-noise", "lora"):

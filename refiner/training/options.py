@@ -46,7 +46,7 @@ class RefineOptions:
     critic_rate: float = 1e-4
     critic_warmup: int = 150  # steps before the refiner's first update, at most a quarter of all
     ratio: int = 2
-    score_draws: int = 2  # noises that each clip is scored with, with objective dmd
+    score_draws: int = 1  # noises that each clip is scored with, with objective dmd
     ema: float = 0.999  # longest memory of the average; a short run averages its last eighth
     l2: float = 0.03  # weight of ½ mean(Δ²), with objective reward
     preset: Preset = PRESETS["self-forcing"]
