@@ -190,7 +190,6 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
         ("", "warmup = 1.0", "warmup"),
         ("", "score_draws = 0", "score_draws"),
         ("", 'start = "tail"', "start"),
-        ("", "antithetic = true\nbatch = 3", "even"),
         ("", "levels = [750.0]", "refiner.levels"),
         ("", "levels = []", "levels []"),
         ('preset = "causal-forcing-1step"', "", "another method"),

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo.bundle import save_model
+from autorefiner.refiner.demo.clips import student_clips
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.training.distributed import distributed, end_process
@@ -42,6 +44,7 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
     put(training, "load_sprite_network", lambda name, device: load(name, models, device))
     put(training, "SPRITE_PROMPTS", 8)
     put(training, "HELD_OUT", 2)
+    put(training, "student_clips", partial(student_clips, frames=6))  # of the sample sheets
     put(training, "WEIGHTS", models)
 
 
