@@ -89,10 +89,14 @@ def test_each_process_writes_its_shard_of_a_state(begun) -> None:
     assert len([*state.glob("*.distcp")]) == 2
 
 
-@pytest.mark.parametrize("objective", ["dmd", "reward"])
+@pytest.fixture(scope="module", params=["dmd", "reward"])
+def objective(begun, request) -> str:
+    """What two processes have trained for; by DMD they went on from what both had saved."""
+    train_two(begun, request.param, 2)
+    return request.param
+
+
 def test_two_processes_train_as_one(begun, monkeypatch, objective) -> None:
-    """By DMD they go on from what both have saved."""
-    train_two(begun, objective, 2)
     use_bundle(begun / "models", monkeypatch.setattr)
     assert main(["train", str(write(begun, f"one_{objective}", 2, objective)), "--device", "cpu"]) == 0
     found, expected = (rows_of(begun / f"{name}_{objective}_run") for name in ("two", "one"))
