@@ -18,7 +18,7 @@ from tiny_bundle import write_tiny_bundle
 
 pytest.importorskip("peft")
 
-OPTIONS = replace(LeverageOptions().training, height=4, width=4, precision="fp32")
+OPTIONS = replace(LeverageOptions(24).training, height=4, width=4, precision="fp32")
 PROMPTS = [f"prompt {number}" for number in range(64)]
 
 
@@ -47,4 +47,4 @@ def test_the_command_writes_a_table(tmp_path: Path, monkeypatch, capsys) -> None
     assert "## Leverage" in text
     for name in ("AutoRefiner", "InitNoiseRefiner", "LoRA"):
         assert f"| {name} " in text
-    assert "after 1 updates of 4 clips" in text
+    assert "after 1 updates of 4" in text

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from textwrap import fill
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ PROMPTS, HELD_OUT = 1024, 16
 class LeverageOptions:
     """How long each method is trained."""
 
-    updates: int = 24
+    updates: int = 60
     batch: int = 4
     frames: int = 9  # latent
 
@@ -75,7 +76,8 @@ def leverage(options: LeverageOptions, device: torch.device) -> str:
             logged = stage.step(index)
         sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))
         rows.append([name, f"{stage.compare()['held-out']:+.2f}", sizes or "-"])
-    return (
+    told = (
         f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with the same noise, after"
-        f" {options.updates} updates of {options.batch} clips (`autorefiner demo leverage`).\n\n{aligned(rows)}\n"
+        f" {options.updates} updates of {options.batch} clips (`autorefiner demo leverage`)."
     )
+    return f"{fill(told, 120)}\n\n{aligned(rows)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import cli
-from autorefiner.refiner.demo.bundle import load_sprite_network, load_sprite_text, load_sprite_vae, scaled_vae, told_of
+from autorefiner.refiner.demo.bundle import (
+    FILES,
+    load_sprite_network,
+    load_sprite_text,
+    load_sprite_vae,
+    scaled_vae,
+    told_of,
+)
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import told_models, told_totals
 from autorefiner.refiner.demo.recipes import vae
@@ -80,6 +88,20 @@ def test_every_stage_logs_draws_and_shows(folder, stage) -> None:
     assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
     shown = run / stage / ("answers_000002.txt" if stage in ("text", "reward") else "sheet_000002.png")
     assert shown.stat().st_size > 0
+
+
+def test_a_small_student_begins_at_random_weights_and_is_distilled(run, tmp_path) -> None:
+    shutil.copytree(run / "clips", tmp_path / "clips")
+    for name in ("vae", "text", "teacher"):
+        shutil.copy(run / FILES[name], tmp_path)
+    for stage in ("small", "student"):
+        train_stage(tmp_path, stage)
+        config = load_sprite_network("student", tmp_path).config
+        assert (config.dim, config.num_heads, config.num_layers, config.ffn_dim) == (128, 1, 4, 512)
+    assert told_of("student", tmp_path)["before"] == [{"recipe": "small", "steps": 2}]
+    networks = load_sprite_network("student", tmp_path), load_sprite_network("teacher")  # the bundle's teacher
+    small, whole = (sum(one.numel() for one in network.model.parameters()) for network in networks)
+    assert small < 0.22 * whole
 
 
 def test_the_finished_models_load_and_say_what_they_are(run) -> None:

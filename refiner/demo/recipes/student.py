@@ -1,4 +1,4 @@
-"""The causal student, a fifth of the teacher's size: taught to work chunk by chunk, then distilled on its own rollouts.
+"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled on its own rollouts.
 
 First teacher forcing: clean history, one noised chunk at a time, flow matching at the four levels and between. Then
 Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
@@ -36,16 +36,26 @@ from .teacher import TEXT_WAY, new_model, sprite_config, twin
 class InitOptions:
     """Of the causal initialisation: from the teacher's weights at its width, else from random ones."""
 
-    width: int = 128
-    steps: int = 4000
+    width: int = 256
+    steps: int = 800
     batch: int = 32
-    learning_rate: float = 1e-3
-    muon: float = 2e-2
+    learning_rate: float = 5e-4
+    muon: float = 5e-3
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
     at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
     seed: int = 0
     compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SmallInitOptions(InitOptions):
+    """Of a student a fifth of the teacher's size, which starts from random weights."""
+
+    width: int = 128
+    steps: int = 4000
+    learning_rate: float = 1e-3
+    muon: float = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
