@@ -272,9 +272,9 @@ def what_is_there(job: Job, begun: float) -> str:
 def run_train(args: argparse.Namespace) -> int:
     with distributed(pick_device(args.device)) as device:
         if args.probe:
-            found = run_probe(args.config, device, args.batches)
+            result = run_probe(args.config, device, args.batches)
             if is_first():
-                print("\n".join(found.lines()))
+                print("\n".join(result.lines()))
             return 0
         path = run_training(args.config, device)
         if is_first():

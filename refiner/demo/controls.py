@@ -1,4 +1,4 @@
-"""What any change of the noise should be compared with: less of it, without a network, and the base's own flow."""
+"""Untrained residuals to compare a refiner with: noise that is only shrunk, and the base's own flow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class ShrunkNoise:
         self, noise: Tensor, x0: Tensor, level: Level, chunk: Chunk, memory: object, text: list[KeyValue] | None,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """[B, C, F, h, w]"""
+        """Return Δ [B, C, F, h, w]; only `noise` and `x0` are read."""
         return self.c * ((x0 if self.towards_x0 else 0) - noise)
 
 

@@ -1,4 +1,4 @@
-"""Which noises can move a clip: training for a coherent reward, the mean of one latent channel (AutoRefiner, 3.3)."""
+"""Measure which noises can move a clip: train for the mean of one latent channel (AutoRefiner, section 3.3)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class LeverageOptions:
 
     @property
     def training(self) -> RefineOptions:
-        """Without a penalty, so that nothing holds the noise back."""
+        """Train without a penalty, so that nothing holds the noise back."""
         return RefineOptions(
             objective="reward", steps=self.updates, batch=self.batch, accumulation=1, frames=self.frames, rank=32,
             l2=0.0, shown=1,
@@ -76,8 +76,8 @@ def leverage(options: LeverageOptions, device: torch.device) -> str:
             logged = stage.step(index)
         sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))
         rows.append([name, f"{stage.compare()['held-out']:+.2f}", sizes or "-"])
-    told = (
+    text_above = (
         f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with the same noise, after"
         f" {options.updates} updates of {options.batch} clips (`autorefiner demo leverage`)."
     )
-    return f"{fill(told, 120)}\n\n{aligned(rows)}"
+    return f"{fill(text_above, 120)}\n\n{aligned(rows)}"

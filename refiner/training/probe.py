@@ -1,4 +1,4 @@
-"""`autorefiner train --probe`: whether a training has anything to learn from, before it takes hours."""
+"""Probe a training before it takes hours: does its gradient hold a signal? (`autorefiner train --probe`)"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ APART = 1 << 32  # steps of the probe's batches, which no training takes
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a stage's gradient and refiner are like."""
+    """Measurements of a stage's gradient and residuals."""
 
     batches: int
     clips: int  # of each batch

@@ -1,4 +1,4 @@
-"""How much of a gradient is signal: what the gradients of independent batches have in common."""
+"""Measure the signal in a gradient: the part that the gradients of independent batches share."""
 
 import math
 import warnings
@@ -18,7 +18,7 @@ ADVICE = "pool more clips (accumulation), score them more often (score_draws), o
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of the gradients of independent batches at the same parameters."""
+    """How far the gradients of independent batches agree, at the same parameters."""
 
     cosine: float  # mean over pairs
     error: float  # standard error of that mean
