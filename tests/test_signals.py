@@ -16,9 +16,12 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 # Sends this process a signal as soon as a module is imported, or at its end, put on the path as a sitecustomize.
 AT_END = "the end"
 SENDER = """
-import atexit, os, signal, sys
+import atexit, os, signal, sys, time
+def send():
+    os.kill(os.getpid(), {number})
+    time.sleep(0.01)  # Python 3.10 forgets a signal that no bytecode comes after
 if {module!r} == {at_end!r}:
-    atexit.register(os.kill, os.getpid(), {number})
+    atexit.register(send)
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
