@@ -18,7 +18,7 @@ from autorefiner.refiner.training.learner import Learner
 from autorefiner.refiner.training.objective import Means, Objective
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refine import RefineStage
-from autorefiner.refiner.training.residuals import Residuals, normal_distance
+from autorefiner.refiner.training.residuals import Residuals, describe, normal_distance
 from autorefiner.refiner.training.reward_objective import RewardObjective
 from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture
 from autorefiner.refiner.training.self_rollout import self_rollout
@@ -72,6 +72,19 @@ def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
     assert figures["distance 750"].item() == pytest.approx(0.5 * 3**2, rel=0.05)
     assert Residuals().penalty(noise.device).item() == 0
     assert Residuals().figures() == {}
+
+
+def test_figures_of_a_residual_by_hand() -> None:
+    """Each channel's own constant is one, and noise shrunk by c has a mean Δ · ε of -c E ε²."""
+    noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None].expand_as(noise)
+    constant = describe(noise, 0.3 * sign)
+    assert constant["constant"].item() == pytest.approx(0.3)
+    assert constant["rms"].item() == pytest.approx(0.3)
+    shrunk = describe(noise, -0.2 * noise)
+    assert shrunk["shrink"].item() == pytest.approx(-0.2 * noise.square().mean().item(), rel=1e-5)
+    assert shrunk["constant"].item() < 0.02
+    assert shrunk["rms"].item() == pytest.approx(0.2 * noise.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_the_distance_of_white_noise_is_none_and_that_of_a_shift_is_its_penalty() -> None:
