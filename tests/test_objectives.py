@@ -12,7 +12,7 @@ from torch import Tensor
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, make_level
-from autorefiner.refiner.training import precision
+from autorefiner.refiner.training import dmd_objective, precision
 from autorefiner.refiner.training.dmd_objective import DmdObjective
 from autorefiner.refiner.training.learner import Learner
 from autorefiner.refiner.training.objective import Means, Objective
@@ -203,14 +203,16 @@ def test_a_score_is_the_mean_over_its_draws() -> None:
     torch.testing.assert_close(mean, torch.stack(losses).mean())
 
 
-def test_an_improvement_is_what_the_gradient_promises_along_the_way() -> None:
-    """With a gradient of x it is ½|a|² - ½|b|², a mean over elements, which the trapezoid rule gives exactly."""
-    objective = stage_of(SMALL).objective
-    objective.given = lambda part: ((None, None, None), {})
-    objective._gradient = lambda clean, *_: clean
+def test_an_improvement_is_how_much_less_the_real_network_changes(monkeypatch) -> None:
+    """With predictions of x / 4 a clip is changed by 3/4 |x|, whatever the fake network says."""
+    objective = stage_of(replace(SMALL, score_draws=2)).objective
+    noise = torch.zeros(2, 2, 16, 3, 4, 4)
+    objective.given = lambda part: ((encode(["", ""]), noise, torch.ones(2, 2)), {})
+    objective.fake.model.head.head.bias.data.fill_(float("nan"))
+    monkeypatch.setattr(dmd_objective, "real_prediction", lambda clean, *_: clean / 4)
     before, after = (torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    found = objective.improvement(before, after, SimpleNamespace(context=None))
-    assert found == pytest.approx((0.5 * before.square() - 0.5 * after.square()).mean().item(), rel=1e-5)
+    found = objective.improvement(before, after, SimpleNamespace(context=encode(["a", "bb"])))
+    assert found == pytest.approx(0.75 * (before.abs().mean() - after.abs().mean()).item(), rel=1e-4)
 
 
 def test_an_improvement_of_rewards_is_their_difference() -> None:

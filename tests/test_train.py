@@ -106,7 +106,7 @@ def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(tmp_path, bu
     for _ in range(2):
         assert main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "3"]) == 0
         told = capsys.readouterr().out
-        assert "3 batches of 2 clips" in told and "Δ at 750" in told and "refined less base +0.00000" in told
+        assert "3 batches of 2 clips" in told and "Δ at 750" in told and "gain over the base +0.00000" in told
         assert len(rows_of(probed / "small_run")) == 1
         assert not (probed / "small.safetensors").exists() and not [*(probed / "small_run").glob("sheet*")]
     for folder in (probed, plain):

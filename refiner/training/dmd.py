@@ -52,6 +52,16 @@ def column(sigma: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def real_prediction(
+    clean: Tensor, noise: Tensor, sigma: Tensor, real: CausalWan, texts: tuple[Text, Text], guidance: float
+) -> Tensor:
+    """x0 of noised clips by the real network, guided; `texts` are the prompt and no prompt."""
+    noisy = add_noise(clean, noise, column(sigma))
+    predictions = [predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma)) for text in texts]
+    return predictions[0] + guidance * (predictions[0] - predictions[1])
+
+
+@torch.no_grad()
 def dmd_gradient(
     clean: Tensor, noise: Tensor, sigma: Tensor, real: CausalWan, fake: CausalWan, texts: tuple[Text, Text, Text],
     guidance: float,
@@ -61,13 +71,11 @@ def dmd_gradient(
     `texts` are the prompt for the real network, no prompt for it, and the prompt for the fake network.
     """
     with_prompt, without, for_fake = texts
+    guided = real_prediction(clean, noise, sigma, real, (with_prompt, without), guidance)
     noisy = add_noise(clean, noise, column(sigma))
-    predictions = []
-    for network, text in ((real, with_prompt), (real, without), (fake, for_fake)):
-        predictions.append(predict_x0(noisy, whole_flow(network, noisy, sigma, text), column(sigma)))
-    guided = predictions[0] + guidance * (predictions[0] - predictions[1])
+    predicted = predict_x0(noisy, whole_flow(fake, noisy, sigma, for_fake), column(sigma))
     size = (clean - guided).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return (predictions[2] - guided) / size.clamp_min(SMALLEST)
+    return (predicted - guided) / size.clamp_min(SMALLEST)
 
 
 def dmd_loss(clean: Tensor, gradient: Tensor) -> Tensor:

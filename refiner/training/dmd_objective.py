@@ -10,7 +10,7 @@ from torch import Tensor
 from ..wan.causal import CausalWan
 from ..wan.transformer import WanTransformer
 from .distributed import sharded
-from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma
+from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma, real_prediction
 from .learner import Learner, noise_stream
 from .objective import Means, Part
 from .options import RefineOptions
@@ -79,11 +79,18 @@ class DmdObjective:
 
     @torch.no_grad()
     def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """How much closer to the real distribution `after` is than `before`: minus the line integral of the gradient
-        from one to the other by the trapezoid rule, a mean over elements. 0 is no difference; higher is better."""
-        given, _ = self.given(part)
-        slope = (self._gradient(before, part.context, *given) + self._gradient(after, part.context, *given)) / 2
-        return (slope * (before - after)).mean().item()
+        """How much less the real network changes clips `after` than `before` when it denoises them: the difference of
+        mean |clip - prediction|. The fake network has no say: it follows the refined clips."""
+        (nothing, noise, sigma), _ = self.given(part)
+        distances = []
+        with mixed_precision(self.device, self.options.precision):
+            texts = self.teacher.text(part.context), self.teacher.text(nothing)
+            for clean in (before, after):
+                for draw in zip(noise, sigma, strict=True):
+                    prediction = real_prediction(clean, *draw, self.teacher, texts, self.options.dmd.guidance)
+                    distances.append((clean - prediction).abs().mean())
+        half = len(distances) // 2
+        return (torch.stack(distances[:half]).mean() - torch.stack(distances[half:]).mean()).item()
 
     @torch.no_grad()
     def _gradient(self, clean: Tensor, context: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

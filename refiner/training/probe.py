@@ -38,7 +38,7 @@ class Probe:
         if self.held_out is None:
             rows.append("held-out    no prompts are held out: give at least 10")
         else:
-            rows.append(f"held-out    refined less base {self.held_out:+.5f}")
+            rows.append(f"held-out    gain over the base {self.held_out:+.5f}")
         rows.append("signal      yes" if signal.seen else f"signal      none: {ADVICE}")
         return rows
 
