@@ -68,6 +68,17 @@ def test_a_training_without_a_signal_says_so_once(common: float) -> None:
     assert ["no signal" in str(one.message) for one in said] == ([] if common else [True])
 
 
+@pytest.mark.parametrize(("errors", "warns"), [(1.9, True), (2.1, False)])
+def test_a_signal_is_two_standard_errors(errors: float, warns: bool) -> None:
+    signal = Signal()
+    deviation = math.sqrt(ENOUGH / (ENOUGH - 1))  # of as many 1 and -1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for number in range(ENOUGH):
+            signal._judge(errors * deviation / math.sqrt(ENOUGH) + (-1) ** number)
+    assert bool(said) == warns
+
+
 def test_steps_log_the_signal_from_the_second_update_on() -> None:
     stage = stage_of(REWARD)
     logged = [stage.step(index) for index in range(3)]
