@@ -99,7 +99,7 @@ def advanced_widgets() -> list:
         ),
         io.Int.Input(
             "accumulation", default=16, min=1, max=256, advanced=True,
-            tooltip="Batches a step, one after the other. The refiner's gradient shows from 64 clips a step on.",
+            tooltip="Batches a step, one after the other. More clips make the refiner's gradient less noisy.",
         ),
         io.Float.Input(
             "l2", default=0.03, min=0.0, max=1000.0, step=0.01, advanced=True,

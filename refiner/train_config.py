@@ -144,18 +144,18 @@ def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:
         raise ValueError(f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else can")
 
 
-def _levels_of(told: object, name: str) -> tuple[int, ...]:
+def _levels_of(value: object, name: str) -> tuple[int, ...]:
     """From a TOML list; ValueError unless it holds whole numbers."""
-    if not isinstance(told, list) or not all(type(one) is int for one in told):
-        raise ValueError(f"{name} is {told!r}, expected a list of whole numbers, like [750, 500]")
-    return tuple(told)
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise ValueError(f"{name} is {value!r}, expected a list of whole numbers, like [750, 500]")
+    return tuple(value)
 
 
-def _betas_of(told: object) -> tuple[float, ...]:
+def _betas_of(value: object) -> tuple[float, ...]:
     """From a TOML list; ValueError unless it holds numbers."""
-    if not isinstance(told, list) or not all(type(one) in (int, float) for one in told):
-        raise ValueError(f"refiner.betas is {told!r}, expected a list of two numbers, like [0.9, 0.999]")
-    return tuple(told)
+    if not isinstance(value, list) or not all(type(one) in (int, float) for one in value):
+        raise ValueError(f"refiner.betas is {value!r}, expected a list of two numbers, like [0.9, 0.999]")
+    return tuple(value)
 
 
 def _check_names(told: Mapping[str, Any], kind: type, prefix: str) -> None:

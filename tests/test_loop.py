@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -285,9 +286,8 @@ def traced(options: LoopOptions, line: int) -> int:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        train(Scored(2), options)
-    except KeyboardInterrupt:
-        pass
+        with suppress(KeyboardInterrupt):
+            train(Scored(2), options)
     finally:
         sys.settrace(before)
         signal.signal(signal.SIGINT, signal.default_int_handler)

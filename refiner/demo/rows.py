@@ -60,7 +60,7 @@ class Row:
 
     @property
     def preset(self) -> Preset:
-        """What it is sampled with."""
+        """The sampling preset."""
         return PRESET.changed(steps=self.sampler_levels)
 
     @property

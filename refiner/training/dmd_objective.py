@@ -57,7 +57,7 @@ class DmdObjective:
     def _critic_loss(
         self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Of a part, by its weight and as it is; the mean over draws."""
+        """A part's loss, a mean over draws: weighted, and as it is."""
         with mixed_precision(self.device, self.options.precision):
             text = self.fake.text(context)
             losses = [critic_loss(self.fake, clean, *draw, text) for draw in zip(noise, sigma, strict=True)]

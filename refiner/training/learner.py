@@ -199,7 +199,7 @@ class FirstHalf:
         self.index, self.logged = -1, {}
 
     def take(self, index: int, update: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What the update of step `index` logs; it is not made again where the state is behind it."""
+        """Make the first update of step `index`, unless the state already has it; returns its log."""
         if self.index != index:
             self.clear()
             self.logged = update()

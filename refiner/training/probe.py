@@ -7,8 +7,8 @@ from statistics import fmean
 import torch
 from tqdm import trange
 
+from .gradient_signal import ADVICE, Agreement, agreement, flat
 from .refine import RefineStage
-from .signal import ADVICE, Agreement, agreement, flat
 
 FEWEST = 3  # batches that are compared
 APART = 1 << 32  # steps of the probe's batches, which no training takes

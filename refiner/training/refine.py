@@ -22,6 +22,7 @@ from ..wan.lora import LoraPair
 from ..wan.upload import upload
 from .adapters import attach_branches, branch_parameters, pairs_of
 from .distributed import rank, sharded, world
+from .gradient_signal import Signal
 from .learner import FirstHalf, Learner, stream
 from .objective import Means, Objective, Part
 from .options import RefineOptions
@@ -29,7 +30,6 @@ from .precision import mixed_precision, training_host
 from .replay import Replay, replayable
 from .residuals import Residuals
 from .self_rollout import self_rollout
-from .signal import Signal
 
 MINIMISED = "minimised"  # among the figures of a part; not logged
 HELD_OUT = (0, 3)  # step and use of the held-out clips' random numbers
@@ -116,21 +116,21 @@ class RefineStage:
         return Refiner(self.tree, self.options.cache, self.options.refined, watch=residuals)
 
     def gradient(self, index: int) -> Means:
-        """Leave the gradient of a step's clips in the factors; what is logged of it."""
+        """Accumulate the gradient of a step's clips in the factors; returns the figures to log."""
         self.learner.zero_grad()
-        told = Means()
+        means = Means()
         for part in self._parts(index, use=1):
             tensors, others = self.objective.given(part)
             fixed = {"exit_level": part.exit_level, "weight": part.weight, **others}
             figures = self.replay(self._loss, part.path, part.context, *tensors, **fixed)
-            told.add({name: figure for name, figure in figures.items() if name != MINIMISED}, part.weight)
-        return told
+            means.add({name: figure for name, figure in figures.items() if name != MINIMISED}, part.weight)
+        return means
 
     def _teach(self, index: int, update: int) -> dict[str, float]:
-        """One of the updates of the factors, on what the objective says of the path's clips."""
-        told = self.gradient(index)
-        told.add(self.signal.compare([factor.grad for factor in self.factors.values()]), 1.0)
-        logged = told.floats()
+        """Update the factors once, along the gradient of the step's clips."""
+        means = self.gradient(index)
+        means.add(self.signal.compare([factor.grad for factor in self.factors.values()]), 1.0)
+        logged = means.floats()
         self.learner.update(update, self.options.rate_factor(update), clip=None)
         return logged
 

@@ -57,8 +57,8 @@ class Replay:
 
     def _sum(self, before: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         """A replay's gradient, whose memory the next replay writes, added to the one before."""
-        if not self.adds or gradient is None:
-            return gradient if before is None else before
+        if gradient is None or not self.adds:
+            return before if gradient is None else gradient
         return gradient.clone() if before is None else before.add_(gradient)
 
     def forward(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:

@@ -34,7 +34,7 @@ from .teacher import TEXT_WAY, new_model, sprite_config, twin
 
 @dataclass(frozen=True, slots=True)
 class InitOptions:
-    """Of the causal initialisation: from the teacher's weights at its width, else from random ones."""
+    """Causal initialisation: from the teacher's weights at its width, else from random ones."""
 
     width: int = 256
     steps: int = 800
@@ -50,7 +50,7 @@ class InitOptions:
 
 @dataclass(frozen=True, slots=True)
 class SmallInitOptions(InitOptions):
-    """Of a student a fifth of the teacher's size, which starts from random weights."""
+    """Causal initialisation of a student a fifth of the teacher's size, from random weights."""
 
     width: int = 128
     steps: int = 4000

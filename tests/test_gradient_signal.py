@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autorefiner.refiner.training.gradient_signal import ENOUGH, Signal, agreement, flat
 from autorefiner.refiner.training.probe import probe
-from autorefiner.refiner.training.signal import ENOUGH, Signal, agreement, flat
 
 from test_objectives import REWARD, SMALL, stage_of
 
