@@ -13,7 +13,7 @@ from .distributed import whole
 
 ENOUGH = 64  # updates after which a training's own gradients are judged
 SURE = 2.0  # standard errors
-ADVICE = "pool more clips (accumulation), score them more often (score_draws), or train for another objective"
+ADVICE = "pool more clips (accumulation), or train for another objective"
 
 
 @dataclass(frozen=True, slots=True)
