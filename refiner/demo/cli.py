@@ -94,7 +94,7 @@ def tables_options(args: argparse.Namespace) -> TablesOptions:
     options = TablesOptions.quick() if args.quick else TablesOptions()
     given = {"captions": args.captions, "short": args.short_steps}
     options = replace(options, tables=tuple(args.tables), **{k: v for k, v in given.items() if v is not None})
-    trainings = {"training": args.steps, "rewarded": args.reward_steps}
+    trainings = {"training": args.steps, "two_levels": args.steps, "rewarded": args.reward_steps}
     for name, steps in trainings.items():
         training = replace(getattr(options, name), compiled=args.compile)
         options = replace(options, **{name: training if steps is None else replace(training, steps=steps)})
