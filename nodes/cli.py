@@ -39,6 +39,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Execute a workflow and name the files that it wrote."""
+    from ..refiner.terminal import say
     from .hosts import standalone
     from .workflow import execute, prompt_of, read_workflow, with_values, written
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     with standalone.running_at(standalone.place_of(args.base, args.out, args.device, prompt_of(nodes))):
         results = execute(nodes)
     for path in written(results):
-        print(path)
+        say(str(path))
     return 0
 
 

@@ -1,8 +1,9 @@
 """Figures of a training as the page draws them: a few hundred points, however long it runs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from ..refiner.training.log import read_rows
 
 POINTS = 200  # of a curve, at most
 MOST_CURVES = 3
@@ -19,10 +20,8 @@ class Curves:
     def read(cls, log: Path, before: int) -> "Curves":
         """Of a run that goes on: the rows of its log of the steps before this one."""
         curves = cls()
-        lines = log.read_text().splitlines() if log.exists() else []
-        for row in (json.loads(line) for line in lines if line.endswith("}")):
-            if row["step"] < before:
-                curves.add(row["step"], {name: value for name, value in row.items() if name not in HIDDEN})
+        for row in read_rows(log, before):
+            curves.add(row["step"], {name: value for name, value in row.items() if name not in HIDDEN})
         return curves
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:

@@ -1,12 +1,9 @@
 """What Train Refiner LoRA was asked for, checked before anything is loaded, and the folder that it trains in."""
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..refiner.estimate import parameter_count
 from ..refiner.memory import reflect
@@ -15,6 +12,7 @@ from ..refiner.schedule import Preset
 from ..refiner.training import begun
 from ..refiner.training.options import RefineOptions
 from ..refiner.wan.lora import LoraPair
+from ..refiner.wan.torch_file import load_torch
 from .hosts import host
 from .options import ChunkSchedule, ReflectiveCache, parse_levels, preset_for
 from .refined import RefinerLora
@@ -151,8 +149,8 @@ def steps_taken(folder: Path) -> int:
     if not path.exists():
         return 0
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"])
-    except (EOFError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        return int(load_torch(path, mmap=True)["done"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is empty or damaged: give the run another name") from error
 
 

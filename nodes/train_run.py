@@ -1,6 +1,5 @@
 """A training inside a node: its stage and its losses."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..refiner.train import SHEET_PROMPTS, Sheets, hold_out
 from ..refiner.training.dmd_objective import DmdObjective
+from ..refiner.training.log import read_rows
 from ..refiner.training.loop import LoopOptions, Watch, train
 from ..refiner.training.objective import Objective
 from ..refiner.training.options import RefineOptions
@@ -82,5 +82,4 @@ def run_stage(stage: RefineStage, folder: Path, asked: Asked, watch: Watch) -> N
 
 def loss_map(folder: Path) -> dict[str, list[float]]:
     """The run's losses, as ComfyUI's own trainer gives them."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {"loss": [row["loss"] for row in rows if "loss" in row]}
+    return {"loss": [row["loss"] for row in read_rows(folder / "log.jsonl") if "loss" in row]}

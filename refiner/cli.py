@@ -34,11 +34,13 @@ from .generate import (
     prepare,
 )
 from .latents import inspect_latents, is_latents
+from .reading import check_regular
 from .refined import FORMS
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .stopping import INTERRUPTED, handling, interrupt, settle
+from .terminal import say, warn
 from .train import run_probe, run_training
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
@@ -87,7 +89,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{ERROR}{message}; see {self.prog} --help\n")
+        warn(f"{ERROR}{message}; see {self.prog} --help")
+        self.exit(2)
 
 
 def steps(text: str) -> tuple[int, ...]:
@@ -216,9 +219,9 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
 
 def run_generate(args: argparse.Namespace) -> int:
     job = prepare(options_of(args))
-    print("\n".join([summary(job), *notes(job)]), file=sys.stderr)
+    warn(summary(job), *notes(job))
     if args.dry_run:
-        print(job.estimate.lines())
+        say(*job.estimate.lines().split("\n"))
         return 0
     return stream(job)
 
@@ -252,11 +255,11 @@ def stream(job: Job) -> int:
         except KeyboardInterrupt:
             settle()
             bar.close()
-            print(what_is_there(job, begun), file=sys.stderr)
+            warn(what_is_there(job, begun))
             return INTERRUPTED
     seconds = time.perf_counter() - start
     frames = job.options.frames
-    print(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included")
+    say(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included")
     return 0
 
 
@@ -274,16 +277,18 @@ def run_train(args: argparse.Namespace) -> int:
         if args.probe:
             result = run_probe(args.config, device, args.batches)
             if is_first():
-                print("\n".join(result.lines()))
+                say(*result.lines())
             return 0
         path = run_training(args.config, device)
         if is_first():
-            print(path)
+            say(str(path))
     return 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     path: Path = args.file
+    if not path.is_dir():
+        check_regular(path)
     if path.suffix.lower() == ".mp4":
         rows = {"kind": "video", "made": f"{count_frames(path)} frames"} | read_metadata(path)
     elif is_latents(path):
@@ -291,9 +296,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         length = f"{info.frames} latent frames, {max(0, 4 * info.frames - 3)} pixel"
         rows = {"kind": "latents", "made": length + (", then a part of a chunk" if info.cut else "")} | info.metadata
     else:
-        print(describe(inspect(path)))
+        say(*describe(inspect(path)).split("\n"))
         return 0
-    print("\n".join(f"{name:<9} {' '.join(value.split())}" for name, value in rows.items()))
+    say(*(f"{name:<9} {' '.join(value.split())}" for name, value in rows.items()))
     return 0
 
 
@@ -304,7 +309,7 @@ def run_bench(args: argparse.Namespace) -> int:
     report = (bench_refiner if args.refiner else bench)(
         args.size, device, pick_dtype(args.dtype, device), args.chunks, args.window
     )
-    print(report.table())
+    say(*report.table().split("\n"))
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return 0
@@ -321,12 +326,12 @@ def main(
 
     `more` are subcommands of the rooms above by name: what adds one to the parser, and what runs it.
     """
-    warnings.showwarning = lambda message, *_, **__: print(f"autorefiner: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: warn(f"autorefiner: warning: {' '.join(str(message).split())}")
     try:
         with handling(interrupt):
             return run_command(argv, more)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        warn("stopped")
         return INTERRUPTED
 
 
@@ -340,12 +345,18 @@ def run_command(argv: list[str] | None, more: Mapping[str, tuple[AddCommand, Run
         return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = str(error)
-    except RuntimeError as error:  # torch's own for a GPU, a plain one for a CPU
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch's own for a GPU, a plain one for a CPU, Python's
+        if not is_out_of_memory(error):
             raise
-        message = f"out of memory ({str(error).splitlines()[0]}): {SMALLER[args.command]}"
-    print(f"{ERROR}{' '.join(message.split())}", file=sys.stderr)
+        reason = (str(error) or "Python's own objects").splitlines()[0]
+        message = f"out of memory ({reason}): {SMALLER[args.command]}"
+    warn(f"{ERROR}{' '.join(message.split())}")
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, as Python, torch on a CPU and torch on a GPU say it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .files import partial_path
+from .reading import open_regular
 from .schedule import PRESETS, chunk_lengths, latent_frames
 
 KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
@@ -120,7 +121,7 @@ class LatentsInfo:
 def inspect_latents(path: Path) -> LatentsInfo:
     """Read the header of a file by `LatentWriter`, finished, stopped or cut off by a kill; ValueError for another."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             (written, *frame_shape), metadata = _read_header(file)
             nbytes = os.fstat(file.fileno()).st_size - file.tell()
         frame_bytes = 4 * math.prod(frame_shape)
@@ -149,7 +150,7 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     if info.cut:
         warnings.warn(f"{path} ends in an unfinished chunk: {info.frames} latent frames are kept", stacklevel=2)
     count = info.frames * math.prod(info.frame_shape)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(8 + HEADER)
         body = bytearray(file.read(4 * count))
     flat = torch.frombuffer(body, dtype=torch.float32, count=count)

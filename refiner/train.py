@@ -1,7 +1,6 @@
 """`autorefiner train CONFIG`: a TOML file to a trained refiner's file."""
 
 import hashlib
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,9 @@ from .demo.world import sample_scene
 from .noise.file import FINGERPRINTED, RefinerCard, fingerprint_of, save_refiner
 from .noise.refiner import Refiner, merged
 from .pictures import contact_sheet
+from .reading import LINES_BYTES, open_regular, read_text
 from .sample import RunPlan, sample
+from .terminal import warn
 from .train_config import SPRITES, RewardConfig, TrainConfig
 from .training.begun import begin, digest
 from .training.distributed import is_first, whole, world
@@ -50,13 +51,9 @@ def read_prompts(name: str) -> list[str]:
     if name == SPRITES:
         return [sample_scene(seed).caption.text for seed in range(SPRITE_PROMPTS)]
     path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is not there: `prompts` names a text file with a prompt a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8, a prompt a line") from error
-    lines = [line.strip() for line in text.splitlines()[:MAX_PROMPTS]]
+    lines = [line.strip() for line in read_text(path, LINES_BYTES).splitlines()[:MAX_PROMPTS]]
     prompts = [line for line in lines if line]
     if not prompts:
         raise ValueError(f"{path} is empty: write a prompt a line")
@@ -207,7 +204,7 @@ def seal(path: Path) -> str:
     """What tells a model from others of its kind: of its file, or of each in its folder, the size and the first MiB."""
     told = hashlib.sha256()
     for part in sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else (path,):
-        with open(part, "rb") as file:
+        with open_regular(part) as file:
             told.update(f"{part.stat().st_size} ".encode() + file.read(1 << 20))
     return told.hexdigest()
 
@@ -243,7 +240,7 @@ def prepare(config: TrainConfig, device: torch.device) -> tuple[RefineStage, str
     options = stage.options
     if is_first():
         several = f", in {world()} processes" if world() > 1 else ""
-        print(f"{options.method}: {options.steps} steps on {device} in {config.run}{several}", file=sys.stderr)
+        warn(f"{options.method}: {options.steps} steps on {device} in {config.run}{several}")
     base = fingerprint_of({name: whole(stage.base.model.get_parameter(name)) for name in FINGERPRINTED})
     begin(config.run, begun_with(config, base, stage.prompts), MAY_CHANGE, first=is_first())
     return stage, base

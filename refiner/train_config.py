@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .generate import SPRITES
+from .reading import CONFIG_BYTES, read_text
 from .schedule import get_preset
 from .training.options import RefineOptions
 from .training.rewards.clip import FORMULAS
@@ -85,12 +86,14 @@ class TrainConfig:
     def read(cls, path: Path) -> "TrainConfig":
         """From a TOML file. ValueError in one line for anything that it cannot say."""
         try:
-            told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            told = tomllib.loads(read_text(path, CONFIG_BYTES))
+        except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is no TOML file: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path} is no TOML file of a training: it is nested too deeply") from error
         try:
             return cls._of(told, path)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod

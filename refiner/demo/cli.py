@@ -1,13 +1,13 @@
 """autorefiner demo: train the bundled models by their recipes."""
 
 import argparse
-import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ..training.log import read_rows
 from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
 from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model, told_of
 from .evaluation import EvaluateOptions, evaluate, write_section
@@ -178,7 +178,7 @@ def own_commit() -> str:
 def figures_of(run: Path) -> dict:
     """Loss and scores of a finished run's last step, whose sample sheet is always drawn; totals of all its sheets by
     steps taken, where they have one."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_rows(run / "log.jsonl")
     scores = {name: round(figure, 3) for name, figure in log[-1].items() if name not in ("step", "seconds")}
     totals = {line["step"] + 1: round(line["total"], 1) for line in log if "total" in line}
     return {"scores": scores} | ({"totals": totals} if totals else {})

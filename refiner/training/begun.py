@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..reading import CONFIG_BYTES, read_json
 from .distributed import saved_shards
 
 NOTE = "run.json"
@@ -29,7 +30,7 @@ def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, fi
             os.replace(temporary, note)
         return
     try:
-        before = json.loads(note.read_text())
+        before = dict(read_json(note, CONFIG_BYTES))
         fixed = [name for name in now if name not in may_change and name in before]  # older notes say less
         other = next((name for name in fixed if before[name] != now[name]), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

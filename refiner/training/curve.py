@@ -1,11 +1,11 @@
 """Loss and reward curves as a picture: one panel a logged figure, with its name and last value, raw under smoothed."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ..pictures import write_png
+from .log import read_rows
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 8
 RAW, SMOOTH, FRAME, INK = (205, 215, 235), (30, 70, 160), (190, 190, 190), (60, 60, 60)
@@ -20,7 +20,7 @@ GLYPHS = dict(zip(LETTERS, DOTS.split(), strict=True))  # of 3x5 dots: a digit a
 
 def draw_curve(log: Path, path: Path) -> None:
     """Draw every figure of a log.jsonl over the steps into a PNG, in the order of its first appearance."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_rows(log)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN]
     last = rows[-1]["step"]
     panels = [_panel(name, [(row["step"], row[name]) for row in rows if name in row], last) for name in names]

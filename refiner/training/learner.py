@@ -73,8 +73,8 @@ class MuonAdamW:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+        load_optimizer(self.muon, state["muon"])
+        load_optimizer(self.adamw, state["adamw"])
 
 
 class AdamW:
@@ -83,13 +83,27 @@ class AdamW:
     def __init__(self, model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> None:
         self.adamw = torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=decay)
         self.rate = rate
-        self.step, self.state_dict, self.load_state_dict = (
-            self.adamw.step, self.adamw.state_dict, self.adamw.load_state_dict,
-        )  # fmt: skip
+        self.step, self.state_dict = self.adamw.step, self.adamw.state_dict
 
     def set_factor(self, factor: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = self.rate * factor
+
+    def load_state_dict(self, state: dict) -> None:
+        load_optimizer(self.adamw, state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load what an optimiser has learnt of each parameter; its options are those that it was made with.
+
+    Raises ValueError for a state of other parameters.
+    """
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            shape = tuple(getattr(moment, "shape", ()))
+            if not isinstance(parameter, nn.Parameter) or shape not in ((), tuple(parameter.shape)):
+                raise ValueError(f"the optimiser's {name} is of shape {shape}: it is of another model")
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -167,11 +181,12 @@ class Learner:
         return {name: getattr(self, name).state_dict() for name in names} | {"norms": self.norms}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, part in state.items():
-            if name == "norms":
-                self.norms.copy_(part)
-            else:
-                getattr(self, name).load_state_dict(part)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.keep:
+            self.average.load_state_dict(state["average"])
+        if "norms" in state:  # not in states of 0.1
+            self.norms.copy_(state["norms"])
 
 
 _whole = True
@@ -215,7 +230,10 @@ class FirstHalf:
         """From a stage's state."""
         self.clear()
         if "first_half" in state:
-            self.index, self.logged = (state["first_half"][name] for name in ("index", "logged"))
+            index, logged = (state["first_half"][name] for name in ("index", "logged"))
+            if type(index) is not int or not all(type(figure) is float for figure in logged.values()):
+                raise ValueError("the first half of a step is not whole")
+            self.index, self.logged = index, logged
 
 
 class LearnerStage:

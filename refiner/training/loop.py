@@ -1,9 +1,7 @@
 """The training loop of every stage: seeded, logged, and continued by the same command after any kind of end."""
 
 import ctypes
-import json
 import os
-import pickle
 import signal
 import sys
 import time
@@ -18,9 +16,12 @@ from tqdm import tqdm
 
 from ..files import open_exclusive
 from ..stopping import SOON, call_later, handling, interrupt, settle
+from ..terminal import warn
+from ..wan.torch_file import load_torch
 from .curve import draw_curve
 from .distributed import is_first, load_shards, save_shards, saved_shards, world
 from .learner import is_whole, mark_whole
+from .log import Row, format_row, read_rows
 
 RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 
@@ -212,7 +213,7 @@ class _Steps:
         if not self.waits:
             interrupt()
         if first:
-            print("stopping after this step (Ctrl-C again to stop now)", file=sys.stderr)
+            warn("stopping after this step (Ctrl-C again to stop now)")
         elif is_whole():
             interrupt()
         else:  # within an update, which is short
@@ -260,13 +261,13 @@ class _Log:
         self.path = path
         self.pending: tuple[int, dict[str, float], float] | None = None  # step, figures, when it began
         if path is not None:
-            self._begin(_lines_before(path, start))
+            self._begin(read_rows(path, start))
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
-    def _begin(self, lines: list[str]) -> None:
-        """Go on behind these lines. The file is whole at any time, so that a kill loses no line."""
+    def _begin(self, rows: list[Row]) -> None:
+        """Go on behind these rows. The file is whole at any time, so that a kill loses no line."""
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(lines))
+        partial.write_text("".join(map(format_row, rows)))
         os.replace(partial, self.path)
         self.file = open(self.path, "a")  # noqa: SIM115, closed at the end
 
@@ -286,12 +287,11 @@ class _Log:
         """Add the scores of a sheet to the last line, if it is that of step `index`."""
         if self.path is None or not scores:
             return
-        *before, last = _lines_before(self.path, index + 1) or [""]
-        if _step_of(last) == index:
-            row = json.loads(last)
-            seconds = {"seconds": row.pop("seconds", 0.0)}
+        rows = read_rows(self.path, index + 1)
+        if rows and rows[-1]["step"] == index:
+            seconds = {"seconds": rows[-1].pop("seconds", 0.0)}
             self.file.close()
-            self._begin([*before, json.dumps({**row, **scores, **seconds}) + "\n"])
+            self._begin([*rows[:-1], {**rows[-1], **scores, **seconds}])
 
     def write(self) -> None:
         """Write the line of the step that was taken, unless it is there."""
@@ -299,7 +299,7 @@ class _Log:
             return
         (index, logged, began), self.pending = self.pending, None
         seconds = round(time.perf_counter() - began, 3)
-        self.file.write(json.dumps({"step": index, **logged, "seconds": seconds}) + "\n")
+        self.file.write(format_row({"step": index, **logged, "seconds": seconds}))
         self.file.flush()
         self.bar.update()
         self.bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logged.items()))
@@ -346,7 +346,7 @@ def restore(stage: Stage, run: Path) -> int:
             return _restore_shards(stage, run)
         stage.load_state_dict(state["stage"])
         return state["done"]
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
             f"{run} holds another training ({said}): give the options that it was begun with, or another folder"
@@ -356,10 +356,11 @@ def restore(stage: Stage, run: Path) -> int:
 def _read(path: Path) -> dict:
     """A saved state; ValueError for a file that is none, or not whole."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:  # the last of a file that was cut short
+        state = load_torch(path, verify=True)
+    except ValueError as error:
         raise ValueError(f"{path} is empty or damaged: begin anew in another folder") from error
-    if not isinstance(state, dict) or not {"stage", "done"} <= state.keys():
+    whole = isinstance(state, dict) and isinstance(state.get("stage"), dict)
+    if not whole or type(state.get("done")) is not int or state["done"] < 0:
         raise ValueError(f"{path} is no training's state: begin anew in another folder")
     return state
 
@@ -374,20 +375,3 @@ def _restore_shards(stage: Stage, run: Path) -> int:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _lines_before(log: Path, step: int) -> list[str]:
-    """Of a log, the whole lines of the steps before `step`: what came after the saved state will come again."""
-    if not log.exists():
-        return []
-    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    return [line for line in whole if _step_of(line) < step]
-
-
-def _step_of(line: str) -> float:
-    """Of a line of a log; infinity for a damaged one, which comes after every state."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
-    return step if isinstance(step, int) else float("inf")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..terminal import printable
 from .identify import PUBLISHED_KEY, guess_preset, name_hint
 from .layouts import INSTEAD, QUANTISED, Layout, choose_top_key, other_model, read_config, read_layout
 from .lora import LoraFile, LoraPair, check_targets, looks_like_longlive, lora_modules, read_lora
@@ -316,7 +317,7 @@ def describe(info: CheckpointInfo) -> str:
     rows += [("note", note) for note in info.notes]
     if info.merged_lora:
         rows.append(("LoRA", f"merged into {info.merged_lora} weights"))
-    return "\n".join(f"{word:<10}{text}" for word, text in rows)
+    return "\n".join(f"{word:<10}{printable(text)}" for word, text in rows)
 
 
 def _sizes(config: WanConfig) -> str:

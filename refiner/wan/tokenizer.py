@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reading import TOKENIZER_BYTES, read_bytes
+
 PIP_LINE = 'pip install "transformers>=4.50.3" "sentencepiece>=0.2" (or pip install "autorefiner[umt5]")'
 FILES = ("tokenizer.json", "spiece.model")
 SHOWN = 40  # characters of a prompt in a message
@@ -94,12 +96,12 @@ def find_tokenizer(encoder: Path, given: Path | str | None, embedded: bytes | No
         return Tokenizer(embedded, f"the tokenizer in {encoder}")
     place = Path(given) if given is not None else encoder
     if given is not None and place.is_file():
-        return Tokenizer(place.read_bytes(), str(place))
+        return Tokenizer(read_bytes(place, TOKENIZER_BYTES), str(place))
     folder = place if place.is_dir() else place.parent
     if given is None or place.is_dir():
         for path in (folder / sub / name for sub in FOLDERS for name in FILES):
             if path.is_file():
-                return Tokenizer(path.read_bytes(), str(path))
+                return Tokenizer(read_bytes(path, TOKENIZER_BYTES), str(path))
     raise ValueError(
         f"{place} has no tokenizer ({' or '.join(FILES)}) in or beside it: "
         "pass the tokenizer.json of google/umt5-xxl as the tokenizer"

@@ -4,9 +4,7 @@ A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only th
 of a .safetensors only the header is read. Folders are read by their index of shards.
 """
 
-import json
 import os
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..reading import JSON_BYTES, open_regular, read_json
+from .torch_file import load_torch, plain_tensors, too_large
+
+MOST_HEADER = 16 << 20  # bytes of a safetensors header; a model of 825 tensors has 0.1 MB
 FLAT = "flat"  # the name of the group when tensors lie at the top of the file
 KNOWN_IN_FOLDERS = (
     "diffusion_pytorch_model.safetensors.index.json",
@@ -77,13 +79,15 @@ def open_weights(path: Path | str) -> WeightFile:
     if path.is_dir():
         return _open_folder(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}): check the path and its permissions") from error
     if head[8:9] == b"{":  # first, as the eight bytes before it are a length and can be anything
+        if MOST_HEADER < int.from_bytes(head[:8], "little") <= path.stat().st_size:
+            raise ValueError(f"{path} has a header of over {MOST_HEADER >> 20} MiB: save it without its metadata")
         return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, zipped=head.startswith(b"PK"))
@@ -113,7 +117,7 @@ class _Reader:
         try:
             return safe_open(self.path, framework="pt")
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path} {_unmapped(self.path)}") from error
+            raise ValueError(f"{self.path} {too_large(self.path)}") from error
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
@@ -136,49 +140,34 @@ def _open_safetensors(path: Path) -> WeightFile:
     return WeightFile(path, "safetensors", {FLAT: tensors}, (), metadata, dict.fromkeys(tensors, _Reader(path)))
 
 
-def _unmapped(path: Path) -> str:
-    size = path.stat().st_size / 1e9
-    return f"is {size:.1f} GB and this machine's memory cannot map that much: add swap, or allow overcommit"
-
-
 def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
     if path.suffix == ".safetensors":  # torch.load goes by this suffix
         raise ValueError(f"{path} is a torch .pt file in spite of its name: rename it to .pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except MemoryError:
-        raise
-    except Exception as error:  # a hostile pickle can make the unpickler raise anything
-        raise ValueError(f"{path} {_refusal(path, error)}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__} and not a state dict: pass a model's weights")
-    groups = {str(key): found for key, value in content.items() if (found := _tensors(value))}
-    if flat := _tensors(content):
-        groups[FLAT] = flat
-    if not groups:
-        keys = ", ".join(map(str, list(content)[:4])) or "nothing"
-        raise ValueError(f"{path} holds no tensors, only {keys}: pass a model's weights")
-    others = tuple(str(key) for key, value in content.items() if str(key) not in groups | flat)
+        content = load_torch(path, mmap=zipped)
+        groups, others = _grouped(content, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     return WeightFile(path, "pt", groups, others, {}, {})
 
 
-def _tensors(content: object) -> dict[str, Tensor]:
+def _grouped(content: object, nbytes: int) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """The groups of tensors in what a file of so many bytes holds, and the top keys of everything else."""
     if not isinstance(content, Mapping):
-        return {}
-    named = ((name, value) for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor))
-    return {name: value.detach() for name, value in named}
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
-        return (
-            f"holds more than tensors ({wanted[1]}) and could run code when opened, so it is refused: "
-            "ask its author for a .safetensors"
-        )
-    if "unable to mmap" in str(error):
-        return _unmapped(path)
-    return "is no whole torch file of tensors (cut short, damaged, or another pickle): download it again"
+        raise ValueError(f"holds a {type(content).__name__} and not a state dict: pass a model's weights")
+    groups = {str(key): tensors for key, value in content.items() if (tensors := plain_tensors(value, nbytes))}
+    try:
+        flat = plain_tensors(content, nbytes)
+    except ValueError:  # a flag or a counter beside the groups
+        if not groups:
+            raise
+        flat = {}
+    if flat:
+        groups[FLAT] = flat
+    if not groups:
+        keys = ", ".join(map(str, list(content)[:4])) or "nothing"
+        raise ValueError(f"holds no tensors, only {keys}: pass a model's weights")
+    return groups, tuple(str(key) for key in content if str(key) not in groups | flat)
 
 
 def _line(error: Exception) -> str:
@@ -201,9 +190,9 @@ def _looks_like_weights(path: Path) -> bool:
 
 def _open_shards(index: Path) -> WeightFile:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(index, JSON_BYTES)["weight_map"]
         shards = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
     tensors, readers = {}, {}
     for shard in shards:

@@ -4,7 +4,6 @@ A folder is what `CLIPModel.save_pretrained` writes, in safetensors, with the to
 beside it. Frames go in through torch alone, so that they keep their graph.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...reading import CONFIG_BYTES, check_regular, read_json
 from .reward import FrameDraw
 
 PIP_LINE = 'pip install "transformers>=4.50.3"'
@@ -57,7 +57,7 @@ class Preprocessing:
         """From preprocessor_config.json; ValueError for one that says something else."""
         path = folder / "preprocessor_config.json"
         try:
-            told = json.loads(path.read_text())
+            told = read_json(path, CONFIG_BYTES)
             size = _size(told["size"]) if told.get("do_resize", True) else {}
             crop = _size(told["crop_size"]) if told.get("do_center_crop", True) else {}
             return cls(
@@ -139,13 +139,16 @@ def load_clip_reward(
         raise ValueError(f"a CLIP reward needs transformers: {PIP_LINE}") from error
     config = folder / "config.json"
     try:
-        kind = json.loads(config.read_text()).get("model_type")
+        kind = read_json(config, CONFIG_BYTES).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{folder} holds no model ({error}): name a CLIP's folder, as transformers saves it"
         ) from error
     if kind != "clip":
         raise ValueError(f"{folder} holds a model of type {kind!r}: a CLIP was asked for")
+    for path in folder.iterdir():  # transformers would wait for a pipe
+        if not path.is_dir():
+            check_regular(path)
     try:
         model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,71 @@
+"""Read files that nobody vouches for: regular files only, and no more bytes than such a file may have."""
+
+import io
+import json
+import os
+import stat
+from pathlib import Path
+
+CONFIG_BYTES = 1 << 20  # a model's config, a training's TOML
+JSON_BYTES = 16 << 20  # a workflow, an index of shards
+TOKENIZER_BYTES = 64 << 20  # umT5's has 17 MB
+LINES_BYTES = 256 << 20  # prompts, a training's log
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError in one line unless `path` is a regular file. A pipe would block whoever opened it.
+
+    OSError where there is nothing, or it may not be looked at.
+    """
+    _check_mode(path, os.stat(path).st_mode)
+
+
+def _check_mode(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_one, kind in KINDS if is_one(mode)), "something else")
+        raise ValueError(f"{path} is {kind}, expected a regular file: give the path of one")
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading; ValueError for anything else, also where it takes the file's place meanwhile."""
+    check_regular(path)
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)), "rb")
+    try:
+        _check_mode(path, os.fstat(file.fileno()).st_mode)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a whole regular file; ValueError where it gives more than `most` bytes, whatever size it claims."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} holds more than {most >> 20} MiB, the most for such a file: give another")
+    return content
+
+
+def read_text(path: Path, most: int) -> str:
+    """Read a UTF-8 file, with or without a byte order mark; ValueError for other text, or more than `most` bytes."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def read_json(path: Path, most: int) -> object:
+    """Parse a JSON file; ValueError for anything else, and for more than `most` bytes."""
+    text = read_text(path, most)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): save it again") from error

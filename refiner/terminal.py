@@ -1,0 +1,35 @@
+"""Print text of unknown origin: nothing in it steers the terminal."""
+
+import sys
+import unicodedata
+from typing import TextIO
+
+LONGEST = 4000  # characters of a line
+
+
+def printable(text: str) -> str:
+    """Escape what is not seen: control characters, line and paragraph separators, directional overrides, surrogates.
+
+    A tab stays a space, a text that is too long is cut, and everything else stays as it is.
+    """
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return "".join(map(_visible, shown))
+
+
+def _visible(character: str) -> str:
+    if character == "\t":
+        return " "
+    kind = unicodedata.category(character)
+    if not kind.startswith("C") and kind not in ("Zl", "Zp"):
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print each line on one line, on stdout unless `file` says otherwise."""
+    print("\n".join(map(printable, lines)), file=file or sys.stdout)
+
+
+def warn(*lines: str) -> None:
+    """Print each line on one line of stderr."""
+    say(*lines, file=sys.stderr)
