@@ -7,7 +7,7 @@ VENV := .venv
 FLOOR := .venv-floor
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor kill lint pictures clean
+.PHONY: demo test test-floor kill fuzz lint pictures clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ $(FLOOR)/ready: pyproject.toml
 # Kills runs at random moments and checks that nothing finished is lost; at most 20 minutes on two cores.
 kill: $(VENV)/ready
 	$(BIN)/python tests/kill_campaign.py
+
+# Hostile files, workflows, arguments and requests, each in a process of its own; at most 12 minutes on two cores.
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/fuzz_campaign.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
