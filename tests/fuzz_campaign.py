@@ -105,15 +105,14 @@ def prepare(root: Path) -> Path:
 
 
 class Watch:
-    """Linux's inotify on folders that nothing may touch."""
+    """Linux's inotify on a folder that nothing may touch."""
 
-    OPENED, CHANGED = 0x20, 0x2 | 0x4 | 0x100 | 0x200 | 0x40 | 0x80
+    EVENTS = 0x20 | 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200  # opened, written, changed, moved, made, deleted
 
-    def __init__(self, untouched: Path, parent: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         libc = ctypes.CDLL(None)
         self.descriptor = libc.inotify_init1(os.O_NONBLOCK)
-        libc.inotify_add_watch(self.descriptor, os.fsencode(untouched), self.OPENED | self.CHANGED)
-        libc.inotify_add_watch(self.descriptor, os.fsencode(parent), self.CHANGED)
+        libc.inotify_add_watch(self.descriptor, os.fsencode(folder), self.EVENTS)
 
     def touched(self) -> bool:
         """Whether something was opened or changed since the last call."""
@@ -218,7 +217,7 @@ def judge(status: int, used: resource.struct_rusage, seconds: float, base_kb: in
 
 def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -> Findings:
     """Try the inputs of these numbers, one after the other."""
-    findings, watch = Findings(), Watch(root / "secret", root / "secret")
+    findings, watch = Findings(), Watch(root / "secret")
     plan = [kind for kind, (share, _) in KINDS.items() for _ in range(share) if args.only in (None, kind)]
     base_kb, deadline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic() + 60 * args.minutes
     for number in numbers:
