@@ -1,9 +1,8 @@
 """Compare Videos: two clips under one slider, played in step."""
 
 import numpy as np
-import torch
 
-from ..refiner.estimate import available_bytes
+from ..refiner.estimate import check_room
 from .hosts import host, io
 from .load import CATEGORY
 
@@ -26,13 +25,7 @@ def check_clips(sizes: dict[str, tuple[int, int, int]]) -> None:
     if one != other or one[0] % 2 or one[1] % 2:
         raise ValueError(f"{' and '.join(shapes)}: give both the same even width and height, with ImageScale")
     volume = sum(frames * width * height for frames, width, height in sizes.values())
-    check_room(3 * PIXEL_BYTES * volume, "comparing these videos")
-
-
-def check_room(nbytes: int, what: str) -> None:
-    """Raise ValueError when this takes more memory than is free."""
-    if nbytes > (free := available_bytes(torch.device("cpu"))):
-        raise ValueError(f"{what} takes {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: use shorter ones")
+    check_room(3 * PIXEL_BYTES * volume, "comparing these videos", "use shorter ones")
 
 
 class CompareVideos(io.ComfyNode):

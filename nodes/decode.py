@@ -2,7 +2,7 @@
 
 import torch
 
-from ..refiner.estimate import available_bytes
+from ..refiner.estimate import check_room
 from ..refiner.video import VideoWriter, as_bytes, check_pixels
 from .hosts import host, io
 from .load import CATEGORY
@@ -35,11 +35,7 @@ class DecodeChunks(io.ComfyNode):
         latents = video_latents(samples, "samples")
         batch, _, frames, height, width = latents.shape
         nbytes = batch * (4 * frames - 3) * 64 * height * width * 3 * 4
-        if nbytes > (free := available_bytes(torch.device("cpu"))):
-            raise ValueError(
-                f"the images of this clip take {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: use"
-                " VAE Decode Chunks to Video"
-            )
+        check_room(nbytes, "decoding this clip into images", "use VAE Decode Chunks to Video")
         images = torch.empty(batch * (4 * frames - 3), 8 * height, 8 * width, 3)
         done = 0
         for clip in latents.split(1):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ..refiner.demo import bundle
 from ..refiner.demo.bundle import REFINERS
+from ..refiner.files import is_taken
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
 from ..refiner.refined import check_fit
 from ..refiner.wan.checkpoint import inspect
 from .hosts import host, io
 from .load import CATEGORY, stamped
+from .paths import SHOWN, check_inside
 from .refined import FORMS, RefinerLora
 
 RefinerType = io.Custom("REFINER")
@@ -49,9 +51,10 @@ def new_file(root: Path, name: str, overwrite: bool) -> Path:
         raise ValueError(f"name {name[:60]!r}: give a file name like foxes, or one in a folder, like mine/foxes")
     path = root.joinpath(*parts[:-1], parts[-1] + SUFFIX)
     count = 1
-    while path.exists() and not overwrite:
+    while is_taken(path) and not overwrite:
         count += 1
         path = path.with_name(f"{parts[-1]}_{count}{SUFFIX}")
+    check_inside(root, path, f"name {name[:SHOWN]!r}")
     return path
 
 

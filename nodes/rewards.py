@@ -10,10 +10,11 @@ import torch
 
 from ..refiner.demo import bundle
 from ..refiner.demo.reward_model import FRAMES
+from ..refiner.estimate import check_room
 from ..refiner.train_config import KINDS, SPRITES, RewardConfig
 from ..refiner.training.rewards.clip import FORMULAS, SINGLE, load_clip_reward
 from ..refiner.training.rewards.reward import Mixture, Reward
-from .compare import EITHER, PIXEL_BYTES, check_room
+from .compare import EITHER, PIXEL_BYTES
 from .hosts import host, io
 from .load import CATEGORY
 
@@ -139,7 +140,7 @@ class ScoreVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, video, reward: Rewards, prompt: str) -> io.NodeOutput:
-        check_room(3 * PIXEL_BYTES * math.prod(host.clip_size(video)), "scoring this video")
+        check_room(3 * PIXEL_BYTES * math.prod(host.clip_size(video)), "scoring this video", "use a shorter one")
         frames, _ = host.clip_frames(video, 16)
         device = host.torch_device(reward.nbytes)
         with reward.on(device) as mixture, torch.no_grad():

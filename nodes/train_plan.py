@@ -15,6 +15,7 @@ from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.torch_file import load_torch
 from .hosts import host
 from .options import ChunkSchedule, ReflectiveCache, parse_levels, preset_for
+from .paths import SHOWN, check_inside
 from .refined import RefinerLora
 from .refiner import LONGEST_NAME, PART
 from .rewards import Rewards
@@ -125,8 +126,7 @@ def run_folder(run: str) -> Path:
     """output/autorefiner/RUN, wherever links in it lead still inside the output folder."""
     root = host.output_folder()
     folder = root / RUNS / check_name(run)
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"run {run!r} leaves {root}: give another name")
+    check_inside(root, folder, f"run {run[:SHOWN]!r}")
     return folder
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..refiner.reading import read_json
 from .hosts.core_nodes import CORE_NODES
 from .hosts.schema import ComfyNode, NodeOutput, Schema, Socket
 from .registry import NODES
@@ -50,12 +51,7 @@ def is_link(value: object) -> bool:
 
 def read_workflow(path: Path) -> dict[str, Node]:
     """The nodes of a file by id; ValueError when it is no workflow in API format."""
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB: a workflow is a text of a few kB")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: give a workflow saved with Export (API)") from error
+    found = read_json(path, LARGEST)
     if isinstance(found, dict) and "nodes" in found and "links" in found:
         raise ValueError(f"{path} is a workflow of the page: give the one in workflows/api/, or save with Export (API)")
     if not isinstance(found, dict) or not found or not all(_is_node(node) for node in found.values()):

@@ -99,6 +99,12 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_room(nbytes: int, what: str, instead: str) -> None:
+    """Raise ValueError, which says what to do instead, when something takes more of a CPU's memory than is free."""
+    if nbytes > (free := available_bytes(torch.device("cpu"))):
+        raise ValueError(f"{what} takes {nbytes / GB:.1f} GB and {free / GB:.1f} GB are free: {instead}")
+
+
 class MemoryStatus(ctypes.Structure):
     """Windows' MEMORYSTATUSEX."""
 

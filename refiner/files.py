@@ -25,9 +25,18 @@ def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
     """Return the first NAME_00001_.mp4, counting from `counter`, that no finished or partial file uses."""
     while True:
         path = folder / f"{name}_{counter:05}_{suffix}"
-        if not path.exists() and not partial_path(path).exists():
+        if not is_taken(path) and not is_taken(partial_path(path)):
             return path
         counter += 1
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere. OSError for what cannot be a name."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def renames_open_files() -> bool:
@@ -55,7 +64,8 @@ def lock(file: io.FileIO, path: Path, instead: str) -> None:
 def open_locked(path: Path, instead: str) -> io.FileIO:
     """Open a file for writing, locked and as it is; ValueError where another run writes it."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         try:
             lock(file, path, instead)
             if is_open(file, path):

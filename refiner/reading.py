@@ -68,4 +68,4 @@ def read_json(path: Path, most: int) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}): save it again") from error
+        raise ValueError(f"{path} is not JSON ({error}): save it again") from error

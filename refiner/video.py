@@ -14,7 +14,9 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from .estimate import check_room
 from .files import INSTEAD, check_output, open_locked, partial_path, renames_open_files
+from .reading import check_regular
 
 # One fragment a chunk, no index at the end, times as they are given; custom metadata keys are kept.
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
@@ -29,6 +31,12 @@ ENCODERS = {
 # chunk's length. This is the longest group of pictures that mpeg4 takes.
 GROUP = 600
 MPEG4_RATE = 65535  # its largest numerator
+# What a video may be: containers of their own data. A playlist (HLS, DASH, concat, SDP) reads other files and hosts.
+READABLE = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng",
+    "protocol_whitelist": "file",
+}
+MOST_PIXELS = 1 << 26  # of a frame
 BT709 = 1  # of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 says it in the container alone
 
 
@@ -242,13 +250,29 @@ def numbered(moof: bytes, sequence: int) -> bytes:
 
 
 def _open_video(path: Path) -> av.container.InputContainer:
+    """Open a video to read. A playlist, which names other files, is none."""
     try:
-        container = av.open(str(path))
+        check_regular(path)
+        container = av.open(str(path.absolute()), options=READABLE, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{path} is not a readable video ({error.strerror})") from error
+        raise ValueError(f"{path} is not a readable video ({error.strerror}): give an .mp4, .webm or .mkv") from error
+    try:
+        _check_streams(container, path)
+    except ValueError:
+        container.close()
+        raise
+    return container
+
+
+def _check_streams(container: av.container.InputContainer, path: Path) -> None:
+    """Raise ValueError unless there is a video stream that can be decoded, of a size that videos have."""
     if not container.streams.video:
         raise ValueError(f"{path} holds no video")
-    return container
+    codec = container.streams.video[0].codec_context
+    if codec is None:
+        raise ValueError(f"{path} holds a video of an unknown codec: convert it to H.264")
+    if not 0 < codec.width * codec.height <= MOST_PIXELS:
+        raise ValueError(f"{path} holds a video of {codec.width}x{codec.height} pixels: scale it down first")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -283,15 +307,28 @@ def video_size(path: Path) -> tuple[int, int, int]:
 def video_rate(path: Path) -> Fraction:
     """Frames a second of a video, as it says."""
     with _open_video(path) as container:
-        return container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+    if not rate or rate <= 0:
+        raise ValueError(f"{path} says no frame rate: convert it to a plain .mp4")
+    return rate
 
 
 def read_frames(path: Path, every: int = 1) -> np.ndarray:
-    """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`. ValueError for a file that is damaged."""
+    """Frames [F, H, W, 3], uint8, of a video: each, or one in `every`.
+
+    ValueError for a file that is damaged, or whose frames take more memory than is free.
+    """
+    count, width, height = video_size(path)
+    check_room(2 * 3 * (count // every) * width * height, f"reading {path.name}", "use a shorter one")
+    frames = []
     with _open_video(path) as container:
-        decoded = enumerate(container.decode(video=0))
         try:
-            frames = [to_rgb(frame) for index, frame in decoded if index % every == 0]
+            for index, frame in enumerate(container.decode(video=0)):
+                if (frame.width, frame.height) != (width, height):
+                    raise ValueError(f"{path} changes its size in frame {index}: convert it to a plain .mp4")
+                if index % every == 0:
+                    frames.append(to_rgb(frame))
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
     if not frames:

@@ -108,7 +108,7 @@ def test_text_is_utf_8(content: bytes, tmp_path: Path) -> None:
 def test_what_is_no_json_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="JSON") as error:
+    with pytest.raises(ValueError, match="not JSON") as error:
         read_json(path, 1 << 20)
     assert "\n" not in str(error.value)
 

@@ -10,15 +10,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
+from ...refiner.estimate import check_room
 from ...refiner.pictures import write_png
+from ...refiner.reading import check_regular
 from ...refiner.video import VideoWriter, as_bytes
 from ...refiner.wan.vae import WanVAE
+from ..paths import SHOWN
 from ..run import video_latents
 from . import schema as io
 from . import standalone as host
 from .standalone import Clip, VideoFile
 
-MOST_PIXELS = 16384 * 16384  # of an image that is read
+MOST_PIXELS = 1 << 25  # of all frames of a picture that is read
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names; others run programs or read other files
+IMAGE_BYTES = 3 * 4 + 4  # of a pixel and its mask
+FRAME_BYTES = 3 * 4
 COLORS = {
     "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0),
     "blue": (0.0, 0.0, 1.0),
@@ -35,22 +41,42 @@ def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
     """IMAGE [F, H, W, 3] and MASK of a picture, upright, as ComfyUI's LoadImage gives them: a mask is 1 - alpha.
 
     Frames of other sizes than the first are left out. Without alpha the mask is 64x64 zeros. ValueError for a file that
-    is no picture, or too large.
+    is no picture, or too large: that is known before a pixel is decoded.
     """
+    check_regular(path)
     images, masks = [], []
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height * getattr(picture, "n_frames", 1) > MOST_PIXELS:
-                raise ValueError(f"image {name!r} has {picture.width}x{picture.height} pixels: scale it down first")
+        with Image.open(path, formats=PICTURES) as picture:
+            pixels = picture.width * picture.height * getattr(picture, "n_frames", 1)
+            check_picture(pixels, name)
             for frame in ImageSequence.Iterator(picture):
+                if frame.width * frame.height > pixels:
+                    raise ValueError("a frame is larger than its picture")
                 upright = ImageOps.exif_transpose(frame)
                 if images and upright.size != (images[0].shape[1], images[0].shape[0]):
                     continue
                 images.append(rgb_levels(upright))
                 masks.append(mask_of(upright))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name!r} is not a readable picture: give a .png, .jpg or .webp") from error
+    except (MemoryError, TooLarge):
+        raise
+    except Exception as error:  # a damaged picture can make its decoder raise anything
+        raise ValueError(f"image {name[:SHOWN]!r} is not a readable picture: give a .png, .jpg or .webp") from error
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
+
+
+class TooLarge(ValueError):
+    """A picture of too many pixels."""
+
+
+def check_picture(pixels: int, name: str) -> None:
+    """Raise TooLarge where a picture's pixels, of all frames, are more than are read, or than fit in memory."""
+    shown = f"image {name[:SHOWN]!r}"
+    if pixels > MOST_PIXELS:
+        raise TooLarge(f"{shown} has {pixels / 1e6:.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f}: scale it down")
+    try:
+        check_room(2 * IMAGE_BYTES * pixels, f"reading {shown}", "scale it down first")
+    except ValueError as error:
+        raise TooLarge(str(error)) from error
 
 
 def rgb_levels(picture: Image.Image) -> np.ndarray:
@@ -131,6 +157,7 @@ class ImageScale(io.ComfyNode):
             old_height, old_width = pixels.shape[2:]
             left, top = margin(old_width, old_height * width / height), margin(old_height, old_width * height / width)
             pixels = pixels[:, :, top : old_height - top, left : old_width - left]
+        check_room(2 * FRAME_BYTES * len(image) * width * height, "this image", "scale it to fewer pixels")
         scaled = F.interpolate(pixels, size=(height, width), mode=upscale_method)
         return io.NodeOutput(scaled.movedim(1, -1))
 
@@ -159,6 +186,9 @@ class ImageStitch(io.ComfyNode):
             came = " and ".join(f"{image.shape[2]}x{image.shape[1]}" for image in (image1, image2))
             raise ValueError(f"images of {came} pixels: without ComfyUI both must be of one size, use ImageScale")
         count = max(len(image1), len(image2))
+        height, width = image1.shape[1:3]
+        area = (width + spacing_width) * (height + spacing_width)
+        check_room(4 * FRAME_BYTES * count * area, "the stitched image", "use shorter or smaller ones")
         pair = [torch.cat((image, image[-1:].expand(count - len(image), -1, -1, -1))) for image in (image1, image2)]
         dim = 2 if direction in ("right", "left") else 1
         size = list(pair[0].shape)
@@ -176,6 +206,7 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels: Tensor, vae: WanVAE) -> io.NodeOutput:
+        check_room(2 * FRAME_BYTES * pixels[..., 0].numel(), "encoding these images", "use fewer or smaller ones")
         return io.NodeOutput({"samples": host.encode(vae, pixels)})
 
 
@@ -187,7 +218,11 @@ class VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, vae: WanVAE) -> io.NodeOutput:
-        clips = video_latents(samples, "samples").split(1)
+        latents = video_latents(samples, "samples")
+        batch, _, frames, height, width = latents.shape
+        nbytes = 2 * FRAME_BYTES * batch * (4 * frames - 3) * 64 * height * width
+        check_room(nbytes, "decoding this clip into images", "use VAE Decode Chunks to Video")
+        clips = latents.split(1)
         return io.NodeOutput(torch.cat([piece for clip in clips for piece in host.decode(vae, clip)]))
 
 
@@ -215,8 +250,8 @@ class SaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, video: VideoFile, filename_prefix: str, format: str, codec: str) -> io.NodeOutput:
-        path = host.output_path(filename_prefix, ".mp4")
         frames, fps = host.clip_frames(video, video.fps)
+        path = host.output_path(filename_prefix, ".mp4", frames.shape[2], frames.shape[1])
         with VideoWriter(path, frames.shape[2], frames.shape[1], fps, host.graph_metadata()) as writer:
             writer.write(frames)
         return io.NodeOutput(video, ui=path)
@@ -239,7 +274,7 @@ class SaveAnimatedWEBP(io.ComfyNode):
     def execute(
         cls, images: Tensor, filename_prefix: str, fps: float, lossless: bool, quality: int, method: str
     ) -> io.NodeOutput:
-        path = host.output_path(filename_prefix, ".webp")
+        path = host.output_path(filename_prefix, ".webp", images.shape[2], images.shape[1])
         effort = {"fastest": 0, "slowest": 6, "default": 4}[method]
         options = {
             "lossless": str(int(lossless)),
@@ -267,7 +302,7 @@ class SaveImage(io.ComfyNode):
     def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:
         paths = []
         for pixels in as_bytes(images):
-            paths.append(host.output_path(filename_prefix, ".png"))
+            paths.append(host.output_path(filename_prefix, ".png", images.shape[2], images.shape[1]))
             write_png(pixels, paths[-1])
         return io.NodeOutput(ui=paths)
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ...refiner.files import unused_path
 from ...refiner.generate import FPS, pick_device, pick_dtype
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
+from ...refiner.terminal import printable
 from ...refiner.training.loop import Unwatched
 from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
@@ -28,6 +30,7 @@ from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE
 from ..passes import Passes
+from ..paths import SHOWN, dated, inside
 from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
 from ..sprites import sprite_preset
 from . import schema as io
@@ -294,32 +297,30 @@ def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
         yield ((pixels[0].permute(1, 2, 3, 0).float() + 1) / 2).clamp(0, 1).cpu()
 
 
-def inside(root: Path, name: str, what: str) -> Path:
-    """A path by a name that a workflow gives, which must stay in `root`; ValueError for one that leaves it or is it."""
-    if name and "\0" not in name:
-        path, root = (root / name).resolve(), root.resolve()
-        if path.is_relative_to(root) and path != root:
-            return path
-    raise ValueError(f"{what} {name!r} leaves {root}: give a name inside it")
-
-
 def input_path(name: str) -> Path:
-    """A file of the input folder."""
-    path = inside(_place.base / "input", name, "input")
+    """A file of the input folder, or of another that the name ends with as ComfyUI's do: `name [output]`."""
+    bare, _, ending = name.rpartition(" [")
+    folders = {"input]": _place.base / "input", "output]": _place.outputs, "temp]": _place.base / "temp"}
+    if ending not in folders or not bare:
+        bare, ending = name, "input]"
+    path = inside(folders[ending], bare, "input")
     if not path.is_file():
-        raise ValueError(f"{name!r} is not in {_place.base / 'input'}: put the file there")
+        raise ValueError(f"{bare[:SHOWN]!r} is not in {folders[ending]}: put the file there")
     return path
 
 
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
-    """A new path in the output folder: PREFIX_00001_.mp4, counted on, also behind what an interrupted run left."""
-    stem = inside(_place.outputs, prefix, "filename_prefix")
+    """A new path in the output folder: PREFIX_00001_.mp4, counted on, also behind what an interrupted run left.
+
+    %year%, %width% and the like in the prefix are said as ComfyUI says them.
+    """
+    stem = inside(_place.outputs, dated(prefix, width, height, time.localtime()), "filename_prefix")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         return unused_path(stem.parent, stem.name, suffix)
     except OSError as error:
-        shown = prefix if len(prefix) <= 60 else f"{prefix[:60]}…"
-        raise ValueError(f"filename_prefix {shown!r} cannot be written ({error.strerror}): give another") from error
+        name = prefix if len(prefix) <= SHOWN else f"{prefix[:SHOWN]}…"
+        raise ValueError(f"filename_prefix {name!r} cannot be written ({error.strerror}): give another") from error
 
 
 def graph_metadata(hidden: object = None) -> dict[str, str]:
@@ -365,4 +366,4 @@ def show_video(path: Path) -> Path:
 
 def notice(text: str) -> None:
     """Something to know that is no error."""
-    tqdm.write(f"autorefiner: {text}", file=sys.stderr)
+    tqdm.write(printable(f"autorefiner: {text}"), file=sys.stderr)

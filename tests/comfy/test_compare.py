@@ -7,9 +7,9 @@ import torch
 from comfy_graphs import node, small
 from comfy_server import Server, find_comfyui
 
-from autorefiner.nodes import compare
 from autorefiner.nodes.compare import CompareVideos
 from autorefiner.nodes.hosts.standalone import VideoFile
+from autorefiner.refiner import estimate
 from autorefiner.refiner.video import VideoWriter, as_bytes, read_frames
 
 COMFYUI = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
@@ -39,7 +39,7 @@ def test_clips_of_two_sizes_are_refused(other: object) -> None:
 
 
 def test_clips_that_do_not_fit_in_memory_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(compare, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="free"):
         CompareVideos.execute(clip(), clip(), 16)
 

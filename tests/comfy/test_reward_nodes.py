@@ -101,6 +101,6 @@ def test_a_score_asks_for_room_for_its_models(base: Path, monkeypatch) -> None:
 
 
 def test_a_video_that_does_not_fit_in_memory_is_not_scored(base: Path, monkeypatch) -> None:
-    monkeypatch.setattr("autorefiner.nodes.compare.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("autorefiner.refiner.estimate.available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="scoring"):
         ScoreVideo.execute(video(), LoadReward.execute(**SPRITES).args[0], "a red star")

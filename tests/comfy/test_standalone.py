@@ -12,12 +12,13 @@ from comfy_graphs import NAMES, NEED_COMFYUI, NEED_PEFT, node, small
 from demo_files import STAND_IN
 from standalone_runs import execute, refusal
 
-from autorefiner.nodes import decode, workflow
+from autorefiner.nodes import workflow
 from autorefiner.nodes.cli import main
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.load import LoadARVDM
 from autorefiner.nodes.refiner import LoadRefiner
 from autorefiner.nodes.registry import NODES
+from autorefiner.refiner import estimate
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
@@ -434,5 +435,5 @@ def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path
     assert "keys and values" in refusal(graph, base)
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
-    monkeypatch.setattr(decode, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1000)
     assert "VAE Decode Chunks to Video" in refusal(graph, base)
