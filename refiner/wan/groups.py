@@ -29,29 +29,36 @@ Groups = dict[str, dict[str, Tensor]]
 def group_tensors(content: Mapping) -> tuple[Groups, tuple[str, ...]]:
     """(groups of tensors by dotted path, top keys that hold none) of a dictionary, which may nest others."""
     groups: Groups = {}
-    for path, tensors in _walk(content, (), DEEPEST):
+    used = set()
+    for path, tensors in _walk(content, (), DEEPEST, {}):
         groups[".".join(path) or FLAT] = tensors
+        used |= set(path[:1]) or set(tensors)
         if len(groups) == MOST_GROUPS:
             break
-    flat = groups.pop(FLAT, {})
-    if flat:
-        groups[FLAT] = flat
-    used = {path.split(".")[0] for path in groups} | set(flat)
-    return split_roles(groups), tuple(str(key) for key in content if str(key).split(".")[0] not in used)
+    if FLAT in groups:
+        groups[FLAT] = groups.pop(FLAT)  # the last, as it may hold odd ends
+    return split_roles(groups), tuple(str(key) for key in content if str(key) not in used)
 
 
-def _walk(content: Mapping, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Dictionaries that hold tensors, outer ones first, with the keys that lead to them."""
-    named = ((name, value) for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor))
-    tensors = {name: value.detach() for name, value in named}
-    if tensors:
-        yield path, tensors
-    if not depth:
+def _walk(
+    content: Mapping, path: tuple[str, ...], depth: int, seen: dict[int, dict[str, Tensor]]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Dictionaries that hold tensors, outer ones first, with the keys that lead to them.
+
+    One that is met again, as in a dictionary that holds itself, is not searched again.
+    """
+    again = id(content) in seen
+    if not again:
+        named = ((name, value) for name, value in content.items() if isinstance(name, str))
+        seen[id(content)] = {name: value.detach() for name, value in named if isinstance(value, Tensor)}
+    if seen[id(content)]:
+        yield path, seen[id(content)]
+    if again or not depth:
         return
     for key, value in content.items():
         name = str(key)
         if isinstance(value, Mapping) and not any(part in name.lower() for part in SKIPPED):
-            yield from _walk(value, (*path, name), depth - 1)
+            yield from _walk(value, (*path, name), depth - 1, seen)
 
 
 def split_roles(groups: Groups) -> Groups:
