@@ -8,6 +8,7 @@ import torch
 from published import State, make_state, message, prefixed, write
 from torch import Tensor
 
+from autorefiner.refiner.generate import GenerateOptions, prepare
 from autorefiner.refiner.wan.checkpoint import inspect, load_transformer, read_transformer
 from autorefiner.refiner.wan.fp8 import scale_names
 
@@ -86,6 +87,18 @@ def test_a_lora_is_merged_into_the_multiplied_weights(state, tmp_path: Path) -> 
     exact = stored[QUERY + "weight"].float() * stored[QUERY + "weight_scale"].reshape(-1, 1)
     assert torch.equal(model.state_dict()[QUERY + "weight"], exact + 0.5)
     assert torch.equal(model.state_dict()["blocks.1.ffn.0.weight"].bfloat16(), right["blocks.1.ffn.0.weight"])
+
+
+def test_what_is_multiplied_out_is_counted_as_it_runs(state, tmp_path: Path) -> None:
+    stored, right = scaled(state, "weight_scale", "rows")
+    paths = [write(tmp_path / f"{name}.safetensors", part) for name, part in (("a", stored), ("b", right))]
+    options = {"preset": "self-forcing", "width": 64, "height": 64, "frames": 9, "dtype": "bf16", "dry_run": True}
+    narrow, wide = (
+        prepare(GenerateOptions(model=str(path), out=tmp_path / "a.mp4", prompt="a", **options)).estimate
+        for path in paths
+    )
+    assert narrow == wide and narrow.weights == sum(tensor.nbytes for tensor in right.values())
+    assert inspect(paths[0]).nbytes < inspect(paths[1]).nbytes
 
 
 REFUSED = {
