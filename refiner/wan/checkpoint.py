@@ -5,13 +5,14 @@ model, info = load_transformer("longlive_base.pt", lora="lora.pt", dtype=torch.b
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .groups import EMA_ROLES, role_of
 from .identify import Evidence, Guess, guess_preset, guess_with_lora
 from .layouts import INSTEAD, Layout, choose_top_key, other_model, read_config, read_layout
 from .lora import LoraFile, LoraPair, check_targets, looks_like_longlive, read_lora
@@ -227,17 +228,23 @@ def _survey(file: WeightFile, weights: str) -> tuple[CheckpointInfo, Layout]:
         notes=(),
         refused=layout.refused,
     )
-    if weights == "auto" and layout.kind == "transformer" and top_key != "generator_ema" in file.groups:
-        info = _noted(info, f"{top_key} is what its authors sample; weights=ema takes generator_ema")
     if layout.refused:
         info = _noted(info, f"its names begin with {layout.refused[:80]!r}, which is no prefix that is removed")
-    if layout.adapter:
-        info = _noted(info, "a LoRA lies in it unmerged, as PEFT wraps a model: it is merged on load")
     if layout.kind == "transformer":
+        info = _noted(info, *_choices(file, weights, top_key, layout))
         info = _with_config(info, layout, _tensors(file, info, layout))
     if layout.kind == "lora":
         info = _with_ranks(info, layout, group)
     return info, layout
+
+
+def _choices(file: WeightFile, weights: str, top_key: str, layout: Layout) -> Iterator[str]:
+    """Notes of what was chosen for the user."""
+    averaged = next((group for group in file.groups if role_of(group) in EMA_ROLES), top_key)
+    if weights == "auto" and averaged != top_key and published_as(file.path):
+        yield f"{top_key} is what its authors sample; weights=ema takes {averaged}"
+    if layout.adapter:
+        yield "PEFT's LoRA lies in it unmerged: it is merged on load, by the scale that is stated, else 1"
 
 
 def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor]) -> CheckpointInfo:
