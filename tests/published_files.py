@@ -52,14 +52,14 @@ def folder(*parts: str, files: dict[str, dict] | None = None) -> Make:
     return make
 
 
-def shards(one: bool) -> Make:
+def shards(one: bool, stem: str = "model") -> Make:
     """Two shards without an index; the file of the first, or their folder."""
 
     def make(path: Path, state: State) -> Path:
         half = len(state) // 2
         for number, names in enumerate((list(state)[:half], list(state)[half:]), 1):
-            write(path / f"model-{number:05}-of-00002.safetensors", {name: state[name] for name in names})
-        return path / "model-00001-of-00002.safetensors" if one else path
+            write(path / f"{stem}-{number:05}-of-00002.safetensors", {name: state[name] for name in names})
+        return path / f"{stem}-00001-of-00002.safetensors" if one else path
 
     return make
 
@@ -74,6 +74,13 @@ def large_expert(path: Path, _: State) -> Path:
     write_14b(path / "transformer" / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
     (path / "model_index.json").write_text(json.dumps({"transformer_2": ["diffusers", "CausalWan"]}))
     return path / "transformer"
+
+
+def large_causal(path: Path, _: State) -> Path:
+    """A 14B network in a folder whose config.json says that it is autoregressive."""
+    write_14b(path / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
+    (path / "config.json").write_text(json.dumps(CAUSAL_CLASS))
+    return path
 
 
 def alone(path: Path, state: State) -> Path:
@@ -173,6 +180,9 @@ CASES = (
     Case("self_forcing_dmd_ema_as_generator.pt", single(generator), "self-forcing"),
     Case(SFWAN, folder("transformer", files={"transformer/config.json": CAUSAL_CLASS, "model_index.json": {}}),
          "self-forcing"),
+    Case(f"hub/models--FastVideo--{SFWAN}/snapshots/0a1b/transformer", folder("", files={"config.json": CAUSAL_CLASS}),
+         "self-forcing"),
+    Case("a/cut", shards(one=True, stem="longlive_base"), "longlive"),
     Case(f"{SFWAN}/transformer", folder("", files={"config.json": CAUSAL_CLASS}), "self-forcing"),
     Case("autoregressive_checkpoint/model.pt", single(generator), "causvid"),
     Case("models/longlive_base.pt", single(generator), "longlive"),
@@ -265,6 +275,7 @@ CASES = (
     Case("b/longlive_base.safetensors", large("model."), likely="longlive-14b", large=True),
     Case("b/wan2.1_t2v_14B_bf16.safetensors", large(""), likely="krea-14b", large=True),
     Case("b/wan2.2_t2v_high_noise_14B.safetensors", large(""), likely="krea-14b", large=True),
+    Case("b/causal_folder", large_causal, likely="self-forcing-14b", large=True),
     Case("CausalWan2.2-A14B", large_expert, opens=False, large=True),
     Case("CausalWan2.2-half", alone, opens=False),
     # Other kinds

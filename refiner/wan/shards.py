@@ -79,9 +79,8 @@ def siblings(path: Path) -> ShardSet:
         if shard_set_name(other.name) == wanted:
             names[int(SHARD.fullmatch(other.name)["number"])] = other.name
     count = wanted[1]
-    first = 0 if 0 in names else 1
     if len(names) < count:
-        missing = next(number for number in range(first, first + count) if number not in names)
+        missing = next(number for number in range(1, count + 1) if number not in names)
         match = SHARD.fullmatch(path.name)
         name = path.name.replace(f"-{match['number']}-of-", f"-{missing:0{len(match['number'])}}-of-")
         raise ValueError(f"{path} is one of {count} shards, and {name} is not beside it: download the others, too")

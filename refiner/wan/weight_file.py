@@ -180,7 +180,7 @@ def _line(error: Exception) -> str:
 
 
 def _open_shards(path: Path, shards: ShardSet) -> WeightFile:
-    tensors, readers = {}, {}
+    tensors, readers, metadata = {}, {}, {}
     for name in shards.files:
         shard = _open_file(shards.folder / name)
         for group in shard.groups.values():
@@ -188,8 +188,9 @@ def _open_shards(path: Path, shards: ShardSet) -> WeightFile:
                 raise ValueError(f"{shards.folder} holds {double[:80]} in two shards: it is damaged, download it again")
             tensors |= group
         readers |= shard.readers
+        metadata = shard.metadata | metadata
     check_expected(shards, tensors)
-    return WeightFile(path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), {}, readers)
+    return WeightFile(path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), metadata, readers)
 
 
 def choose_dtype(wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path) -> torch.dtype:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import State, equal_bits, in_diffusers, make_state, message, prefixed, write
+from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.wan.checkpoint import inspect, load_transformer
@@ -105,6 +106,16 @@ def test_a_missing_shard_is_named(state: State, tmp_path: Path) -> None:
     assert "wan-00002-of-999999999.safetensors" in message_of_part(huge)
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_metadata_of_shards_is_read(indexed: bool, state: State, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, state)
+    for path in folder.glob("*.safetensors"):
+        write(path, load_file(path), {"config": '{"transformer": {"num_heads": 4}}'})
+    if not indexed:
+        (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    assert load_transformer(folder)[0].config.num_heads == 4
+
+
 def test_other_files_are_no_shards_of_the_set(state: State, tmp_path: Path) -> None:
     cut(tmp_path, state, NAMES["safetensors"])
     write(tmp_path / "vae.safetensors", {"a": torch.zeros(1)})
@@ -133,6 +144,14 @@ def test_a_pipeline_is_opened_at_its_root(state: State, tmp_path: Path) -> None:
     assert (info.path, info.naming) == (tmp_path / "transformer", "diffusers")
     (tmp_path / "model_index.json").unlink()
     assert "transformer" in message(tmp_path), "without it, the folders are listed"
+
+
+@pytest.mark.parametrize("index", [{"transformer_2": ["diffusers", "Wan"]}, {"boundary_ratio": 0.875}])
+def test_a_pipeline_of_two_networks_is_known_by_its_index(index: dict, state: State, tmp_path: Path) -> None:
+    write(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", in_diffusers(state))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="experts"):
+        load_transformer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000, '{"transformer_2": [null, null]}', "\udcff"])
