@@ -112,19 +112,15 @@ def raw_beside_ema(state: State) -> dict:
 
 def peft_wrapped(state: State) -> State:
     """Each linear layer of the block with a LoRA that changes nothing beside it."""
-    found = {}
+    stored = {}
     for name, tensor in state.items():
-        layer = name.removesuffix(".weight")
-        if tensor.ndim == 2 and name.startswith("blocks."):
-            found[f"base_model.model.{layer}.base_layer.weight"] = tensor
-            found[f"base_model.model.{layer}.lora_A.default.weight"] = torch.ones(2, tensor.shape[1])
-            found[f"base_model.model.{layer}.lora_B.default.weight"] = torch.zeros(tensor.shape[0], 2)
-        elif f"{layer.removesuffix('.bias')}.weight" in state and tensor.ndim == 1 and ".norm" not in name:
-            linear = state[f"{layer.removesuffix('.bias')}.weight"].ndim == 2 and name.startswith("blocks.")
-            found[f"base_model.model.{layer.removesuffix('.bias')}{'.base_layer' if linear else ''}.bias"] = tensor
-        else:
-            found[f"base_model.model.{name}"] = tensor
-    return found
+        layer, _, part = name.rpartition(".")
+        linear = name.startswith("blocks.") and layer + ".weight" in state and state[layer + ".weight"].ndim == 2
+        stored[f"base_model.model.{layer}{'.base_layer' * linear}.{part}"] = tensor
+        if linear and part == "weight":
+            stored[f"base_model.model.{layer}.lora_A.default.weight"] = torch.ones(2, tensor.shape[1])
+            stored[f"base_model.model.{layer}.lora_B.default.weight"] = torch.zeros(tensor.shape[0], 2)
+    return stored
 
 
 def pipeline(state: State) -> State:

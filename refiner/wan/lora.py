@@ -87,13 +87,13 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
 def read_pairs(file: WeightFile, group: str, names: Mapping[str, str], stated: StatedScale) -> dict[str, LoraPair]:
     """{module: pair} of the LoRA tensors in a group, by bare name; ValueError (without the file's name) for others."""
     pairs = {}
-    for module, found in lora_modules(names).items():
-        down, up = file.read(group, found.parts["down"]), file.read(group, found.parts["up"])
+    for module, stored in lora_modules(names).items():
+        down, up = file.read(group, stored.parts["down"]), file.read(group, stored.parts["up"])
         if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
             raise ValueError(f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply")
-        scale = stated.scale(found.stem, len(down))
-        if "alpha" in found.parts:
-            scale = _alpha(file.read(group, found.parts["alpha"]), module) / len(down)
+        scale = stated.scale(stored.stem, len(down))
+        if "alpha" in stored.parts:
+            scale = _alpha(file.read(group, stored.parts["alpha"]), module) / len(down)
         pairs[module] = LoraPair(down, up, scale)
     return pairs
 

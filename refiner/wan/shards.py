@@ -50,8 +50,8 @@ def shards_in(folder: Path) -> ShardSet | Path:
     sets = {shard_set_name(name) for name in names}
     if len(sets) == 1:
         return siblings(folder / names[0])
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if _looks_like_weights(path)]
-    inside = [str(path.relative_to(folder)) for path in found]
+    paths = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern))]
+    inside = [str(path.relative_to(folder)) for path in paths if _looks_like_weights(path)]
     if any(path.suffix == ".distcp" for path in folder.iterdir()):
         raise ValueError(
             f"{folder} is a distributed checkpoint (.distcp): convert it with"

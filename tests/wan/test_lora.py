@@ -10,7 +10,8 @@ from published import State, diffusers_name, equal_bits, make_state, prefixed, w
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, read_transformer
 from autorefiner.refiner.wan.lora import LoraFile, read_lora
 
 
@@ -188,6 +189,35 @@ def test_a_lora_is_read_where_only_its_average_is_there(groups, state: State, tm
     info = inspect(path)
     assert (info.kind, info.top_key) == ("lora", groups[-1])
     assert info.notes == ("rank 4 on 20 linear layers", "scale 1")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_peft_wrapped_model_is_merged_on_load(scale: float, state: State, tmp_path: Path) -> None:
+    lora = make_lora(state, 4, "base_model.model.{}.lora_{}.default.weight")
+    wrapped = dict(lora)
+    for name, tensor in state.items():
+        layer, _, part = name.rpartition(".")
+        adapted = LINEAR.fullmatch(f"{layer}.weight") is not None
+        wrapped[f"base_model.model.{layer}{'.base_layer' * adapted}.{part}"] = tensor
+    path = write(tmp_path / "adapter_model.bin", wrapped)
+    if scale != 1:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4 * scale}))
+    expected = merged(state, make_lora(state, 4), scale)
+    model, info = load_transformer(path)
+    assert equal_bits(model.state_dict(), expected)
+    assert (info.kind, info.merged_lora) == ("transformer", 20)
+    assert any("merged on load" in note for note in info.notes)
+    handed, _ = read_transformer(path)
+    assert set(handed) == set(state) and all(torch.equal(handed[name], expected[name]) for name in state)
+
+
+def test_the_command_line_takes_the_preset_of_a_published_lora(state: State, tmp_path: Path, capsys) -> None:
+    base = write(tmp_path / "self_forcing_dmd.pt", {"generator_ema": prefixed(state, "model.")})
+    lora = write(tmp_path / "opsdv_self_forcing_lora.pt", {"generator_lora": make_lora(state, 4)})
+    request = ["generate", "--model", str(base), "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--dry-run"]
+    for more, preset in (([], "self-forcing"), (["--lora", str(lora)], "opsd-v")):
+        assert main([*request, "--frames", "9", "--size", "64x64", *more]) == 0
+        assert f"preset {preset} " in capsys.readouterr().err
 
 
 def test_alpha_scales_a_lora(state: State, tmp_path: Path) -> None:

@@ -79,6 +79,16 @@ def test_what_comfyui_reads_itself_is_handed_on_as_stored(scale_name, mark, stat
     assert all(torch.equal(tensor, right[name]) for name, tensor in handed.items())
 
 
+def test_formats_in_the_header_are_left_to_comfyui(state, tmp_path: Path) -> None:
+    stored, right = scaled(state, "weight_scale")
+    layers = {name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in stored if "_scale" in name}
+    header = {"_quantization_metadata": json.dumps({"layers": layers})}
+    path = write(tmp_path / "a.safetensors", stored, header)
+    assert set(read_transformer(path)[0]) == set(stored)
+    model, _ = load_transformer(path)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_lora_is_merged_into_the_multiplied_weights(state, tmp_path: Path) -> None:
     stored, right = scaled(state, "weight_scale", "rows")
     down, up = torch.ones(2, 256), torch.full((256, 2), 0.25)
