@@ -89,7 +89,7 @@ def siblings(path: Path) -> ShardSet:
 
 def _read_index(index: Path) -> ShardSet:
     try:
-        names = json.loads(_text(index))["weight_map"]
+        names = json.loads(read_text(index))["weight_map"]
         shards = sorted(set(names.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
@@ -120,7 +120,10 @@ def _looks_like_weights(path: Path) -> bool:
     return path.suffix in SUFFIXES or path.name in KNOWN_IN_FOLDERS
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a small file; ValueError where it is no regular file, too large, or not UTF-8."""
+    if path.exists() and not is_file(path):
+        raise ValueError(f"{path} is no regular file")
     with open(path, "rb") as file:
         read = file.read(MOST_JSON + 1)
     if len(read) > MOST_JSON:
@@ -136,7 +139,7 @@ def network_folder(path: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object beside the weights; empty where there is none that can be read."""
     try:
-        value = json.loads(_text(path)) if is_file(path) else None
+        value = json.loads(read_text(path)) if is_file(path) else None
     except (OSError, ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {}

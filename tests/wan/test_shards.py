@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.wan.checkpoint import inspect, load_transformer
 from autorefiner.refiner.wan.lora import LoraFile
+from autorefiner.refiner.wan.lora_scale import stated_scale
+from autorefiner.refiner.wan.umt5 import open_umt5
 from autorefiner.refiner.wan.weight_file import open_weights
 
 
@@ -172,6 +174,18 @@ def test_a_folder_in_itself_ends(tmp_path: Path) -> None:
 def test_a_distributed_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"x")
     assert "dcp_to_torch" in message(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipes_beside_the_weights_are_not_waited_for(state: State, tmp_path: Path) -> None:
+    for name in ("config.json", "model_index.json", "adapter_config.json"):
+        os.mkfifo(tmp_path / name)
+    write(tmp_path / "diffusion_pytorch_model.safetensors", in_diffusers(state))
+    assert inspect(tmp_path).kind == "transformer"
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        stated_scale(tmp_path, {})
+    with pytest.raises(ValueError, match=r"config\.json"):
+        open_umt5(tmp_path)
 
 
 # ---- over-long names
