@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..refiner.schedule import PRESETS
-from ..refiner.wan.checkpoint import CheckpointInfo, inspect
+from ..refiner.schedule import PRESETS, get_preset
+from ..refiner.wan.checkpoint import CheckpointInfo, inspect, require_transformer
 from .hosts import host, io
 
 AUTO = "auto"
@@ -12,12 +12,14 @@ CATEGORY = "AutoRefiner"
 
 
 def choose_preset(choice: str, info: CheckpointInfo) -> str:
-    """The preset's name: the choice, or what the file says; ValueError when the file does not say."""
+    """The preset's name: the choice, or what the file proves; ValueError names the likely ones where it does not."""
     if choice != AUTO:
         return choice
+    require_transformer(info)
     if info.preset is None:
-        reason = info.preset_reason.replace("pass --preset", "choose the preset")
-        raise ValueError(f"preset of {info.path.name}: {reason}; they are {', '.join(PRESETS)}")
+        reason = info.preset_reason.replace("pass --preset", "set the widget preset to")
+        raise ValueError(f"preset of {info.path.name}: {reason}")
+    get_preset(info.preset)
     return info.preset
 
 

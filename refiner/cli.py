@@ -1,4 +1,4 @@
-"""The command line: autorefiner generate | inspect | bench | train | demo."""
+"""The command line: autorefiner generate | inspect | presets | bench | train | demo."""
 
 import argparse
 import dataclasses
@@ -34,6 +34,7 @@ from .generate import (
     prepare,
 )
 from .latents import inspect_latents, is_latents
+from .preset_table import preset_table
 from .reading import check_regular
 from .refined import FORMS
 from .rollout import Progress
@@ -133,6 +134,7 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     about = "Say what a model, LoRA, VAE, video or latents file is, from its names, shapes and metadata."
     command = commands.add_parser("inspect", help="say what a file is", description=about)
     command.add_argument("file", type=Path)
+    commands.add_parser("presets", help="list how models are sampled", description="Print the table of presets.")
     about = "Sample with random weights of a size and print speed and memory."
     command = commands.add_parser("bench", help="measure this machine", description=about)
     command.add_argument("--size", choices=SIZES, default="tiny")
@@ -187,7 +189,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
     about = "A preset says how a model was trained to be sampled; the rest overrides it."
     how = command.add_argument_group("sampling", about)
-    how.add_argument("--preset", choices=PRESETS, help="default: what the file says it is")
+    about = "default: what the file's name or metadata proves; `autorefiner presets` lists them"
+    how.add_argument("--preset", choices=PRESETS, metavar="NAME", help=about)
     how.add_argument("--steps", type=steps, metavar="N,N,…", help="nominal levels, falling from 1000")
     about = "latent frames held in memory (sink + past + current chunk), -1 all; with one, memory is flat in length"
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
@@ -302,6 +305,11 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_presets(_: argparse.Namespace) -> int:
+    print(preset_table())
+    return 0
+
+
 def run_bench(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.json:
@@ -339,7 +347,7 @@ def run_command(argv: list[str] | None, more: Mapping[str, tuple[AddCommand, Run
     """Run one command; the exit status."""
     args = build_parser([add for add, _ in more.values()]).parse_args(argv)
     commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "train": run_train}
-    commands["demo"] = run_demo_command
+    commands |= {"demo": run_demo_command, "presets": run_presets}
     commands |= {name: run for name, (_, run) in more.items()}
     try:
         return commands[args.command](args)

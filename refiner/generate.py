@@ -22,10 +22,10 @@ from .refined import IDLE, Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, finite, sample
 from .samplers import SAMPLERS, SelfRefine
-from .schedule import PRESETS, Preset, get_preset, latent_frames
+from .schedule import Preset, get_preset, latent_frames
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
-from .wan.checkpoint import INSTEAD, inspect, load_transformer, load_vae_state
+from .wan.checkpoint import inspect, load_transformer, load_vae_state, require_transformer
 from .wan.lora import LoraFile
 from .wan.text import load_text_encoder
 from .wan.transformer import WAN_TINY, WanConfig, WanTransformer
@@ -273,14 +273,13 @@ def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:
     """Sizes of the model, the name of the preset it is sampled with, and how that is known."""
     if options.model == RANDOM_TINY:
         return WAN_TINY, options.preset or "self-forcing", "untrained"
-    info = inspect(model_path(options))
-    if info.kind != "transformer" or info.config is None:
-        raise ValueError(f"{options.model} is {INSTEAD[info.kind]}; --model takes a Wan2.1 text-to-video transformer")
+    info = inspect(model_path(options), weights=options.weights, lora=options.lora)
+    config = require_transformer(info)
     if options.preset:
-        return info.config, options.preset, "as asked for"
+        return config, options.preset, "as asked for"
     if info.preset:
-        return info.config, info.preset, info.preset_reason
-    raise ValueError(f"{options.model}: {info.preset_reason}; the presets are {', '.join(PRESETS)}")
+        return config, info.preset, info.preset_reason
+    raise ValueError(f"{options.model}: {info.preset_reason} (`autorefiner presets` lists them)")
 
 
 def read_context(path: Path, config: WanConfig) -> Tensor:

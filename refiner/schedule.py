@@ -112,16 +112,30 @@ FOUR = (1000, 750, 500, 250)
 # From the inference configuration of each public repository; windows count sink + past + current chunk.
 PRESETS: dict[str, Preset] = {
     #                                    steps            warp   shift chunk
-    "self-forcing":             Preset(FOUR,             True,  5.0,  3, source="Self-Forcing dmd"),
-    "causvid":                  Preset((1000, 757, 522), False, 8.0,  3, source="CausVid autoregressive"),
-    "longlive":                 Preset(FOUR,             True,  5.0,  3, window=12, sink=3, source="LongLive 1"),
-    "causal-forcing":           Preset(FOUR,             True,  5.0,  3, source="Causal-Forcing chunkwise"),
-    "causal-forcing-framewise": Preset(FOUR,             True,  5.0,  1, source="Causal-Forcing framewise"),
+    "self-forcing":             Preset(FOUR,             True,  5.0,  3, source="guandeh17/Self-Forcing dmd"),
+    "causvid":                  Preset((1000, 757, 522), False, 8.0,  3, source="tianweiy/CausVid autoregressive"),
+    "longlive":                 Preset(FOUR,             True,  5.0,  3, window=12, sink=3,
+                                       source="NVlabs/LongLive v1.0"),
+    "causal-forcing":           Preset(FOUR,             True,  5.0,  3, source="thu-ml/Causal-Forcing chunkwise"),
+    "causal-forcing-framewise": Preset(FOUR,             True,  5.0,  1, source="thu-ml/Causal-Forcing framewise"),
     "causal-forcing-2step":     Preset((1000, 500),      True,  5.0,  1, FOUR, source="Causal-Forcing++ 2-step"),
     "causal-forcing-1step":     Preset((1000,),          True,  5.0,  1, FOUR, source="Causal-Forcing++ 1-step"),
     # Krea's server rebuilds 3 context frames (first, last two) before every chunk; this keeps their K/V instead.
     "krea-14b":                 Preset(FOUR,             True,  8.0,  3, window=6, sink=1, relative=True,
-                                       source="Krea realtime, context kept"),
+                                       source="krea-ai/realtime-video, context kept"),
+    "raven":                    Preset(FOUR,             True,  5.0,  3, source="RAVEN and CM-GRPO"),
+    # Its sink is an average of the frames that leave the window; this keeps the first frames instead.
+    "reward-forcing":           Preset(FOUR,             True,  5.0,  3, window=9, sink=3,
+                                       source="Reward Forcing, first frames as sink"),
+    "infinite-forcing":         Preset(FOUR,             True,  5.0,  3, window=6, sink=1, relative=True,
+                                       source="Infinite-Forcing"),
+    "one-forcing":              Preset((1000,),          True,  5.0,  1, source="One-Forcing infer.sh"),
+    "opsd-v":                   Preset(FOUR,             True,  5.0,  3, window=12, sink=3, relative=True,
+                                       source="OPSD-V LoRAs"),
+    "self-forcing-14b":         Preset(FOUR,             True,  5.0,  3, source="LightX2V self_forcing_dmd_14b"),
+    "longlive-14b":             Preset(FOUR,             True,  5.0,  3, window=12, sink=3,
+                                       source="LongLive 1's settings at 14B"),
+    "streamdiffusion-v2":       Preset(FOUR,             False, 8.0,  3, source="StreamDiffusionV2, text to video"),
 }
 # fmt: on
 

@@ -112,7 +112,8 @@ class TrainConfig:
             if "kind" not in one:
                 raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
         folder = path.parent
-        told.setdefault("preset", _preset_of(told.get("base", SPRITES), folder))
+        if "preset" not in told:
+            told["preset"] = _preset_of(told.get("base", SPRITES), folder)
         told["sampler_levels"] = _levels_of(told.get("sampler_levels", []), "sampler_levels")
         preset = get_preset(told["preset"]).changed(steps=told["sampler_levels"] or None)
         inner["levels"] = _levels_of(inner.get("levels", [*preset.steps[1:]]), "refiner.levels")
@@ -132,9 +133,15 @@ class TrainConfig:
 
 
 def _preset_of(base: str, folder: Path) -> str:
-    """The preset that a base is sampled with, where its file says it."""
+    """The preset that a base is sampled with; ValueError names the likely ones where its file does not prove it."""
     path = folder / base
-    return (inspect(path).preset if base != SPRITES and path.exists() else None) or "self-forcing"
+    if base == SPRITES or not path.exists():
+        return "self-forcing"
+    info = inspect(path)
+    if info.preset is None:
+        reason = info.preset_reason.replace("pass --preset", "set preset to")
+        raise ValueError(f"does not say the preset of {base}: {reason}")
+    return info.preset
 
 
 def _check_said(told: Mapping[str, Any], inner: Mapping[str, Any]) -> None:

@@ -1,7 +1,11 @@
 """Levels, chunks and presets against the published figures."""
 
+import re
+
 import pytest
 
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.preset_table import preset_table
 from autorefiner.refiner.schedule import (
     PRESETS,
     Preset,
@@ -41,11 +45,41 @@ def test_the_table_ends_above_zero() -> None:
 def test_presets_are_the_published_models() -> None:
     assert {name: len(preset.steps) for name, preset in PRESETS.items()} == {
         "self-forcing": 4, "causvid": 3, "longlive": 4, "causal-forcing": 4, "causal-forcing-framewise": 4,
-        "causal-forcing-2step": 2, "causal-forcing-1step": 1, "krea-14b": 4,
+        "causal-forcing-2step": 2, "causal-forcing-1step": 1, "krea-14b": 4, "raven": 4, "reward-forcing": 4,
+        "infinite-forcing": 4, "one-forcing": 1, "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4,
+        "streamdiffusion-v2": 4,
     }  # fmt: skip
-    assert (PRESETS["longlive"].window, PRESETS["longlive"].sink) == (12, 3)
+    windows = {name: (preset.window, preset.sink, preset.relative) for name, preset in PRESETS.items()}
+    assert {name: window for name, window in windows.items() if window != (-1, 0, False)} == {
+        "longlive": (12, 3, False), "krea-14b": (6, 1, True), "reward-forcing": (9, 3, False),
+        "infinite-forcing": (6, 1, True), "opsd-v": (12, 3, True), "longlive-14b": (12, 3, False),
+    }  # fmt: skip
+    assert all(preset.source for preset in PRESETS.values())
     with pytest.raises(ValueError, match="self-forcing, causvid"):
         get_preset("wan")
+
+
+def test_newer_models_are_sampled_as_their_authors_do() -> None:
+    def sigmas(name: str, first: bool = False) -> list[float]:
+        return [level.sigma for level in PRESETS[name].levels(first)]
+
+    for name in ("raven", "reward-forcing", "infinite-forcing", "opsd-v", "self-forcing-14b", "longlive-14b"):
+        assert (sigmas(name), PRESETS[name].chunk) == (sigmas("self-forcing"), 3)
+    assert sigmas("one-forcing", first=True) == sigmas("one-forcing") == [1.0]
+    assert PRESETS["one-forcing"].chunk == 1
+    assert sigmas("streamdiffusion-v2") == pytest.approx([1, 0.75, 0.5, 0.25], abs=2e-3)
+
+
+def test_the_table_has_a_row_of_each_preset(capsys) -> None:
+    assert main(["presets"]) == 0
+    assert capsys.readouterr().out == preset_table() + "\n"
+    rows = {row[0]: row for row in (re.split(r"  +", line) for line in preset_table().splitlines())}
+    assert set(rows) == {"preset", *PRESETS}
+    assert rows["infinite-forcing"][1:] == [
+        "1000,750,500,250", "yes", "5", "3", "6/1", "relative", PRESETS["infinite-forcing"].source
+    ]  # fmt: skip
+    assert rows["causal-forcing-2step"][1] == "1000,500 (first 1000,750,500,250)"
+    assert rows["streamdiffusion-v2"][2:7] == ["no", "8", "3", "all", "absolute"]
 
 
 def test_the_first_chunk_may_have_its_own_levels() -> None:

@@ -5,7 +5,7 @@ model, info = load_transformer("longlive_base.pt", lora="lora.pt", dtype=torch.b
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from ..terminal import printable
-from .identify import PUBLISHED_KEY, guess_preset, name_hint
-from .layouts import INSTEAD, QUANTISED, Layout, choose_top_key, other_model, read_config, read_layout
-from .lora import LoraFile, LoraPair, check_targets, looks_like_longlive, lora_modules, read_lora
+from .groups import EMA_ROLES, role_of
+from .identify import Evidence, Guess, guess_preset, guess_with_lora
+from .layouts import INSTEAD, Layout, choose_top_key, other_model, read_config, read_layout
+from .lora import LoraFile, LoraPair, check_targets, looks_like_longlive, read_lora
+from .lora_names import lora_modules
+from .published import published_as
+from .shards import class_beside, is_expert
+from .stored import StoredWeights, as_comfyui_reads, stored_weights
 from .transformer import WanConfig, WanTransformer
 from .weight_file import WeightFile, choose_dtype, open_weights, save_safetensors
 
@@ -26,10 +31,12 @@ __all__ = [
     "load_transformer",
     "load_vae_state",
     "read_transformer",
+    "require_transformer",
     "save_safetensors",
 ]
 
 VAE_CHANNELS = 16
+LORA_GROUP = "generator_lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,9 @@ class CheckpointInfo:
 
     `kind` is transformer, lora, refiner, vae, text encoder or unknown; `container` pt, safetensors or "N shards".
     `top_key` is the group used ("flat" when there is none). `tensors`, `nbytes` (as stored) and `dtypes` (by bytes,
-    most first) are of that group. `config` is None unless a transformer's sizes could be read. `merged_lora` counts
-    the weights a LoRA was merged into.
+    most first) are of that group. `config` is None unless a transformer's sizes could be read. `preset` is None unless
+    it is proven; `likely` are the ones to ask for then, and `preset_reason` says why. `refused` is a prefix of its
+    names that is not removed. `merged_lora` counts the weights a LoRA was merged into.
     """
 
     path: Path
@@ -59,14 +67,19 @@ class CheckpointInfo:
     preset_reason: str
     notes: tuple[str, ...]
     merged_lora: int = 0
+    likely: tuple[str, ...] = ()
+    refused: str = ""
+    other: str = ""  # another model that a transformer looks like
 
 
-def inspect(path: Path | str, *, weights: str = "auto") -> CheckpointInfo:
+def inspect(path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()) -> CheckpointInfo:
     """Identifies a file without reading its tensors. `weights`: auto, ema (averaged) or raw, where a file has both.
 
-    Raises ValueError in one line when it cannot be opened safely or holds no tensors.
+    LoRAs may decide the preset, and nothing else here. Raises ValueError in one line when a file cannot be opened
+    safely or holds no tensors.
     """
-    return _survey(open_weights(path), weights)[0]
+    info = _survey(open_weights(path), weights)[0]
+    return _with_loras(info, lora, [read_lora(each.path) for each in lora])
 
 
 def load_transformer(
@@ -85,43 +98,53 @@ def load_transformer(
     """
     file = open_weights(path)
     info, layout = _survey(file, weights)
-    tensors = _tensors(file, info, layout)
-    config = _require_text_to_video(info, tensors)
+    config = require_transformer(info)
+    stored = stored_weights(file, info.top_key, layout)
     with torch.device("meta"):
         model = WanTransformer(config)
     expected = model.state_dict()
-    _require_same(expected, tensors, info.path)
-    dtype = choose_dtype(dtype, tensors, info.path)
+    _require_same(expected, stored.headers, info.path)
+    dtype = choose_dtype(dtype, stored.headers, info.path)
     files = [LoraFile(Path(lora))] if isinstance(lora, (str, Path)) else [*(lora or ())]
     loras = [(read_lora(each.path), each.strength) for each in files]
     for each, (pairs, _) in zip(files, loras, strict=True):
         check_targets(pairs, expected, each.path)
     state = {}
-    for name, stored in layout.names.items():
+    for name in stored.names:
         module = name.removesuffix(".weight")
         mine = [(pairs[module], strength) for pairs, strength in loras if module in pairs and strength]
-        state[name] = _placed(file.read(info.top_key, stored), mine, dtype, device)
+        state[name] = _placed(stored.read(name), mine, dtype, device)
     model.load_state_dict(state, assign=True)
-    for pairs, _ in loras:
-        info = _with_lora(info, pairs)
-    return model.eval().requires_grad_(False), info
+    info = _with_loras(info, files, [pairs for pairs, _ in loras])
+    merged = sum(len(pairs) for pairs, _ in loras) + len(stored.pairs)
+    return model.eval().requires_grad_(False), replace(info, merged_lora=merged)
 
 
 def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """Weights of a file as stored (quantised ones too), mapped, in Wan's names, for a host with modules of its own.
+    """Weights of a file as stored, mapped, in Wan's names, for a host with modules of its own.
 
-    Raises ValueError in one line when the file is something else or not complete.
+    Quantised ones too, where ComfyUI reads them; other scaled fp8 becomes bf16. Raises ValueError in one line when the
+    file is something else or not complete.
     """
     file = open_weights(path)
     info, layout = _survey(file, weights)
-    tensors = _tensors(file, info, layout)
-    _require_kind(info, tensors)
+    config = require_transformer(info)
     with torch.device("meta"):
-        expected = WanTransformer(info.config).state_dict()
-    missing = [name for name in expected if name not in tensors]
+        expected = WanTransformer(config).state_dict()
+    missing = [name for name in expected if name not in layout.names]
     if missing:
         raise ValueError(_incomplete(info.path, missing))
+    if layout.adapter or not as_comfyui_reads(file, info.top_key):
+        stored = stored_weights(file, info.top_key, layout)
+        dtype = choose_dtype(None, stored.headers, info.path)
+        return {name: _as_one_dtype(stored, name, dtype) for name in stored.names}, info
     return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}, info
+
+
+def _as_one_dtype(stored: StoredWeights, name: str, dtype: torch.dtype) -> Tensor:
+    """A weight as stored, or in the file's main dtype where it had to be computed."""
+    tensor = stored.read(name)
+    return tensor if tensor.dtype == stored.headers[name].dtype else tensor.to(dtype)
 
 
 def _placed(
@@ -166,13 +189,22 @@ def _tensors(file: WeightFile, info: CheckpointInfo, layout: Layout) -> dict[str
     return {name: group[stored] for name, stored in layout.names.items()}
 
 
-def _survey(file: WeightFile, weights: str) -> tuple[CheckpointInfo, Layout]:
-    hint, _ = name_hint(file.path)
+def _choose_group(file: WeightFile, weights: str) -> tuple[str, Layout]:
+    """The group to use and its layout. Where a file holds a LoRA and its average, the LoRA."""
+    row = published_as(file.path)
     try:
-        top_key = choose_top_key(file.groups, weights, PUBLISHED_KEY.get(hint or ""))
+        top_key = choose_top_key(file.groups, weights, row.key if row else None)
         layout = read_layout(file.groups[top_key])
+        if layout.kind == "lora" and weights == "auto":
+            top_key = choose_top_key(file.groups, weights, LORA_GROUP)
+            layout = read_layout(file.groups[top_key])
     except ValueError as error:
         raise ValueError(f"{file.path} {error}") from error
+    return top_key, layout
+
+
+def _survey(file: WeightFile, weights: str) -> tuple[CheckpointInfo, Layout]:
+    top_key, layout = _choose_group(file, weights)
     group = file.groups[top_key]
     nbytes: dict[str, int] = {}
     for tensor in group.values():
@@ -195,14 +227,25 @@ def _survey(file: WeightFile, weights: str) -> tuple[CheckpointInfo, Layout]:
         preset=None,
         preset_reason=f"a {layout.kind} file has none",
         notes=(),
+        refused=layout.refused,
     )
-    if weights == "auto" and top_key != "generator_ema" and "generator_ema" in file.groups:
-        info = _noted(info, f"{top_key} is what {hint} is published to use; weights=ema takes generator_ema")
+    if layout.refused:
+        info = _noted(info, f"its names begin with {layout.refused[:80]!r}, which is no prefix that is removed")
     if layout.kind == "transformer":
+        info = _noted(info, *_choices(file, weights, top_key, layout))
         info = _with_config(info, layout, _tensors(file, info, layout))
     if layout.kind == "lora":
         info = _with_ranks(info, layout, group)
     return info, layout
+
+
+def _choices(file: WeightFile, weights: str, top_key: str, layout: Layout) -> Iterator[str]:
+    """Notes of what was chosen for the user."""
+    averaged = next((group for group in file.groups if role_of(group) in EMA_ROLES), top_key)
+    if weights == "auto" and averaged != top_key and published_as(file.path):
+        yield f"{top_key} is what its authors sample; weights=ema takes {averaged}"
+    if layout.adapter:
+        yield "PEFT's LoRA lies in it unmerged: it is merged on load, by the scale that is stated, else 1"
 
 
 def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor]) -> CheckpointInfo:
@@ -216,12 +259,22 @@ def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor
     except ValueError as error:
         return replace(_noted(info, f"the file {error}"), preset_reason="its sizes cannot be read")
     info = replace(info, config=config)
-    if other := other_model(config, tensors):
-        return replace(info, preset_reason=f"it looks like {other}, which none of the presets is")
-    keys = (info.top_key, *info.other_keys)
-    causal = stated.get("causal_ar") is True
-    preset, reason = guess_preset(info.path, layout, config, keys, own_json.get("preset"), causal)
-    return replace(info, preset=preset, preset_reason=reason)
+    if other := _other_model(info, tensors):
+        return replace(info, other=other, preset_reason=f"it looks like {other}, which none of the presets is")
+    causal = stated.get("causal_ar") is True or class_beside(info.path).startswith("Causal")
+    groups = (info.top_key, *info.other_keys)
+    return _with_guess(info, guess_preset(Evidence(info.path, layout, config, groups, own_json.get("preset"), causal)))
+
+
+def _other_model(info: CheckpointInfo, names: Collection[str]) -> str | None:
+    """What a transformer is when it is no whole Wan2.1 text-to-video model; None when it is."""
+    if other := other_model(info.config, names):
+        return other
+    return "one of the two experts of Wan2.2 A14B, half a model" if is_expert(info.path) else None
+
+
+def _with_guess(info: CheckpointInfo, guess: Guess) -> CheckpointInfo:
+    return replace(info, preset=guess.preset, preset_reason=guess.reason, likely=guess.likely)
 
 
 def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) -> CheckpointInfo:
@@ -229,7 +282,7 @@ def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) 
         modules = lora_modules(layout.names)
     except ValueError as error:
         return _noted(info, f"the file {error}")
-    ranks = sorted({len(down) for parts in modules.values() if (down := group[parts["down"]]).ndim})
+    ranks = sorted({len(down) for pair in modules.values() if (down := group[pair.parts["down"]]).ndim})
     info = _noted(info, f"rank {', '.join(map(str, ranks))} on {len(modules)} linear layers")
     try:
         scales = sorted({pair.scale for pair in read_lora(info.path).values()})
@@ -238,11 +291,14 @@ def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) 
     return _noted(info, "scale " + " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1]))))
 
 
-def _with_lora(info: CheckpointInfo, pairs: dict[str, LoraPair]) -> CheckpointInfo:
-    info = replace(info, merged_lora=info.merged_lora + len(pairs))
-    if info.preset is None and looks_like_longlive(pairs, info.config.num_layers):
-        reason = "the LoRA has rank 256 on every linear layer of the blocks, as LongLive's (and MemFlow's) has"
-        info = replace(info, preset="longlive", preset_reason=reason)
+def _with_loras(
+    info: CheckpointInfo, files: Sequence[LoraFile], loras: Sequence[dict[str, LoraPair]]
+) -> CheckpointInfo:
+    for file, pairs in zip(files, loras, strict=True):
+        if info.config is not None and file.strength:
+            like_longlive = looks_like_longlive(pairs, info.config.num_layers)
+            before = Guess(info.preset, info.preset_reason, info.likely)
+            info = _with_guess(info, guess_with_lora(file.path, like_longlive, before))
     return info
 
 
@@ -261,20 +317,19 @@ def _json_of(metadata: dict[str, str], key: str) -> tuple[dict, tuple[str, ...]]
     return (value, ()) if isinstance(value, dict) else ({}, (f"metadata {key!r} is not a JSON object: ignored",))
 
 
-def _require_text_to_video(info: CheckpointInfo, tensors: dict[str, Tensor]) -> WanConfig:
-    quantised = [name for name in tensors if QUANTISED.search(name)]
-    if info.kind == "transformer" and quantised:
-        raise ValueError(f"{info.path} has scaled, quantised weights ({quantised[0]}): pass the bf16 or fp16 file")
-    return _require_kind(info, tensors)
-
-
-def _require_kind(info: CheckpointInfo, tensors: dict[str, Tensor]) -> WanConfig:
+def require_transformer(info: CheckpointInfo) -> WanConfig:
+    """The sizes of a whole Wan2.1 text-to-video model; ValueError in one line for anything else."""
+    if info.refused:
+        raise ValueError(
+            f"{info.path} has names that begin with {info.refused[:80]!r}, which is no prefix that is removed: save the"
+            " generator's state dict alone"
+        )
     if info.kind != "transformer":
         raise ValueError(f"{info.path} is {INSTEAD[info.kind]}; a model file holds a Wan2.1 transformer")
     if info.config is None:
         raise ValueError(f"{info.path}: {info.notes[-1]}")
-    if other := other_model(info.config, tensors):
-        raise ValueError(f"{info.path} looks like {other}: pass a Wan2.1 text-to-video model of 16 channels")
+    if info.other:
+        raise ValueError(f"{info.path} looks like {info.other}: pass a Wan2.1 text-to-video model of 16 channels")
     return info.config
 
 
@@ -283,6 +338,8 @@ def _require_same(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
     extra = [name for name in found if name not in expected]
     if missing:
         raise ValueError(_incomplete(path, missing))
+    if scales := [name for name in extra if "scale" in name or "quant" in name]:
+        raise ValueError(f"{path} has quantised weights in another format ({_few(scales)}): pass the bf16 or fp16 file")
     if extra:
         raise ValueError(f"{path} has {len(extra)} tensors that Wan2.1 has not ({_few(extra)}): it is another model")
     for name, tensor in expected.items():
@@ -298,7 +355,7 @@ def _incomplete(path: Path, missing: list[str]) -> str:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def describe(info: CheckpointInfo) -> str:

@@ -9,7 +9,10 @@ from torch import Tensor
 SCALES = ("scale_weight", "weight_scale")  # ComfyUI's first and its present name
 FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of `comfy_quant`; other formats pack weights or scale them in blocks
 FORMAT = "comfy_quant"
-LINEAR = (".SelfAttention.", ".DenseReluDense.", ".attn.", ".ffn.")  # layers that are scaled all or none
+# Layers that are scaled all or none, of text encoders and transformers.
+LINEAR = (
+    ".SelfAttention.", ".DenseReluDense.", ".attn.", ".ffn.", ".self_attn.", ".cross_attn.", ".attn1.", ".attn2.",
+)  # fmt: skip
 
 
 def scale_names(stored: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,76 +1,150 @@
-"""Which preset a transformer file belongs to, and how sure that is."""
+"""Which preset a transformer file is sampled with: what proves it, or which ones are likely and why."""
 
-import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from .groups import EMA_ROLES, role_of
 from .layouts import Layout
+from .published import EXPERTS, LORAS, STAGES, Published, fragments_of, published_as, speaks_of
 from .transformer import WAN_14B, WanConfig
 
-# Part of a file's or folder's name, letters and digits only -> preset; the first that matches wins. "" has no preset.
-NAME_HINTS = (
-    ("framewise2step", "causal-forcing-2step"),
-    ("causalforcing2step", "causal-forcing-2step"),
-    ("framewise1step", "causal-forcing-1step"),
-    ("causalforcing1step", "causal-forcing-1step"),
-    ("longvideo", ""),
-    ("framewise", "causal-forcing-framewise"),
-    ("causalforcing", "causal-forcing"),
-    ("longlive", "longlive"),
-    ("krea", "krea-14b"),
-    ("causvid", "causvid"),
-    ("autoregressivecheckpoint", "causvid"),
-    ("selfforcing", "self-forcing"),
-)
-# Published without averaged weights, or sampled by their authors without them.
-PUBLISHED_KEY = {"causvid": "generator", "longlive": "generator", "causal-forcing": "generator"}
-HINT = "a hint, pass --preset to be sure"
+ONLY_14B = ("krea-14b", "self-forcing-14b", "longlive-14b")
+ANY_SIZE = ("streamdiffusion-v2",)
+OF_14B = {"self-forcing": "self-forcing-14b", "longlive": "longlive-14b"}  # the same method's larger model
+MOST_LIKELY = 3
+LONGLIVE_LORA = ("longlive", "opsd-v")  # whose LoRAs have rank 256 on every linear layer of the blocks
 
 
-def name_hint(path: Path) -> tuple[str | None, str]:
-    """(preset, the part of the path that says so), nearest part first; (None, "") when nothing does.
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of a transformer file.
 
-    The preset is "" where the name is known to have none.
+    `groups` are its top keys, `stated` the preset that its metadata names, `causal` whether metadata or config.json
+    say that it is autoregressive.
     """
-    parts = list(reversed(path.absolute().parts[-3:]))
-    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
-    for part, text in zip(parts, plain, strict=True):
-        preset = next((preset for mark, preset in NAME_HINTS if mark in text), None)
-        if preset == "causal-forcing" and any("framewise" in text for text in plain):
-            preset = "causal-forcing-framewise"
-        if preset is not None:
-            return preset, part
-    return None, ""
+
+    path: Path
+    layout: Layout
+    config: WanConfig
+    groups: tuple[str, ...]
+    stated: object = None
+    causal: bool = False
+
+    @property
+    def is_14b(self) -> bool:
+        return (self.config.dim, self.config.num_layers) == (WAN_14B.dim, WAN_14B.num_layers)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether names are those of the training wrapper."""
+        return self.layout.prefix == "model." and self.layout.naming == "wan"
+
+    def fits(self, preset: str) -> bool:
+        """Whether a preset's models are of this size."""
+        return preset in ANY_SIZE or (preset in ONLY_14B) == self.is_14b
 
 
-def guess_preset(
-    path: Path, layout: Layout, config: WanConfig, keys: tuple[str, ...], stated: object, causal: bool
-) -> tuple[str | None, str]:
-    """(preset or None, one sentence why). `keys` are the top keys; `stated` and `causal` come from the metadata."""
-    if isinstance(stated, str) and stated:
-        return stated, "its metadata names it"
-    is_14b = (config.dim, config.num_layers) == (WAN_14B.dim, WAN_14B.num_layers)
-    wrapped = layout.prefix == "model." and layout.naming == "wan"
-    if is_14b and wrapped:
-        return "krea-14b", "14B in the training wrapper's names: only Krea's is published as causal"
-    hint, part = name_hint(path)
-    if hint and (hint == "krea-14b") != is_14b:
-        return None, f"the name {part!r} says {hint}, which is not published at width {config.dim}: pass --preset"
-    if hint:
-        return hint, f"only the name {part!r} says so, {HINT}"
-    if hint == "":
-        return None, f"the name {part!r} says a long-video model, whose joint window has no preset: pass --preset"
-    return None, _undecided(layout, keys, causal, wrapped)
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """The proven preset, or None and the likely ones; `reason` is one sentence, which asks where there is None."""
+
+    preset: str | None
+    reason: str
+    likely: tuple[str, ...] = ()
 
 
-def _undecided(layout: Layout, keys: tuple[str, ...], causal: bool, wrapped: bool) -> str:
-    if causal:
-        return "its metadata says autoregressive but not how it is sampled: pass --preset"
-    if "generator_ema" in keys and "_fsdp_wrapped_module." in layout.infixes:
-        return "named as Causal-Forcing's frame-wise, 2-step, 1-step and long-video files all are: pass --preset"
-    if "generator_ema" in keys:
-        return "its keys cannot tell Self-Forcing from Causal-Forcing, both are saved so: pass --preset"
-    if "generator" in keys:
-        return "its keys cannot tell CausVid, LongLive and Causal-Forcing apart, all are saved so: pass --preset"
-    if wrapped:
-        return "the training wrapper's names, as every causal 1.3B model has: pass --preset"
-    return "named as plain Wan2.1, which is not autoregressive: pass --preset if this one is"
+def guess_preset(evidence: Evidence) -> Guess:
+    """The preset that metadata or a published name prove, else a question."""
+    if isinstance(evidence.stated, str) and evidence.stated:
+        return Guess(evidence.stated, "its metadata names it")
+    row = published_as(evidence.path)
+    if row is not None and row.preset and evidence.fits(row.preset):
+        return Guess(row.preset, f"{_name(evidence.path)} is a published name")
+    why, usual = _undecided(evidence, row)
+    likely = _likely(evidence, usual)
+    return Guess(None, f"{why}: pass --preset {alternatives(likely)}", likely)
+
+
+def guess_with_lora(path: Path, like_longlive: bool, before: Guess) -> Guess:
+    """The guess for a base with a LoRA of this file."""
+    row = published_as(path, LORAS)
+    if row is not None:
+        return Guess(row.preset, f"{_name(path)} is the published name of a LoRA for it")
+    if before.preset is None and like_longlive:
+        why = "the LoRA has rank 256 on every linear layer of the blocks, as LongLive's and OPSD-V's have"
+        return Guess(None, f"{why}: pass --preset {alternatives(LONGLIVE_LORA)}", LONGLIVE_LORA)
+    return before
+
+
+def alternatives(presets: Sequence[str]) -> str:
+    """a, b or c."""
+    return " or ".join(part for part in (", ".join(presets[:-1]), presets[-1]) if part)
+
+
+def _name(path: Path) -> str:
+    """A file's name, with its folder's where many files have that name."""
+    return repr(f"{path.parent.name}/{path.name}" if path.stem == "model" else path.name)
+
+
+def _likely(evidence: Evidence, usual: Sequence[str]) -> tuple[str, ...]:
+    """Two or three presets of the file's size: those that its name speaks of, then the usual ones."""
+    named = fragments_of(evidence.path)
+    if evidence.is_14b:
+        named = [OF_14B.get(preset, preset) for preset in named]
+    fitting = dict.fromkeys(preset for preset in (*named, *usual) if evidence.fits(preset))
+    return tuple(fitting)[:MOST_LIKELY]
+
+
+def _undecided(evidence: Evidence, row: Published | None) -> tuple[str, tuple[str, ...]]:
+    """(why nothing is proven, the usual presets of such files)."""
+    why, usual = _of_14b(evidence) if evidence.is_14b else _of_small(evidence)
+    name = _name(evidence.path)
+    if row is not None and row.preset:
+        return f"{name} is published as {row.preset}, but not at width {evidence.config.dim}", usual
+    if row is not None:
+        return f"{name} {row.stage}", usual
+    if speaks_of(evidence.path, STAGES):
+        return f"{name} speaks of a stage of training before the last distillation", usual
+    if speaks_of(evidence.path, EXPERTS):
+        return f"{name} speaks of one of Wan2.2's two experts, which is half a model", usual
+    return why, usual
+
+
+def _of_14b(evidence: Evidence) -> tuple[str, tuple[str, ...]]:
+    if evidence.causal:
+        return "its metadata says autoregressive but not how it is sampled", ("self-forcing-14b", *ONLY_14B)
+    if "generator" in map(role_of, evidence.groups):
+        return "its keys cannot tell LongLive's 14B from StreamDiffusionV2's and others", (
+            "longlive-14b", "streamdiffusion-v2", "self-forcing-14b",
+        )  # fmt: skip
+    if evidence.is_wrapped:
+        return "14B in a wrapper's names cannot tell Krea's, Self-Forcing's and LongLive's apart", ONLY_14B
+    return "named as plain Wan2.1 14B, which is not autoregressive, though some that are share its names", ONLY_14B
+
+
+def _of_small(evidence: Evidence) -> tuple[str, tuple[str, ...]]:
+    roles = {role_of(group) for group in evidence.groups}
+    if evidence.causal:
+        return "its metadata says autoregressive but not how it is sampled", (
+            "self-forcing", "causal-forcing-framewise", "longlive",
+        )  # fmt: skip
+    if roles.intersection(EMA_ROLES) and "_fsdp_wrapped_module." in evidence.layout.infixes:
+        return "named as Causal-Forcing's frame-wise, 2-step, 1-step and other methods' files all are", (
+            "causal-forcing-framewise", "infinite-forcing", "one-forcing",
+        )  # fmt: skip
+    if roles.intersection(EMA_ROLES):
+        return "its keys cannot tell Self-Forcing from Causal-Forcing, both are saved so", (
+            "self-forcing", "causal-forcing", "infinite-forcing",
+        )  # fmt: skip
+    if "generator" in roles:
+        return "its keys cannot tell CausVid, LongLive and Causal-Forcing apart, all are saved so", (
+            "longlive", "causvid", "causal-forcing",
+        )  # fmt: skip
+    if evidence.is_wrapped:
+        return "the training wrapper's names, as every causal 1.3B model has", (
+            "self-forcing", "reward-forcing", "longlive",
+        )  # fmt: skip
+    return "named as plain Wan2.1, which is not autoregressive, though RAVEN's files are named so too", (
+        "raven", "self-forcing",
+    )  # fmt: skip

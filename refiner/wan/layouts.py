@@ -1,30 +1,29 @@
 """What published files call their tensors: kinds, wrappers' prefixes, diffusers' names, and the sizes behind them."""
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .groups import EMA_ROLES, OTHER_ROLES, RAW_ROLES, REMOVED, role_of
 from .transformer import HEAD_DIM, WanConfig
-from .weight_file import FLAT
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.", "module.", "")
-VAE_PREFIXES = ("first_stage_model.", "vae.", "model.", "")
-INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-TOP_KEYS = ("generator_ema", "generator", "model", "state_dict", FLAT, "generator_lora")  # the order of preference
-RAW_KEYS = TOP_KEYS[1:]
-# A tensor that only this kind of model has, under the names of this naming.
+VAE_WRAPPERS = REMOVED | {"first_stage_model", "vae"}
+TEXT_WRAPPERS = REMOVED | {"text_encoder", "text_encoders", "cond_stage_model", "umt5xxl"}
+ADAPTED = "base_layer."  # PEFT's infix of a layer's own weights, beside which its LoRA lies
+INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", ADAPTED)
+# A tensor that only this kind of model has, under the names of this naming, and what may stand before it.
 ANCHORS = (
-    ("transformer", "wan", PREFIXES, "blocks.0.self_attn.q.weight"),
-    ("transformer", "diffusers", PREFIXES, "blocks.0.attn1.to_q.weight"),
-    ("vae", "wan", VAE_PREFIXES, "decoder.head.0.gamma"),
-    ("vae", "diffusers", VAE_PREFIXES, "decoder.conv_in.weight"),
-    ("text encoder", "hf", ("text_encoder.", ""), "encoder.block.0.layer.0.SelfAttention.q.weight"),
-    ("text encoder", "wan", ("text_encoder.", ""), "blocks.0.pos_embedding.embedding.weight"),
+    ("transformer", "wan", REMOVED, "blocks.0.self_attn.q.weight"),
+    ("transformer", "diffusers", REMOVED, "blocks.0.attn1.to_q.weight"),
+    ("vae", "wan", VAE_WRAPPERS, "decoder.head.0.gamma"),
+    ("vae", "diffusers", VAE_WRAPPERS, "decoder.conv_in.weight"),
+    ("text encoder", "hf", TEXT_WRAPPERS, "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ("text encoder", "wan", TEXT_WRAPPERS, "blocks.0.pos_embedding.embedding.weight"),
 )
 REFINER_PREFIX = "autorefiner."
-LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
 QUANTISED = re.compile(r"(^scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant))$")
 # What to say of a file of this kind where another was wanted.
 INSTEAD = {
@@ -58,13 +57,19 @@ DIFFUSERS_PROJECTIONS = {".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".to
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a group of tensors is named. `names` maps the bare name (Wan's, for a transformer) to the stored one."""
+    """How a group of tensors is named. `names` maps the bare name (Wan's, for a transformer) to the stored one.
+
+    `adapter` does so for the LoRA that a PEFT-wrapped transformer carries. `refused` is the prefix of a model of a
+    known kind that is not one to be removed.
+    """
 
     kind: str
     naming: str
     prefix: str
     infixes: tuple[str, ...]
     names: dict[str, str]
+    adapter: dict[str, str] = field(default_factory=dict)
+    refused: str = ""
 
 
 def read_layout(stored: Collection[str]) -> Layout:
@@ -73,18 +78,28 @@ def read_layout(stored: Collection[str]) -> Layout:
     clean = {_without(name, infixes): name for name in stored}
     if len(clean) < len(stored):
         raise ValueError(f"two tensors have the same name once {', '.join(infixes)} is removed: the file is damaged")
-    if any(part in name for part in LORA_PARTS for name in clean):
+    adapter = {name: full for name, full in clean.items() if any(part in name for part in LORA_PARTS)}
+    own = {name: full for name, full in clean.items() if name not in adapter} if adapter else clean
+    if adapter and ADAPTED not in infixes:
         kind = "refiner" if any(name.startswith(REFINER_PREFIX) for name in clean) else "lora"
         return Layout(kind, "lora", "", infixes, clean)
-    for kind, naming, prefixes, anchor in ANCHORS:
-        prefix = next((prefix for prefix in prefixes if prefix + anchor in clean), None)
-        if prefix is not None:
-            rename = wan_name if (kind, naming) == ("transformer", "diffusers") else str
-            names = {rename(name.removeprefix(prefix)): stored_name for name, stored_name in clean.items()}
-            if len(names) < len(clean):
-                raise ValueError(f"two tensors have the same name once {prefix!r} is removed: the file is damaged")
-            return Layout(kind, naming, prefix, infixes, names)
-    return Layout("unknown", "unknown", "", infixes, clean)
+    refused = ""
+    for kind, naming, wrappers, anchor in ANCHORS:
+        prefixes = [name.removesuffix(anchor) for name in own if name == anchor or name.endswith("." + anchor)]
+        prefix = max((prefix for prefix in prefixes if _all_in(prefix, wrappers)), key=len, default=None)
+        if prefix is None:
+            refused = refused or next(iter(prefixes), "")
+            continue
+        rename = wan_name if (kind, naming) == ("transformer", "diffusers") else str
+        names = {rename(name.removeprefix(prefix)): full for name, full in own.items()}
+        if len(names) < len(own):
+            raise ValueError(f"two tensors have the same name once {prefix!r} is removed: the file is damaged")
+        return Layout(kind, naming, prefix, infixes, names, adapter)
+    return Layout("unknown", "unknown", "", infixes, clean, refused=refused)
+
+
+def _all_in(prefix: str, wrappers: Collection[str]) -> bool:
+    return all(part in wrappers for part in prefix.split(".")[:-1])
 
 
 def _without(name: str, parts: tuple[str, ...]) -> str:
@@ -107,28 +122,41 @@ def wan_name(name: str) -> str:
     return start + rest
 
 
-def choose_top_key(groups: Collection[str], weights: str, preferred: str | None) -> str:
+def choose_top_key(groups: Mapping[str, Collection[str]], weights: str, preferred: str | None) -> str:
     """Which group of a file to use. `weights` is "auto", "ema" (averaged) or "raw" (as trained).
 
-    "auto" takes `preferred` when it is there, then the generic order, then the only group there is.
-    Raises ValueError (without the file's name) when nothing fits.
+    "auto" takes the role `preferred` when it is there, then averaged weights, then raw ones, then the only group that
+    may be a generator. Raises ValueError (without the file's name) when nothing fits.
     """
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights {weights!r}: use auto, ema or raw")
-    order = {"ema": TOP_KEYS[:1], "raw": RAW_KEYS, "auto": (preferred, *TOP_KEYS)}[weights]
-    found = next((key for key in order if key in groups), None)
-    if found is None and weights == "auto" and len(groups) == 1:
-        found = next(iter(groups))
-    if found is None:
-        held = ", ".join(groups)
-        if weights == "auto":
-            raise ValueError(
-                f"holds {held}, and none of {', '.join(TOP_KEYS[:4])}: save the generator's state dict alone"
-            )
+    order = {"ema": EMA_ROLES, "raw": RAW_ROLES, "auto": (preferred, *EMA_ROLES, *RAW_ROLES)}[weights]
+    of_roles = (_only_model([group for group in groups if role_of(group) == role], groups) for role in order)
+    fitting = [group for group in of_roles if group is not None]
+    if fitting:
+        return next((group for group in fitting if read_layout(groups[group]).kind != "unknown"), fitting[0])
+    rest = [group for group in groups if role_of(group) not in OTHER_ROLES]
+    if weights == "auto" and (group := _only_model(rest, groups)):
+        return group
+    held = ", ".join(groups)
+    if weights == "auto":
         raise ValueError(
-            f"has no {weights} weights, only {held}: use weights=auto (on the command line --weights auto)"
+            f"holds {held[:400]}, and none of generator_ema, generator, model, state_dict: save the generator's state"
+            " dict alone"
         )
-    return found
+    raise ValueError(
+        f"has no {weights} weights, only {held[:400]}: use weights=auto (on the command line --weights auto)"
+    )
+
+
+def _only_model(candidates: Sequence[str], groups: Mapping[str, Collection[str]]) -> str | None:
+    """The only candidate, or the only one that reads as a model; None without candidates."""
+    if len(candidates) < 2:
+        return next(iter(candidates), None)
+    models = [group for group in candidates if read_layout(groups[group]).kind != "unknown"]
+    if len(models) > 1:
+        raise ValueError(f"holds two models, {' and '.join(models[:2])}: save one of them alone")
+    return next(iter(models or candidates))
 
 
 def read_config(tensors: Mapping[str, Tensor], stated: Mapping[str, object]) -> WanConfig:

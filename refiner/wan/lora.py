@@ -1,6 +1,6 @@
 """LoRA files of a Wan2.1 transformer: read, checked against the model, and merged into its weights."""
 
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from .layouts import choose_top_key, read_layout
+from .lora_names import lora_modules
 from .lora_scale import StatedScale, stated_scale
-from .weight_file import open_weights, save_safetensors
+from .weight_file import WeightFile, open_weights, save_safetensors
 
-KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?:model\.diffusion_model\.|diffusion_model\.|transformer\.|model\.)?"
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$"
-)
-PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 LINEARS_OF_A_BLOCK = 10  # 4 of self-attention, 4 of cross-attention, 2 of the feed-forward
 
 
@@ -52,7 +48,7 @@ class LoraFile:
     def parse(cls, text: str) -> "LoraFile":
         """From FILE or FILE:STRENGTH. A file whose whole name ends like that is a file."""
         path, colon, strength = text.rpartition(":")
-        if not colon or not path or Path(text).exists():
+        if not colon or not path or os.path.exists(text):
             return cls(Path(text))
         try:
             number = float(strength)
@@ -67,25 +63,8 @@ class LoraFile:
         return self.path.name if self.strength == 1 else f"{self.path.name}:{self.strength:g}"
 
 
-def lora_modules(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """{module: {"down" | "up" | "alpha": stored name}} from a LoRA layout's names.
-
-    Raises ValueError (without the file's name) for a tensor that is no part of a pair.
-    """
-    modules: dict[str, dict[str, str]] = {}
-    for name, stored in names.items():
-        match = KEY.match(name)
-        if match is None:
-            raise ValueError(f"has {name}, which is no part of a LoRA pair: only plain LoRA files are read")
-        modules.setdefault(match["module"], {})[PARTS[match["part"]]] = stored
-    for module, parts in modules.items():
-        if not {"down", "up"} <= set(parts):
-            raise ValueError(f"has half a pair for {module}: the file is not complete, download it again")
-    return modules
-
-
 def read_lora(path: Path | str) -> dict[str, LoraPair]:
-    """{module: pair} of a LoRA file or PEFT folder: PEFT's names, bare or under `generator_lora`, or ComfyUI's.
+    """{module: pair} of a LoRA file or PEFT folder, in any of the names that lora_names.py knows.
 
     The scale is alpha / rank where the file has alpha, else what its metadata or the adapter_config.json beside it
     states, else 1. Data stays mapped. Raises ValueError in one line.
@@ -98,21 +77,24 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
             raise ValueError("is a refiner and not a LoRA: pass it with --refiner")
         if layout.kind != "lora":
             raise ValueError(f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like")
-        modules = lora_modules(layout.names)
         stated = stated_scale(Path(path), file.metadata) or StatedScale()
-        pairs = {}
-        for module, parts in modules.items():
-            down, up = file.read(group, parts["down"]), file.read(group, parts["up"])
-            if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
-                raise ValueError(
-                    f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
-                )
-            scale = stated.scale(module, len(down))
-            if "alpha" in parts:
-                scale = _alpha(file.read(group, parts["alpha"]), module) / len(down)
-            pairs[module] = LoraPair(down, up, scale)
+        pairs = read_pairs(file, group, layout.names, stated)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+    return pairs
+
+
+def read_pairs(file: WeightFile, group: str, names: Mapping[str, str], stated: StatedScale) -> dict[str, LoraPair]:
+    """{module: pair} of the LoRA tensors in a group, by bare name; ValueError (without the file's name) for others."""
+    pairs = {}
+    for module, stored in lora_modules(names).items():
+        down, up = file.read(group, stored.parts["down"]), file.read(group, stored.parts["up"])
+        if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
+            raise ValueError(f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply")
+        scale = stated.scale(stored.stem, len(down))
+        if "alpha" in stored.parts:
+            scale = _alpha(file.read(group, stored.parts["alpha"]), module) / len(down)
+        pairs[module] = LoraPair(down, up, scale)
     return pairs
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..reading import CONFIG_BYTES, read_json
+
 CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model"  # PEFT's name of the file beside it
 PREFIXES = ("transformer.", "unet.", "")  # of keys in metadata, as diffusers has them for each of its models
@@ -50,7 +52,7 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
         return None
     config = (path if path.is_dir() else path.parent) / CONFIG
     try:
-        return _mapping(json.loads(config.read_text(encoding="utf-8")), CONFIG)
+        return _mapping(read_json(config, CONFIG_BYTES), CONFIG)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """umT5 encoder files in Hugging Face's, ComfyUI's and Wan's own layout: sizes, names, and the model they make."""
 
 import hashlib
-import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reading import CONFIG_BYTES, read_json
 from .fp8 import check_formats, scale_names, unscaled
 from .layouts import INSTEAD, QUANTISED, choose_top_key, read_layout
 from .tokenizer import PIP_LINE
@@ -106,7 +107,7 @@ def open_umt5(path: Path | str) -> Umt5File:
     Raises ValueError in one line when it is something else.
     """
     path = Path(path)
-    stated = _folder_config(path) if path.is_dir() else {}
+    stated = _folder_config(path) if os.path.isdir(path) else {}
     file = open_weights(path)
     try:
         group = choose_top_key(file.groups, "auto", None)
@@ -143,7 +144,7 @@ def _hf_name(name: str) -> str:
 def _folder_config(folder: Path) -> dict[str, Any]:
     """What a folder's config.json says beyond what the tensors tell."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json", CONFIG_BYTES)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no config.json, so it is no encoder folder: pass one, or a weights file"

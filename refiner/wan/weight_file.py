@@ -1,7 +1,7 @@
 """Files of weights as they lie on disk: opened without running code, listed without reading data, written whole or not.
 
 A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only the tensors that are used are ever read;
-of a .safetensors only the header is read. Folders are read by their index of shards.
+of a .safetensors only the header is read. A model in shards is one file.
 """
 
 import os
@@ -16,22 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..reading import JSON_BYTES, open_regular, read_json
+from ..reading import open_regular
+from .groups import FLAT, Groups, group_tensors, split_roles
+from .shards import ShardSet, check_expected, is_file, shard_set_name, shards_in, siblings
 from .torch_file import load_torch, plain_tensors, too_large
 
+__all__ = ["FLAT", "WeightFile", "choose_dtype", "open_weights", "save_safetensors"]
+
 MOST_HEADER = 16 << 20  # bytes of a safetensors header; a model of 825 tensors has 0.1 MB
-FLAT = "flat"  # the name of the group when tensors lie at the top of the file
-KNOWN_IN_FOLDERS = (
-    "diffusion_pytorch_model.safetensors.index.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-)
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,13 +63,24 @@ class WeightFile:
 
 
 def open_weights(path: Path | str) -> WeightFile:
-    """Opens a .pt/.pth/.bin, a .safetensors, or a folder with an index of shards, by content and not by suffix.
+    """Opens a .pt/.pth/.bin, a .safetensors, a folder of shards, or one shard with its siblings, by content and not
+    by suffix.
 
     Raises ValueError in one line for anything else: missing, empty, text, damaged, or a pickle that would run code.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
+    if os.path.isdir(path):  # unlike Path.is_dir, it takes a name that is too long
+        try:
+            inside = shards_in(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        return _open_shards(inside.folder, inside) if isinstance(inside, ShardSet) else _open_file(inside)
+    if shard_set_name(path.name) and is_file(path):
+        return _open_shards(path, siblings(path))
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> WeightFile:
     try:
         with open_regular(path) as file:
             head = file.read(64)
@@ -137,7 +140,8 @@ def _open_safetensors(path: Path) -> WeightFile:
         metadata = dict(header.metadata() or {})
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two for sides beyond 64 bits
         raise ValueError(f"{path} is damaged or cut short ({_line(error)}): download it again") from error
-    return WeightFile(path, "safetensors", {FLAT: tensors}, (), metadata, dict.fromkeys(tensors, _Reader(path)))
+    readers = dict.fromkeys(tensors, _Reader(path))
+    return WeightFile(path, "safetensors", split_roles({FLAT: tensors}), (), metadata, readers)
 
 
 def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
@@ -145,67 +149,46 @@ def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
         raise ValueError(f"{path} is a torch .pt file in spite of its name: rename it to .pt")
     try:
         content = load_torch(path, mmap=zipped)
-        groups, others = _grouped(content, path.stat().st_size)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"holds a {type(content).__name__} and not a state dict: pass a model's weights")
+        groups, others = group_tensors(content)
+        groups = _plain_groups(groups, path.stat().st_size)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+    if not groups:
+        keys = ", ".join(map(str, list(content)[:4])) or "nothing"
+        raise ValueError(f"{path} holds no tensors, only {keys}: pass a model's weights")
     return WeightFile(path, "pt", groups, others, {}, {})
 
 
-def _grouped(content: object, nbytes: int) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """The groups of tensors in what a file of so many bytes holds, and the top keys of everything else."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"holds a {type(content).__name__} and not a state dict: pass a model's weights")
-    groups = {str(key): tensors for key, value in content.items() if (tensors := plain_tensors(value, nbytes))}
-    try:
-        flat = plain_tensors(content, nbytes)
-    except ValueError:  # a flag or a counter beside the groups
-        if not groups:
-            raise
-        flat = {}
-    if flat:
-        groups[FLAT] = flat
-    if not groups:
-        keys = ", ".join(map(str, list(content)[:4])) or "nothing"
-        raise ValueError(f"holds no tensors, only {keys}: pass a model's weights")
-    return groups, tuple(str(key) for key in content if str(key) not in groups | flat)
+def _plain_groups(groups: Groups, nbytes: int) -> Groups:
+    """The groups of a file of so many bytes, of plain tensors; a flag or a counter beside them is left out."""
+    plain: Groups = {}
+    for name, tensors in groups.items():
+        try:
+            plain[name] = plain_tensors(tensors, nbytes)
+        except ValueError:
+            if name != FLAT or not plain:
+                raise
+    return plain
 
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _open_folder(folder: Path) -> WeightFile:
-    known = next((folder / name for name in KNOWN_IN_FOLDERS if (folder / name).is_file()), None)
-    if known is None:
-        found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if _looks_like_weights(path)]
-        inside = [str(path.relative_to(folder)) for path in found]
-        hint = f"pass one of its files ({', '.join(inside[:3])})" if inside else "pass a .safetensors or .pt file"
-        raise ValueError(f"{folder} is a folder without an index of shards: {hint}")
-    return _open_shards(known) if known.suffix == ".json" else open_weights(known)
-
-
-def _looks_like_weights(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".pt", ".pth", ".bin") or path.name in KNOWN_IN_FOLDERS
-
-
-def _open_shards(index: Path) -> WeightFile:
-    try:
-        names = read_json(index, JSON_BYTES)["weight_map"]
-        shards = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
-    tensors, readers = {}, {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index} names a shard outside its folder ({shard}): refused, download it again")
-        if not (index.parent / shard).is_file():
-            raise ValueError(f"{index.parent} lacks {shard}, one of its {len(shards)} shards: download it")
-        part = open_weights(index.parent / shard)
-        tensors |= part.groups.get(FLAT, {})
-        readers |= part.readers
-    if lost := sorted(set(names) - set(tensors)):
-        raise ValueError(f"{index.parent} lacks {len(lost)} tensors of its index ({lost[0]}): download it again")
-    return WeightFile(index.parent, f"{len(shards)} shards", {FLAT: tensors}, (), {}, readers)
+def _open_shards(path: Path, shards: ShardSet) -> WeightFile:
+    tensors, readers, metadata = {}, {}, {}
+    for name in shards.files:
+        shard = _open_file(shards.folder / name)
+        for group in shard.groups.values():
+            if double := next((key for key in group if key in tensors), None):
+                raise ValueError(f"{shards.folder} holds {double[:80]} in two shards: it is damaged, download it again")
+            tensors |= group
+        readers |= shard.readers
+        metadata = shard.metadata | metadata
+    check_expected(shards, tensors)
+    return WeightFile(path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), metadata, readers)
 
 
 def choose_dtype(wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path) -> torch.dtype:

@@ -1,5 +1,6 @@
 """A server that the tests in ComfyUI share, and the line at the end of a run that says how to enable them."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from comfy_server import Server, find_comfyui, install_pack
 from demo_files import write_base, write_demo_files
 from page_browser import HOW as PAGE_HOW
 from page_browser import find_chromium
+from published_files import CASES, IN_COMFYUI, small_state, write_case
 
 from autorefiner.refiner.demo import bundle
 
@@ -37,6 +39,28 @@ def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
     running = Server.start(*find_comfyui(), base)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> list[Path]:
+    """Files of different layouts in published names and others."""
+    root, state = tmp_path_factory.mktemp("published"), small_state()
+    cases = {case.name: case for case in CASES if not case.large}
+    return [write_case(cases[name], root / "x" / "y" / "z", state) for name in IN_COMFYUI]
+
+
+@pytest.fixture(scope="session")
+def inside(server: Server, weights: Path, published: list[Path]) -> dict:
+    """What inside.py prints."""
+    comfyui, python = find_comfyui()
+    pack = server.base / "custom_nodes" / "autorefiner"
+    script = Path(__file__).with_name("inside.py")
+    command = [str(python), str(script), str(comfyui), str(pack)]
+    command += [str(weights / bundle.FILES[name]) for name in ("student", "teacher")]
+    command += map(str, published)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

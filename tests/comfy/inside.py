@@ -1,11 +1,13 @@
-"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER prints it as one line of JSON.
+"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES... prints it as JSON.
 
 Run with ComfyUI's interpreter.
 """
 
 import json
+from pathlib import Path
 
 import torch
+from inside_published import answer
 from packed import PRESETS, SHAPE, Run, files, host, plain_run, plan_run, sampled
 from PIL import Image
 
@@ -61,7 +63,8 @@ with torch.inference_mode():
     narrow_model.set_model_compute_dtype(torch.bfloat16)
     narrow = sampled(narrow_model, run)
     demo = host.load_demo("student")[0]
-    loaded = [comfy.sd.load_diffusion_model(file) for file in files]
+    loaded = [comfy.sd.load_diffusion_model(file) for file in files[:2]]
+    answers = [answer(Path(file)) for file in files[2:]]
 with torch.inference_mode(False):
     fresh = model.clone(force_deepcopy=True)
     own, other = model.model.state_dict(), fresh.model.state_dict()
@@ -81,6 +84,7 @@ print(
             "freed": freed_for(1000),
             "least": management.minimum_inference_memory(),
             "told": told_of_saved_repeats(),
+            "published": answers,
             "preset": fresh.get_attachment(host.PRESET),
         }
     )

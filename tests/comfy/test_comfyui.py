@@ -5,7 +5,6 @@ Its interpreter is COMFYUI_PYTHON, or that of the checkout's .venv.
 
 import json
 import re
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -366,19 +365,6 @@ def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server
     } == graph
     assert page == to_page(given, info), "write it again: python tests/comfy_page.py URL"
     assert {found["type"] for found in page["nodes"]} <= set(info)
-
-
-@pytest.fixture(scope="module")
-def inside(server: Server, weights: Path) -> dict:
-    """What inside.py prints."""
-    comfyui, python = find_comfyui()
-    pack = server.base / "custom_nodes" / "autorefiner"
-    script = Path(__file__).with_name("inside.py")
-    command = [str(python), str(script), str(comfyui), str(pack)]
-    command += [str(weights / bundle.FILES[name]) for name in ("student", "teacher")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def test_the_memory_that_is_asked_for_holds_a_chunk_and_the_keys_and_values(inside: dict) -> None:

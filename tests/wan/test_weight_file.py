@@ -137,50 +137,6 @@ def test_sides_that_no_tensor_has(shape: list[int], tmp_path: Path) -> None:
     assert "is damaged" in message(tmp_path / "a.safetensors")
 
 
-# ---- shards
-
-
-def write_shards(folder: Path, state: State, suffix: str = "safetensors") -> Path:
-    stem = "diffusion_pytorch_model" if suffix == "safetensors" else "pytorch_model"
-    where = {name: f"{stem}-0000{1 + number % 2}-of-00002.{suffix}" for number, name in enumerate(state)}
-    for shard in sorted(set(where.values())):
-        write(folder / shard, {name: tensor for name, tensor in state.items() if where[name] == shard})
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
-    return folder
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_folder_of_shards(suffix: str, state: State, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path, state, suffix)
-    model, info = load_transformer(folder)
-    assert equal_bits(model.state_dict(), state)
-    assert (info.container, info.tensors) == ("2 shards", len(state))
-
-
-def test_damaged_folders_of_shards(state: State, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path, state)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    right = index.read_text()
-    names = json.loads(right)["weight_map"]
-    shard = names["head.head.bias"]
-    for text, content in {
-        "index": "[]",
-        "`weight_map`": "[" * 100_000,
-        "../x.safetensors": json.dumps({"weight_map": {"a": "../x.safetensors"}}),
-        "(a)": json.dumps({"weight_map": names | {"a": shard}}),
-    }.items():
-        index.write_text(content)
-        assert text in message(folder)
-    index.write_text(right)
-    (folder / shard).unlink()
-    assert shard in message(folder)
-
-
-def test_a_folder_with_one_file_of_a_known_name(state: State, tmp_path: Path) -> None:
-    write(tmp_path / "diffusion_pytorch_model.safetensors", state)
-    assert equal_bits(load_transformer(tmp_path)[0].state_dict(), state)
-
-
 # ---- saving
 
 

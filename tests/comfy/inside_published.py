@@ -1,0 +1,22 @@
+"""What ComfyUI answers to published files; a part of inside.py."""
+
+from pathlib import Path
+
+from packed import host
+
+# isort: split
+from pack.nodes.load import choose_preset
+from pack.refiner.wan.checkpoint import inspect
+
+NAMED = ("blocks.0.self_attn.q.weight", "head.head.weight")
+
+
+def answer(path: Path) -> dict:
+    """The preset and the sums of a few weights, or the error."""
+    try:
+        preset = choose_preset("auto", inspect(path))
+        model = host.load_model(path, preset, "fp32", "auto")
+    except ValueError as error:
+        return {"error": str(error)}
+    network = host.network_of(model)
+    return {"preset": preset, "weights": [network.get_parameter(name).float().sum().item() for name in NAMED]}
