@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ...refiner.noise.file import fingerprint_of
 from ...refiner.rollout import Progress
 from ...refiner.schedule import PRESETS
+from ...refiner.terminal import printable
 from ...refiner.wan.causal import CausalWan, Host
 from ...refiner.wan.checkpoint import CheckpointInfo
 from ...refiner.wan.transformer import WanConfig
@@ -396,5 +397,5 @@ def make_sampler(options: SamplerOptions) -> PathwiseSampler:
 
 def notice(text: str) -> None:
     """Something to know that is no error: in the log, and on the node."""
-    logging.warning("AutoRefiner: %s", text)
+    logging.warning("AutoRefiner: %s", printable(text))
     show(text)

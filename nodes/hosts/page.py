@@ -19,6 +19,7 @@ from torch import Tensor
 from ...refiner.rollout import Progress
 from ..passes import Passes
 from ..run import Run
+from .plain import plain_text
 
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
 PICTURES, SIDE = 4, 128  # of a chunk: frames at most, pixels of the longer side
@@ -127,10 +128,10 @@ def this_run() -> tuple[str | None, str | None]:
 
 
 def show(text: str) -> ui.PreviewText:
-    """A line of text on the node that is running."""
+    """A line of plain text on the node that is running."""
     from server import PromptServer
 
-    context = get_executing_context()
+    text, context = plain_text(text), get_executing_context()
     if context is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
     return ui.PreviewText(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .refiner import HEAD
 
 KEY = "autorefiner"  # of the metadata
 VERSION = 1
+LONGEST_OBJECTIVE = 60  # characters
 # Small, never quantised, and touched by no LoRA: an fp8 copy of a base, or one with LoRAs merged, has the same.
 FINGERPRINTED = ("patch_embedding.bias", "blocks.0.modulation", "head.modulation", "time_embedding.0.bias")
 
@@ -47,7 +49,7 @@ class RefinerCard:
             told: Any = json.loads(text)
             card = cls(
                 int(told["rank"]), tuple(int(step) for step in told["levels"]), str(told["history"]),
-                str(told["previous"]), str(told.get("base", "")), str(told.get("objective", "")),
+                str(told["previous"]), str(told.get("base", "")), plain_words(str(told.get("objective", ""))),
                 int(told.get("steps", 0)), int(told.get("version", VERSION)),
             )  # fmt: skip
             card.cache  # noqa: B018, it checks the two modes
@@ -56,6 +58,11 @@ class RefinerCard:
         if card.version > VERSION or not card.levels:
             raise ValueError(f"is of version {card.version} with levels {list(card.levels)}: update AutoRefiner")
         return card
+
+
+def plain_words(text: str) -> str:
+    """The letters, digits and simple marks of a text of unknown origin, on one line."""
+    return " ".join(re.sub(r"[^\w+.,-]", " ", text).split())[:LONGEST_OBJECTIVE]
 
 
 def fingerprint(model: nn.Module) -> str:
