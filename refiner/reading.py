@@ -57,9 +57,12 @@ def read_bytes(path: Path, most: int) -> bytes:
 def read_text(path: Path, most: int) -> str:
     """Read a UTF-8 file, with or without a byte order mark; ValueError for other text, or more than `most` bytes."""
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        text = read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
+    if "\0" in text:  # Latin letters in UTF-16 without a mark are UTF-8, too
+        raise ValueError(f"{path} is no UTF-8 text but holds NULs, as UTF-16 does: save it as UTF-8")
+    return text
 
 
 def read_json(path: Path, most: int) -> object:

@@ -151,18 +151,18 @@ def child(make: Callable[[Path, random.Random], Attempt], folder: Path, choose: 
     if not outside:
         forbid_outside(folder, lambda what: os.write(3, what.encode(errors="replace") + b"\n"))
     try:
-        status = attempt.act()
+        attempt.act()
     except (ValueError, OSError) as error:
         if "\n" in str(error).strip():
             traceback.print_exc()
             return 1
         return 2
     except SystemExit as end:
-        return 2 if end.code == 2 else 0
+        return end.code
     except BaseException:
         traceback.print_exc()
         return 1
-    return status if status in (0, 2) else 0
+    return 0
 
 
 def forked(

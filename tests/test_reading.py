@@ -94,7 +94,10 @@ def test_no_more_bytes_are_read_than_a_file_may_have(tmp_path: Path) -> None:
         TrainConfig.read(sparse)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "ä".encode("latin-1")])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", "ä".encode("latin-1"), *("a fox".encode(f"utf-{n}") for n in ("16", "16-le", "16-be", "32-le"))],
+)
 def test_text_is_utf_8(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffä".encode())

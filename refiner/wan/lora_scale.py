@@ -11,6 +11,7 @@ from typing import Any
 from ..reading import CONFIG_BYTES, read_json
 
 CONFIG = "adapter_config.json"
+LARGEST = 1e30  # of an alpha
 ADAPTER = "adapter_model"  # PEFT's name of the file beside it
 PREFIXES = ("transformer.", "unet.", "")  # of keys in metadata, as diffusers has them for each of its models
 NESTED = "lora_adapter_metadata"  # diffusers' own key, whose value is JSON
@@ -97,7 +98,7 @@ def _number(value: Any, place: str) -> float | None:
     parsed = _parsed(value)
     if parsed is None:
         return None
-    if isinstance(parsed, bool) or not isinstance(parsed, (int, float)) or not math.isfinite(parsed):
+    if isinstance(parsed, bool) or not isinstance(parsed, (int, float)) or not abs(parsed) <= LARGEST:
         raise ValueError(f"has an alpha of {str(value)[:40]!r} in {place}, which is no number: correct it")
     return float(parsed)
 

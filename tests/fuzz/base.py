@@ -2,9 +2,11 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from autorefiner.nodes.cli import add_run, run
 from autorefiner.refiner.cli import main
@@ -28,9 +30,9 @@ class Attempt:
     act: Callable[[], object]
 
 
-def command(*arguments: str | Path) -> Callable[[], int]:
-    """Run the command line."""
-    return lambda: main([str(one) for one in arguments], {"run": (add_run, run)})
+def command(*arguments: str | Path) -> Callable[[], NoReturn]:
+    """Run the command line, and leave with its status."""
+    return lambda: sys.exit(main([str(one) for one in arguments], {"run": (add_run, run)}))
 
 
 def hostile_value(choose: random.Random) -> object:

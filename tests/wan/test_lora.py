@@ -284,6 +284,8 @@ def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(state: 
     ("metadata", "config", "keyword"),
     [
         ({"lora_alpha": "many"}, None, "alpha"),
+        ({"lora_alpha": "1" + "0" * 400}, None, "alpha"),
+        ({"lora_alpha": "1e999"}, None, "alpha"),
         ({"lora_alpha": "nan"}, None, "alpha"),
         ({"lora_alpha": "true"}, None, "alpha"),
         ({"lora_adapter_metadata": "{"}, None, "lora_adapter_metadata"),
