@@ -55,11 +55,17 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Read a UTF-8 file, with or without a byte order mark; ValueError for other text, or more than `most` bytes."""
+    """Read a UTF-8 file, with or without a byte order mark; ValueError for other text, or more than `most` bytes.
+
+    UTF-16 of Western text without a mark decodes as UTF-8 too: its NULs tell.
+    """
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        text = read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL characters, as UTF-16 does: save it as UTF-8")
+    return text
 
 
 def read_json(path: Path, most: int) -> object:

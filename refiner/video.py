@@ -320,7 +320,8 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
     ValueError for a file that is damaged, or whose frames take more memory than is free.
     """
     count, width, height = video_size(path)
-    check_room(2 * 3 * (count // every) * width * height, f"reading {path.name}", "use a shorter one")
+    nbytes = 2 * 3 * width * height  # of a frame that is read: alone, and then in one array with the others
+    check_room(nbytes * -(-count // every), f"reading {path.name}", "use a shorter one")
     frames = []
     with _open_video(path) as container:
         try:
