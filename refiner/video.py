@@ -30,6 +30,7 @@ ENCODERS = {
 # Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may depend on a
 # chunk's length. This is the longest group of pictures that mpeg4 takes.
 GROUP = 600
+LONGEST_SIDE = 16384  # that libx264 takes
 MPEG4_RATE = 65535  # its largest numerator
 # What a video may be: containers of their own data. A playlist (HLS, DASH, concat, SDP) reads other files and hosts.
 READABLE = {
@@ -95,6 +96,8 @@ class VideoWriter:
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
+        if max(width, height) > LONGEST_SIDE:
+            raise ValueError(f"video size {width}x{height}: H.264 takes sides of at most {LONGEST_SIDE}, scale it down")
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
         if self.codec == "mpeg4" and self.rate.numerator > MPEG4_RATE:
             raise ValueError(f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number")

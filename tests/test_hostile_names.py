@@ -61,3 +61,17 @@ def test_the_frames_that_are_read_are_those_that_count(every: int, num_read: int
     monkeypatch.setattr(estimate, "available_bytes", lambda device: need - 1)
     with pytest.raises(ValueError, match="GB"):
         read_frames(path, every)
+
+
+@pytest.mark.parametrize("size", [(16_386, 2), (2, 16_386), (70_000, 2)])
+def test_a_video_that_no_encoder_takes_is_refused_at_once(size: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="size"):
+        VideoWriter(tmp_path / "x.mp4", *size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(16_384, 2), (2, 16_384)])
+def test_the_largest_video_is_written(size: tuple[int, int], tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "x.mp4", *size) as writer:
+        writer.write(np.zeros((1, *size[::-1], 3), np.uint8))
+    assert read_frames(tmp_path / "x.mp4").shape == (1, *size[::-1], 3)
