@@ -13,6 +13,7 @@ except ImportError:  # Windows
 
 # What file systems without locks answer, as some of clusters and network shares do.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+MOST_FOLDERS = 200  # of a path that is written
 INSTEAD = "give another --out, or wait"  # what to do while another run writes
 
 
@@ -95,6 +96,8 @@ def open_exclusive(path: Path, instead: str = INSTEAD) -> io.FileIO:
 
 def check_output(path: Path) -> None:
     """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
+    if len(path.parts) > MOST_FOLDERS:
+        raise ValueError(f"output of {len(path.parts)} folders: give a name in at most {MOST_FOLDERS}")
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: give the name of a file")
     folder = path.parent

@@ -85,11 +85,23 @@ class GenerateOptions:
             raise ValueError(f"strength {self.refiner_strength}: give a number from -100 to 100, 0 is the base")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
+        check_prompt(self.prompt)
 
     @property
     def outputs(self) -> Outputs:
         """The files that this run writes."""
         return Outputs(self.out, self.sheet, self.extend, self.save_latents, self.overwrite)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError for bytes of another encoding, which Python keeps as lone surrogates, and for NULs."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        position = error.start + 1
+        raise ValueError(f"the prompt is no UTF-8 text from character {position} on: save it as UTF-8") from None
+    if "\0" in prompt:
+        raise ValueError("the prompt holds NUL characters, as UTF-16 does: save it as UTF-8")
 
 
 def unused(options: GenerateOptions) -> list[str]:

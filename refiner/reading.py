@@ -1,5 +1,6 @@
 """Read files that nobody vouches for: regular files only, and no more bytes than such a file may have."""
 
+import codecs
 import io
 import json
 import os
@@ -55,14 +56,29 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Read a UTF-8 file, with or without a byte order mark; ValueError for other text, or more than `most` bytes."""
+    """Read UTF-8, or UTF-16 as Windows saves it, with or without a byte order mark; ValueError for other text.
+
+    ValueError for more than `most` bytes, too.
+    """
+    content = read_bytes(path, most)
     try:
-        text = read_bytes(path, most).decode("utf-8-sig")
+        text = content.decode(_encoding(content))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
-    if "\0" in text:  # Latin letters in UTF-16 without a mark are UTF-8, too
-        raise ValueError(f"{path} is no UTF-8 text but holds NULs, as UTF-16 does: save it as UTF-8")
+    if "\0" in text:
+        raise ValueError(f"{path} is no UTF-8 text but holds NULs: save it as UTF-8")
     return text
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-16 by its byte order mark, or by NULs in nearly every second byte of its beginning; else UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    beginning = content[:4096]
+    even, odd = beginning[::2].count(0), beginning[1::2].count(0)
+    if max(even, odd) > len(beginning) // 8 and min(even, odd) <= max(even, odd) // 8:
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return "utf-8-sig"
 
 
 def read_json(path: Path, most: int) -> object:

@@ -30,6 +30,7 @@ ENCODERS = {
 # Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may depend on a
 # chunk's length. This is the longest group of pictures that mpeg4 takes.
 GROUP = 600
+LONGEST_SIDE = 16384  # that libx264 takes
 MPEG4_RATE = 65535  # its largest numerator
 # What a video may be: containers of their own data. A playlist (HLS, DASH, concat, SDP) reads other files and hosts.
 READABLE = {
@@ -95,6 +96,8 @@ class VideoWriter:
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
+        if max(width, height) > LONGEST_SIDE:
+            raise ValueError(f"video size {width}x{height}: H.264 takes sides of at most {LONGEST_SIDE}, scale it down")
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
         if self.codec == "mpeg4" and self.rate.numerator > MPEG4_RATE:
             raise ValueError(f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number")
@@ -320,7 +323,8 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
     ValueError for a file that is damaged, or whose frames take more memory than is free.
     """
     count, width, height = video_size(path)
-    check_room(2 * 3 * (count // every) * width * height, f"reading {path.name}", "use a shorter one")
+    nbytes = 2 * 3 * width * height  # of a frame that is read: alone, and then in one array with the others
+    check_room(nbytes * -(-count // every), f"reading {path.name}", "use a shorter one")
     frames = []
     with _open_video(path) as container:
         try:

@@ -94,17 +94,20 @@ def test_no_more_bytes_are_read_than_a_file_may_have(tmp_path: Path) -> None:
         TrainConfig.read(sparse)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"\xff\xfe\x00", "ä".encode("latin-1"), *("a fox".encode(f"utf-{n}") for n in ("16", "16-le", "16-be", "32-le"))],
-)
-def test_text_is_utf_8(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a red star\nein grüner Kreis\n", "a", "ä 日本 🦊 and more words", ""])
+def test_text_is_read_as_editors_save_it(text: str, encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffä".encode())
-    assert read_text(path, 9) == "ä"
+    path.write_bytes(text.encode(encoding))
+    assert read_text(path, 99) == text
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "ä".encode("latin-1"), "a fox".encode("utf-32-le"), b"a\0b" * 9])
+def test_other_text_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="UTF-8"):
-        read_text(path, 9)
+        read_text(path, 99)
 
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "9" * 5000, ""])

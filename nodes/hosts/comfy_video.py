@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ...refiner.files import unused_path
 from ...refiner.video import VideoWriter, as_bytes
-from ..paths import SHOWN, check_inside
+from ..paths import dated, inside
 from ..run import CHANNELS
 from .page import show
 
@@ -70,11 +71,13 @@ def cache_layers(decoder: nn.Module) -> int:
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
     """A new path in the output folder: PREFIX_00001_.mp4, counted on; ValueError where a link leads out of it.
 
-    ComfyUI starts at 1 again for a prefix that ends in a slash.
+    That is known before ComfyUI makes the folders of the prefix, so its tokens are filled in here. ComfyUI starts at 1
+    again for a prefix that ends in a slash.
     """
     root = folder_paths.get_output_directory()
+    prefix = dated(prefix, width, height, time.localtime())
+    inside(Path(root), prefix, "filename_prefix")
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root, width, height)
-    check_inside(Path(root), Path(folder) / name, f"filename_prefix {prefix[:SHOWN]!r}")
     return unused_path(Path(folder), name, suffix, counter)
 
 

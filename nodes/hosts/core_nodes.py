@@ -1,5 +1,6 @@
 """The nodes of ComfyUI itself that a workflow may have and still run without it; inputs as ComfyUI names them."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -282,14 +283,28 @@ class SaveAnimatedWEBP(io.ComfyNode):
             "compression_level": str(effort),
             "loop": "0",
         }
-        with av.open(str(path), "w", format="webp", options={"loop": "0"}) as container:
-            stream = container.add_stream("libwebp_anim", rate=Fraction(fps).limit_denominator(1000), options=options)
-            stream.height, stream.width = images.shape[1:3]
-            stream.pix_fmt = "bgra" if lossless else "yuv420p"
-            for pixels in as_bytes(images):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            write_webp(images, temporary, fps, options)
+            os.replace(temporary, path)
+        except av.FFmpegError as error:
+            height, width = images.shape[1:3]
+            message = f"{path.name} of {width}x{height} pixels cannot be written ({error.strerror}): use SaveVideo"
+            raise ValueError(message) from error
+        finally:
+            temporary.unlink(missing_ok=True)
         return io.NodeOutput(ui=path)
+
+
+def write_webp(images: Tensor, path: Path, fps: float, options: dict[str, str]) -> None:
+    """Write IMAGE as an animation that repeats."""
+    with av.open(str(path), "w", format="webp", options={"loop": "0"}) as container:
+        stream = container.add_stream("libwebp_anim", rate=Fraction(fps).limit_denominator(1000), options=options)
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "bgra" if options["lossless"] == "1" else "yuv420p"
+        for image in images.split(1):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(as_bytes(image)[0], format="rgb24")))
+        container.mux(stream.encode())
 
 
 class SaveImage(io.ComfyNode):

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import io
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from ...refiner.rollout import Progress
 from ..passes import Passes
 from ..run import Run
 from .plain import plain_text
+from .wire import read_request
 
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
 PICTURES, SIDE = 4, 128  # of a chunk: frames at most, pixels of the longer side
 SECONDS = 0.25  # between two pictures of one chunk
-MOST_ASKED = 1 << 16  # bytes of what the page sends
 
 _running: dict[str, "Watch"] = {}  # by the node that makes it
 _stops: dict[str, int] = {}  # by node: how many of its runs were stopped
@@ -169,19 +168,6 @@ def ask_to_stop(node: object, prompt: object) -> bool:
     return True
 
 
-async def asked_of(request: web.Request) -> object:
-    """The JSON of a request, None where it is none, or longer than MOST_ASKED bytes, whatever length it claims."""
-    body = bytearray()
-    async for piece in request.content.iter_any():
-        body += piece
-        if len(body) > MOST_ASKED:
-            return None
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
 def add_routes() -> None:
     """What the page may ask of this server."""
     from server import PromptServer
@@ -192,7 +178,7 @@ def add_routes() -> None:
 
     @routes.post("/autorefiner/stop")
     async def stop(request: web.Request) -> web.Response:
-        asked = await asked_of(request)
+        asked = await read_request(request)
         if not isinstance(asked, dict) or not ask_to_stop(asked.get("node"), asked.get("prompt")):
             return web.json_response({"error": "no such run: give node and prompt of one in the making"}, status=404)
         return web.json_response({"stopping": True})
@@ -200,6 +186,6 @@ def add_routes() -> None:
     @routes.post("/autorefiner/cache")
     async def cache(request: web.Request) -> web.Response:
         try:  # in a thread: it may open a file that was not looked into yet
-            return web.json_response(await asyncio.to_thread(cache_view, await asked_of(request)))
+            return web.json_response(await asyncio.to_thread(cache_view, await read_request(request)))
         except (ValueError, OSError) as error:
             return web.json_response({"error": str(error)}, status=400)

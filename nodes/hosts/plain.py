@@ -5,11 +5,12 @@ import re
 from ...refiner.terminal import printable
 
 MARKUP = str.maketrans({"<": "‹", ">": "›", "&": "＆", '"': "”"})
-ADDRESS = re.compile(r"(:|www)(//|\.)", re.IGNORECASE)
+# Addresses, [[label|url]], and the placeholder __LNK0__, at which the page fails where it made no such link.
+ADDRESS = re.compile(r":(?=//)|www(?=\.)|\[(?=\[)|__(?=LNK)", re.IGNORECASE)
 NO_LINK = "\u2060"  # a word joiner, which is not seen
 
 
 def plain_text(text: str) -> str:
     """The same text for a reader, without markup, links or control characters."""
     shown = printable(text).translate(MARKUP)
-    return ADDRESS.sub(lambda match: f"{match[1]}{NO_LINK}{match[2]}", shown)
+    return ADDRESS.sub(lambda match: match[0] + NO_LINK, shown)
