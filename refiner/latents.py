@@ -19,6 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from .estimate import check_room
 from .files import partial_path
 from .reading import open_regular
 from .schedule import PRESETS, chunk_lengths, latent_frames
@@ -150,6 +151,7 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     if info.cut:
         warnings.warn(f"{path} ends in an unfinished chunk: {info.frames} latent frames are kept", stacklevel=2)
     count = info.frames * math.prod(info.frame_shape)
+    check_room(2 * 4 * count, f"reading {path.name}", "go on from a shorter file")
     with open_regular(path) as file:
         file.seek(8 + HEADER)
         body = bytearray(file.read(4 * count))

@@ -1,14 +1,17 @@
 """Prompts and paths on the command line that nothing can be made of: one line each, before anything is sampled."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from autorefiner.refiner import estimate
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.files import check_output
 from autorefiner.refiner.generate import GenerateOptions
+from autorefiner.refiner.latents import LatentWriter, inspect_latents, read_latents
 from autorefiner.refiner.video import VideoWriter, read_frames
 
 
@@ -64,3 +67,16 @@ def test_the_largest_video_is_written(size: tuple[int, int], tmp_path: Path) -> 
     with VideoWriter(tmp_path / "x.mp4", *size) as writer:
         writer.write(np.zeros((1, *size[::-1], 3), np.uint8))
     assert read_frames(tmp_path / "x.mp4").shape == (1, *size[::-1], 3)
+
+
+def test_latents_that_do_not_fit_in_memory_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    with LatentWriter(path, (16, 8, 8), {}) as latents:
+        latents.write(torch.zeros(1, 16, 3, 8, 8))
+    need = 2 * 4 * 3 * 16 * 8 * 8
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: need)
+    assert read_latents(path)[0].shape[2] == 3
+    os.truncate(path, 1 << 40)  # sparse: it takes no place on the disk
+    assert inspect_latents(path).frame_shape == (16, 8, 8)
+    with pytest.raises(ValueError, match="free"):
+        read_latents(path)
