@@ -63,8 +63,9 @@ def test_a_fault_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (root / "secret" / "x").write_text("x")
     (root / "pristine" / "own").write_text("x")
     monkeypatch.setattr(fuzz_campaign, "KINDS", {"one": (1, lambda folder, choose: Attempt("x", lambda: act(folder)))})
-    monkeypatch.setattr(fuzz_campaign, "SECONDS", 1)
-    monkeypatch.setattr(fuzz_campaign, "WALL", 3)
+    hangs = expected == "hang"
+    monkeypatch.setattr(fuzz_campaign, "SECONDS", 1 if hangs else 10)
+    monkeypatch.setattr(fuzz_campaign, "WALL", 3 if hangs else 60)
     args = argparse.Namespace(only=None, seed=0, minutes=1, keep=False)
     findings = fuzz_campaign.work(range(1), args, root, root / "pristine")
     assert findings.inputs == {"one": 1} and findings.refused == ("refused" in kind)

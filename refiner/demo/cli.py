@@ -19,7 +19,7 @@ from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, preview_map
 from .show import show
-from .tables import REWARDED, TABLES, TRAINING, TablesOptions, make_tables
+from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions, make_tables
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "longer", "init", "student", "reward")
 SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
@@ -119,9 +119,14 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
             print(line)
         return 0
     if args.action == "tables":
-        body = make_tables(args.run, tables_options(args), device, args.time)
-        write_section(args.out, "The refiner", body)
-        print(body)
+        options = tables_options(args)
+        sections = {"The refiner": tuple(n for n in options.tables if n not in TWO_LEVEL_TABLES)}
+        sections["A sampler of two levels"] = tuple(n for n in options.tables if n in TWO_LEVEL_TABLES)
+        for title, numbers in sections.items():
+            if numbers:
+                body = make_tables(args.run, replace(options, tables=numbers), device, args.time)
+                write_section(args.out, title, body)
+                print(body)
         return 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         train_stage(stage, args, device)

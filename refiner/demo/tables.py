@@ -33,6 +33,7 @@ TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750,
 RANKS = (16, 32, 64, 128)
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
+TWO_LEVEL_TABLES = (8,)
 CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions, and the first of them
 # As the student was distilled: the teacher's guidance is its own.
 TRAINING = RefineOptions(steps=550, batch=32, accumulation=2, guidance=1.0, shown=16)
@@ -275,18 +276,31 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
         timed = [row for row in reward_rows(options) if row.name in rows]
         bench.time_again(timed, device)
         outcomes |= {row.name: bench.outcome(row, device) for row in timed}
-    training, rewarded = options.training, options.rewarded
-    told = (
+    about = f"{describe(options, bench)} {how_chosen(options)}{machines(outcomes)}".strip()
+    sections = [draw(table, options, outcomes) for table in chosen]
+    if options.tables != TWO_LEVEL_TABLES:
+        sections.append(by_motion(outcomes[BASE.name], bench.captions))
+    return "\n\n".join((fill(about, 120), *sections))
+
+
+def describe(options: TablesOptions, bench: Bench) -> str:
+    """What was measured, and after how much training."""
+    only_two_levels = options.tables == TWO_LEVEL_TABLES
+    training, rewarded = options.two_levels if only_two_levels else options.training, options.rewarded
+    short = "" if only_two_levels else f" (Tables 4 and 6: {options.short})"
+    measured = (
         f"{options.captions} held-out captions × {options.seeds} seeds, clips of {4 * options.frames - 3} frames; every"
         " score is 0–100 with its 95 % bootstrap interval over captions, differences are paired by caption and seed."
         f" The base is frozen. By distribution matching (dmd) a row is trained for {training.steps} steps of"
-        f" {training.batch * training.accumulation} clips (Tables 4 and 6: {options.short}): the fake score learns at"
-        f" all of them, what is tried at one in {training.ratio} after the first {training.first_update}; by reward for"
-        f" {rewarded.steps} steps of {rewarded.batch * rewarded.accumulation} clips of"
+        f" {training.batch * training.accumulation} clips{short}: the fake score learns at all of them, what is tried"
+        f" at one in {training.ratio} after the first {training.first_update}."
+    )
+    if only_two_levels:
+        return f"{measured} Rank {training.rank}. ΔNFE: passes a chunk above the base's."
+    return (
+        f"{measured[:-1]}; by reward for {rewarded.steps} steps of {rewarded.batch * rewarded.accumulation} clips of"
         f" {4 * rewarded.frames - 3} frames. Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the"
         " base's; verifications, each of which decodes, are a chunk's too. Both searches choose among"
         f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
-        f" exact metrics judge. {how_chosen(options)}{machines(outcomes)}"
-    ).strip()
-    drawn = [draw(table, options, outcomes) for table in chosen]
-    return "\n\n".join((fill(told, 120), *drawn, by_motion(outcomes[BASE.name], bench.captions)))
+        " exact metrics judge."
+    )
