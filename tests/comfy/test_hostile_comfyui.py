@@ -3,14 +3,13 @@
 import json
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from comfy_graphs import node
 from comfy_runs import short
 from comfy_server import Server, find_comfyui
 from safetensors.torch import load_file, save_file
-
-from autorefiner.refiner.demo import bundle
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 
@@ -51,14 +50,14 @@ def test_no_link_in_the_output_folder_leads_a_video_out(server: Server) -> None:
     assert "leaves" in server.error(graph)["exception_message"] and not list(outside.iterdir())
 
 
-def test_a_refiners_file_puts_no_markup_on_the_page_and_no_link_leads_it_out(server: Server) -> None:
+def test_a_refiners_file_puts_no_markup_on_the_page_and_no_link_leads_it_out(server: Server, weights: Path) -> None:
     loras = server.base / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
     card = {
         "rank": 64, "levels": [750, 500, 250], "history": "shared", "previous": "pending",
         "objective": "<a href=//evil.example>Update now</a> http://evil.example",
     }  # fmt: skip
-    tensors = load_file(bundle.WEIGHTS / "sprites.refiner.safetensors")
+    tensors = load_file(weights / "sprites.refiner.safetensors")
     save_file(tensors, loras / "<b>h.refiner.safetensors", metadata={"autorefiner": json.dumps(card)})
     outside = server.base / "elsewhere"
     outside.mkdir()

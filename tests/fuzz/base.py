@@ -1,5 +1,6 @@
 """What kinds of input share: an attempt, damaged bytes, and values that nobody expects."""
 
+import copy
 import json
 import random
 import sys
@@ -37,7 +38,7 @@ def command(*arguments: str | Path) -> Callable[[], NoReturn]:
 
 def hostile_value(choose: random.Random) -> object:
     """Anything at all."""
-    return choose.choice((*TEXTS, *NUMBERS, *ODD))
+    return copy.deepcopy(choose.choice((*TEXTS, *NUMBERS, *ODD)))
 
 
 def damaged(content: bytes, choose: random.Random) -> bytes:
@@ -65,9 +66,9 @@ def damaged(content: bytes, choose: random.Random) -> bytes:
 
 def changed(document: object, choose: random.Random) -> object:
     """A copy of a JSON document in which a few places hold something else, are gone, or are twice there."""
-    copy = json.loads(json.dumps(document))
+    result = json.loads(json.dumps(document))
     for _ in range(choose.choice((1, 1, 1, 2, 5))):
-        places = list(_places(copy))
+        places = list(_places(result))
         if not places:
             break
         holder, key = choose.choice(places)
@@ -89,7 +90,7 @@ def changed(document: object, choose: random.Random) -> object:
             break  # it is too deep to look for places in
         else:
             holder[key] = hostile_value(choose)
-    return copy
+    return result
 
 
 def _places(value: object):
