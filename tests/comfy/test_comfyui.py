@@ -296,7 +296,7 @@ def failing(change: str) -> tuple[dict, str, str]:
         graph["60"] = node(
             "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix="../../x"
         )
-        return graph, "60", "outside the output folder"
+        return graph, "60", "leaves"
     if change == "two":
         graph["60"] = node("ConditioningCombine", conditioning_1=["2", 0], conditioning_2=["2", 0])
         graph["3"]["inputs"]["positive"] = ["60", 0]
