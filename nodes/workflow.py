@@ -51,12 +51,12 @@ def is_link(value: object) -> bool:
 
 def read_workflow(path: Path) -> dict[str, Node]:
     """The nodes of a file by id; ValueError when it is no workflow in API format."""
-    found = read_json(path, LARGEST)
-    if isinstance(found, dict) and "nodes" in found and "links" in found:
+    workflow = read_json(path, LARGEST)
+    if isinstance(workflow, dict) and "nodes" in workflow and "links" in workflow:
         raise ValueError(f"{path} is a workflow of the page: give the one in workflows/api/, or save with Export (API)")
-    if not isinstance(found, dict) or not found or not all(_is_node(node) for node in found.values()):
+    if not isinstance(workflow, dict) or not workflow or not all(_is_node(node) for node in workflow.values()):
         raise ValueError(f"{path} is not a workflow in API format: give one saved with Export (API)")
-    return {key: _node(key, node) for key, node in found.items()}
+    return {key: _node(key, node) for key, node in workflow.items()}
 
 
 def _is_node(node: object) -> bool:

@@ -58,20 +58,6 @@ KINDS: dict[str, tuple[int, Callable[[Path, random.Random], Attempt]]] = {  # an
     "run folders": (2, runs.run_folders),
 }
 STEERS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
-TRAINING = """\
-out = "run.refiner.safetensors"
-run = "run"
-save_every = 1
-show_every = 9
-[refiner]
-steps = {steps}
-batch = 2
-accumulation = 1
-rank = 2
-frames = 3
-ratio = 1
-shown = 1
-"""
 FREE = ("/proc/", "/sys/", "/dev/", "/usr/", "/lib", "/etc/ld.so", "/etc/localtime", "/etc/ssl", "/etc/mime.types")
 
 
@@ -100,7 +86,7 @@ def prepare(root: Path) -> Path:
     shutil.copy(pristine / "clip.mp4", root / "secret" / "secret.mp4")
     Image.new("RGB", (64, 64)).save(pristine / "input" / "example.png")
     for steps in (1, 2):
-        (pristine / "run.toml").write_text(TRAINING.format(steps=steps))
+        (pristine / "run.toml").write_text(documents.training("run", steps))
         if steps == 1:
             main(["train", str(pristine / "run.toml"), "--device", "cpu"])
     templates()

@@ -11,6 +11,6 @@ NO_LINK = "\u2060"  # a word joiner, which is not seen
 
 
 def plain_text(text: str) -> str:
-    """The same text for a reader, without markup, links or control characters."""
+    """Neutralise markup, links and control characters."""
     shown = printable(text).translate(MARKUP)
     return ADDRESS.sub(lambda match: match[0] + NO_LINK, shown)

@@ -284,7 +284,7 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
 
 
 def describe(options: TablesOptions, bench: Bench) -> str:
-    """What was measured, and after how much training."""
+    """Describe what was measured and how long each row was trained."""
     only_two_levels = options.tables == TWO_LEVEL_TABLES
     training, rewarded = options.two_levels if only_two_levels else options.training, options.rewarded
     short = "" if only_two_levels else f" (Tables 4 and 6: {options.short})"

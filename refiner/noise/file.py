@@ -61,7 +61,7 @@ class RefinerCard:
 
 
 def plain_words(text: str) -> str:
-    """The letters, digits and simple marks of a text of unknown origin, on one line."""
+    """Keep letters, digits and simple marks, on one line."""
     return " ".join(re.sub(r"[^\w+.,-]", " ", text).split())[:LONGEST_OBJECTIVE]
 
 

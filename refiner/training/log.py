@@ -12,7 +12,7 @@ Row = dict[str, float]  # figures of a step by name, with `step` and `seconds`
 
 
 def read_rows(log: Path, before: float = math.inf) -> list[Row]:
-    """Rows of the steps before `before`, in the order of the file; none where there is no file.
+    """Read the rows of the steps before `before`, in the order of the file; none where there is no file.
 
     Warns of damaged lines, which are left out; a last line without its end is one that a kill cut off, and is left out
     silently. ValueError for what is no regular file or longer than any log.
@@ -27,12 +27,12 @@ def read_rows(log: Path, before: float = math.inf) -> list[Row]:
 
 
 def format_row(row: Row) -> str:
-    """A line of the log."""
+    """Format a row as a line of the log."""
     return json.dumps(row) + "\n"
 
 
 def _row(line: bytes) -> Row | None:
-    """The figures of a line; None for a damaged one."""
+    """Parse a line; None for a damaged one."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -78,7 +78,7 @@ def guess_with_lora(path: Path, like_longlive: bool, before: Guess) -> Guess:
 
 
 def alternatives(presets: Sequence[str]) -> str:
-    """a, b or c."""
+    """Join names as `a, b or c`."""
     return " or ".join(part for part in (", ".join(presets[:-1]), presets[-1]) if part)
 
 

@@ -82,7 +82,7 @@ def module_name(stem: str) -> str:
 
 
 def _without_underscores(module: str) -> str:
-    """Of kohya's and musubi's `blocks_0_self_attn_q`, and of the mixture `blocks_0.self_attn.q`."""
+    """Restore the dots of `blocks_0_self_attn_q` (kohya, musubi) and of the mixture `blocks_0.self_attn.q`."""
     plain = module.replace(".", "_")
     block = re.fullmatch(r"(?:transformer_)?blocks_(\d+)_(.+)", plain)
     if block:

@@ -131,7 +131,7 @@ def plain_tensors(content: object, nbytes: int) -> dict[str, Tensor]:
 
 
 def _oddity(tensor: Tensor) -> str | None:
-    """What a tensor is instead of a plain one."""
+    """Name what keeps a tensor from being plain; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:
@@ -160,6 +160,6 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def too_large(path: Path) -> str:
-    """What to say of a file that cannot be mapped."""
+    """Explain that a file cannot be mapped."""
     size = path.stat().st_size / 1e9
     return f"is {size:.1f} GB and this machine's memory cannot map that much: add swap, or allow overcommit"

@@ -34,8 +34,8 @@ SMALL_RUN = {
     "score_draws": 2,
 }
 TRAINING = """\
-out = "a.refiner.safetensors"
-run = "other run"
+out = "{run}.refiner.safetensors"
+run = "{run}"
 base = "sprites"
 prompts = "sprites"
 preset = "self-forcing"
@@ -46,7 +46,7 @@ show_every = 9
 method = "autorefiner"
 objective = "dmd"
 levels = [750, 500]
-steps = 1
+steps = {steps}
 batch = 2
 accumulation = 1
 rank = 2
@@ -81,6 +81,11 @@ def small(workflow: dict) -> dict:
     return workflow
 
 
+def training(run: str, steps: int) -> str:
+    """A small training in this folder."""
+    return TRAINING.format(run=run, steps=steps)
+
+
 def workflows(folder: Path, choose: random.Random) -> Attempt:
     """A workflow file with a few places changed."""
     name = choose.choice(WORKFLOWS)
@@ -108,7 +113,7 @@ def toml_value(value: object) -> str:
 
 def trainings(folder: Path, choose: random.Random) -> Attempt:
     """A training's TOML with some values changed."""
-    lines = TRAINING.splitlines()
+    lines = training("other run", 1).splitlines()
     for _ in range(choose.choice((1, 1, 2, 4))):
         at = choose.randrange(len(lines))
         name = lines[at].partition(" = ")[0]
