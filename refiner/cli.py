@@ -55,6 +55,7 @@ CLOCK = 1.0  # seconds that a file system's clock may lag
 SMALLER = {  # what takes less memory, by command
     "generate": "lower --size or --window, or use --dtype bf16",
     "inspect": "close what else uses the memory",
+    "presets": "close what else uses the memory",
     "bench": "take a smaller --size",
     "train": "lower the batch and raise accumulation, or set checkpointing = true",
     "demo": "lower the --batch of a training, or use --device cpu",
@@ -306,7 +307,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_presets(_: argparse.Namespace) -> int:
-    print(preset_table())
+    say(*preset_table().split("\n"))
     return 0
 
 

@@ -10,7 +10,7 @@ LONGEST = 4000  # characters of a line
 def printable(text: str) -> str:
     """Escape what is not seen: control characters, line and paragraph separators, directional overrides, surrogates.
 
-    A tab stays a space, a text that is too long is cut, and everything else stays as it is.
+    Turn tabs into spaces, cut text that is too long, and leave everything else as it is.
     """
     shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
     return "".join(map(_visible, shown))

@@ -22,7 +22,7 @@ from . import schema as io
 from . import standalone as host
 from .standalone import Clip, VideoFile
 
-MOST_PIXELS = 1 << 25  # of all frames of a picture that is read
+MOST_PIXELS = 1 << 25  # of a frame of a picture that is read
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names; others run programs or read other files
 IMAGE_BYTES = 3 * 4 + 4  # of a pixel and its mask
 FRAME_BYTES = 3 * 4
@@ -48,11 +48,9 @@ def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
     images, masks = [], []
     try:
         with Image.open(path, formats=PICTURES) as picture:
-            pixels = picture.width * picture.height * getattr(picture, "n_frames", 1)
-            check_picture(pixels, name)
+            check_picture(picture, getattr(picture, "n_frames", 1), name)
             for frame in ImageSequence.Iterator(picture):
-                if frame.width * frame.height > pixels:
-                    raise ValueError("a frame is larger than its picture")
+                check_picture(frame, len(images) + 1, name)  # a page of a .tiff may be larger than the first
                 upright = ImageOps.exif_transpose(frame)
                 if images and upright.size != (images[0].shape[1], images[0].shape[0]):
                     continue
@@ -69,13 +67,13 @@ class TooLarge(ValueError):
     """A picture of too many pixels."""
 
 
-def check_picture(pixels: int, name: str) -> None:
-    """Raise TooLarge where a picture's pixels, of all frames, are more than are read, or than fit in memory."""
-    shown = f"image {name[:SHOWN]!r}"
+def check_picture(frame: Image.Image, frames: int, name: str) -> None:
+    """Raise TooLarge where a frame has more pixels than are read, or so many frames like it do not fit in memory."""
+    shown, pixels = f"image {name[:SHOWN]!r}", frame.width * frame.height
     if pixels > MOST_PIXELS:
-        raise TooLarge(f"{shown} has {pixels / 1e6:.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f}: scale it down")
+        raise TooLarge(f"{shown} has {frame.width}x{frame.height} pixels, more than {MOST_PIXELS}: scale it down first")
     try:
-        check_room(2 * IMAGE_BYTES * pixels, f"reading {shown}", "scale it down first")
+        check_room(2 * IMAGE_BYTES * pixels * frames, f"reading {shown}", "scale it down first")
     except ValueError as error:
         raise TooLarge(str(error)) from error
 

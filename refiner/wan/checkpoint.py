@@ -267,7 +267,7 @@ def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor
 
 
 def _other_model(info: CheckpointInfo, names: Collection[str]) -> str | None:
-    """What a transformer is when it is no whole Wan2.1 text-to-video model; None when it is."""
+    """Name the model that a transformer is instead of a whole Wan2.1 text-to-video one; None when it is that."""
     if other := other_model(info.config, names):
         return other
     return "one of the two experts of Wan2.2 A14B, half a model" if is_expert(info.path) else None

@@ -134,9 +134,21 @@ def test_frames_of_a_picture_count(base: Path, monkeypatch: pytest.MonkeyPatch) 
     frames[0].save(base / "input" / "a.gif", save_all=True, append_images=frames[1:])
     image, _ = core_nodes.LoadImage.execute("a.gif").args
     assert image.shape == (3, 64, 64, 3)
-    monkeypatch.setattr(core_nodes, "MOST_PIXELS", 3 * 64 * 64 - 1)
-    with pytest.raises(ValueError, match="pixels"):
+    need = 3 * 64 * 64 * 2 * core_nodes.IMAGE_BYTES
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: need)
+    assert len(core_nodes.LoadImage.execute("a.gif").args[0]) == 3
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: need - 1)
+    with pytest.raises(ValueError, match="free"):
         core_nodes.LoadImage.execute("a.gif")
+
+
+def test_a_later_page_that_is_too_large_is_not_decoded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.new("RGB", (side, side)) for side in (16, 64)]
+    pages[0].save(base / "input" / "a.tiff", save_all=True, append_images=pages[1:])
+    assert core_nodes.LoadImage.execute("a.tiff").args[0].shape == (1, 16, 16, 3)
+    monkeypatch.setattr(core_nodes, "MOST_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ValueError, match="64x64"):
+        core_nodes.LoadImage.execute("a.tiff")
 
 
 NODES = {
