@@ -58,6 +58,8 @@ def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
                 masks.append(mask_of(upright))
     except (MemoryError, TooLarge):
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit is above ours
+        raise ValueError(f"image {name[:SHOWN]!r} has more than {MOST_PIXELS} pixels: scale it down first") from error
     except Exception as error:  # a damaged picture can make its decoder raise anything
         raise ValueError(f"image {name[:SHOWN]!r} is not a readable picture: give a .png, .jpg or .webp") from error
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))

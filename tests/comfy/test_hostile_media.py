@@ -125,7 +125,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(16_000, 16_000), (2**31 - 1, 2), (1, 2**31 - 1), (8000, 4195)])
 def test_a_picture_of_too_many_pixels_is_not_decoded(size: tuple[int, int], base: Path) -> None:
     (base / "input" / "b.png").write_bytes(png(*size))
-    with pytest.raises(ValueError, match=r"pixels|readable"):
+    with pytest.raises(ValueError, match="pixels"):
         core_nodes.LoadImage.execute("b.png")
 
 
