@@ -1,7 +1,7 @@
 """Levels, chunk sizes and presets: when a sampler denoises what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -66,7 +66,7 @@ class Preset:
     window: int = -1
     sink: int = 0
     relative: bool = False  # positions relative to the window, on raw keys
-    source: str = ""
+    source: str = field(default="", repr=False, compare=False)  # whose configuration it is
 
     def __post_init__(self) -> None:
         for steps in (self.steps, self.first_steps or self.steps):

@@ -133,3 +133,12 @@ def test_a_damaged_note_of_a_run_is_one_line(content: bytes, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"run\.json") as error:
         begin(tmp_path, {"steps": 1}, ())
     assert "\n" not in str(error.value)
+
+
+def test_words_about_a_preset_are_no_option_of_a_run(tmp_path: Path) -> None:
+    preset = {"chunk": 3, "source": "one page"}
+    begin(tmp_path, {"preset": preset}, ())
+    save(Weights(), tmp_path, 1)
+    begin(tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ())  # older notes say less
+    with pytest.raises(ValueError, match="preset"):
+        begin(tmp_path, {"preset": preset | {"chunk": 1}}, ())

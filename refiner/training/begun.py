@@ -12,6 +12,7 @@ from .distributed import saved_shards
 
 NOTE = "run.json"
 SHORT = 20  # characters of a value that a message shows
+PROSE = "source"  # of a preset: words about it, which change nothing
 
 
 def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, first: bool = True) -> None:
@@ -32,7 +33,7 @@ def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, fi
     try:
         before = dict(read_json(note, CONFIG_BYTES))
         fixed = [name for name in now if name not in may_change and name in before]  # older notes say less
-        other = next((name for name in fixed if before[name] != now[name]), None)
+        other = next((name for name in fixed if not _agree(before[name], now[name])), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
     if other is not None:
@@ -40,6 +41,13 @@ def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, fi
         shown = all(isinstance(value, (int, float, str)) and len(str(value)) <= SHORT for value in pair)
         values = f" {pair[0]} and is {pair[1]} now" if shown else ""
         raise ValueError(f"run {run.name} was begun with another {other}{values}: give the run another name")
+
+
+def _agree(before: object, now: object) -> bool:
+    """Compare two values of a note; a table by the names that both have."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before == now
+    return all(_agree(before[name], now[name]) for name in now if name in before and name != PROSE)
 
 
 def digest(words: Sequence[str]) -> str:

@@ -103,6 +103,12 @@ def test_factors_are_those_of_the_models_that_they_were_trained_with(tmp_path, m
     assert {number for number, row in trained.items() if row.file() != before[number]} == again
 
 
+def test_factors_are_found_again_when_words_about_the_preset_change() -> None:
+    row = KINDS[1].rows(TablesOptions())[-1]
+    training = replace(row.training, preset=replace(row.training.preset, source="another"))
+    assert replace(row, training=training).file() == row.file()
+
+
 def test_rows_of_two_levels_are_trained_and_sampled_with_them() -> None:
     options = replace(
         TablesOptions(), controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.steps, Control("shrunk", 0.1)))
