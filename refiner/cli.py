@@ -17,32 +17,23 @@ from tqdm import tqdm
 
 from .bench import SIZES, bench
 from .bench_refiner import bench_refiner
-from .demo.bundle import REFINERS
+from .bundles import BUNDLES, PUBLISHED_SIZE, bundled_refiners, find_bundle
 from .demo.cli import add_demo, run_demo
+from .device import DTYPES, pick_device, pick_dtype
 from .files import check_output, partial_path
-from .generate import (
-    DTYPES,
-    RANDOM_TINY,
-    SPRITES,
-    SPRITES_SIZE,
-    GenerateOptions,
-    Job,
-    generate,
-    notes,
-    pick_device,
-    pick_dtype,
-    prepare,
-)
+from .generate import generate
+from .job import Job, notes, prepare
 from .latents import inspect_latents, is_latents
 from .preset_table import preset_table
 from .reading import check_regular
 from .refined import FORMS
+from .request import GenerateOptions
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .stopping import INTERRUPTED, handling, interrupt, settle
 from .terminal import say, warn
-from .train import run_probe, run_training
+from .train import run_probe, run_training, train_on_demo
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
 from .wan.checkpoint import describe, inspect
@@ -164,7 +155,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "generate", help="prompt to video", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = command.add_argument_group("model")
-    about = f"a checkpoint as published (.pt, .safetensors), or one of our own: {SPRITES}, the demo; {RANDOM_TINY}"
+    names = " or ".join(BUNDLES)
+    about = f"a checkpoint as published (.pt, .safetensors), or a bundled one: {names}"
     model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
     about = "where a file holds both: averaged (ema) or last (raw); default: what its authors sample with"
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=about)
@@ -179,7 +171,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     what = command.add_argument_group("video")
     what.add_argument("--prompt", default="", help="what to show, as the model's authors prompt it")
     what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
-    about = "multiples of 16 (default 832x480; sprites 64x64)"
+    about = f"multiples of 16 (default {default_sizes()})"
     what.add_argument("--size", type=size, metavar="WxH", help=about)
     what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
     what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
@@ -197,7 +189,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
     how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
-    about = f"a refiner's file, or {' or '.join(REFINERS)}: refines the noise between levels, for a pass a level more"
+    names = " or ".join(bundled_refiners())
+    about = f"a refiner's file, or {names}: refines the noise between levels, for a pass a level more"
     how.add_argument("--refiner", metavar="FILE|NAME", help=about)
     how.add_argument("--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)")
     about = "nominal levels whose noise is refined; default: those it was trained for"
@@ -206,6 +199,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--refiner-form", choices=FORMS, default="auto", help=about)
     how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
     add_machine(how)
+
+
+def default_sizes() -> str:
+    """The default size of published models, and those of bundles that differ."""
+    sizes = {"": PUBLISHED_SIZE}
+    for name, bundle in BUNDLES.items():
+        if bundle.size != PUBLISHED_SIZE:
+            sizes[f"{name} "] = bundle.size
+    return "; ".join(f"{name}{width}x{height}" for name, (width, height) in sizes.items())
 
 
 def add_machine(command: argparse._ActionsContainer) -> None:
@@ -217,7 +219,8 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
     """The request that the arguments of `generate` make."""
     named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
     named["lora"] = tuple(args.lora or ())
-    width, height = args.size or (SPRITES_SIZE if args.model == SPRITES else (832, 480))
+    bundle = find_bundle(args.model)
+    width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
     return GenerateOptions(**named, width=width, height=height)
 
 
@@ -272,8 +275,10 @@ def what_is_there(job: Job, begun: float) -> str:
     video, latents = partial_path(job.options.out), job.options.outputs.stopped
     if not video.exists() or video.stat().st_mtime < begun - CLOCK:  # an earlier run's
         return "stopped: no chunk was finished"
-    told = f"stopped: {count_frames(video)} frames are in {video}"
-    return told + (f"; go on with --extend {latents}" if job.options.save_latents else "")
+    message = f"stopped: {count_frames(video)} frames are in {video}"
+    if job.options.save_latents:
+        message += f"; go on with --extend {latents}"
+    return message
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -325,7 +330,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_demo_command(args: argparse.Namespace) -> int:
-    return run_demo(args, pick_device(args.device))
+    return run_demo(args, pick_device(args.device), train_on_demo)
 
 
 def main(

@@ -97,6 +97,6 @@ def load_sprite_reward(
     return VideoTextReward("sprites", model.eval().requires_grad_(False).to(device), frames)
 
 
-def told_of(name: str, folder: Path = WEIGHTS) -> dict:
+def recipe_of(name: str, folder: Path = WEIGHTS) -> dict:
     """What a file of the bundle says of itself: recipe, steps, scores."""
     return json.loads(open_weights(folder / FILES[name]).metadata.get("autorefiner", "{}"))

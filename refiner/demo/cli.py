@@ -9,7 +9,7 @@ import torch
 
 from ..training.log import read_rows
 from ..training.loop import RUNS, LoopOptions, Stage, keep_freed_memory, train
-from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, save_model, told_of
+from .bundle import WEIGHTS, load_sprite_network, load_sprite_text, load_sprite_vae, recipe_of, save_model
 from .evaluation import EvaluateOptions, evaluate, write_section
 from .leverage import LeverageOptions, leverage
 from .recipes.data import Clips, encode_shards
@@ -18,6 +18,7 @@ from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOp
 from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, preview_map
+from .rows import Train
 from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions, make_tables
 
@@ -101,8 +102,8 @@ def tables_options(args: argparse.Namespace) -> TablesOptions:
     return options
 
 
-def run_demo(args: argparse.Namespace, device: torch.device) -> int:
-    """Do what was asked for."""
+def run_demo(args: argparse.Namespace, device: torch.device, train_row: Train) -> int:
+    """Run an action of `autorefiner demo`; `train_row` trains a row of the tables."""
     if args.action == "evaluate":
         options = EvaluateOptions(args.captions, args.long_captions, args.pairs, args.teacher_steps)
         body = evaluate(args.models, options, device)
@@ -124,7 +125,7 @@ def run_demo(args: argparse.Namespace, device: torch.device) -> int:
         sections["A sampler of two levels"] = tuple(n for n in options.tables if n in TWO_LEVEL_TABLES)
         for title, numbers in sections.items():
             if numbers:
-                body = make_tables(args.run, replace(options, tables=numbers), device, args.time)
+                body = make_tables(args.run, replace(options, tables=numbers), device, train_row, args.time)
                 write_section(args.out, title, body)
                 print(body)
         return 0
@@ -164,7 +165,7 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
 
 def earlier_recipes(run: Path, model: str, recipe: str) -> list[dict]:
     """Recipes and steps that a model in the run's folder was trained by before this recipe."""
-    told = told_of(model, run)
+    told = recipe_of(model, run)
     before = told.get("before", [])
     if told.get("recipe") in (None, recipe):  # the recipe's own end, come to once more
         return before

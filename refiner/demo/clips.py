@@ -44,6 +44,16 @@ def held_out(count: int, split: str = "test", first: int = 0) -> list[Caption]:
     return [sample_scene(seed, split).caption for seed in range(first, first + count)]
 
 
+def held_out_prompts(count: int) -> list[str]:
+    """The texts of the first held-out captions."""
+    return [caption.text for caption in held_out(count)]
+
+
+def training_prompts(count: int) -> list[str]:
+    """The texts of the first training captions."""
+    return [sample_scene(seed).caption.text for seed in range(count)]
+
+
 def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str]]:
     """Their texts, `size` at a time."""
     rest = iter(captions)

@@ -11,7 +11,7 @@ from ..samplers import ode
 from ..training.ahead import helpers
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
-from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, told_of
+from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, recipe_of
 from .captions import Caption
 from .clips import LATENT_FRAMES, PRESET, held_out, returned_clips, score, student_clips, teacher_clips, truth_clips
 from .metrics.diversity import diversity
@@ -113,7 +113,7 @@ def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
 
 def told_models(folder: Path) -> str:
     """The recipes and steps that the bundle's files tell."""
-    told = {name: told_of(name, folder) for name in ("vae", "teacher", "student")}
+    told = {name: recipe_of(name, folder) for name in ("vae", "teacher", "student")}
     return ", ".join(
         " and ".join(f"{one.get('recipe', name)} {one.get('steps', '?')}" for one in (*last.get("before", []), last))
         + " steps"
@@ -123,7 +123,7 @@ def told_models(folder: Path) -> str:
 
 def told_totals(folder: Path) -> list[str]:
     """Lines: how the total of the sample sheets rose while teacher and student were trained, as their files tell."""
-    found = {name: told_of(name, folder).get("totals") for name in ("teacher", "student")}
+    found = {name: recipe_of(name, folder).get("totals") for name in ("teacher", "student")}
     lines = [
         f"- {name}: " + ", ".join(f"{total} ({int(steps):,})" for steps, total in totals.items())
         for name, totals in found.items()

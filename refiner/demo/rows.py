@@ -6,7 +6,7 @@ Factors and measurements stay in the run's folder, so a command that was stopped
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,6 @@ from numpy import ndarray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..generate import SPRITES
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..noise.source import VERSION as NOISE_VERSION
@@ -25,8 +24,6 @@ from ..rollout import Sampler
 from ..samplers import SEARCHES, self_forcing
 from ..samplers.search import Judge, Verifier
 from ..schedule import Chunk, Preset, plan_chunks
-from ..train import train_refiner
-from ..train_config import RewardConfig, TrainConfig
 from ..training.ahead import helpers
 from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
@@ -44,6 +41,7 @@ from .metrics.evaluate import ClipScores
 AIMED_BY = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # what an objective looks at the student's clips with
 TIMED = 3  # rounds
 Search = Literal["", "best-of-n", "search-over-path"]
+Train = Callable[[RefineOptions, Path, Path, torch.device], Path]  # to a file; state in a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +141,7 @@ class Bench:
     run: Path
     rewards: Mixture | None = None  # what the searches choose by
     candidates: int = 5
+    train: Train | None = None  # None: only rows that are trained already
 
     def outcome(self, row: Row, device: torch.device) -> Outcome:
         """Train what the row needs, unless that was done; sample and score its clips, unless that was done, be it for
@@ -182,8 +181,9 @@ class Bench:
             return None
         out = self.run / row.file()
         if not out.exists():
-            rewards = (RewardConfig(SPRITES),) if row.training.objective == "reward" else ()
-            train_refiner(TrainConfig(out, self.run / out.stem, refiner=row.training, rewards=rewards), device)
+            if self.train is None:
+                raise ValueError(f"{row.name} needs training, and this bench was given none")
+            self.train(row.training, out, self.run / out.stem, device)
             _machine_file(out).write_text(machine(device))
         return out
 

@@ -24,7 +24,7 @@ from .evaluation import Demo
 from .metrics.diversity import of_spreads
 from .metrics.evaluate import ClipScores
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
-from .rows import Bench, Outcome, Row
+from .rows import Bench, Outcome, Row, Train
 
 TABLES = (1, 2, 3, 4, 6, 7, 8)
 TOTALS = ("quality", "semantic", "total")
@@ -259,7 +259,9 @@ def how_chosen(options: TablesOptions) -> str:
     return f"The c of an untrained residual is the best of {strengths} on {count} other captions. "
 
 
-def make_tables(run: Path, options: TablesOptions, device: torch.device, time_again: bool = False) -> str:
+def make_tables(
+    run: Path, options: TablesOptions, device: torch.device, train: Train, time_again: bool = False
+) -> str:
     """Train and measure every row that is not in `run` yet; the tables as a section of RESULTS.md.
 
     `time_again` is for rows that were measured while the machine was busy with something else.
@@ -267,7 +269,10 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
     rewards = Mixture(((load_sprite_reward(device=device), 1.0),)) if {2, 7} & {*options.tables} else None
-    bench = Bench(demo, held_out(options.captions), options.seeds, options.frames, run, rewards)
+    captions = held_out(options.captions)
+    bench = Bench(
+        demo, captions, options.seeds, options.frames, run, rewards=rewards, train=train
+    )
     options = replace(options, controls=choose_controls(bench, options, device))
     chosen = [KINDS[number] for number in options.tables]
     rows = {row.name: row for table in chosen for row in table.rows(options)}
