@@ -4,8 +4,8 @@ First teacher forcing: clean history, one noised chunk at a time, flow matching 
 Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,14 @@ from ...noise.source import GivenNoise
 from ...rollout import Rollout, add_noise
 from ...schedule import plan_chunks
 from ...training.ahead import Ahead, helpers
-from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
+from ...training.dmd import column, draw_sigma, shifted
+from ...training.dmd_objective import BETAS, DmdObjective
 from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.objective import Part
+from ...training.options import RefineOptions
 from ...training.precision import mixed_precision, training_host
 from ...training.replay import Replay
+from ...training.residuals import Residuals
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
 from ...wan.vae import WanVAE
@@ -69,9 +73,21 @@ class DistilOptions:
     ema: float = 0.99
     ratio: int = 5
     shown: int = 32
-    dmd: DmdOptions = field(default_factory=lambda: DmdOptions(guidance=1.0))
+    guidance: float = 1.0  # of the real score
     seed: int = 0
     compiled: bool = False
+
+    @property
+    def objective(self) -> RefineOptions:
+        """The objective's options, as a refiner's training has them."""
+        return RefineOptions(
+            steps=self.steps, batch=self.batch, accumulation=1, ratio=self.ratio,
+            critic_rate=self.critic_rate, guidance=self.guidance, preset=PRESET, seed=self.seed,
+            compiled=self.compiled,
+        )  # fmt: skip
+
+
+CLIP = 10.0  # norm of the distillation's gradients
 
 
 def graph_memory(network: CausalWan, shape: torch.Size) -> GraphMemory:
@@ -144,86 +160,92 @@ class CausalInitStage(LearnerStage):
 
 
 class DistilStage:
-    """Training state of the distillation: generator, its average, fake network, and the frozen teacher."""
+    """Training state of the distillation: the generator, its average, and the objective's networks.
+
+    The objective is that of a refiner's training; here the whole student learns.
+    """
 
     def __init__(
         self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
         vae: WanVAE,
     ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
-        betas = (0.0, 0.999)
-        self.generator = Learner(twin(student), options.learning_rate, options.ema, betas, decay=0.01)
-        self.critic = Learner(twin(teacher), options.critic_rate, 0.0, betas, decay=0.01)
+        rates = options.learning_rate, options.ema
+        self.generator = Learner(twin(student), *rates, BETAS, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
         host = training_host(self.device, options.compiled)
         self.network = CausalWan(self.generator.model, student.config, host)
         self.average = CausalWan(self.generator.average, student.config)
-        self.fake = CausalWan(self.critic.model, teacher.config, host)
-        self.teacher = CausalWan(teacher.model, teacher.config, host)
-        self.of_critic, self.of_generator = (Replay(one.model, self.device) for one in (self.critic, self.generator))
+        self.objective = DmdObjective(options.objective, teacher, self._encode, CLIP)
+        self.replay = Replay(self.generator.model, self.device)
         self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
         self.first_half = FirstHalf()
 
     def state_dict(self) -> dict:
-        states = {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
+        states = {"generator": self.generator.state_dict(), **self.objective.state_dict()}
         return states | self.first_half.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
-        self.critic.load_state_dict(state["critic"])
+        self.objective.load_state_dict(state)
         self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
-        """Every step the critic learns, and the generator every `ratio`-th."""
+        """Teach the critic every step and the generator every `ratio`-th."""
         for_critic, for_generator = self.prompts(index)
         logged = self.first_half.take(index, lambda: self._teach_critic(index, for_critic))
         if index % self.options.ratio == 0:
-            _, size = self._teach(index, 1, for_generator, self.of_generator, self._generator_loss)
-            logged["generator"] = size.item()
-            self.generator.update(index // self.options.ratio, 1.0, clip=10.0)
+            logged["generator"] = self._teach_generator(index, for_generator)
         self.first_half.clear()
         return logged
 
     def _teach_critic(self, index: int, prompts: list[str]) -> dict[str, float]:
-        (loss,) = self._teach(index, 0, prompts, self.of_critic, self._critic_loss)
-        logged = {"loss": loss.item()}
-        self.critic.update(index, 1.0, clip=10.0)
-        return logged
+        part = self._part(index, 0, prompts)
+        fixed = {"exit_level": part.exit_level}
+        (clean,) = self.replay.forward(self._clips_of, part.path, part.context, **fixed)
+        return self.objective.prepare(index, iter([(part, clean)]))
 
-    def _teach(self, index: int, use: int, prompts: list[str], replay: Replay, loss_of: Callable) -> Sequence[Tensor]:
-        """Gradients of one of the two networks: on the student's own clips [B, 16, F, h, w], stopped at one level for
-        all, and noised as both networks see them."""
+    def _teach_generator(self, index: int, prompts: list[str]) -> float:
+        """Update the generator; returns the mean size of its loss's gradient."""
+        part = self._part(index, 1, prompts)
+        tensors, _ = self.objective.given(part)
+        fixed = {"exit_level": part.exit_level}
+        _, size = self.replay(self._generator_loss, part.path, part.context, *tensors, **fixed)
+        self.generator.update(index // self.options.ratio, 1.0, clip=CLIP)
+        return size.item()
+
+    def _part(self, index: int, use: int, prompts: list[str]) -> Part:
+        """A step's clips: one exit level for all, the noises of their path, and those to score at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
         exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.steps)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
         path, noise = (
-            torch.randn(size, generator=generator, device=self.device) for size in ((len(PRESET.steps), *shape), shape)
+            torch.randn(size, generator=generator, device=self.device)
+            for size in ((len(PRESET.steps), *shape), shape)
         )
-        sigma = draw_sigma(len(prompts), options.dmd, generator)
-        with torch.no_grad():
-            contexts = self.text(prompts), self.text([""] * len(prompts))
-        return replay(loss_of, path, noise, sigma, *contexts, exit_level=exit_level)
+        sigma = draw_sigma(len(prompts), self.objective.options.dmd, generator)
+        return Part(
+            path, exit_level, self._encode(prompts), tuple(prompts), index, use,
+            rows=slice(0, len(prompts)), total=len(prompts), weight=1.0,
+            scored_at=(noise[None], sigma[None]),
+        )  # fmt: skip
 
-    def _critic_loss(
-        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
-    ) -> tuple[Tensor]:
-        with mixed_precision(self.device):
-            with torch.no_grad():
-                clean = self._rollout(path, context, exit_level)
-            return (critic_loss(self.fake, clean, noise, sigma, self.fake.text(context)),)
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Contexts [B, L, text_dim], in fp32 whatever the training's precision is."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.text(prompts)
 
     def _generator_loss(
-        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
+        self, path: Tensor, context: Tensor, *tensors: Tensor, exit_level: int
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the mean size of its gradient."""
+        (clean,) = self._clips_of(path, context, exit_level)
+        loss, figures = self.objective.loss(clean, context, Residuals(), *tensors)
+        return loss, figures["gradient"]
+
+    def _clips_of(self, path: Tensor, context: Tensor, exit_level: int) -> tuple[Tensor]:
         with mixed_precision(self.device):
-            clean = self._rollout(path, context, exit_level)
-            with torch.no_grad():
-                texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
-            gradient = dmd_gradient(
-                clean.detach(), noise, sigma, self.teacher, self.fake, texts, self.options.dmd.guidance
-            )
-        return dmd_loss(clean, gradient), gradient.abs().mean()
+            return (self._rollout(path, context, exit_level),)
 
     def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
         """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
