@@ -212,7 +212,8 @@ def make_encoder(config: TrainConfig, base: CausalWan, device: torch.device) -> 
         return bundle.text(device)
     if not config.text_encoder:
         raise ValueError(
-            "`text_encoder` is not said: name the umT5 folder or file that the base was trained with"
+            "`text_encoder` is not said: name the umT5 folder or file that the base was trained"
+            " with"
         )
     encoder = load_text_encoder(
         Path(config.text_encoder),

@@ -49,7 +49,8 @@ class RewardConfig:
             raise ValueError(f"rewards.path of {self.kind} is {self.path!r}: {advice}")
         if self.interval and not self.frames:
             raise ValueError(
-                f"rewards.interval {self.interval} of {self.kind} is said without `frames`: say both"
+                f"rewards.interval {self.interval} of {self.kind} is said without `frames`: say"
+                " both"
             )
         if not abs(self.weight) < inf:
             raise ValueError(f"rewards.weight {self.weight} of {self.kind}: give a finite number")
@@ -189,7 +190,8 @@ def _check_complete(document: Mapping[str, Any], options: Mapping[str, Any]) -> 
     missing += [f"refiner.{name}" for name in ("height", "width") if name not in options]
     if missing:
         raise ValueError(
-            f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else can"
+            f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else"
+            " can"
         )
 
 

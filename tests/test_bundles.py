@@ -39,8 +39,9 @@ def row(tmp_path: Path, monkeypatch) -> bundles.Bundle:
 
 def generate(out: Path, model: str, *more: str) -> torch.Tensor:
     """The latents of a short clip."""
-    arguments = ["generate", "--model", model, "--prompt", PROMPT, "--out", str(out), "--frames", "9"]
-    assert main([*arguments, "--save-latents", "--device", "cpu", *more]) == 0
+    arguments = ["generate", "--model", model, "--prompt", PROMPT, "--out", str(out)]
+    usual = ["--frames", "9", "--save-latents", "--device", "cpu"]
+    assert main([*arguments, *usual, *more]) == 0
     return load_file(out.with_suffix(".latents.safetensors"))["latents"]
 
 

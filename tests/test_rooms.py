@@ -46,7 +46,7 @@ ROOMS = {
     "train_config": TRAINED | {"bundles", "training"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }
-ANYTHING = {"cli", "__init__"}  # the command line, and what `import autorefiner.refiner` gives
+ANYTHING = {"cli", "__init__"}  # may import every room
 
 
 def module_name(path: Path) -> tuple[str, ...]:
@@ -116,7 +116,11 @@ def circles(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> set[tuple[str
     left, size = dict(graph), -1
     while size != len(left):
         size = len(left)
-        left = {module: targets & left.keys() for module, targets in left.items() if targets & left.keys()}
+        left = {
+            module: targets & left.keys()
+            for module, targets in left.items()
+            if targets & left.keys()
+        }
         imported_by_others = set().union(*left.values())
         left = {module: targets for module, targets in left.items() if module in imported_by_others}
     return set(left)

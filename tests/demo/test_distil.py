@@ -55,7 +55,12 @@ def test_the_generator_learns_at_every_second_step(stage) -> None:
 def test_a_state_goes_on_as_it_was(stage) -> None:
     stage.step(0)
     other = DistilStage(
-        stage.options, tiny_network(seed=2), tiny_network(seed=3), stage.clips, stage.text, stage.vae
+        stage.options,
+        tiny_network(seed=2),
+        tiny_network(seed=3),
+        stage.clips,
+        stage.text,
+        stage.vae,
     )
     other.objective.teacher = stage.objective.teacher
     other.load_state_dict(stage.state_dict())

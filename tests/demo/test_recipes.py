@@ -25,7 +25,7 @@ from autorefiner.refiner.demo.bundle import (
     scaled_vae,
 )
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
-from autorefiner.refiner.demo.evaluation import told_models, told_totals
+from autorefiner.refiner.demo.evaluation import describe_recipes, list_totals
 from autorefiner.refiner.demo.recipes import vae
 from autorefiner.refiner.demo.recipes.data import DIAGONALS, Clips
 from autorefiner.refiner.demo.recipes.teacher import (
@@ -117,8 +117,9 @@ def test_the_finished_models_load_and_say_what_they_are(run) -> None:
 def test_a_model_tells_its_recipes_and_how_its_total_rose(run) -> None:
     last = json.loads((run / "student" / "log.jsonl").read_text().splitlines()[-1])
     assert recipe_of("student", run)["totals"] == {"2": round(last["total"], 1)}
-    assert told_models(run) == "vae 2 and decoder 2 steps, teacher 2 and longer 2 steps, init 2 and student 2 steps"
-    assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
+    recipes = "vae 2 and decoder 2 steps, teacher 2 and longer 2 steps, init 2 and student 2 steps"
+    assert describe_recipes(run) == recipes
+    assert list_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
     assert "totals" not in recipe_of("vae", run)
     assert len(recipe_of("vae", run)["preview"]) == 17
 
