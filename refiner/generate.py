@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .choices import choose
 from .demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_text, sprite_refiner_file
 from .demo.captions import misread
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import LatentWriter, format_lengths
+from .memory.policies import POLICIES
 from .noise.source import VERSION as NOISE_VERSION
 from .outputs import Outputs, differences, read_given
 from .pictures import contact_sheet
-from .refined import IDLE, Form, RefinerPlan
+from .refined import Form, RefinerPlan
 from .rollout import Progress
 from .sample import RunPlan, finite, sample
-from .samplers import SAMPLERS, SelfRefine
+from .samplers import SAMPLERS, Method
 from .schedule import Preset, get_preset, latent_frames
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
@@ -62,7 +64,8 @@ class GenerateOptions:
     width: int = 832
     height: int = 480
     seed: int = 0
-    method: str = "self-forcing"
+    method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
+    policy: str = "window"  # one of POLICIES, likewise
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for
@@ -125,12 +128,8 @@ def notes(job: "Job") -> list[str]:
         told.append(f"{options.extend} holds no finished chunk: the clip starts anew")
     if job.begun and (others := differences(job.begun, job.metadata, job.plan.given)):
         told.append(f"{options.extend} was made with {others}: the clip goes on otherwise than it would have")
-    if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
-        told.append(IDLE)
-    method = SAMPLERS[options.method]
-    if isinstance(method, SelfRefine) and not (levels := method.levels) & {*job.preset.all_steps}:
-        listed = ",".join(map(str, sorted(levels, reverse=True)))
-        told.append(f"self-refine repeats levels {listed}, of which this run has none: it changes nothing")
+    if note := job.method.note(job.preset.all_steps, job.refiner.levels if job.refiner else ()):
+        told.append(note)
     if options.model == RANDOM_TINY:
         return [*told, "random weights: the video is noise"]
     if options.model != SPRITES or options.context:
@@ -151,6 +150,7 @@ class Job:
     preset_name: str
     preset_reason: str
     plan: RunPlan
+    method: Method
     device: torch.device
     dtype: torch.dtype
     initial: Tensor | None
@@ -169,6 +169,7 @@ class Job:
             "steps": ",".join(map(str, self.preset.steps)),
             "model": Path(options.model).name,
             "method": options.method,
+            **({"policy": options.policy} if options.policy != "window" else {}),
             "frames": str(options.frames),
             "size": f"{options.width}x{options.height}",
             "window": f"{self.preset.window}, sink {self.preset.sink}",
@@ -223,13 +224,18 @@ def prepare(options: GenerateOptions) -> Job:
     if options.extend:
         initial, begun = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
-    plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
+    method = choose(options.method, SAMPLERS, "method")
+    policy = choose(options.policy, POLICIES, "policy")
+    height, width = options.height // 8, options.width // 8
+    plan = RunPlan(preset, total - given, height, width, given=given, policy=policy)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
-    memory = plan.memory(CausalWan(torch.nn.Module(), config), dtype, refined=refiner is not None)
+    method.check(preset, refiner.cache if refiner else None)
+    memory = plan.memory(config, dtype, refined=refiner is not None)
+    caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
     estimate = Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
-        kv=memory.nbytes,
+        kv=memory.nbytes * (1 + len(caches)),
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, preset.chunk),
         decode=WanVAE.decode_bytes(vae_width(options), options.height, options.width, preset.chunk, dtype),
@@ -238,7 +244,7 @@ def prepare(options: GenerateOptions) -> Job:
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
-    job = Job(options, config, preset, name, told, plan, device, dtype, initial, estimate, refiner, begun)
+    job = Job(options, config, preset, name, told, plan, method, device, dtype, initial, estimate, refiner, begun)
     if not options.dry_run:
         options.outputs.check(job.metadata)
         estimate.check(available_bytes(device))
@@ -414,9 +420,9 @@ def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[T
         yield None
         chunks = sample(
             network, context, job.plan, seed=job.options.seed, initial=job.initial,
-            method=SAMPLERS[job.options.method], callback=callback, refiner=refiner,
+            method=job.method, callback=callback, refiner=refiner,
         )  # fmt: skip
-        yield from finite(chunks, job.plan.given_chunks)
+        yield from finite(chunks, len(job.plan.given_chunks))
 
 
 def saving(chunks: Iterator[Tensor], latents: LatentWriter) -> Iterator[Tensor]:

@@ -21,8 +21,7 @@ from ..generate import SPRITES
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..noise.source import VERSION as NOISE_VERSION
-from ..rollout import Sampler
-from ..samplers import SEARCHES, self_forcing
+from ..samplers import SEARCHES, Method, self_forcing
 from ..samplers.search import Judge, Verifier
 from ..schedule import Chunk, Preset, plan_chunks
 from ..train import train_refiner
@@ -238,9 +237,9 @@ class Bench:
             refiner=refiner, method_of=lambda texts: self._method(row, texts, cost),
         )  # fmt: skip
 
-    def _method(self, row: Row, texts: list[str], cost: Cost) -> Sampler:
+    def _method(self, row: Row, texts: list[str], cost: Cost) -> Method:
         if not row.search:
-            return self_forcing
+            return self_forcing()
         if self.rewards is None:
             raise ValueError(f"{row.name} needs a reward model to choose by")
         verifier = CountedVerifier(RewardVerifier(self.rewards, self.demo.vae, texts), cost)
@@ -280,7 +279,7 @@ def counted(network: CausalWan, cost: Cost) -> CausalWan:
         cost.passes += len(x)
         return embed(patch_embedding, x)
 
-    return replace(network, host=replace(network.host, embed=embed_and_count))
+    return replace(network, kernels=replace(network.kernels, embed=embed_and_count))
 
 
 def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:

@@ -17,11 +17,12 @@ from ...memory.graph import GraphMemory
 from ...memory.plan import MemoryPlan
 from ...noise.source import GivenNoise
 from ...rollout import Rollout, add_noise
+from ...run_plan import RunPlan
 from ...schedule import plan_chunks
 from ...training.ahead import Ahead, helpers
 from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
 from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
-from ...training.precision import mixed_precision, training_host
+from ...training.precision import for_training, mixed_precision
 from ...training.replay import Replay
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
@@ -91,8 +92,7 @@ class CausalInitStage(LearnerStage):
             config = sprite_config(options.width, text)
         model = twin(teacher) if config == teacher.config else new_model(config, options.seed).to(self.device)
         self.learner = Learner(model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
-        host = training_host(self.device, options.compiled)
-        self.network = CausalWan(model, config, host)
+        self.network = for_training(CausalWan(model, config), self.device, options.compiled)
         self.average = CausalWan(self.learner.average, config)
         self.replay = Replay(self.learner.model, self.device)
         self.batches = Ahead(partial(init_batch, options, clips), options.steps, helpers(self.device))
@@ -155,11 +155,11 @@ class DistilStage:
         self.generator = Learner(twin(student), options.learning_rate, options.ema, betas, decay=0.01)
         self.critic = Learner(twin(teacher), options.critic_rate, 0.0, betas, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
-        host = training_host(self.device, options.compiled)
-        self.network = CausalWan(self.generator.model, student.config, host)
+        compiled = options.compiled
+        self.network = for_training(CausalWan(self.generator.model, student.config), self.device, compiled)
         self.average = CausalWan(self.generator.average, student.config)
-        self.fake = CausalWan(self.critic.model, teacher.config, host)
-        self.teacher = CausalWan(teacher.model, teacher.config, host)
+        self.fake = for_training(CausalWan(self.critic.model, teacher.config), self.device, compiled)
+        self.teacher = for_training(teacher, self.device, compiled)
         self.of_critic, self.of_generator = (Replay(one.model, self.device) for one in (self.critic, self.generator))
         self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
         self.first_half = FirstHalf()
@@ -227,17 +227,12 @@ class DistilStage:
 
     def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
         """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
-        shape = path.shape[1:]
-        rollout = Rollout(
-            network=self.network,
-            text=self.network.text(context),
-            memory=graph_memory(self.network, shape),
-            noise=GivenNoise(path, PRESET.steps),
-            chunks=plan_chunks(PRESET, shape[2])[1],
-            frame_shape=(*shape[:2], *shape[3:]),
-            device=self.device,
-            network_dtype=torch.float32,
-        )
+        batch, _, frames, height, width = path.shape[1:]
+        plan = RunPlan(PRESET, frames, height, width, batch)
+        rollout = Rollout.of(
+            self.network, context, plan, GivenNoise(path, PRESET.steps), memory=GraphMemory, device=self.device,
+            dtype=torch.float32,
+        )  # fmt: skip
         return self_rollout(rollout, exit_level)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
