@@ -9,7 +9,7 @@ import torch
 
 from ..refiner.memory.frames import FrameLedger
 from ..refiner.noise.file import KEY, RefinerCard
-from ..refiner.schedule import latent_frames, plan_chunks
+from ..refiner.schedule import latent_frames
 from ..refiner.wan.checkpoint import CheckpointInfo, inspect
 from .chunk_schedule import read_levels
 from .hosts import host
@@ -43,7 +43,7 @@ def cache_view(asked: object) -> dict[str, Any]:
     preset = preset_for(facts.preset, schedule, cache, refined=card is not None)
     plan = plan_run(preset, _shape(size), None)
     memory = memory_of(plan, facts, card is not None)
-    ledger, chunks = FrameLedger(memory), plan_chunks(preset, plan.frames)[1]
+    ledger, chunks = FrameLedger(memory), plan.chunks
     for chunk in chunks[:-1]:
         ledger.commit(chunk.frames)
     last = chunks[-1]

@@ -24,6 +24,7 @@ from .files import check_output, partial_path
 from .generate import generate
 from .job import Job, notes, prepare
 from .latents import inspect_latents, is_latents
+from .memory.policies import POLICIES
 from .preset_table import preset_table
 from .reading import check_regular
 from .refined import FORMS
@@ -188,7 +189,14 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     about = "latent frames held in memory (sink + past + current chunk), -1 all; with one, memory is flat in length"
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
-    how.add_argument("--method", choices=SAMPLERS, default="self-forcing", help="ode: no fresh noise between levels")
+    how.add_argument(
+        "--method", default="self-forcing", metavar="NAME[:KNOB=VALUE,…]",
+        help=f"{', '.join(SAMPLERS)}; with knobs like self-refine:threshold=0.2",
+    )  # fmt: skip
+    how.add_argument(
+        "--policy", default="window", metavar="NAME[:KNOB=VALUE,…]",
+        help=f"what a read sees of the memory: {', '.join(POLICIES)}; with knobs like top-frames:k=4",
+    )  # fmt: skip
     names = " or ".join(bundled_refiners())
     about = f"a refiner's file, or {names}: refines the noise between levels, for a pass a level more"
     how.add_argument("--refiner", metavar="FILE|NAME", help=about)

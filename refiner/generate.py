@@ -14,7 +14,6 @@ from .latents import LatentWriter
 from .pictures import contact_sheet
 from .rollout import Progress
 from .sample import finite, sample
-from .samplers import SAMPLERS
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.checkpoint import load_transformer, load_vae_state
@@ -159,9 +158,9 @@ def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[T
         yield None
         chunks = sample(
             network, context, job.plan, seed=job.options.seed, initial=job.initial,
-            method=SAMPLERS[job.options.method], callback=callback, refiner=refiner,
+            method=job.method, callback=callback, refiner=refiner,
         )  # fmt: skip
-        yield from finite(chunks, job.plan.given_chunks)
+        yield from finite(chunks, len(job.plan.given_chunks))
 
 
 def saving(chunks: Iterator[Tensor], latents: LatentWriter) -> Iterator[Tensor]:

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from .bundles import refiner_file
+from .choices import choose
 from .device import pick_device, pick_dtype
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import format_lengths
+from .memory.policies import POLICIES
 from .noise.source import VERSION as NOISE_VERSION
 from .outputs import differences, read_given
-from .refined import IDLE, RefinerPlan
+from .refined import RefinerPlan
 from .request import GenerateOptions
-from .sample import RunPlan
-from .samplers import SAMPLERS, SelfRefine
+from .run_plan import RunPlan
+from .samplers import SAMPLERS, Method
 from .schedule import Preset, get_preset, latent_frames
-from .wan.causal import CausalWan
 from .wan.checkpoint import inspect, load_vae_state, require_transformer
 from .wan.transformer import WanConfig
 from .wan.vae import WanVAE
@@ -35,6 +36,7 @@ class Job:
     preset_name: str
     preset_reason: str
     plan: RunPlan
+    method: Method
     device: torch.device
     dtype: torch.dtype
     initial: Tensor | None
@@ -53,6 +55,7 @@ class Job:
             "steps": ",".join(map(str, self.preset.steps)),
             "model": Path(options.model).name,
             "method": options.method,
+            **({"policy": options.policy} if options.policy != "window" else {}),
             "frames": str(options.frames),
             "size": f"{options.width}x{options.height}",
             "window": f"{self.preset.window}, sink {self.preset.sink}",
@@ -84,15 +87,18 @@ def prepare(options: GenerateOptions) -> Job:
     if options.extend:
         initial, extended = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
-    plan = RunPlan(preset, total - given, options.height // 8, options.width // 8, given=given)
+    method = choose(options.method, SAMPLERS, "method")
+    policy = choose(options.policy, POLICIES, "policy")
+    plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
-    estimate = estimate_memory(options, config, plan, dtype, refiner)
+    method.check(preset, refiner.cache if refiner else None)
+    estimate = estimate_memory(options, config, plan, method, dtype, refiner)
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
     job = Job(
-        options, config, preset, name, reason, plan, device, dtype, initial, estimate, refiner,
-        extended,
+        options, config, preset, name, reason, plan, method, device, dtype, initial, estimate,
+        refiner, extended,
     )  # fmt: skip
     if not options.dry_run:
         options.outputs.check(job.metadata)
@@ -126,18 +132,18 @@ def plan_refiner(
 
 
 def estimate_memory(
-    options: GenerateOptions, config: WanConfig, plan: RunPlan, dtype: torch.dtype,
-    refiner: RefinerPlan | None,
+    options: GenerateOptions, config: WanConfig, plan: RunPlan, method: Method,
+    dtype: torch.dtype, refiner: RefinerPlan | None,
 ) -> Estimate:  # fmt: skip
     """Count the bytes of each part of a run."""
     chunk = plan.preset.chunk
-    unloaded = CausalWan(torch.nn.Module(), config)
-    memory = plan.memory(unloaded, dtype, refined=refiner is not None)
+    memory = plan.memory(config, dtype, refined=refiner is not None)
+    caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
     size = options.height, options.width
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
-        kv=memory.nbytes,
+        kv=memory.nbytes * (1 + len(caches)),
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, chunk),
         decode=WanVAE.decode_bytes(vae_width(options), *size, chunk, dtype),
@@ -176,12 +182,7 @@ def notes(job: Job) -> list[str]:
             f"{options.extend} was made with {others}: the clip goes on otherwise than it would"
             " have"
         )
-    if job.refiner and options.method == "ode" and job.preset.steps[0] not in job.refiner.levels:
-        lines.append(IDLE)
-    method = SAMPLERS[options.method]
-    if isinstance(method, SelfRefine) and not method.levels & {*job.preset.all_steps}:
-        levels = ",".join(map(str, sorted(method.levels, reverse=True)))
-        lines.append(
-            f"self-refine repeats levels {levels}, of which this run has none: it changes nothing"
-        )
+    refined = job.refiner.levels if job.refiner else ()
+    if note := job.method.note(job.preset.all_steps, refined):
+        lines.append(note)
     return lines + options.notes_of_bundle()

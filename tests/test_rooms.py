@@ -15,7 +15,8 @@ FILES = sorted(CORE.rglob("*.py"))
 # Each room, and the rooms that it may import; a room is a folder or a file of refiner/.
 TOOLS = {"files", "reading", "stopping", "terminal"}
 NETWORK = {"wan", "memory", "schedule"}
-SAMPLING = NETWORK | {"noise", "rollout", "samplers", "estimate", "sample"}
+PLANS = {"run_plan", "timeline"}
+SAMPLING = NETWORK | PLANS | {"noise", "rollout", "samplers", "estimate", "sample"}
 MEDIA = {"latents", "outputs", "pictures", "video"}
 TRAINED = SAMPLING | MEDIA | TOOLS
 ROOMS = {
@@ -24,7 +25,9 @@ ROOMS = {
     "wan": TOOLS,
     "memory": {"wan"},
     "noise": NETWORK,
-    "rollout": NETWORK | {"noise"},
+    "timeline": {"memory", "schedule"},
+    "run_plan": NETWORK,
+    "rollout": NETWORK | PLANS | {"noise"},
     "samplers": NETWORK | {"rollout"},
     "estimate": {"wan", "memory"},
     "sample": SAMPLING,
@@ -36,12 +39,13 @@ ROOMS = {
     "training": TRAINED,
     "demo": TRAINED | {"training"},
     "bundles": TRAINED | {"training", "demo"},
+    "choices": set(),
     "device": set(),
     "preset_table": {"schedule"},
     "bench": SAMPLING,
     "bench_refiner": SAMPLING | {"bench"},
     "request": {"bundles", "outputs", "refined", "wan"},
-    "job": TRAINED | {"bundles", "device", "refined", "request"},
+    "job": TRAINED | {"bundles", "choices", "device", "refined", "request"},
     "generate": TRAINED | {"job"},
     "train_config": TRAINED | {"bundles", "training"},
     "train": TRAINED | {"bundles", "training", "train_config"},

@@ -28,7 +28,7 @@ from ...refiner.noise.file import fingerprint_of
 from ...refiner.rollout import Progress
 from ...refiner.schedule import PRESETS
 from ...refiner.terminal import printable
-from ...refiner.wan.causal import CausalWan, Host
+from ...refiner.wan.causal import CausalWan, Kernels
 from ...refiner.wan.checkpoint import CheckpointInfo
 from ...refiner.wan.transformer import WanConfig
 from ..guided import SamplerOptions
@@ -251,21 +251,24 @@ def settled(model: ModelPatcher, run: Run) -> Run:
     return replace(run, refined=run.refined.chosen(merge))
 
 
-def attend(transformer_options: dict, heads: int, q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+def attend(
+    transformer_options: dict, q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Attention by whatever ComfyUI, or an override on the MODEL, computes it with."""
+    heads = q_BNHD.shape[2]
     flat = (x.flatten(2) for x in (q_BNHD, k_BTHD, v_BTHD))
-    return optimized_attention(*flat, heads=heads, transformer_options=transformer_options)
+    return optimized_attention(*flat, heads=heads, mask=bias, transformer_options=transformer_options)
 
 
 def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
     """The causal forward over the loaded modules."""
     config = facts(model).config
-    host = Host(
-        attention=partial(attend, transformer_options, config.num_heads),
+    kernels = Kernels(
+        attention=partial(attend, transformer_options),
         cast=lambda parameter, like: management.cast_to(parameter, dtype=like.dtype, device=like.device),
         embed=lambda patches, x: patches(x.float()).to(x.dtype),  # those weights stay in fp32
     )
-    return CausalWan(network_of(model), config, host)
+    return CausalWan(network_of(model), config, kernels)
 
 
 def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:

@@ -54,10 +54,10 @@ class Watch:
             "end": pixel_frames(chunk.start + chunk.length),
             "first": pixel_frames(given),
             "frames": pixel_frames(given + self.run.plan.frames),
-            "level": passes.made,
+            "level": passes.done_of_chunk,
             "levels": passes.needed,
         }
-        if passes.made == passes.needed or time.perf_counter() >= self.shown + SECONDS:
+        if passes.done_of_chunk == passes.needed or time.perf_counter() >= self.shown + SECONDS:
             self.tell()
 
     def tell(self) -> None:

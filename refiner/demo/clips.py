@@ -14,9 +14,8 @@ from tqdm import tqdm
 from ..memory.whole import WholeClip
 from ..noise.refiner import Refiner
 from ..pictures import contact_sheet
-from ..rollout import Sampler
 from ..sample import RunPlan, sample
-from ..samplers import self_forcing
+from ..samplers import Method, self_forcing
 from ..schedule import PRESETS, Preset
 from ..stopping import ignore_in_worker
 from ..training.dmd import shifted
@@ -71,7 +70,7 @@ def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
 @torch.no_grad()
 def student_clips(
     student: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
-    method_of: Callable[[list[str]], Sampler] = lambda texts: self_forcing, preset: Preset = PRESET,
+    method_of: Callable[[list[str]], Method] = lambda texts: self_forcing(), preset: Preset = PRESET,
     frames: int = LATENT_FRAMES, refiner: Refiner | None = None,
 ) -> Iterator[ndarray]:  # fmt: skip
     """A clip of each caption, by the method for its batch of texts. The same captions, seed and lengths have the same

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..noise.source import VERSION as NOISE_VERSION
-from ..rollout import Sampler
-from ..samplers import SEARCHES, self_forcing
+from ..samplers import SEARCHES, Method, self_forcing
 from ..samplers.search import Judge, Verifier
 from ..schedule import Chunk, Preset, plan_chunks
 from ..training.ahead import helpers
@@ -275,9 +274,9 @@ class Bench:
             method_of=lambda texts: self._method(row, texts, cost),
         )  # fmt: skip
 
-    def _method(self, row: Row, texts: list[str], cost: Cost) -> Sampler:
+    def _method(self, row: Row, texts: list[str], cost: Cost) -> Method:
         if not row.search:
-            return self_forcing
+            return self_forcing()
         if self.rewards is None:
             raise ValueError(f"{row.name} needs a reward model to choose by")
         verifier = CountedVerifier(RewardVerifier(self.rewards, self.demo.vae, texts), cost)
@@ -317,7 +316,7 @@ def counted(network: CausalWan, cost: Cost) -> CausalWan:
         cost.passes += len(x)
         return embed(patch_embedding, x)
 
-    return replace(network, host=replace(network.host, embed=embed_and_count))
+    return replace(network, kernels=replace(network.kernels, embed=embed_and_count))
 
 
 def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:

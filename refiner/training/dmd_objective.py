@@ -14,7 +14,7 @@ from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma, real_predictio
 from .learner import Learner, noise_stream
 from .objective import Means, Part
 from .options import RefineOptions
-from .precision import mixed_precision, training_host
+from .precision import for_training, mixed_precision
 from .replay import Replay, replayable
 from .residuals import Residuals
 
@@ -34,11 +34,10 @@ class DmdObjective:
         self.options, self.encode, self.ratio = options, encode, options.ratio
         self.critic_clip = critic_clip
         self.device = next(teacher.model.parameters()).device
-        host = training_host(self.device, options.compiled)
         fake = WanTransformer(teacher.config)
         fake.load_state_dict(teacher.model.state_dict())
-        self.teacher = sharded(replace(teacher, host=host))
-        self.fake = sharded(CausalWan(fake.to(self.device), teacher.config, host, options.checkpointing))
+        self.teacher = sharded(for_training(teacher, self.device, options.compiled))
+        self.fake = sharded(replace(self.teacher, model=fake.to(self.device), checkpointing=options.checkpointing))
         self.critic = Learner(self.fake.model, options.critic_rate, 0.0, BETAS, decay=0.01)
         self.learners = [self.critic]
         self.replay = Replay(self.fake.model, self.device, eager=not replayable(options, self.fake), adds=True)

@@ -48,7 +48,7 @@ def test_it_tells_the_bytes_that_a_run_allocates(window: int, sink: int, refined
     told = cache_view({**ASKED, "window": window, "sink": sink, "refiner": refiner})
     plan = RunPlan(PRESETS["self-forcing"].changed(window=window, sink=sink), 21, 8, 8)
     network = CausalWan(torch.nn.Module(), STAND_IN)
-    assert told["bytes"] == RingMemory(plan.memory(network, torch.float32, refined)).nbytes
+    assert told["bytes"] == RingMemory(plan.memory(network.config, torch.float32, refined)).nbytes
     assert (told.get("history"), told.get("previous")) == (("shared", "pending") if refined else (None, None))
 
 

@@ -17,6 +17,7 @@ from ...memory.graph import GraphMemory
 from ...memory.plan import MemoryPlan
 from ...noise.source import GivenNoise
 from ...rollout import Rollout, add_noise
+from ...run_plan import RunPlan
 from ...schedule import plan_chunks
 from ...training.ahead import Ahead, helpers
 from ...training.dmd import column, draw_sigma, shifted
@@ -24,7 +25,7 @@ from ...training.dmd_objective import BETAS, DmdObjective
 from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
 from ...training.objective import Part
 from ...training.options import RefineOptions
-from ...training.precision import mixed_precision, training_host
+from ...training.precision import for_training, mixed_precision
 from ...training.replay import Replay
 from ...training.residuals import Residuals
 from ...training.self_rollout import self_rollout
@@ -107,8 +108,7 @@ class CausalInitStage(LearnerStage):
             config = sprite_config(options.width, text)
         model = twin(teacher) if config == teacher.config else new_model(config, options.seed).to(self.device)
         self.learner = Learner(model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
-        host = training_host(self.device, options.compiled)
-        self.network = CausalWan(model, config, host)
+        self.network = for_training(CausalWan(model, config), self.device, options.compiled)
         self.average = CausalWan(self.learner.average, config)
         self.replay = Replay(self.learner.model, self.device)
         self.batches = Ahead(partial(init_batch, options, clips), options.steps, helpers(self.device))
@@ -173,8 +173,8 @@ class DistilStage:
         rates = options.learning_rate, options.ema
         self.generator = Learner(twin(student), *rates, BETAS, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
-        host = training_host(self.device, options.compiled)
-        self.network = CausalWan(self.generator.model, student.config, host)
+        compiled = options.compiled
+        self.network = for_training(CausalWan(self.generator.model, student.config), self.device, compiled)
         self.average = CausalWan(self.generator.average, student.config)
         self.objective = DmdObjective(options.objective, teacher, self._encode, CLIP)
         self.replay = Replay(self.generator.model, self.device)
@@ -249,17 +249,12 @@ class DistilStage:
 
     def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
         """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
-        shape = path.shape[1:]
-        rollout = Rollout(
-            network=self.network,
-            text=self.network.text(context),
-            memory=graph_memory(self.network, shape),
-            noise=GivenNoise(path, PRESET.steps),
-            chunks=plan_chunks(PRESET, shape[2])[1],
-            frame_shape=(*shape[:2], *shape[3:]),
-            device=self.device,
-            network_dtype=torch.float32,
-        )
+        batch, _, frames, height, width = path.shape[1:]
+        plan = RunPlan(PRESET, frames, height, width, batch)
+        rollout = Rollout.of(
+            self.network, context, plan, GivenNoise(path, PRESET.steps), memory=GraphMemory, device=self.device,
+            dtype=torch.float32,
+        )  # fmt: skip
         return self_rollout(rollout, exit_level)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
