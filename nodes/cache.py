@@ -1,7 +1,6 @@
 """Reflective Cache: what is held of the past, and how many bytes that takes."""
 
-from .hosts import host, io
-from .load import CATEGORY
+from .api import CATEGORY, host, io
 from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, ReflectiveCache, preset_for
 from .run import kv_bytes, plan_run, video_latents
 

@@ -11,8 +11,8 @@ from ..refiner.memory.frames import FrameLedger
 from ..refiner.noise.file import KEY, RefinerCard
 from ..refiner.schedule import latent_frames, plan_chunks
 from ..refiner.wan.checkpoint import CheckpointInfo, inspect
+from .api import host
 from .chunk_schedule import read_levels
-from .hosts import host
 from .load import DTYPES, choose_preset
 from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, ChunkSchedule, ReflectiveCache, preset_for
 from .refiner import refiner_path

@@ -1,8 +1,7 @@
 """Chunk Schedule: when a sampler denoises what."""
 
 from ..refiner.schedule import PRESETS
-from .hosts import io
-from .load import CATEGORY
+from .api import CATEGORY, io
 from .options import MODELS_OWN, ChunkSchedule, parse_levels
 
 ChunkScheduleType = io.Custom("CHUNK_SCHEDULE")

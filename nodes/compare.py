@@ -3,8 +3,7 @@
 import numpy as np
 
 from ..refiner.estimate import check_room
-from .hosts import host, io
-from .load import CATEGORY
+from .api import CATEGORY, host, io
 
 EITHER = [io.Image, io.Video]
 PIXEL_BYTES = 16  # of one value of a frame that is looked at: a float, what it was made of, and a byte

@@ -1,8 +1,7 @@
 """Pathwise Refined SAMPLER: the same for SamplerCustomAdvanced."""
 
+from .api import CATEGORY, host, io
 from .guided import FRESH_NOISE, SamplerOptions
-from .hosts import host, io
-from .load import CATEGORY
 from .sampler import options_of_run
 from .search import CANDIDATES, METHODS, search_of
 

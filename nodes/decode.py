@@ -4,8 +4,7 @@ import torch
 
 from ..refiner.estimate import check_room
 from ..refiner.video import VideoWriter, as_bytes, check_pixels
-from .hosts import host, io
-from .load import CATEGORY
+from .api import CATEGORY, host, io
 from .run import video_latents
 
 WAN_VAE = "Wan2.1's VAE, or the demo's. For another kind use VAE Decode."

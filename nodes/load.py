@@ -4,11 +4,10 @@ from pathlib import Path
 
 from ..refiner.schedule import PRESETS, get_preset
 from ..refiner.wan.checkpoint import CheckpointInfo, inspect, require_transformer
-from .hosts import host, io
+from .api import CATEGORY, host, io
 
 AUTO = "auto"
 DTYPES = (AUTO, "bf16", "fp16", "fp32", "fp8_e4m3fn")
-CATEGORY = "AutoRefiner"
 
 
 def choose_preset(choice: str, info: CheckpointInfo) -> str:

@@ -1,10 +1,9 @@
 """Pathwise Refined Sampler: a clip, chunk by chunk."""
 
 from ..refiner.schedule import latent_frames
+from .api import CATEGORY, host, io
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
-from .hosts import host, io
-from .load import CATEGORY
 from .options import FALLBACK, preset_for
 from .refined import plan_refiner
 from .refiner import RefinerType

@@ -1,9 +1,8 @@
 """Train Refiner LoRA: a refiner of one's own, in the queue and with nobody watching."""
 
+from .api import CATEGORY, host, io
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
-from .hosts import host, io
-from .load import CATEGORY
 from .refiner import RefinerType
 from .rewards import RewardType
 from .train_plan import (

@@ -13,7 +13,7 @@ from ..refiner.training import begun
 from ..refiner.training.options import RefineOptions
 from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.torch_file import load_torch
-from .hosts import host
+from .api import host
 from .options import ChunkSchedule, ReflectiveCache, parse_levels, preset_for
 from .paths import SHOWN, check_inside
 from .refined import RefinerLora

@@ -19,7 +19,7 @@ from ..refiner.training.refine import RefineStage
 from ..refiner.training.reward_objective import RewardObjective
 from ..refiner.training.rewards.reward import Mixture
 from ..refiner.wan.vae import WanVAE
-from .hosts import host
+from .api import host
 from .train_plan import Asked
 
 

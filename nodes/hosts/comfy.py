@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..guided import SamplerOptions
 from ..passes import Passes
 from ..run import CHANNELS, ModelFacts, Run, held_bytes
 from . import comfy_layers, page
-from .comfy_training import (  # noqa: F401, part of what a host is
+from .comfy_training import (  # noqa: F401, of NodeHost
     copied_network,
     encode_prompt,
     find_folder,
@@ -47,7 +47,7 @@ from .comfy_training import (  # noqa: F401, part of what a host is
     train_watch,
     training,
 )
-from .comfy_video import (  # noqa: F401, part of what a host is
+from .comfy_video import (  # noqa: F401, of NodeHost
     clip_frames,
     clip_size,
     decode,
@@ -73,9 +73,11 @@ DTYPES = {
 }
 
 
-def extension(nodes: Sequence[type[io.ComfyNode]]) -> ComfyExtension:
-    """What ComfyUI asks a pack for."""
-    page.add_routes()
+def extension(
+    nodes: Sequence[type[io.ComfyNode]], answers: Mapping[str, page.Answer]
+) -> ComfyExtension:
+    """The pack as ComfyUI loads it; `answers` are requests of the page, by name."""
+    page.add_routes(answers)
 
     class AutoRefiner(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:

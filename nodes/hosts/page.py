@@ -4,9 +4,11 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from aiohttp import web
@@ -24,6 +26,8 @@ from .wire import read_request
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
 PICTURES, SIDE = 4, 128  # of a chunk: frames at most, pixels of the longer side
 SECONDS = 0.25  # between two pictures of one chunk
+
+Answer: TypeAlias = Callable[[object], dict[str, Any]]  # of a request's parsed JSON
 
 _running: dict[str, "Watch"] = {}  # by the node that makes it
 _stops: dict[str, int] = {}  # by node: how many of its runs were stopped
@@ -168,24 +172,28 @@ def ask_to_stop(node: object, prompt: object) -> bool:
     return True
 
 
-def add_routes() -> None:
-    """What the page may ask of this server."""
+def add_routes(answers: Mapping[str, Answer]) -> None:
+    """Serve /autorefiner/stop and /autorefiner/NAME for each answer."""
     from server import PromptServer
 
-    from ..cache_view import cache_view
-
     routes = PromptServer.instance.routes
+    routes.post("/autorefiner/stop")(answer_stop)
+    for name, answer in answers.items():
+        routes.post(f"/autorefiner/{name}")(partial(answer_with, answer))
 
-    @routes.post("/autorefiner/stop")
-    async def stop(request: web.Request) -> web.Response:
-        asked = await read_request(request)
-        if not isinstance(asked, dict) or not ask_to_stop(asked.get("node"), asked.get("prompt")):
-            return web.json_response({"error": "no such run: give node and prompt of one in the making"}, status=404)
-        return web.json_response({"stopping": True})
 
-    @routes.post("/autorefiner/cache")
-    async def cache(request: web.Request) -> web.Response:
-        try:  # in a thread: it may open a file that was not looked into yet
-            return web.json_response(await asyncio.to_thread(cache_view, await read_request(request)))
-        except (ValueError, OSError) as error:
-            return web.json_response({"error": str(error)}, status=400)
+async def answer_stop(request: web.Request) -> web.Response:
+    """Stop the run of {"node", "prompt"}; 404 where there is none."""
+    asked = await read_request(request)
+    if not isinstance(asked, dict) or not ask_to_stop(asked.get("node"), asked.get("prompt")):
+        message = "no such run: give node and prompt of one in the making"
+        return web.json_response({"error": message}, status=404)
+    return web.json_response({"stopping": True})
+
+
+async def answer_with(answer: Answer, request: web.Request) -> web.Response:
+    """Answer in a thread, as it may read a file; 400 with the message of what `answer` raises."""
+    try:
+        return web.json_response(await asyncio.to_thread(answer, await read_request(request)))
+    except (ValueError, OSError) as error:
+        return web.json_response({"error": str(error)}, status=400)

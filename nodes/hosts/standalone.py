@@ -147,7 +147,7 @@ def model_folder(folder: str) -> Path:
     return _folders(folder)[0]
 
 
-def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
+def load_model(path: Path, preset: str | None, dtype: str, weights: str) -> Model:
     """A MODEL of a file, in a dtype of Load AR-VDM's."""
     if dtype.startswith("fp8"):
         raise ValueError(f"dtype {dtype} needs ComfyUI, which computes with such weights: use bf16 or auto")
