@@ -154,13 +154,19 @@ class TrainWatch:
             self.bar.update_absolute(self.done, self.steps, ("JPEG", image.convert("RGB"), PREVIEW))
         self.send({})
 
-    def send(self, told: dict) -> None:
-        """An event to the page that queued the training."""
+    def send(self, update: dict) -> None:
+        """Send the training's state, with an update, to the page that queued it."""
         self.sent = time.perf_counter()
         if self.node is None:
             return
-        known = {"step": self.done, "steps": self.steps, "elapsed": self.sent - self.begun}
-        page.send(TRAIN, self.node, self.prompt, {**known, "curves": self.curves.told(), "sheet": self.picture, **told})
+        state = {
+            "step": self.done,
+            "steps": self.steps,
+            "elapsed": self.sent - self.begun,
+            "curves": self.curves.points(),
+            "sheet": self.picture,
+        }
+        page.send(TRAIN, self.node, self.prompt, {**state, **update})
 
 
 @contextmanager

@@ -139,9 +139,7 @@ class NodeHost(Protocol):
         """Enable gradients, with the host's own models off the device."""
         ...
 
-    def train_watch(
-        self, folder: Path, done: int, steps: int
-    ) -> AbstractContextManager[Watch]:
+    def train_watch(self, folder: Path, done: int, steps: int) -> AbstractContextManager[Watch]:
         """Report a training in `folder` that resumes at step `done`, also how it ended."""
         ...
 
