@@ -1,4 +1,4 @@
-"""What every node file imports: CATEGORY, `io` and `host`.
+"""Names that every node file imports: CATEGORY, `io` and `host`.
 
 `io` is ComfyUI's node API (comfy_api.latest.io), or the part of it that the pack needs where there
 is no ComfyUI; `host` is the module in hosts/ that acts for the nodes' surroundings.

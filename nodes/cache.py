@@ -40,8 +40,8 @@ class ReflectiveCacheNode(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "sink", default=0, min=0, max=MOST_FRAMES,
-                    tooltip="How many of the window's frames are the first of the video, which are"
-                    " never dropped.",
+                    tooltip="Latent frames at the start of the video that are never dropped. They"
+                    " count in the window.",
                 ),
                 io.Combo.Input(
                     "positions", options=list(POSITIONS), default=MODELS_OWN, advanced=True,

@@ -85,7 +85,7 @@ def _cache(widgets: Mapping[str, Any]) -> CacheOptions:
 
 
 def _facts(model: object) -> ModelFacts | None:
-    """What Load AR-VDM or Load AR-VDM Demo would load."""
+    """Facts of the model that a loader on the page would load."""
     if model is None:
         return None
     loader = _mapping(model, "model")
@@ -113,7 +113,7 @@ def _inspected(path: Path, weights: str, modified: int) -> CheckpointInfo:
 
 
 def _card(refiner: object) -> RefinerCard | None:
-    """How a refiner was trained, by its file's metadata."""
+    """The card in a refiner's file."""
     if refiner is None:
         return None
     name = _text(_mapping(refiner, "refiner"), "file")

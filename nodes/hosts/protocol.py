@@ -110,7 +110,7 @@ class NodeHost(Protocol):
         ...
 
     def stops(self, node: str | None) -> int:
-        """How many runs of a node (by id) the user stopped early: stopped results are not cached."""
+        """How many runs of a node (by id) were stopped early; their results are not cached."""
         ...
 
     def decode(self, vae: Vae, raw_1CFhw: Tensor) -> Iterator[Tensor]:
