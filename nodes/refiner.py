@@ -9,8 +9,8 @@ from ..refiner.files import is_taken
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
 from ..refiner.refined import check_fit
 from ..refiner.wan.checkpoint import inspect
-from .hosts import host, io
-from .load import CATEGORY, stamped
+from .api import CATEGORY, host, io
+from .load import stamped
 from .paths import SHOWN, check_inside
 from .refined import FORMS, RefinerLora
 

@@ -11,9 +11,8 @@ from ..refiner.estimate import check_room
 from ..refiner.train_config import KINDS, RewardConfig
 from ..refiner.training.rewards.clip import FORMULAS
 from ..refiner.training.rewards.reward import Mixture, Reward
+from .api import CATEGORY, host, io
 from .compare import EITHER, PIXEL_BYTES
-from .hosts import host, io
-from .load import CATEGORY
 
 RewardType = io.Custom("REWARD")
 FOLDER = "rewards"  # of models/

@@ -14,7 +14,7 @@ from ..refiner.samplers.search import Verifier
 from ..refiner.training.rewards.reward import Mixture
 from ..refiner.training.rewards.verifier import RewardVerifier
 from ..refiner.wan.vae import WanVAE
-from .hosts import host, io
+from .api import host, io
 from .rewards import Rewards, RewardType
 
 METHODS = tuple(METHODS_BY_NAME)

@@ -4,6 +4,7 @@ Run with ComfyUI's interpreter.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from packed import PRESETS, SHAPE, Run, files, host, plain_run, plan_run, sample
 from PIL import Image
 
 # isort: split
+sys.path.append(str(Path(__file__).parents[1]))
 import comfy.model_management as management
 import comfy.sd
+from node_host import mismatches
 from pack.nodes.hosts import page
+from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
 from pack.refiner.rollout import Progress
@@ -85,6 +89,7 @@ print(
             "least": management.minimum_inference_memory(),
             "told": told_of_saved_repeats(),
             "published": answers,
+            "host": mismatches(NodeHost, host),
             "preset": fresh.get_attachment(host.PRESET),
         }
     )

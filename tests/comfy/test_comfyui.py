@@ -367,6 +367,10 @@ def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server
     assert {found["type"] for found in page["nodes"]} <= set(info)
 
 
+def test_the_host_has_every_function_of_the_protocol(inside: dict) -> None:
+    assert inside["host"] == {}
+
+
 def test_the_memory_that_is_asked_for_holds_a_chunk_and_the_keys_and_values(inside: dict) -> None:
     more = inside["asked"] - inside["chunk"]
     assert inside["kv"] == 2 * STAND_IN.num_layers * 21 * 64 * STAND_IN.dim * 4
