@@ -80,7 +80,7 @@ In several processes, which share the batch and hold a part of each network:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error."""
+    """Report wrong arguments in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         warn(f"{ERROR}{message}; see {self.prog} --help")
@@ -112,7 +112,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def lora(text: str) -> LoraFile:
-    """A LoRA's file, and its strength behind a colon."""
+    """Parse FILE or FILE:STRENGTH."""
     try:
         return LoraFile.parse(text)
     except ValueError as error:
@@ -120,7 +120,7 @@ def lora(text: str) -> LoraFile:
 
 
 def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
-    """The parser of every subcommand; `more` add those of the rooms above."""
+    """Build the parser of every subcommand; `more` adds those of other rooms."""
     parser = Parser(prog="autorefiner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
@@ -224,8 +224,9 @@ def add_machine(command: argparse._ActionsContainer) -> None:
 
 
 def options_of(args: argparse.Namespace) -> GenerateOptions:
-    """The request that the arguments of `generate` make."""
-    named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
+    """The options that the arguments of `generate` give."""
+    known = GenerateOptions.__dataclass_fields__
+    named = {name: value for name, value in vars(args).items() if name in known}
     named["lora"] = tuple(args.lora or ())
     bundle = find_bundle(args.model)
     width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
@@ -242,7 +243,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def summary(job: Job) -> str:
-    """One line: what will be made, and how."""
+    """Describe the run in one line."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
@@ -255,8 +256,8 @@ def summary(job: Job) -> str:
 
 
 def stream(job: Job) -> int:
-    """Generate with a progress bar; an interrupt ends it with what is there."""
-    start, begun = time.perf_counter(), time.time()
+    """Generate with a progress bar; an interrupt says what is left."""
+    start, started_at = time.perf_counter(), time.time()
     with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
 
         def show(progress: Progress) -> None:
@@ -270,7 +271,7 @@ def stream(job: Job) -> int:
         except KeyboardInterrupt:
             settle()
             bar.close()
-            warn(what_is_there(job, begun))
+            warn(describe_stopped(job, started_at))
             return INTERRUPTED
     seconds = time.perf_counter() - start
     frames = job.options.frames
@@ -278,10 +279,10 @@ def stream(job: Job) -> int:
     return 0
 
 
-def what_is_there(job: Job, begun: float) -> str:
-    """What a run that was begun then, in seconds, and stopped has left, and how to go on from it."""
+def describe_stopped(job: Job, started_at: float) -> str:
+    """Say what a stopped run has left, and how to go on from it."""
     video, latents = partial_path(job.options.out), job.options.outputs.stopped
-    if not video.exists() or video.stat().st_mtime < begun - CLOCK:  # an earlier run's
+    if not video.exists() or video.stat().st_mtime < started_at - CLOCK:  # an earlier run's
         return "stopped: no chunk was finished"
     message = f"stopped: {count_frames(video)} frames are in {video}"
     if job.options.save_latents:

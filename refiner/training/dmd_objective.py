@@ -49,7 +49,7 @@ class DmdObjective:
         self.critic.load_state_dict(state["critic"])
 
     def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """A step of the fake network on the path's own clips."""
+        """Update the fake network on the path's own clips."""
         self.critic.zero_grad()
         means = Means()
         for part, clean in samples:

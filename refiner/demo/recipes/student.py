@@ -1,7 +1,8 @@
-"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled on its own rollouts.
+"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled.
 
-First teacher forcing: clean history, one noised chunk at a time, flow matching at the four levels and between. Then
-Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
+First teacher forcing: clean history, one noised chunk at a time, flow matching at the sampler's
+levels and between them. Then Self-Forcing: distribution matching against the teacher on the
+student's own rollouts, with the objective of a refiner's training.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class InitOptions:
     muon: float = 5e-3
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
-    at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
+    at_levels: float = 0.5  # share of chunks noised at a level of the sampler, the others anywhere
     seed: int = 0
     compiled: bool = False
 
@@ -65,7 +66,7 @@ class SmallInitOptions(InitOptions):
 
 @dataclass(frozen=True, slots=True)
 class DistilOptions:
-    """Of the distillation; the critic learns every step, the generator every `ratio`-th."""
+    """Distillation: the critic learns every step, the generator every `ratio`-th."""
 
     steps: int = 830
     batch: int = 32
@@ -131,20 +132,26 @@ class CausalInitStage(LearnerStage):
             losses = list(self._chunk_losses(clean, noise, sigma, self.network.text(context)))
         return (torch.stack(losses).mean(),)
 
-    def _chunk_losses(self, clean: Tensor, noise: Tensor, sigma: Tensor, text: list[KeyValue]) -> Iterator[Tensor]:
-        """Flow-matching loss of each chunk behind its clean history, whose keys and values have a graph, too; `sigma`
-        [B, F] is of each chunk's first frame."""
+    def _chunk_losses(
+        self, clean: Tensor, noise: Tensor, sigma: Tensor, text: list[KeyValue]
+    ) -> Iterator[Tensor]:
+        """Yield the flow-matching loss of each chunk, given its clean history.
+
+        Gradients also flow through the history's keys and values. A chunk's noise level is that of
+        its first frame in `sigma` [B, F].
+        """
         memory = graph_memory(self.network, clean.shape)
         _, chunks = plan_chunks(PRESET, clean.shape[2])
         for chunk in chunks:
-            own = slice(chunk.start, chunk.start + chunk.length)
-            part, its_noise, its_sigma = clean[:, :, own], noise[:, :, own], sigma[:, chunk.start]
-            noisy = add_noise(part, its_noise, column(its_sigma))
-            flow = self.network(noisy, 1000 * its_sigma[:, None], text, memory.view(chunk.frames))
-            yield F.mse_loss(flow.float(), its_noise - part)
+            frames = slice(chunk.start, chunk.start + chunk.length)
+            chunk_x0, chunk_noise = clean[:, :, frames], noise[:, :, frames]
+            chunk_sigma = sigma[:, chunk.start]
+            noisy = add_noise(chunk_x0, chunk_noise, column(chunk_sigma))
+            flow = self.network(noisy, 1000 * chunk_sigma[:, None], text, memory.view(chunk.frames))
+            yield F.mse_loss(flow.float(), chunk_noise - chunk_x0)
             if chunk is not chunks[-1]:
                 zero = torch.zeros(1, 1, dtype=torch.float64)
-                self.network(part, zero, text, memory.view(chunk.frames), keys_only=True)
+                self.network(chunk_x0, zero, text, memory.view(chunk.frames), keys_only=True)
                 memory.commit()
 
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -166,19 +173,20 @@ class DistilStage:
     """
 
     def __init__(
-        self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
-        vae: WanVAE,
+        self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips,
+        text: SpriteTextEncoder, vae: WanVAE,
     ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         rates = options.learning_rate, options.ema
         self.generator = Learner(twin(student), *rates, BETAS, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
-        compiled = options.compiled
-        self.network = for_training(CausalWan(self.generator.model, student.config), self.device, compiled)
+        network = CausalWan(self.generator.model, student.config)
+        self.network = for_training(network, self.device, options.compiled)
         self.average = CausalWan(self.generator.average, student.config)
         self.objective = DmdObjective(options.objective, teacher, self._encode, CLIP)
         self.replay = Replay(self.generator.model, self.device)
-        self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
+        draw = partial(distil_prompts, options, clips)
+        self.prompts = Ahead(draw, options.steps, helpers(self.device))
         self.first_half = FirstHalf()
 
     def state_dict(self) -> dict:
@@ -215,7 +223,7 @@ class DistilStage:
         return size.item()
 
     def _part(self, index: int, use: int, prompts: list[str]) -> Part:
-        """A step's clips: one exit level for all, the noises of their path, and those to score at."""
+        """A step's clips: their exit level, the noises of their path, and those to score them at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
         exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.steps)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
@@ -248,7 +256,7 @@ class DistilStage:
             return (self._rollout(path, context, exit_level),)
 
     def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
-        """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
+        """Sample the student's clips along a path of noises [levels, B, 16, F, h, w]."""
         batch, _, frames, height, width = path.shape[1:]
         plan = RunPlan(PRESET, frames, height, width, batch)
         rollout = Rollout.of(
@@ -263,11 +271,13 @@ class DistilStage:
 
 
 def init_batch(options: InitOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
-    """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
+    """Draw a step's latents [B, 16, F, h, w], in bf16, and their prompts."""
     return clips.batch(stream(options.seed, index, 0), options.batch, unsaid=0.1)
 
 
 def distil_prompts(options: DistilOptions, clips: Clips, index: int) -> tuple[list[str], list[str]]:
-    """Of the critic's and of the generator's clips in a step."""
-    critic, generator = (clips.texts(stream(options.seed, index, use), options.batch) for use in (0, 1))
+    """Draw a step's prompts for the critic and for the generator."""
+    critic, generator = (
+        clips.texts(stream(options.seed, index, use), options.batch) for use in (0, 1)
+    )
     return critic, generator
