@@ -198,7 +198,7 @@ def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> Memory
 
 
 def kv_bytes(run: Run, facts: ModelFacts) -> int:
-    """Of the keys and values that a run holds, in all its memories."""
+    """Bytes of the keys and values that a run holds, in all its memories."""
     return run.plan.memory_bytes(facts.config, facts.dtype, run.refined is not None, run.caches)
 
 
