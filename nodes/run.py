@@ -13,7 +13,7 @@ from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
-from ..refiner.refined import RefinerPlan
+from ..refiner.refiner_plan import RefinerPlan
 from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, finite, sample
 from ..refiner.samplers import SAMPLERS, Method
