@@ -2,7 +2,7 @@
 
 from .api import CATEGORY, host, io
 from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, CacheOptions, preset_for
-from .run import kv_bytes, plan_run, video_latents
+from .run import memory_of, plan_run, video_latents
 
 ReflectiveCacheType = io.Custom("REFLECTIVE_CACHE")
 MOST_FRAMES = 4096
@@ -19,7 +19,7 @@ def summary(cache: CacheOptions, model, latent: dict | None) -> str:
     batch, _, *size = video_latents(latent, "latent").shape
     window = CacheOptions(cache.window, cache.sink, cache.relative)
     plan = plan_run(preset_for(facts.preset, None, window), (batch, *size), None)
-    return f"{held}: {kv_bytes(plan, facts) / 1e6:,.1f} MB of keys and values"
+    return f"{held}: {memory_of(plan, facts).nbytes / 1e6:,.1f} MB of keys and values"
 
 
 class ReflectiveCacheNode(io.ComfyNode):

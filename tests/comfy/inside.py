@@ -61,7 +61,7 @@ def freed_for(nbytes: int) -> list[tuple[int, str]]:
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
-    keys_and_values = kv_bytes(run.plan, host.facts(model))
+    keys_and_values = kv_bytes(run, host.facts(model))
     wide = sampled(model, run, look_on)
     narrow_model = model.clone()
     narrow_model.set_model_compute_dtype(torch.bfloat16)
