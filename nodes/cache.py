@@ -1,7 +1,15 @@
 """Reflective Cache: window, sink and positions of memory, and the modes of a refiner's cache."""
 
 from .api import CATEGORY, host, io
-from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, CacheOptions, parse_positions, preset_for
+from .options import (
+    HISTORY_MODES,
+    MODELS_OWN,
+    POSITIONS,
+    X0_MODES,
+    CacheOptions,
+    parse_positions,
+    preset_for,
+)
 from .run import memory_of, plan_run, video_latents
 
 ReflectiveCacheType = io.Custom("REFLECTIVE_CACHE")

@@ -141,7 +141,10 @@ def test_the_core_imports_neither_a_host_nor_a_room_above(path: Path) -> None:
     assert not upward
 
 
-OF_COMFYUI = ("comfy.py", "comfy_layers.py", "comfy_training.py", "comfy_video.py", "page.py")
+OF_COMFYUI = (
+    "comfy.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py", "comfy_training.py", "comfy_video.py",
+    "page.py",
+)  # fmt: skip
 COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in OF_COMFYUI]
 
 
