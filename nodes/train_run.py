@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..refiner.train import SHEET_PROMPTS, Sheets, hold_out
+from ..refiner.train import SHEET_PROMPTS, hold_out
 from ..refiner.training.dmd_objective import DmdObjective
 from ..refiner.training.log import read_rows
 from ..refiner.training.loop import LoopOptions, Watch, train
@@ -18,6 +18,7 @@ from ..refiner.training.options import RefineOptions
 from ..refiner.training.refine import RefineStage
 from ..refiner.training.reward_objective import RewardObjective
 from ..refiner.training.rewards.reward import Mixture
+from ..refiner.training.sheets import Sheets
 from ..refiner.wan.vae import WanVAE
 from .api import host
 from .train_plan import TrainRequest

@@ -7,12 +7,11 @@ import pytest
 import torch
 from comfy_graphs import of_kind, small
 from comfy_server import Refused, Server, find_comfyui
-from demo_files import STAND_IN, write_base, write_demo_files
+from demo_files import STAND_IN, use_demo_files, write_base, write_demo_files
 
 from autorefiner.nodes.cache import ReflectiveCacheNode
 from autorefiner.nodes.cache_view import cache_view
 from autorefiner.nodes.hosts import standalone
-from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.sample import RunPlan
 from autorefiner.refiner.schedule import PRESETS
@@ -35,7 +34,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def place(files: Path, tmp_path: Path, monkeypatch) -> None:
     """The standalone host at a folder as ComfyUI's; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
+    use_demo_files(files, monkeypatch)
     write_base(tmp_path, files)
     (tmp_path / "secret.safetensors").write_bytes(b"")
     with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
