@@ -14,13 +14,14 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...refiner.wan.causal import CausalWan
-from ...refiner.wan.transformer import WanConfig, WanTransformer
+from ...refiner.wan.transformer import WanTransformer
 from ...refiner.wan.vae import WanVAE
 from ..curves import Curves
 from . import comfy_layers, page
+from .comfy_model import facts, network_of
 from .comfy_video import wan_vae
 
 TRAIN = "autorefiner.train"  # the event, which web/trainer.js listens to
@@ -68,9 +69,9 @@ def training() -> Iterator[None]:
         management.soft_empty_cache()
 
 
-def copied_network(model: ModelPatcher, network: nn.Module, config: WanConfig) -> CausalWan:
+def own_network(model: ModelPatcher) -> CausalWan:
     """Copy a MODEL's network to its device, frozen, in fp32, with its LoRAs merged."""
-    device = model.load_device
+    network, config, device = network_of(model), facts(model).config, model.load_device
     with torch.inference_mode():  # LoRAs are merged in place into tensors of that mode
         management.load_models_gpu([model])
     read, state = comfy_layers.weights_on(device, torch.float32), {}

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...refiner.rollout import Progress
+from ...refiner.terminal import printable
 from ..passes import Passes
 from ..run import Run
 from .plain import plain_text
@@ -142,6 +144,11 @@ def show(text: str) -> ui.PreviewText:
     if context is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
     return ui.PreviewText(text)
+
+
+def notice(text: str) -> None:
+    logging.warning("AutoRefiner: %s", printable(text))
+    show(text)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         "student, 4 times as long": lambda: (
             student_clips(
                 *models, captions[: options.long_captions], frames=LONG_FRAMES,
-                preset=replace(PRESET, window=LATENT_FRAMES, relative=True),
+                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
             ), captions[: options.long_captions],
         ),
     }  # fmt: skip

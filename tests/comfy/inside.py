@@ -18,6 +18,7 @@ import comfy.model_management as management
 import comfy.sd
 from node_host import mismatches
 from pack.nodes.hosts import page
+from pack.nodes.hosts.comfy_model import PRESET
 from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
@@ -90,7 +91,7 @@ print(
             "told": told_of_saved_repeats(),
             "published": answers,
             "host": mismatches(NodeHost, host),
-            "preset": fresh.get_attachment(host.PRESET),
+            "preset": fresh.get_attachment(PRESET),
         }
     )
 )

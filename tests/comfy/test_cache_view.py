@@ -59,6 +59,18 @@ def test_the_node_itself_says_the_same_bytes() -> None:
     assert f"{cache_view({**ASKED, 'window': 9, 'sink': 3})['bytes'] / 1e6:,.1f} MB" in shown
 
 
+NAMES = ["the model's", "absolute", "relative", "sink-adjacent", "relative to the window"]
+
+
+@pytest.mark.parametrize("positions", NAMES)
+def test_positions_keep_the_names_of_older_workflows(positions: str) -> None:
+    (cache,) = ReflectiveCacheNode.execute(9, 3, positions, "as trained", "as trained").args
+    former = {"relative to the window": "relative", "the model's": "absolute"}
+    assert cache.applied(PRESETS["self-forcing"]).positions == former.get(positions, positions)
+    assert ReflectiveCacheNode.validate_inputs(positions) is True
+    assert cache_view({**ASKED, "window": 9, "sink": 3, "positions": positions})["sink"] == 3
+
+
 def test_it_draws_what_the_last_chunk_sees() -> None:
     told = cache_view({**ASKED, "window": 9, "sink": 3})
     assert (told["chunks"], told["start"], told["end"]) == (7, 18, 21)
@@ -115,3 +127,8 @@ def test_what_is_odd_is_an_error_of_one_line(odd: object) -> None:
     with pytest.raises(ValueError) as raised:
         cache_view(odd)
     assert "\n" not in str(raised.value)
+
+
+def test_positions_that_are_not_known_are_one_line() -> None:
+    assert "sink-adjacent" in ReflectiveCacheNode.validate_inputs("elsewhere")
+    assert ReflectiveCacheNode.validate_inputs() is True
