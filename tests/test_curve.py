@@ -44,6 +44,11 @@ def test_falling_values_fall_in_the_picture(drawn) -> None:
     assert heights[100] < heights[300] < heights[500]
 
 
+def test_a_figure_of_one_step_is_seen(drawn) -> None:
+    drawing = drawn([{"step": 7, "loss": 3.0}])
+    assert (drawing == SMOOTH).all(-1).any()
+
+
 def test_a_curve_stays_below_its_title(drawn) -> None:
     values = np.random.default_rng(0).normal(size=400).tolist()
     drawing = drawn([{"step": i, "loss": value} for i, value in enumerate([*values, 1e9])])
