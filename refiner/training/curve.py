@@ -1,4 +1,4 @@
-"""Loss and reward curves as a picture: a panel a logged figure, its name and value above its curve."""
+"""Loss and reward curves as a picture: a panel a logged figure, its name and value above it."""
 
 from pathlib import Path
 
@@ -18,9 +18,14 @@ HIDDEN = ("step", "seconds")
 def draw_curve(log: Path, path: Path) -> None:
     """Draw every figure of a log.jsonl over the steps into a PNG, in order of first appearance."""
     rows = read_rows(log)
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN]
+    names = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN
+    ]
     last = rows[-1]["step"]
-    panels = [_panel(name, [(row["step"], row[name]) for row in rows if name in row], last) for name in names]
+    panels = [
+        _panel(name, [(row["step"], row[name]) for row in rows if name in row], last)
+        for name in names
+    ]
     write_png(np.concatenate(panels), path)
 
 
