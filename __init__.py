@@ -8,6 +8,6 @@ WEB_DIRECTORY = "./web"  # ComfyUI serves it; the nodes' help pages lie in its d
 async def comfy_entrypoint():
     """The pack's nodes, for ComfyUI."""
     from .nodes.hosts import comfy
-    from .nodes.registry import NODES
+    from .nodes.registry import ANSWERS, NODES
 
-    return comfy.extension(NODES)
+    return comfy.extension(NODES, ANSWERS)

@@ -1,4 +1,4 @@
-"""The command line of the installed package: refiner/cli.py's commands, and `run` for workflows."""
+"""The command line of the installed package: the core's commands, and `run` for workflows."""
 
 import argparse
 import os
@@ -10,31 +10,38 @@ Execute a ComfyUI workflow, saved with Export (API), without ComfyUI.
 
   autorefiner run workflows/api/quickstart.json --set 3.seed=7 --out videos
 
-It may be made of this pack's nodes and CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, ImageStitch,
-VAEEncode, VAEDecode, CreateVideo, SaveVideo, SaveAnimatedWEBP and SaveImage. Models lie as ComfyUI has them:
-BASE/models/vae/ …"""
+It may use this pack's nodes and CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale,
+ImageStitch, VAEEncode, VAEDecode, CreateVideo, SaveVideo, SaveAnimatedWEBP and SaveImage. Models
+are looked up where ComfyUI has them: BASE/models/vae/ …"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; wrong input is one line on stderr and exit status 2."""
+    """Run the command line; bad input is one line on stderr and exit status 2."""
     from ..refiner import cli
 
     return cli.main(argv, {"run": (add_run, run)})
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:
-    """The subcommand `run`."""
+    """Add the subcommand `run`."""
     command = commands.add_parser(
-        "run", help="workflow to video", description=RUN, formatter_class=argparse.RawDescriptionHelpFormatter
+        "run",
+        help="workflow to video",
+        description=RUN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("workflow", type=Path, metavar="FILE.json")
-    about = "give an input another value, the node by id or title; may be repeated"
-    command.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help=about)
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="what is written lies here (default BASE/output)")
+    about = "set an input of a node, given by id or title; may be repeated"
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help=about
+    )
+    about = "where to write files (default BASE/output)"
+    command.add_argument("--out", type=Path, metavar="FOLDER", help=about)
     about = "the folder with models/ and input/ (default: COMFYUI_PATH, else this folder)"
     base = Path(os.environ.get("COMFYUI_PATH", "."))
     command.add_argument("--base", type=Path, default=base, metavar="FOLDER", help=about)
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    about = "cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
+    command.add_argument("--device", default="auto", help=about)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from .workflow import execute, prompt_of, read_workflow, with_values, written
 
     nodes = with_values(read_workflow(args.workflow), args.set)
-    with standalone.running_at(standalone.place_of(args.base, args.out, args.device, prompt_of(nodes))):
+    with standalone.running_at(
+        standalone.place_of(args.base, args.out, args.device, prompt_of(nodes))
+    ):
         results = execute(nodes)
     for path in written(results):
         say(str(path))

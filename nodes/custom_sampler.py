@@ -1,51 +1,54 @@
-"""Pathwise Refined SAMPLER: the same for SamplerCustomAdvanced."""
+"""Pathwise Refined SAMPLER: chunk-by-chunk sampling inside SamplerCustomAdvanced."""
 
+from .api import CATEGORY, host, io
 from .guided import FRESH_NOISE, SamplerOptions
-from .hosts import host, io
-from .load import CATEGORY
 from .sampler import options_of_run
 from .search import CANDIDATES, METHODS, search_of
 
 
 class PathwiseRefinedCustomSampler(io.ComfyNode):
-    """A SAMPLER; NOISE, SIGMAS and GUIDER rule."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AutoRefinerCustomSampler",
             display_name="Pathwise Refined SAMPLER",
             category=CATEGORY,
-            description="Chunk-by-chunk sampling for SamplerCustomAdvanced. NOISE, SIGMAS and GUIDER rule; chunk size"
-            " and window come from the model's preset.",
+            description="Chunk-by-chunk sampling for SamplerCustomAdvanced. Noise, levels and"
+            " prompt come from NOISE, SIGMAS and GUIDER; chunk size and window from the model's"
+            " preset.",
             search_aliases=["SamplerARVideo", "custom sampler"],
             inputs=[
                 io.Combo.Input(
                     "method", options=list(METHODS), default="self-forcing",
-                    tooltip="self-forcing: fresh noise between levels, as the models are trained. The help page of"
-                    " Pathwise Refined Sampler tells of the others.",
+                    tooltip="self-forcing: fresh noise between levels, as the models are trained."
+                    " The help page of Pathwise Refined Sampler describes the others.",
                 ),
                 io.Combo.Input(
                     "fresh_noise", options=list(FRESH_NOISE), default=FRESH_NOISE[0],
-                    tooltip="Noise between levels: the same on every device, or the very numbers of ComfyUI's own"
-                    " SamplerARVideo, to repeat its results.",
+                    tooltip="Noise between levels: the same on every device, or exactly the numbers"
+                    " that ComfyUI's SamplerARVideo draws, to reproduce its results.",
                 ),
                 *options_of_run(schedule="Chunk size; levels that contradict SIGMAS are an error."),
             ],
-            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")],
+            outputs=[
+                io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")
+            ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
-        """What was stopped early is not taken from the cache."""
+        """Change with every early stop, so that ComfyUI does not cache an unfinished clip."""
         return host.stops(cls.hidden.unique_id)
 
     @classmethod
     def execute(
-        cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None, reflective_cache=None,
-        reward=None, vae=None, prompt: str = "", candidates: int = CANDIDATES,
+        cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None,
+        reflective_cache=None, reward=None, vae=None, prompt: str = "",
+        candidates: int = CANDIDATES,
     ) -> io.NodeOutput:  # fmt: skip
         search = search_of(method, reward, vae, prompt, candidates)
-        options = SamplerOptions(method, fresh_noise, chunk_schedule, reflective_cache, start, refiner, search)
+        options = SamplerOptions(
+            method, fresh_noise, chunk_schedule, reflective_cache, start, refiner, search
+        )
         return io.NodeOutput(host.make_sampler(options))

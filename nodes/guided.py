@@ -1,4 +1,4 @@
-"""A run inside SamplerCustomAdvanced, where NOISE, SIGMAS and GUIDER rule."""
+"""A run inside SamplerCustomAdvanced: its levels from SIGMAS, its noise from NOISE."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
-from .options import ChunkSchedule, ReflectiveCache, preset_for
+from .options import CacheOptions, ChunkSchedule, preset_for
 from .refined import RefinerLora, plan_refiner
 from .run import ModelFacts, Run, Search, begun_from, plan_run, start_of, video_latents
 
-SAME_SIGMA = 2e-3  # two sigmas nearer than this are one level written down twice
-SEEDS = 1 << 63  # our noise's; NOISE may have twice as many
+SAME_SIGMA = 2e-3  # sigmas that differ by less count as one level
+SEEDS = 1 << 63  # number of seeds of WhiteNoise; NOISE has twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +28,30 @@ class GivenLevels(Preset):
 
 
 def nominal(sigma: float, preset: Preset) -> int:
-    """The nominal step, 1 to 1000, by which a preset's model names a noise level: sigma with its shift undone."""
+    """The nominal step, 1 to 1000, of a sigma: the preset's shift undone."""
     u = sigma / (preset.shift - (preset.shift - 1) * sigma) if preset.warp else sigma
     return max(1, round(STEPS * u))
 
 
 def levels_of(sigmas: Tensor, preset: Preset) -> tuple[Level, ...]:
-    """Levels of SIGMAS, which fall from 1 to 0, with the names that the preset has for them; ValueError for others."""
+    """Name SIGMAS by the preset's nominal steps. ValueError unless they fall from 1 to 0."""
     values = [float(sigma) for sigma in sigmas]
     falling = all(above - below > 1e-3 for above, below in pairwise(values))
     if len(values) < 2 or not falling or abs(values[0] - 1) > SAME_SIGMA or values[-1] != 0:
         listed = ", ".join(f"{value:.4g}" for value in values[:8]) or "nothing"
         raise ValueError(
-            f"SIGMAS are {listed}: every chunk goes from pure noise to clean latents, so give sigmas that fall from 1"
-            " to 0 by more than 0.001 each (shift 5 and 4 simple steps are Self-Forcing's)"
+            f"SIGMAS are {listed}: every chunk goes from pure noise to clean latents, so give"
+            " sigmas that fall from 1 to 0 by more than 0.001 each (shift 5 and 4 simple steps are"
+            " Self-Forcing's)"
         )
     steps = distinct([nominal(sigma, preset) for sigma in values[:-1]])
-    return tuple(Level(step, STEPS * sigma, sigma) for step, sigma in zip(steps, values, strict=False))
+    return tuple(
+        Level(step, STEPS * sigma, sigma) for step, sigma in zip(steps, values, strict=False)
+    )
 
 
 def distinct(steps: Sequence[int]) -> list[int]:
-    """Lower steps, sorted from the highest, until no two are equal: levels of one name would share their noise."""
+    """Lower falling steps until no two are equal: levels of one step would share their noise."""
     falling: list[int] = []
     for place, step in enumerate(steps):
         below = falling[-1] - 1 if falling else STEPS
@@ -58,25 +61,25 @@ def distinct(steps: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class GuiderNoise:
-    """A chunk begins from its part of NOISE [B, C, F, h, w].
+    """Start chunks from their frames of NOISE; draw all else from `later`.
 
-    Later levels, and a search's candidates beside the first, draw from another source.
+    The candidates of a search beside the first draw from `later` at every level.
     """
 
-    first: Tensor
+    noise_BCFhw: Tensor
     later: NoiseSource
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         if draw.step != chunk.levels[0].step or draw.candidate:
             return self.later(chunk, draw, shape)
-        return self.first[:, :, chunk.start : chunk.start + chunk.length]
+        return self.noise_BCFhw[:, :, chunk.start : chunk.start + chunk.length]
 
 
 @dataclass(frozen=True, slots=True)
 class CoreNoise:
-    """The noise that ComfyUI's SamplerARVideo draws between levels: another on every kind of device.
+    """The noise that ComfyUI's SamplerARVideo draws between levels, which depends on the device.
 
-    It has none for repeats and candidates: theirs is white noise of the seed.
+    It has none for repeats and candidates, which get white noise of the same seed.
     """
 
     seed: int
@@ -96,24 +99,29 @@ FRESH_NOISE = ("per chunk and level", "as SamplerARVideo")
 
 @dataclass(frozen=True, slots=True)
 class SamplerOptions:
-    """What a SAMPLER was given; the rest of its run comes from NOISE, SIGMAS and GUIDER."""
+    """The inputs of a SAMPLER; the rest of its run comes from NOISE, SIGMAS and GUIDER."""
 
     method: str
     fresh_noise: str = FRESH_NOISE[0]
     schedule: ChunkSchedule | None = None
-    cache: ReflectiveCache | None = None
+    cache: CacheOptions | None = None
     start: dict | None = None
     refiner: RefinerLora | None = None
     search: Search | None = None
 
     def run(self, facts: ModelFacts, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
-        """The run over NOISE [B, C, F, h, w] along SIGMAS; ValueError where CHUNK_SCHEDULE contradicts them."""
+        """Plan a run over NOISE [B, C, F, h, w] along SIGMAS.
+
+        Raises ValueError where CHUNK_SCHEDULE contradicts SIGMAS.
+        """
         preset = preset_for(facts.preset, self.schedule, self.cache, self.refiner is not None)
         levels = levels_of(sigmas, preset)
         if self.schedule is not None:
             check_agreement(preset, self.schedule, levels)
         steps = {level.step for level in levels}
-        refined = plan_refiner(self.refiner, facts.config, facts.dtype, steps, self.schedule, self.cache)
+        refined = plan_refiner(
+            self.refiner, facts.config, facts.dtype, steps, self.schedule, self.cache
+        )
         named = {field: getattr(preset, field) for field in Preset.__dataclass_fields__}
         preset = GivenLevels(**named, given=levels)
         samples = video_latents({"samples": noise}, "latent_image")
@@ -126,17 +134,28 @@ class SamplerOptions:
 
 
 def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level, ...]) -> None:
-    """Raise ValueError when a connected CHUNK_SCHEDULE says other levels than SIGMAS."""
+    """Raise ValueError when a CHUNK_SCHEDULE has other levels than SIGMAS."""
     if not (schedule.preset or schedule.levels or schedule.first_levels):
         return
-    for first in (False, True):
-        own = [level.sigma for level in preset.levels(first)]
-        if len(own) != len(levels) or any(abs(a - b.sigma) > SAME_SIGMA for a, b in zip(own, levels, strict=True)):
-            said, came = (
-                ", ".join(f"{s:.4f}" for s in [*side, 0]) for side in (own, [level.sigma for level in levels])
-            )
-            where = " for the first chunk" if first else ""
-            raise ValueError(
-                f"CHUNK_SCHEDULE says sigmas {said}{where} and SIGMAS are {came}: make them agree, or leave the"
-                " schedule's levels to SIGMAS (no preset, no levels)"
-            )
+    sigmas = [level.sigma for level in levels]
+    for is_first in (False, True):
+        scheduled = [level.sigma for level in preset.levels(is_first)]
+        if same_sigmas(scheduled, sigmas):
+            continue
+        where = " for the first chunk" if is_first else ""
+        raise ValueError(
+            f"CHUNK_SCHEDULE says sigmas {listed(scheduled)}{where} and SIGMAS are"
+            f" {listed(sigmas)}: make them agree, or leave the schedule's levels to SIGMAS (no"
+            " preset, no levels)"
+        )
+
+
+def same_sigmas(one: Sequence[float], other: Sequence[float]) -> bool:
+    if len(one) != len(other):
+        return False
+    return all(abs(a - b) <= SAME_SIGMA for a, b in zip(one, other, strict=True))
+
+
+def listed(sigmas: Sequence[float]) -> str:
+    """Sigmas and their final 0, as an error shows them."""
+    return ", ".join(f"{sigma:.4f}" for sigma in [*sigmas, 0])

@@ -1,21 +1,24 @@
-"""What CHUNK_SCHEDULE and REFLECTIVE_CACHE hold, and what they make of a model's preset."""
+"""Values of CHUNK_SCHEDULE and REFLECTIVE_CACHE, and the preset that they result in."""
 
 from dataclasses import dataclass
 
-from ..refiner.memory import reflect
+from ..refiner.memory.positions import POSITIONS as POSITIONS_BY_NAME
+from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.schedule import STEPS, Preset, check_steps, get_preset
 
-FALLBACK = "self-forcing"  # of a model that does not say how it is sampled
+FALLBACK = "self-forcing"  # for a MODEL without a preset
 MODELS_OWN = "the model's"
 AS_TRAINED = "as trained"
 HISTORY_MODES = (AS_TRAINED, "shared", "none")
 X0_MODES = (AS_TRAINED, "joint", "pending", "none")
-POSITIONS = {MODELS_OWN: None, "absolute": False, "relative to the window": True}
+LONGEST_LEVELS = 200  # characters
+POSITIONS = (MODELS_OWN, *POSITIONS_BY_NAME)
+FORMER_POSITIONS = {"relative to the window": "relative"}  # in older workflows
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSchedule:
-    """How chunks are cut and denoised; what is empty or None is left to the preset, and no preset to the model."""
+    """Chunk size and noise levels. Empty or None: as the preset has it; no preset: the model's."""
 
     preset: str | None = None
     levels: tuple[int, ...] = ()
@@ -24,74 +27,96 @@ class ChunkSchedule:
     refined: tuple[int, ...] = ()
 
     def applied(self, preset: Preset) -> Preset:
-        """The model's preset with this schedule in its place."""
+        """The model's preset, or the schedule's own, with this schedule's levels and chunk size."""
         base = get_preset(self.preset) if self.preset else preset
-        return base.changed(steps=self.levels or None, chunk=self.chunk, first_steps=self.first_levels or None)
+        return base.changed(
+            steps=self.levels or None,
+            chunk=self.chunk,
+            first_steps=self.first_levels or None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class ReflectiveCache:
-    """What is held of the past (frames are latent; a window of -1 is all) and what a refiner sees of it."""
+class CacheOptions:
+    """Which latent frames memory holds (a window of -1: all), and what a refiner sees of them."""
 
     window: int = -1
     sink: int = 0
-    relative: bool | None = None
+    positions: str | None = None  # None: the preset's
     history: str = AS_TRAINED
     previous_x0: str = AS_TRAINED
 
     def applied(self, preset: Preset) -> Preset:
         """The preset with this window, sink and positions."""
-        return preset.changed(window=self.window, sink=self.sink, relative=self.relative)
+        return preset.changed(window=self.window, sink=self.sink, positions=self.positions)
 
-    def reflected(self, trained: reflect.ReflectiveCache) -> reflect.ReflectiveCache:
-        """The modes of a refiner's cache, those that it was trained with where nothing else is said."""
-        history, previous = trained.history, trained.previous
-        return reflect.ReflectiveCache(
-            history if self.history == AS_TRAINED else self.history,
-            previous if self.previous_x0 == AS_TRAINED else self.previous_x0,
+    def reflected(self, trained: ReflectiveCache) -> ReflectiveCache:
+        """A refiner's cache: the modes chosen here, those it was trained with by default."""
+        history, previous = self.history, self.previous_x0
+        return ReflectiveCache(
+            trained.history if history == AS_TRAINED else history,
+            trained.previous if previous == AS_TRAINED else previous,
         )
 
 
-def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ...]:
-    """Nominal levels of a widget, like "1000, 750, 500, 250"; none of an empty one.
+def parse_positions(name: str) -> str | None:
+    """The positions that a widget names, None for the model's; ValueError lists the names."""
+    name = FORMER_POSITIONS.get(name, name)
+    if name not in POSITIONS:
+        raise ValueError(f"positions {name[:40]!r}: use one of {', '.join(POSITIONS)}")
+    return None if name == MODELS_OWN else name
 
-    Levels that begin from `pure_noise` fall from 1000. Raises ValueError that names the widget.
+
+def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ...]:
+    """Parse a widget's nominal levels, like "1000, 750, 500, 250"; empty text has none.
+
+    With `pure_noise` the first level must be 1000. Raises ValueError that names the widget.
     """
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not parts:
+    if not text.strip():
         return ()
-    if len(text) > 200 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name} {text[:60]!r}: give whole numbers with commas between, like 1000, 750, 500, 250")
-    steps = tuple(int(part) for part in parts)
+    numbers = [number.strip() for number in text.split(",")]
+    if len(text) > LONGEST_LEVELS or not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"{name} {text[:60]!r}: give whole numbers with commas between, like 1000, 750, 500,"
+            " 250"
+        )
+    levels = tuple(int(number) for number in numbers)
     try:
-        check_steps(steps)
+        check_steps(levels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if pure_noise and steps[0] != STEPS:
+    if pure_noise and levels[0] != STEPS:
         raise ValueError(f"{name} {text!r}: a chunk begins from pure noise, so begin with {STEPS}")
-    return steps
+    return levels
 
 
-def refuse_without_refiner(schedule: ChunkSchedule | None, cache: ReflectiveCache | None) -> None:
-    """Raise ValueError for options that only mean something to a refiner, which is not connected."""
-    asked = {}
+def refuse_without_refiner(schedule: ChunkSchedule | None, cache: CacheOptions | None) -> None:
+    """Raise ValueError for options that only a refiner reads."""
+    options = {}
     if schedule is not None and schedule.refined:
-        asked["refined_levels of CHUNK_SCHEDULE"] = (", ".join(map(str, schedule.refined)), "leave it empty")
+        levels = ", ".join(map(str, schedule.refined))
+        options["refined_levels of CHUNK_SCHEDULE"] = (levels, "leave it empty")
     if cache is not None:
-        stay = f"leave it at {AS_TRAINED!r}"
-        asked["history of REFLECTIVE_CACHE"] = (cache.history, stay)
-        asked["previous_x0 of REFLECTIVE_CACHE"] = (cache.previous_x0, stay)
-    for name, (value, instead) in asked.items():
+        default = f"leave it at {AS_TRAINED!r}"
+        options["history of REFLECTIVE_CACHE"] = (cache.history, default)
+        options["previous_x0 of REFLECTIVE_CACHE"] = (cache.previous_x0, default)
+    for name, (value, instead) in options.items():
         if value != AS_TRAINED:
-            raise ValueError(f"{name} is {value!r}, which says what a refiner does: connect a REFINER, or {instead}")
+            raise ValueError(
+                f"{name} is {value!r}, which says what a refiner does: connect a REFINER,"
+                f" or {instead}"
+            )
 
 
 def preset_for(
-    name: str | None, schedule: ChunkSchedule | None, cache: ReflectiveCache | None, refined: bool = False
+    name: str | None,
+    schedule: ChunkSchedule | None,
+    cache: CacheOptions | None,
+    refined: bool = False,
 ) -> Preset:
-    """The preset of a model by name (None: Self-Forcing's) under the options that are connected.
+    """Apply the connected options to a preset (None: FALLBACK).
 
-    Raises ValueError when they do not go together, or need a refiner and it is not `refined`.
+    Raises ValueError for options that contradict each other, or need a refiner without `refined`.
     """
     if not refined:
         refuse_without_refiner(schedule, cache)

@@ -9,7 +9,7 @@ from ..refiner.noise.file import RefinerCard
 from ..refiner.refined import Form, RefinerPlan, check_fit
 from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
-from .options import ChunkSchedule, ReflectiveCache
+from .options import CacheOptions, ChunkSchedule
 
 FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branches"}
 
@@ -34,7 +34,7 @@ class RefinerLora:
 
 def plan_refiner(
     refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, steps: Sequence[int],
-    schedule: ChunkSchedule | None, cache: ReflectiveCache | None,
+    schedule: ChunkSchedule | None, cache: CacheOptions | None,
 ) -> RefinerPlan | None:  # fmt: skip
     """What a refiner does in a run of these nominal steps; None without one, or at strength 0, which is the base.
 

@@ -1,6 +1,9 @@
-"""Every node of the pack."""
+"""The nodes of the pack, and the page's requests that it answers."""
+
+from collections.abc import Callable, Mapping
 
 from .cache import ReflectiveCacheNode
+from .cache_view import cache_view
 from .chunk_schedule import ChunkScheduleNode
 from .compare import CompareVideos
 from .custom_sampler import PathwiseRefinedCustomSampler
@@ -27,3 +30,6 @@ NODES = (
     LoadReward,
     ScoreVideo,
 )
+
+# Functions of a request's parsed JSON, by the request's name under /autorefiner/.
+ANSWERS: Mapping[str, Callable[[object], dict]] = {"cache": cache_view}

@@ -1,24 +1,24 @@
 """A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done chunk by chunk."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
-from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
-from ..refiner.refined import IDLE, RefinerPlan
-from ..refiner.rollout import Progress, Sampler
+from ..refiner.refined import RefinerPlan
+from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, finite, sample
-from ..refiner.samplers import SAMPLERS
-from ..refiner.schedule import Preset, latent_frames, plan_chunks
+from ..refiner.samplers import SAMPLERS, Method
+from ..refiner.samplers.search import Verifier
+from ..refiner.schedule import Preset, latent_frames
 from ..refiner.wan.causal import CausalWan
 from ..refiner.wan.transformer import WanConfig
 from ..refiner.wan.vae import LATENT_MEAN, LATENT_STD
@@ -39,12 +39,10 @@ class ModelFacts:
 
 
 class Search(Protocol):
-    """What chooses among candidates, by a reward (nodes/search.py)."""
+    """A method that chooses among candidates by a reward (nodes/search.py)."""
 
-    candidates: int
-
-    def check(self, cache: ReflectiveCache) -> None:
-        """Raise ValueError for a refiner's cache that it does not go together with."""
+    def sampler(self, verifier: Verifier | None = None) -> Method:
+        """The method; without a verifier it cannot run, but says what it takes."""
         ...
 
     def describe(self) -> str:
@@ -55,8 +53,8 @@ class Search(Protocol):
         """Of what it holds beside the model."""
         ...
 
-    def sampler(self, batch: int, device: torch.device) -> AbstractContextManager[Sampler]:
-        """The method, with its models on a device until it is left."""
+    def verifier(self, batch: int, device: torch.device) -> AbstractContextManager[Verifier]:
+        """What it chooses by, with its models on a device until it is left."""
         ...
 
 
@@ -76,8 +74,16 @@ class Run:
     search: Search | None = None
 
     def __post_init__(self) -> None:
-        if self.search is not None and self.refined is not None:
-            self.search.check(self.refined.cache)
+        self.sampler().check(self.plan.preset, self.refined.cache if self.refined else None)
+
+    def sampler(self, verifier: Verifier | None = None) -> Method:
+        """The sampling method; a search runs with a verifier only."""
+        return self.search.sampler(verifier) if self.search else SAMPLERS[self.method]()
+
+    @property
+    def caches(self) -> tuple[Hashable, ...]:
+        """Memories that the method holds besides the one of every run."""
+        return self.sampler().caches(self.plan.chunks[-1].levels) if self.plan.chunks else ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,13 +108,13 @@ class Run:
         made = [] if self.initial is None else [self.initial.float().cpu()]
         attached = self.refined.attached(network, device, dtype, weights) if self.refined else nullcontext()
         search = self.search
-        sampler = search.sampler(self.plan.batch, device) if search else nullcontext(SAMPLERS[self.method])
-        with attached as refiner, sampler as method:
+        judging = search.verifier(self.plan.batch, device) if search else nullcontext()
+        with attached as refiner, judging as verifier:
             chunks = sample(
                 network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
-                method=method, refiner=refiner, callback=callback, device=device, dtype=dtype,
+                method=self.sampler(verifier), refiner=refiner, callback=callback, device=device, dtype=dtype,
             )  # fmt: skip
-            for chunk in finite((chunk.float().cpu() for chunk in chunks), self.plan.given_chunks):
+            for chunk in finite((chunk.float().cpu() for chunk in chunks), len(self.plan.given_chunks)):
                 made.append(chunk)
                 if stop is not None and stop():
                     chunks.close()
@@ -188,30 +194,29 @@ def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor |
 
 def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> MemoryPlan:
     """The memory of a run of a model that need not be loaded."""
-    return plan.memory(CausalWan(nn.Module(), facts.config), facts.dtype, refined)
+    return plan.memory(facts.config, facts.dtype, refined)
 
 
-def kv_bytes(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> int:
-    """Of the keys and values that a run holds."""
-    return memory_of(plan, facts, refined).nbytes
+def kv_bytes(run: Run, facts: ModelFacts) -> int:
+    """Bytes of the keys and values that a run holds, in all its memories."""
+    return run.plan.memory_bytes(facts.config, facts.dtype, run.refined is not None, run.caches)
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
     """Of what a run holds beside the model: keys and values, its refiner, and what a search decodes and scores with."""
     more = (run.refined.nbytes if run.refined else 0) + (run.search.nbytes(run.plan) if run.search else 0)
-    return kv_bytes(run.plan, facts, run.refined is not None) + more
+    return kv_bytes(run, facts) + more
 
 
 def told(run: Run, facts: ModelFacts) -> str:
     """One line: what a run makes, the bytes of its keys and values, what refines it, and how it searches."""
     plan = run.plan
-    chunks = len(plan_chunks(plan.preset, plan.frames, plan.given)[1])
-    held = kv_bytes(plan, facts, run.refined is not None) / 1e6
-    line = f"{plan.frames} latent frames in {chunks} chunks, {held:,.1f} MB of keys and values"
+    held = kv_bytes(run, facts) / 1e6
+    line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held:,.1f} MB of keys and values"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
-        if run.method == "ode" and plan.preset.steps[0] not in run.refined.levels:
-            line += f"; {IDLE}"
+    if note := run.sampler().note(plan.preset.all_steps, run.refined.levels if run.refined else ()):
+        line += f"; {note}"
     return line + (f"; {run.search.describe()}" if run.search else "")
 
 

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-from ..refiner.memory.reflect import ReflectiveCache
-from ..refiner.rollout import Sampler
 from ..refiner.sample import RunPlan
-from ..refiner.samplers import SAMPLERS, SEARCHES, SearchOverPath
-from ..refiner.samplers.search import check_reads
+from ..refiner.samplers import METHODS as METHODS_BY_NAME
+from ..refiner.samplers import SEARCHES, Method
+from ..refiner.samplers.search import Verifier
 from ..refiner.training.rewards.reward import Mixture
 from ..refiner.training.rewards.verifier import RewardVerifier
 from ..refiner.wan.vae import WanVAE
-from .hosts import host, io
+from .api import host, io
 from .rewards import Rewards, RewardType
 
-METHODS = (*SAMPLERS, *SEARCHES)
+METHODS = tuple(METHODS_BY_NAME)
 CANDIDATES, MOST_CANDIDATES = 5, 64  # by default; at most
 
 
@@ -32,10 +31,9 @@ class RewardSearch:
     prompt: str
     candidates: int
 
-    def check(self, cache: ReflectiveCache) -> None:
-        """Raise ValueError for a refiner's cache that it does not go together with."""
-        if SEARCHES[self.method] is SearchOverPath:
-            check_reads(cache)
+    def sampler(self, verifier: Verifier | None = None) -> Method:
+        """The method; without a verifier it cannot run, but says what it takes."""
+        return SEARCHES[self.method](verifier, self.candidates)
 
     def describe(self) -> str:
         """A few words."""
@@ -54,11 +52,10 @@ class RewardSearch:
         return self.rewards.nbytes + weights + plan.batch * sample
 
     @contextmanager
-    def sampler(self, batch: int, device: torch.device) -> Iterator[Sampler]:
-        """The method, with its models on a device until it is left."""
+    def verifier(self, batch: int, device: torch.device) -> Iterator[Verifier]:
+        """What it chooses by, with its models on a device until it is left."""
         with self.rewards.on(device) as rewards:
-            verifier = RewardVerifier(rewards, host.own_vae(self.vae), [self.prompt] * batch)
-            yield SEARCHES[self.method](verifier, self.candidates)
+            yield RewardVerifier(rewards, host.own_vae(self.vae), [self.prompt] * batch)
 
 
 def search_inputs() -> list:

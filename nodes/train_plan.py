@@ -1,4 +1,4 @@
-"""What Train Refiner LoRA was asked for, checked before anything is loaded, and the folder that it trains in."""
+"""A request of Train Refiner LoRA, checked before anything is loaded, and its run's folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,32 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from ..refiner.estimate import parameter_count
-from ..refiner.memory import reflect
+from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.noise.file import RefinerCard
 from ..refiner.schedule import Preset
 from ..refiner.training import begun
 from ..refiner.training.options import RefineOptions
 from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.torch_file import load_torch
-from .hosts import host
-from .options import ChunkSchedule, ReflectiveCache, parse_levels, preset_for
+from .api import host
+from .options import CacheOptions, ChunkSchedule, parse_levels, preset_for
 from .paths import SHOWN, check_inside
 from .refined import RefinerLora
 from .refiner import LONGEST_NAME, PART
 from .rewards import Rewards
 from .run import ModelFacts, clip_shape
 
-RUNS = "autorefiner"  # folder of the output folder
+RUNS = "autorefiner"  # subfolder of the output folder
 OBJECTIVES, METHODS = ("dmd", "reward"), ("autorefiner", "init-noise")
 MOST_PROMPTS, MOST_TEXT = 4096, 1 << 20
-LONGEST, WIDEST = 1021, 2048  # pixel frames; pixels a side
-GROWS = ("steps",)  # what a run that goes on may be asked for anew
+LONGEST, WIDEST = 1021, 2048  # pixel frames; pixels of a side
+GROWS = ("steps",)  # options that a resumed run may change
 GUIDANCE, WARMUP = RefineOptions().guidance, RefineOptions().critic_warmup
-COPIES = 6  # of the weights that a teacher takes: itself, and what learns with its average, gradient and Adam's two
+# Copies of a teacher's weights: itself, and the critic with its average, gradient and Adam's two.
+COPIES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TrainRequest:
     """The node's inputs."""
 
     model: Any
@@ -62,89 +63,124 @@ class Asked:
     reward: Rewards | None = None
     vae: Any = None
     chunk_schedule: ChunkSchedule | None = None
-    reflective_cache: ReflectiveCache | None = None
+    reflective_cache: CacheOptions | None = None
     guidance: float = GUIDANCE
     critic_warmup: int = WARMUP
 
     def options(self, facts: ModelFacts) -> RefineOptions:
-        """How to train a refiner of this MODEL; ValueError for what does not go together."""
+        """Options of a training for this MODEL; ValueError for contradictory inputs."""
         cache, schedule = self.reflective_cache, self.chunk_schedule
-        if cache is not None and (cache.window >= 0 or cache.relative is not None):
-            raise ValueError("REFLECTIVE_CACHE has a window or positions: a training sees all the past, leave them")
+        if cache is not None and (cache.window >= 0 or cache.positions is not None):
+            raise ValueError(
+                "REFLECTIVE_CACHE has a window or positions: a training sees all the past, leave"
+                " them"
+            )
         preset = preset_for(facts.preset, schedule, None, refined=True)
-        modes = (cache or ReflectiveCache()).reflected(reflect.ReflectiveCache())
-        batch, frames, height, width = clip_shape(None, self.width, self.height, self.length, self.batch_size)
+        modes = (cache or CacheOptions()).reflected(ReflectiveCache())
+        batch, frames, height, width = clip_shape(
+            None, self.width, self.height, self.length, self.batch_size
+        )
         return RefineOptions(
-            method=self.method, objective=self.objective, history=modes.history, previous=modes.previous,
-            levels=self.refined(preset), rank=self.rank, steps=self.steps, batch=batch,
-            accumulation=self.accumulation, frames=frames, height=height, width=width,
-            learning_rate=self.learning_rate, ratio=self.critic_ratio, l2=self.l2, preset=preset, seed=self.seed,
-            checkpointing=self.checkpointing, precision=self.precision, guidance=self.guidance,
+            method=self.method,
+            objective=self.objective,
+            history=modes.history,
+            previous=modes.previous,
+            levels=self.refined(preset),
+            rank=self.rank,
+            steps=self.steps,
+            batch=batch,
+            accumulation=self.accumulation,
+            frames=frames,
+            height=height,
+            width=width,
+            learning_rate=self.learning_rate,
+            ratio=self.critic_ratio,
+            l2=self.l2,
+            preset=preset,
+            seed=self.seed,
+            checkpointing=self.checkpointing,
+            precision=self.precision,
+            guidance=self.guidance,
             critic_warmup=self.critic_warmup,
-        )  # fmt: skip
+        )
 
     def refined(self, preset: Preset) -> tuple[int, ...]:
-        """The nominal levels whose noise is refined: the widget's, the schedule's, or all that are renoised to."""
-        own = parse_levels(self.levels, "levels", pure_noise=False)
+        """Nominal levels to refine: the widget's, else the schedule's, else all but the first."""
+        levels = parse_levels(self.levels, "levels", pure_noise=False)
         scheduled = self.chunk_schedule.refined if self.chunk_schedule else ()
-        return own or scheduled or preset.steps[1:]
+        return levels or scheduled or preset.steps[1:]
 
     def check_sockets(self) -> None:
-        """Raise ValueError for a model that the objective needs and that is not connected, or has no use."""
+        """Raise ValueError for an input that the objective needs and lacks, or cannot use."""
         needed = {"dmd": ("teacher",), "reward": ("reward", "vae", "clip")}[self.objective]
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
-            raise ValueError(f"objective {self.objective} needs {' and '.join(missing)}: connect {missing[0]}")
+            raise ValueError(
+                f"objective {self.objective} needs {' and '.join(missing)}: connect {missing[0]}"
+            )
         if self.objective == "dmd" and self.clip is None and self.negative is None:
             raise ValueError(
-                "objective dmd also needs an empty prompt: connect clip, or an empty CONDITIONING to negative"
+                "objective dmd also needs an empty prompt: connect clip, or an empty CONDITIONING"
+                " to negative"
             )
         if self.objective == "reward" and self.positive:
-            raise ValueError("a reward reads prompts as text: write them into prompts, and leave positive unconnected")
+            raise ValueError(
+                "a reward reads prompts as text: write them into prompts, and leave positive"
+                " unconnected"
+            )
 
     def lines(self) -> list[str]:
-        """The prompts that are written, one a line; ValueError for too many of them, or none at all."""
-        found = [line.strip() for line in self.prompts.splitlines() if line.strip()]
-        if len(found) > MOST_PROMPTS or len(self.positive) > MOST_PROMPTS:
-            raise ValueError(f"{len(found) or len(self.positive)} prompts: at most {MOST_PROMPTS} are taken")
-        if not found and not self.positive:
+        """The prompts in text form; ValueError for too many prompts, or none in any form."""
+        lines = [line.strip() for line in self.prompts.splitlines() if line.strip()]
+        if len(lines) > MOST_PROMPTS or len(self.positive) > MOST_PROMPTS:
+            count = len(lines) or len(self.positive)
+            raise ValueError(f"{count} prompts: at most {MOST_PROMPTS} are taken")
+        if not lines and not self.positive:
             raise ValueError("there are no prompts: write one a line, or connect positive")
-        if found and self.clip is None:
+        if lines and self.clip is None:
             raise ValueError("prompts are written and nothing encodes them: connect clip")
-        return found
+        return lines
 
 
 def check_name(run: str) -> str:
-    """The name of a run's folder; ValueError for one that leaves the output folder, or hides."""
-    parts = run.split("/")
-    if len(run) > LONGEST_NAME or not all(PART.fullmatch(part) and part == part.rstrip(" .") for part in parts):
-        raise ValueError(f"run {run[:60]!r}: give a name like foxes, or one in a folder, like mine/foxes")
+    """Return the name; ValueError where its folder would be hidden or outside the output folder."""
+    if len(run) > LONGEST_NAME or not all(map(is_plain_name, run.split("/"))):
+        raise ValueError(
+            f"run {run[:60]!r}: give a name like foxes, or one in a folder, like mine/foxes"
+        )
     return run
 
 
+def is_plain_name(name: str) -> bool:
+    return PART.fullmatch(name) is not None and name == name.rstrip(" .")
+
+
 def run_folder(run: str) -> Path:
-    """output/autorefiner/RUN, wherever links in it lead still inside the output folder."""
+    """output/autorefiner/RUN; ValueError where a symlink leads it out of the output folder."""
     root = host.output_folder()
     folder = root / RUNS / check_name(run)
     check_inside(root, folder, f"run {run[:SHOWN]!r}")
     return folder
 
 
-def begin(folder: Path, options: RefineOptions, base: str | None, told: Sequence[str]) -> int:
-    """Steps that the run has taken.
+def begin(folder: Path, options: RefineOptions, base: str | None, words: Sequence[str]) -> int:
+    """Begin or resume a run; returns the steps that it has taken.
 
-    `told` are the words that a run depends on: prompts, and the names of rewards. ValueError where a run of that name
-    was begun otherwise, or went farther.
+    `words` are the run's prompts and its rewards' names. Raises ValueError where the folder holds a
+    run with other options, base or words, or one that has taken more steps.
     """
-    begun.begin(folder, {**asdict(options), "base": base, "words": begun.digest(told)}, GROWS)
+    begun.begin(folder, {**asdict(options), "base": base, "words": begun.digest(words)}, GROWS)
     done = steps_taken(folder)
     if done > options.steps:
-        raise ValueError(f"run {folder.name} has taken {done} steps: ask for that many or more, or give another name")
+        raise ValueError(
+            f"run {folder.name} has taken {done} steps: ask for that many or more, or give another"
+            " name"
+        )
     return done
 
 
 def steps_taken(folder: Path) -> int:
-    """Of a run's saved state; ValueError for a damaged one."""
+    """Steps of a run's saved state, 0 without one; ValueError for a damaged state."""
     path = folder / "state.pt"
     if not path.exists():
         return 0
@@ -155,28 +191,44 @@ def steps_taken(folder: Path) -> int:
 
 
 def check_memory(base: ModelFacts, teacher: ModelFacts | None) -> None:
-    """Raise ValueError when the models of a training alone are more than the device has."""
-    nbytes = 4 * parameter_count(base.config) + (4 * COPIES * parameter_count(teacher.config) if teacher else 0)
+    """Raise ValueError when the models alone take more memory than the device has."""
+    nbytes = 4 * parameter_count(base.config)
+    if teacher is not None:
+        nbytes += 4 * COPIES * parameter_count(teacher.config)
     if nbytes > base.device_bytes:
         raise ValueError(
-            f"the models take {nbytes / 1e9:.2f} GB and the device has {base.device_bytes / 1e9:.2f} GB: use"
-            " a smaller model or teacher, or a reward, which needs no teacher"
+            f"the models take {nbytes / 1e9:.2f} GB and the device has"
+            f" {base.device_bytes / 1e9:.2f} GB: use a smaller model or teacher, or a reward, which"
+            " needs no teacher"
         )
 
 
 def check_fit(base: ModelFacts, teacher: ModelFacts) -> None:
-    """Raise ValueError unless a teacher scores what this base makes."""
-    one, other = ((facts.config.in_dim, facts.config.text_dim) for facts in (base, teacher))
-    if one != other:
-        raise ValueError("teacher has other latents or another text encoder than model: use one of the base's kind")
+    """Raise ValueError unless both models have the same latents and text contexts."""
+    if (base.config.in_dim, base.config.text_dim) != (
+        teacher.config.in_dim,
+        teacher.config.text_dim,
+    ):
+        raise ValueError(
+            "teacher has other latents or another text encoder than model: use one of the base's"
+            " kind"
+        )
 
 
-def refiner_of(name: str, pairs: Mapping[str, LoraPair], options: RefineOptions, base: str | None) -> RefinerLora:
-    """The REFINER that was trained, on the CPU."""
-    cache = options.cache
-    pairs = {layer: LoraPair(pair.down.cpu(), pair.up.cpu(), pair.scale) for layer, pair in pairs.items()}
+def refiner_of(
+    name: str, pairs: Mapping[str, LoraPair], options: RefineOptions, base: str | None
+) -> RefinerLora:
+    """The trained REFINER, on the CPU."""
+    pairs = {
+        layer: LoraPair(pair.down.cpu(), pair.up.cpu(), pair.scale) for layer, pair in pairs.items()
+    }
     card = RefinerCard(
-        rank=options.rank, levels=tuple(sorted(options.refined, reverse=True)), history=cache.history,
-        previous=cache.previous, base=base or "", objective=options.objective, steps=options.steps,
-    )  # fmt: skip
+        rank=options.rank,
+        levels=tuple(sorted(options.refined, reverse=True)),
+        history=options.cache.history,
+        previous=options.cache.previous,
+        base=base or "",
+        objective=options.objective,
+        steps=options.steps,
+    )
     return RefinerLora(name, pairs, card)

@@ -1,4 +1,4 @@
-"""Execute a workflow in ComfyUI's API format without ComfyUI: check every node, then run what the outputs need."""
+"""Execute a workflow in ComfyUI's API format without ComfyUI, after checking all of it."""
 
 import difflib
 import inspect
@@ -13,12 +13,19 @@ from .hosts.core_nodes import CORE_NODES
 from .hosts.schema import ComfyNode, NodeOutput, Schema, Socket
 from .registry import NODES
 
-CLASSES: dict[str, type[ComfyNode]] = {node.define_schema().node_id: node for node in (*CORE_NODES, *NODES)}
+CLASSES: dict[str, type[ComfyNode]] = {
+    node.define_schema().node_id: node for node in (*CORE_NODES, *NODES)
+}
 NEEDS_COMFYUI = {"AutoRefinerCustomSampler"}
 LARGEST = 4 << 20  # bytes of a workflow file
-LONGEST_SHOWN = 80  # characters of a name of its
+LONGEST_SHOWN = 80  # characters of a name in a message
 MOST_WRONG = 6  # nodes that one error names
-CASTS: dict[str, Callable[[Any], Any]] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+CASTS: dict[str, Callable[[Any], Any]] = {
+    "INT": int,
+    "FLOAT": float,
+    "STRING": str,
+    "BOOLEAN": bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +47,48 @@ class Node:
 
 
 def plain(text: str) -> str:
-    """What a workflow calls something, as one line of a terminal can show it."""
+    """Make a workflow's name for something fit for one line of a terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text[:LONGEST_SHOWN])
 
 
 def is_link(value: object) -> bool:
     """Whether an input's value is another node's output, [id, index]."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and isinstance(value[1], int)
 
 
 def read_workflow(path: Path) -> dict[str, Node]:
-    """The nodes of a file by id; ValueError when it is no workflow in API format."""
+    """Read the nodes of a file, by id; ValueError when it is no workflow in API format."""
     workflow = read_json(path, LARGEST)
     if isinstance(workflow, dict) and "nodes" in workflow and "links" in workflow:
-        raise ValueError(f"{path} is a workflow of the page: give the one in workflows/api/, or save with Export (API)")
-    if not isinstance(workflow, dict) or not workflow or not all(_is_node(node) for node in workflow.values()):
-        raise ValueError(f"{path} is not a workflow in API format: give one saved with Export (API)")
+        raise ValueError(
+            f"{path} is a workflow of the page: give the one in workflows/api/, or save with Export"
+            " (API)"
+        )
+    is_api = isinstance(workflow, dict) and workflow and all(map(_is_node, workflow.values()))
+    if not is_api:
+        raise ValueError(
+            f"{path} is not a workflow in API format: give one saved with Export (API)"
+        )
     return {key: _node(key, node) for key, node in workflow.items()}
 
 
 def _is_node(node: object) -> bool:
-    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+    if not isinstance(node, dict):
+        return False
+    return isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
 
 
 def _node(key: str, node: dict) -> Node:
     kind = node["class_type"]
-    meta = node.get("_meta") if isinstance(node.get("_meta"), dict) else {}
-    return Node(key, kind, str(meta.get("title") or kind), dict(node["inputs"]))
+    metadata = node.get("_meta")
+    title = metadata.get("title") if isinstance(metadata, dict) else None
+    return Node(key, kind, str(title or kind), dict(node["inputs"]))
 
 
 def prompt_of(nodes: dict[str, Node]) -> str:
-    """The nodes as JSON in API format, for the files that they write."""
+    """The nodes as JSON in API format, for the metadata of files."""
     prompt = {
         node.id: {"class_type": node.kind, "inputs": node.inputs, "_meta": {"title": node.title}}
         for node in nodes.values()
@@ -79,19 +97,29 @@ def prompt_of(nodes: dict[str, Node]) -> str:
 
 
 def with_values(nodes: dict[str, Node], settings: Sequence[str]) -> dict[str, Node]:
-    """The nodes with `node.input=value` set, nodes by id, title or class; ValueError names what there is."""
+    """Apply settings `node.input=value`, with nodes by id, title or class.
+
+    Raises ValueError, which lists the nodes or inputs that there are.
+    """
     nodes = dict(nodes)
     for setting in settings:
         place, equals, text = setting.partition("=")
         where, dot, name = place.rpartition(".")
         if not equals or not dot:
-            raise ValueError(f"--set {setting!r}: give node.input=value, like 5.seed=7 or 'Load AR-VDM.preset=causvid'")
-        found = [node for node in nodes.values() if where in (node.id, node.title, node.kind)]
-        if len(found) != 1:
+            raise ValueError(
+                f"--set {setting!r}: give node.input=value, like 5.seed=7 or 'Load"
+                " AR-VDM.preset=causvid'"
+            )
+        matches = [node for node in nodes.values() if where in (node.id, node.title, node.kind)]
+        if len(matches) != 1:
             listed = ", ".join(f"{plain(node.id)} ({plain(node.title)})" for node in nodes.values())
-            raise ValueError(f"--set {setting!r}: {len(found)} nodes are {where!r}; the nodes are {listed}")
-        node = found[0]
-        known = {socket.id for socket in node.schema.inputs} if node.kind in CLASSES else set(node.inputs)
+            raise ValueError(
+                f"--set {setting!r}: {len(matches)} nodes are {where!r}; the nodes are {listed}"
+            )
+        (node,) = matches
+        known = set(node.inputs)
+        if node.kind in CLASSES:
+            known = {socket.id for socket in node.schema.inputs}
         if name not in known:
             listed = ", ".join(map(plain, sorted(known)))
             raise ValueError(f"--set {setting!r}: {node.name} has no input {name!r}, only {listed}")
@@ -100,8 +128,9 @@ def with_values(nodes: dict[str, Node], settings: Sequence[str]) -> dict[str, No
 
 
 def outputs_of(nodes: dict[str, Node]) -> list[Node]:
-    """The nodes that save or show; ValueError for nodes that are not here, or none that saves."""
-    foreign = [node for node in nodes.values() if node.kind not in CLASSES or node.kind in NEEDS_COMFYUI]
+    """The nodes that save or show; ValueError for nodes that need ComfyUI, or none that saves."""
+    runnable = CLASSES.keys() - NEEDS_COMFYUI
+    foreign = [node for node in nodes.values() if node.kind not in runnable]
     if foreign:
         listed = ", ".join(f"{node.name} of class {plain(node.kind)}" for node in foreign[:5])
         raise ValueError(f"{listed}: this workflow needs ComfyUI, run it there")
@@ -112,7 +141,7 @@ def outputs_of(nodes: dict[str, Node]) -> list[Node]:
 
 
 def order(nodes: dict[str, Node], outputs: Sequence[Node]) -> list[Node]:
-    """What the outputs need, each node behind those that it needs; ValueError for a cycle or a lost link."""
+    """Sort what the outputs need topologically; ValueError for a cycle or a dangling link."""
     done: dict[str, Node] = {}
     open_: list[tuple[Node, bool]] = [(node, False) for node in reversed(outputs)]
     path: set[str] = set()
@@ -131,7 +160,9 @@ def order(nodes: dict[str, Node], outputs: Sequence[Node]) -> list[Node]:
                 continue
             where = f"{node.name}, input {plain(name)}"
             if value[0] not in nodes:
-                raise ValueError(f"{where}: it is linked to node {plain(value[0])}, which is not there")
+                raise ValueError(
+                    f"{where}: it is linked to node {plain(value[0])}, which is not there"
+                )
             if value[0] in path:
                 raise ValueError(f"{where}: the nodes go round in a circle through it")
             open_.append((nodes[value[0]], False))
@@ -139,34 +170,46 @@ def order(nodes: dict[str, Node], outputs: Sequence[Node]) -> list[Node]:
 
 
 def checked(node: Node, nodes: dict[str, Node]) -> dict[str, Any]:
-    """The inputs that a node will be called with: constants of their type, links as they are; else ValueError."""
-    found = {}
+    """Check and convert a node's constants; links stay as they are. Raises ValueError."""
+    inputs = {}
     for socket in node.schema.inputs:
         if socket.id not in node.inputs:
             if not socket.optional:
-                raise ValueError(f"{node.name}, input {socket.id}: it is missing, connect or set it")
+                raise ValueError(
+                    f"{node.name}, input {socket.id}: it is missing, connect or set it"
+                )
             continue
         value = node.inputs[socket.id]
         try:
-            found[socket.id] = _linked(value, socket, nodes) if is_link(value) else _constant(value, socket)
+            if is_link(value):
+                inputs[socket.id] = _linked(value, socket, nodes)
+            else:
+                inputs[socket.id] = _constant(value, socket)
         except ValueError as error:
             raise ValueError(f"{node.name}, input {socket.id}: {error}") from None
+    _validate(node, {name: value for name, value in inputs.items() if not is_link(value)})
+    return inputs
+
+
+def _validate(node: Node, constants: dict[str, Any]) -> None:
+    """Let a node class check the constants that it asks for by name."""
     validate = getattr(CLASSES[node.kind], "validate_inputs", None)
-    if validate is not None:
-        names = inspect.signature(validate).parameters
-        told = validate(**{name: value for name, value in found.items() if name in names and not is_link(value)})
-        if told is not True:
-            raise ValueError(f"{node.name}: {told}")
-    return found
+    if validate is None:
+        return
+    names = inspect.signature(validate).parameters
+    result = validate(**{name: value for name, value in constants.items() if name in names})
+    if result is not True:
+        raise ValueError(f"{node.name}: {result}")
 
 
 def _linked(value: list, socket: Socket, nodes: dict[str, Node]) -> list:
     source = nodes[value[0]]
-    given = source.schema.outputs
-    if not 0 <= value[1] < len(given):
-        raise ValueError(f"{source.name} has {len(given)} outputs and none of number {value[1]}")
-    if given[value[1]].io_type not in socket.io_type.split(","):
-        raise ValueError(f"it takes {socket.io_type} and {source.name} gives {given[value[1]].io_type}")
+    outputs = source.schema.outputs
+    if not 0 <= value[1] < len(outputs):
+        raise ValueError(f"{source.name} has {len(outputs)} outputs and none of number {value[1]}")
+    io_type = outputs[value[1]].io_type
+    if io_type not in socket.io_type.split(","):
+        raise ValueError(f"it takes {socket.io_type} and {source.name} gives {io_type}")
     return value
 
 
@@ -183,22 +226,25 @@ def _constant(value: Any, socket: Socket) -> Any:
     if socket.max is not None and not value <= socket.max:
         raise ValueError(f"{value} is bigger than the most, {socket.max}")
     if socket.options is not None and value not in socket.options:
-        near = difflib.get_close_matches(str(value), socket.options, n=3, cutoff=0.3) or socket.options[:3]
-        nearest = ", ".join(map(repr, near)) or "nothing yet"
+        near = difflib.get_close_matches(str(value), socket.options, n=3, cutoff=0.3)
+        nearest = ", ".join(map(repr, near or socket.options[:3])) or "nothing yet"
         raise ValueError(
-            f"{str(value)[:80]!r} is not one of the {len(socket.options)} there are, the nearest: {nearest}"
+            f"{str(value)[:80]!r} is not one of the {len(socket.options)} there are, the nearest:"
+            f" {nearest}"
         )
     return value
 
 
 def _cast(cast: Callable[[Any], Any], value: Any) -> Any:
-    if cast is bool and isinstance(value, str):
-        return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else int("no")
-    return cast(value)
+    if cast is not bool or not isinstance(value, str):
+        return cast(value)
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"{value!r} is no boolean")
+    return value.lower() == "true"
 
 
 def all_checked(needed: Sequence[Node], nodes: dict[str, Node]) -> dict[str, dict[str, Any]]:
-    """Inputs of nodes by id; ValueError, one for all of them, names every node that has a wrong one."""
+    """Inputs of nodes by id; one ValueError names all nodes that have a wrong one."""
     inputs, wrong = {}, []
     for node in needed:
         try:
@@ -211,9 +257,9 @@ def all_checked(needed: Sequence[Node], nodes: dict[str, Node]) -> dict[str, dic
 
 
 def execute(nodes: dict[str, Node]) -> dict[str, NodeOutput]:
-    """Run what the outputs of a workflow need, at the place that is set; what each node gave, by id.
+    """Run what the outputs of a workflow need; the result of each node, by id.
 
-    Everything is checked before anything runs. Raises ValueError that names the node.
+    Checks everything before it runs anything. Raises ValueError that names the node.
     """
     needed = order(nodes, outputs_of(nodes))
     inputs = all_checked(needed, nodes)
@@ -234,5 +280,7 @@ def execute(nodes: dict[str, Node]) -> dict[str, NodeOutput]:
 
 def written(results: dict[str, NodeOutput]) -> list[Path]:
     """The files that the nodes wrote."""
-    shown = [output.ui if isinstance(output.ui, list) else [output.ui] for output in results.values()]
-    return [path for paths in shown for path in paths if isinstance(path, Path)]
+    shown = []
+    for output in results.values():
+        shown += output.ui if isinstance(output.ui, list) else [output.ui]
+    return [path for path in shown if isinstance(path, Path)]

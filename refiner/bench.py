@@ -17,12 +17,11 @@ except ImportError:  # Windows
     resource = None
 
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
-from .memory.plan import MemoryPlan
-from .memory.ring import RingMemory
 from .noise.source import WhiteNoise
 from .rollout import Progress, Rollout
+from .run_plan import RunPlan
 from .samplers import self_forcing
-from .schedule import PRESETS, plan_chunks
+from .schedule import PRESETS
 from .wan.causal import CausalWan
 from .wan.linear import Linear
 from .wan.transformer import WAN_1_3B, WAN_14B, WAN_TINY, WanConfig, WanTransformer
@@ -130,8 +129,9 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
     if chunks < 2:
         raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
     case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
-    config, shape = case.config, (1, 16, preset.chunk * chunks, case.height, case.width)
-    plan = MemoryPlan.of(config, shape, window_frames=window, dtype=dtype)
+    config = case.config
+    run = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
+    plan = run.memory(config, dtype)
     vae_bytes = WanVAE.decode_bytes(case.vae_dim, 8 * case.height, 8 * case.width, preset.chunk, dtype)
     Estimate(
         weights=parameter_count(config) * dtype.itemsize,
@@ -145,10 +145,7 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
     with torch.no_grad():
         network = CausalWan(random_model(config, device, dtype), config)
         context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
-        rollout = Rollout(
-            network, network.text(context), RingMemory(plan, device), WhiteNoise(0), plan_chunks(preset, shape[2])[1],
-            (1, 16, case.height, case.width), device, dtype,
-        )  # fmt: skip
+        rollout = Rollout.of(network, context, run, WhiteNoise(0))
         pass_times, chunk_times, latents = measure_sampling(rollout, device)
         vae = WanVAE(case.vae_dim).to(device, dtype).requires_grad_(False)
         decode_fps = measure_decode(vae, latents, device)
@@ -189,7 +186,7 @@ def measure_sampling(rollout: Rollout, device: torch.device) -> tuple[list[float
 
     rollout.callback = mark
     latents, ends = [], []
-    for x0 in self_forcing(rollout):
+    for x0 in self_forcing().run(rollout):
         synchronize(device)
         ends.append(time.perf_counter())
         latents.append(x0)

@@ -76,7 +76,8 @@ def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
     tokens = plan.batch * chunk * plan.frame_tokens
     values = tokens * max(2 * config.ffn_dim + 12 * config.dim, 18 * config.dim)
     turned = plan.batch * plan.window_frames * plan.frame_tokens * config.dim if plan.keys == "raw" else 0
-    return values * plan.dtype.itemsize + 8 * turned  # raw keys are turned in fp32: they and the result
+    # Raw keys are rotated in fp32: they and the result.
+    return values * plan.dtype.itemsize + 8 * turned + plan.read_bytes
 
 
 def parameter_count(config: WanConfig) -> int:

@@ -17,7 +17,6 @@ from .wan.transformer import WanConfig, WanTransformer
 
 Form = Literal["auto", "merged", "branches"]
 FORMS = get_args(Form)
-IDLE = "ode draws no noise between levels, so the refiner has nothing to refine"  # but an initial noise
 
 
 def check_fit(pairs: Mapping[str, LoraPair], config: WanConfig) -> None:

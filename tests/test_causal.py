@@ -8,7 +8,7 @@ from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.rollout import predict_x0
-from autorefiner.refiner.wan.causal import CausalWan, Host, timestep_features
+from autorefiner.refiner.wan.causal import CausalWan, Kernels, timestep_features
 from autorefiner.refiner.wan.rope import axis_pairs, rotate, rotation_table
 from autorefiner.refiner.wan.transformer import WAN_1_3B, WAN_14B, RMSNorm, WanConfig, WanTransformer
 
@@ -50,7 +50,7 @@ def test_chunks_in_turn_equal_one_masked_parallel_pass(network, context) -> None
         own = mask if k.shape[2] == q.shape[2] else None  # none in cross-attention
         return F.scaled_dot_product_attention(q, k, v, attn_mask=own).transpose(1, 2).flatten(2)
 
-    parallel = CausalWan(network.model, network.config, Host(attention=masked))
+    parallel = CausalWan(network.model, network.config, Kernels(attention=masked))
     t = torch.full((1, 1), 625.0)
     text = network.text(context)
     whole = parallel(x, t, text, GraphMemory(memory_plan()).view(range(9)))

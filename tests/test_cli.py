@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.generate import generate, notes, prepare
+from autorefiner.refiner.generate import generate
+from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import HEADER, read_latents
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import get_preset
@@ -188,8 +189,8 @@ def test_a_stop_before_the_first_chunk_leaves_nothing(files, tmp_path, capsys, m
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("load_network", "sample", "inspect"):
-        monkeypatch.setattr(f"autorefiner.refiner.generate.{place}", stop)
+    for place in ("generate.load_network", "generate.sample", "job.inspect"):
+        monkeypatch.setattr(f"autorefiner.refiner.{place}", stop)
         assert main(command(files, tmp_path / "fox.mp4", "--save-latents")) == 130
         assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
         assert not list(tmp_path.iterdir())

@@ -51,7 +51,7 @@ class Recorder:
         self.positions, self.first = tuple(range(start, start + frames)), 0
         self.layers: list[KeyValue] = []
 
-    def extend(self, layer, raw_key, value, table) -> KeyValue:
+    def extend(self, layer, raw_key, value, table, raw_query=None) -> KeyValue:
         self.layers.append(KeyValue(rotate(raw_key, table), value))
         return self.layers[-1]
 

@@ -5,6 +5,7 @@ import torch
 
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.positions import Cut, Relative
 from autorefiner.refiner.memory.ring import RingMemory, runs
 from autorefiner.refiner.wan.rope import rotation_table, span
 
@@ -35,7 +36,7 @@ def feed(memory, events=None) -> list[dict[int, torch.Tensor]]:
             view = memory.view(span(start, length))
             table = rotation_table(view.positions, plan.height, plan.width, plan.head_dim, like=key)
             for layer in range(plan.layers):
-                read = view.extend(layer, key, value, table)
+                read = view.extend(layer, key, value, table, key)
         seen.append(torch.cat([part.flatten(2) for part in read], -1).sort(dim=1).values)
         memory.commit()
     return seen
@@ -65,13 +66,13 @@ def test_a_window_holds_sink_past_and_current() -> None:
 
 def test_window_positions_equal_absolute_ones_until_the_window_is_full() -> None:
     absolute = feed(make(RingMemory, window=9, sink=3, keys="raw"))
-    window = feed(make(RingMemory, window=9, sink=3, keys="raw", positions="window"))
+    window = feed(make(RingMemory, window=9, sink=3, keys="raw", positions=Relative()))
     same = [torch.equal(a, b) for a, b in zip(absolute, window, strict=True)]
     assert same == [True, True, True, False, False]
 
 
 def test_window_positions_stay_inside_the_window() -> None:
-    memory = make(RingMemory, window=9, sink=3, keys="raw", positions="window")
+    memory = make(RingMemory, window=9, sink=3, keys="raw", positions=Relative())
     feed(memory)
     assert memory.view(span(99, 3)).positions == (6, 7, 8)
     assert sorted(memory.view(span(99, 3)).slot_positions) == list(range(9))
@@ -132,15 +133,15 @@ def test_a_flush_keeps_the_sink_and_the_last_frames(keys) -> None:
 
 
 def test_a_cut_moves_the_next_chunk_alone() -> None:
-    memory = make(RingMemory, window=9, sink=1, keys="raw", positions="window")
-    memory.ledger.cut(45)
+    memory = make(RingMemory, window=9, sink=1, keys="raw", positions=Relative())
+    memory.ledger.cut(Cut(45))
     assert memory.view(span(0, 3)).positions == (45, 46, 47)
     memory.commit()
     assert memory.view(span(3, 3)).positions == (3, 4, 5)
-    memory.ledger.cut(45)
+    memory.ledger.cut(Cut(45))
     assert memory.view(span(3, 3)).positions == (45, 46, 47), "also of a chunk that was already begun"
-    with pytest.raises(ValueError, match="positions='window'"):
-        make(RingMemory).ledger.cut(45)
+    with pytest.raises(ValueError, match="relative positions"):
+        make(RingMemory).ledger.cut(Cut(45))
 
 
 def test_a_chunk_that_wraps_around_the_ring_is_written_in_two_pieces() -> None:
@@ -152,8 +153,8 @@ def test_a_chunk_that_wraps_around_the_ring_is_written_in_two_pieces() -> None:
     ("options", "message"),
     [
         (dict(window_frames=3, sink_frames=3), "sink"),
-        (dict(window_frames=9, positions="window"), "need keys='raw'"),
-        (dict(window_frames=9, keys="turned"), "expected rotated|raw"),
+        (dict(window_frames=9, positions=Relative()), "need keys='raw'"),
+        (dict(window_frames=9, keys="turned"), "expected rotated"),
     ],
 )
 def test_impossible_plans_are_refused(options, message) -> None:

@@ -10,13 +10,14 @@ from autorefiner.nodes.run import Run, normalized, plan_run, raw_latents
 from autorefiner.refiner.estimate import Estimate, parameter_count, pass_bytes, text_kv_bytes
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.positions import Absolute, Relative
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.noise.refiner import Refiner, merged, target_modules
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan
-from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
@@ -50,17 +51,14 @@ class Recording:
         self.calls.append((x.clone(), t.clone(), text))
         return self.network(x, t, text, view, keys_only=keys_only)
 
-    def text(self, context: Tensor) -> list:
-        return self.network.text(context)
+    def text(self, context: Tensor, batch: int | None = None) -> list:
+        return self.network.text(context, batch)
 
 
 def rollout_of(network: CausalWan, refiner: Refiner | None, memory=None) -> Rollout:
-    chunks = plan_chunks(SF, SHAPE[2])[1]
-    memory = memory or RingMemory(MemoryPlan.of(TINY, SHAPE, spare_frames=3))
-    return Rollout(
-        network, network.text(CONTEXTS[0]), memory, WhiteNoise(3), chunks, (2, 16, 4, 4), CPU, torch.float32,
-        refiner=refiner, refiner_text=refiner.text(CONTEXTS[0]) if refiner else None,
-    )  # fmt: skip
+    plan = RunPlan(SF, SHAPE[2], 4, 4, batch=2)
+    make = (lambda *_: memory) if memory else RingMemory
+    return Rollout.of(network, CONTEXTS[0], plan, WhiteNoise(3), memory=make, refiner=refiner)
 
 
 @torch.no_grad()
@@ -255,7 +253,7 @@ def test_latents_of_nodes_are_raw_and_those_of_the_core_normalised() -> None:
 def test_the_bytes_of_a_memory_are_those_that_it_allocates(batch, window, keys, refined, dtype) -> None:
     """2 tensors a layer of batch × (window + a chunk where refined) × tokens × width, and one more for raw keys."""
     plan = RunPlan(SF.changed(window=window), 9, 4, 6, batch, keys=keys)
-    memory = plan.memory(tiny_network(), dtype, refined)
+    memory = plan.memory(TINY, dtype, refined)
     frames = (9 if window < 0 else window) + (3 if refined else 0)
     one = batch * frames * (2 * 3) * TINY.dim * dtype.itemsize
     assert memory.nbytes == one * (2 * TINY.num_layers + (keys == "raw"))
@@ -265,11 +263,11 @@ def test_the_bytes_of_a_memory_are_those_that_it_allocates(batch, window, keys, 
 def test_estimates_by_hand() -> None:
     assert text_kv_bytes(TINY, 3, 8, torch.bfloat16) == 2 * 2 * 3 * 8 * 128 * 2
     assert parameter_count(TINY) == sum(one.numel() for one in tiny_network().model.parameters())
-    plan = MemoryPlan.of(TINY, (3, 16, 9, 4, 6), keys="raw", positions="window")
+    plan = MemoryPlan.of(TINY, (3, 16, 9, 4, 6), positions=Relative())
     tokens = 3 * 3 * 6
     values = tokens * max(2 * 128 + 12 * 128, 18 * 128) * 4
     assert pass_bytes(TINY, plan, 3) == values + 8 * 3 * 9 * 6 * 128
-    assert pass_bytes(TINY, replace(plan, keys="rotated", positions="absolute"), 3) == values
+    assert pass_bytes(TINY, replace(plan, keys="rotated", positions=Absolute()), 3) == values
     wide = replace(TINY, ffn_dim=1024)  # where the feed-forward holds more than the attention
     assert pass_bytes(wide, MemoryPlan.of(wide, (3, 16, 9, 4, 6)), 3) == tokens * (2 * 1024 + 12 * 128) * 4
     one, five = (WanVAE.decode_bytes(4, 16, 32, frames, torch.float32) for frames in (1, 5))

@@ -8,6 +8,7 @@ from torch import nn
 
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.positions import Absolute, Relative
 from autorefiner.refiner.memory.reflect import ReflectiveCache, reflect
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.noise.refiner import HEAD, Branches, Refiner, merged, target_modules
@@ -124,7 +125,7 @@ def test_passes_of_the_refiner_are_one_a_refined_level_and_chunk(previous, level
 
 def memories(keys: str = "rotated") -> tuple[RingMemory, GraphMemory]:
     plan = MemoryPlan.of(TINY, (2, 16, 9, 4, 4), window_frames=6, sink_frames=1, keys=keys, spare_frames=3,
-                         positions="absolute" if keys == "rotated" else "window")  # fmt: skip
+                         positions=Absolute() if keys == "rotated" else Relative())  # fmt: skip
     return RingMemory(plan), GraphMemory(plan)
 
 
@@ -133,7 +134,7 @@ def memories(keys: str = "rotated") -> tuple[RingMemory, GraphMemory]:
 @pytest.mark.parametrize("cache", CACHES, ids=str)
 def test_the_memory_of_sampling_and_of_training_reflect_alike(cache, keys) -> None:
     network = tiny_network()
-    tphi, text = merged(network, pairs_for(network)), network.text(context())
+    tphi, text = merged(network, pairs_for(network)), network.text(context(), 2)
     generator = torch.Generator().manual_seed(0)
     found = []
     for memory in memories(keys):

@@ -11,6 +11,7 @@ from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.noise.refiner import target_modules
 from autorefiner.refiner.refined import RefinerPlan
 from autorefiner.refiner.sample import RunPlan
+from autorefiner.refiner.samplers import SAMPLERS, Method
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
@@ -66,9 +67,8 @@ def test_an_attached_refiner_is_the_planned_one_and_leaves_the_network_as_it_was
 class Counted:
     """A search that holds this many bytes for each video."""
 
-    candidates = 2
-
-    def check(self, cache: ReflectiveCache) -> None: ...
+    def sampler(self, verifier: object = None) -> Method:
+        return SAMPLERS["self-forcing"]()
 
     def describe(self) -> str:
         return ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autorefiner.refiner.sample import RunPlan, sample
-from autorefiner.refiner.samplers import BestOfN, SearchOverPath
+from autorefiner.refiner.samplers import best_of_n, search_over_path
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.rewards.decode import decode_frames, latent_of
 from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture, scored
@@ -120,7 +120,7 @@ def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) 
     assert held == [0, 5, 10]
 
 
-@pytest.mark.parametrize("method", [BestOfN, SearchOverPath])
+@pytest.mark.parametrize("method", [best_of_n, search_over_path])
 @pytest.mark.parametrize("given", [1, 3, 4])
 def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(vae, method, given) -> None:
     seen: list[tuple[tuple[int, ...], Tensor]] = []
@@ -152,11 +152,11 @@ def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_foll
     context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
     plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
     verifier = RewardVerifier(Mixture(((Brightness(), 1.0),)), vae, PROMPTS)
-    list(sample(tiny_network(), context, plan, method=BestOfN(verifier, 3)))
+    list(sample(tiny_network(), context, plan, method=best_of_n(verifier, 3)))
     assert decoded == [3] * (3 + 1 + 3)
 
 
-@pytest.mark.parametrize("method", [BestOfN, SearchOverPath])
+@pytest.mark.parametrize("method", [best_of_n, search_over_path])
 def test_a_search_raises_the_reward_that_it_chooses_by(vae, method) -> None:
     network, plan = tiny_network(), RunPlan(PRESETS["self-forcing"], 4, 4, 4, batch=2)
     context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))

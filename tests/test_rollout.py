@@ -1,6 +1,7 @@
 """Runs of the whole loop: what must not matter does not, bit for bit where nothing is computed differently."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.positions import Relative
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.rollout import Cut, Flush, PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, finite, sample
-from autorefiner.refiner.samplers import ode, self_forcing
-from autorefiner.refiner.schedule import PRESETS, plan_chunks
-from autorefiner.refiner.wan.causal import Host
+from autorefiner.refiner.samplers import Method, hiar, ode, self_forcing
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.wan.causal import Kernels
 
 from tiny import TINY, tiny_network
 
 SF = PRESETS["self-forcing"]
+METHODS = [self_forcing(), ode(), hiar()]
 FRAMES, HEIGHT, WIDTH = 14, 4, 6
 
 
@@ -28,11 +31,8 @@ def run(network, context, preset=SF, frames=FRAMES, batch=1, keys=None, initial=
 
 
 def rollout(network, context, memory=None, frames=6, preset=SF, **options) -> Rollout:
-    memory = memory or RingMemory(MemoryPlan.of(TINY, (1, 16, frames, HEIGHT, WIDTH)))
-    return Rollout(
-        network, network.text(context), memory, WhiteNoise(0), plan_chunks(preset, frames)[1],
-        (1, 16, HEIGHT, WIDTH), torch.device("cpu"), torch.float32, **options,
-    )  # fmt: skip
+    made = Rollout.of(network, context, RunPlan(preset, frames, HEIGHT, WIDTH), WhiteNoise(0), **options)
+    return replace(made, memory=memory) if memory else made
 
 
 def test_a_window_as_long_as_the_video_is_full_history(network, context) -> None:
@@ -69,7 +69,7 @@ def test_memory_of_training_samples_the_same_video(network, context) -> None:
     plan = MemoryPlan.of(TINY, (1, 16, FRAMES, HEIGHT, WIDTH), window_frames=7, sink_frames=2)
     with torch.no_grad():
         ring, graph = (
-            torch.cat(list(self_forcing(rollout(network, context, kind(plan), FRAMES))), 2)
+            torch.cat(list(self_forcing().run(rollout(network, context, kind(plan), FRAMES))), 2)
             for kind in (RingMemory, GraphMemory)
         )
     assert (ring - graph).abs().max() < 1e-5
@@ -109,7 +109,7 @@ class Uploads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", [self_forcing, ode])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("preset", ["longlive", "krea-14b"])
 def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> None:
     """The meta device has no values: a run that reads one fails there."""
@@ -125,7 +125,7 @@ def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> No
 
 def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
     stored = tiny_network().model.patch_embedding
-    mixed = tiny_network(dtype=torch.bfloat16, host=Host(embed=lambda module, x: module(x.float()).to(x.dtype)))
+    mixed = tiny_network(dtype=torch.bfloat16, kernels=Kernels(embed=lambda module, x: module(x.float()).to(x.dtype)))
     mixed.model.patch_embedding = stored  # in fp32, as ComfyUI keeps it
     expected = run(tiny_network(dtype=torch.bfloat16), context)
     torch.testing.assert_close(run(mixed, context, dtype=torch.bfloat16), expected, atol=0.1, rtol=0.1)
@@ -135,8 +135,8 @@ def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
 
 def test_one_level_makes_the_two_samplers_equal(network, context) -> None:
     one = SF.changed(steps=(1000,))
-    assert torch.equal(run(network, context, one, method=ode), run(network, context, one))
-    assert not torch.equal(run(network, context, method=ode), run(network, context))
+    assert torch.equal(run(network, context, one, method=ode()), run(network, context, one))
+    assert not torch.equal(run(network, context, method=ode()), run(network, context))
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_the_ode_sampler_takes_euler_steps(network, context) -> None:
     for level, below in zip(chunk.levels, sigmas[1:], strict=True):
         flow = network(x, torch.full((1, 1), level.t), run_.text, memory.view(range(3)))
         x = x + (below - level.sigma) * flow
-    assert (next(ode(run_)) - x).abs().max() < 1e-5
+    assert (next(ode().run(run_)) - x).abs().max() < 1e-5
 
 
 def test_the_last_chunk_is_not_committed_and_each_other_one_once(network, context) -> None:
@@ -166,20 +166,21 @@ def test_a_pending_commit_keeps_the_keys_of_the_last_prediction(network, context
     chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
     run_.predict(run_.draw(chunk, level), level, chunk)
     written = slice(0, 3 * run_.memory.plan.frame_tokens)  # behind it nothing was ever written
-    before = run_.memory.keys[1][:, written].clone()
+    before = run_.memory.store.keys[1][:, written].clone()
     run_.commit_pending()
-    assert torch.equal(run_.memory.keys[1][:, written], before)
+    assert torch.equal(run_.memory.store.keys[1][:, written], before)
     assert [held.frame for held in run_.memory.ledger.held] == [0, 1, 2]
 
 
 def test_closing_the_iterator_frees_the_memory(network, context) -> None:
     kept = []
 
-    def method(run_):
-        kept.append((run_.memory, weakref.ref(run_.memory.keys[0])))
-        yield from self_forcing(run_)
+    def watched(run_):
+        kept.append((run_.memory, weakref.ref(run_.memory.store.keys[0])))
+        yield from self_forcing().run(run_)
 
-    iterator = sample(network, context, RunPlan(SF, FRAMES, HEIGHT, WIDTH), method=method)
+    plan = RunPlan(SF, FRAMES, HEIGHT, WIDTH)
+    iterator = sample(network, context, plan, method=Method("watched", watched))
     next(iterator)
     ((memory, buffer),) = kept
     assert memory.nbytes > 0
@@ -221,7 +222,7 @@ def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(ne
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", [self_forcing, ode])
+@pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: method.name)
 def test_a_run_stops_at_the_first_chunk_that_is_not_finite(network, context, value, method) -> None:
     def noise(chunk, draw, shape):
         drawn = WhiteNoise(0)(chunk, draw, shape)
@@ -270,7 +271,7 @@ def with_event(network, context, event, memory_options=None):
     plan = MemoryPlan.of(TINY, (1, 16, 6, HEIGHT, WIDTH), **(memory_options or {}))
     run_ = rollout(network, context, RingMemory(plan))
     with torch.no_grad():
-        iterator = self_forcing(run_)
+        iterator = self_forcing().run(run_)
         first = next(iterator)
         if event is not None:
             run_.event(event)
@@ -290,7 +291,7 @@ def test_a_flush_forgets_and_a_cut_moves_away(network, context) -> None:
     plain = with_event(network, context, None)
     assert torch.equal(with_event(network, context, Flush(keep_last=3))[1], plain[1])
     assert (with_event(network, context, Flush(keep_last=0))[1] - plain[1]).abs().max() > 1e-4
-    relative = dict(keys="raw", positions="window")
+    relative = dict(positions=Relative())
     assert torch.equal(with_event(network, context, None, relative)[1], plain[1])
     assert (with_event(network, context, Cut(45), relative)[1] - plain[1]).abs().max() > 1e-4
 

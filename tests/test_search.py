@@ -1,5 +1,6 @@
 """Search and self-refinement: the base where they change nothing, the better one where they choose."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -15,7 +16,7 @@ from autorefiner.refiner.noise.refiner import Refiner, merged, target_modules
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import PromptSwitch, Rollout
 from autorefiner.refiner.sample import RunPlan, sample
-from autorefiner.refiner.samplers import BestOfN, SearchOverPath, SelfRefine
+from autorefiner.refiner.samplers import best_of_n, ode, search_over_path, self_refine
 from autorefiner.refiner.schedule import PRESETS, Level, plan_chunks
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
@@ -56,10 +57,12 @@ def refiner_of(network: CausalWan, previous: str = "pending") -> Refiner:
     return Refiner(merged(network, pairs), ReflectiveCache("shared", previous))
 
 
-IDLE = [SelfRefine({}), SelfRefine(threshold=float("inf")), BestOfN(indifferent, 3), SearchOverPath(indifferent, 3)]
+IDLE = [
+    self_refine({}), self_refine(threshold=float("inf")), best_of_n(indifferent, 3), search_over_path(indifferent, 3),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", IDLE, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", IDLE, ids=lambda method: method.name)
 def test_what_changes_nothing_is_the_base_bit_for_bit(method) -> None:
     network = tiny_network()
     assert torch.equal(run(network, method=method), run(network))
@@ -75,10 +78,10 @@ def test_passes_are_what_the_method_says() -> None:
         return len(calls)
 
     commits, chunks, levels = 2, 3, 4
-    assert passes(SelfRefine({750: 2, 500: 1}, threshold=0.0)) == chunks * (levels + 3) + commits
-    assert passes(SelfRefine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits  # certain at once
-    assert passes(BestOfN(brightness, 5)) == chunks * levels * 5 + commits
-    assert passes(SearchOverPath(brightness, 5)) == chunks * levels * 5 + commits
+    assert passes(self_refine({750: 2, 500: 1}, threshold=0.0)) == chunks * (levels + 3) + commits
+    assert passes(self_refine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits  # certain at once
+    assert passes(best_of_n(brightness, 5)) == chunks * levels * 5 + commits
+    assert passes(search_over_path(brightness, 5)) == chunks * levels * 5 + commits
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_passes_are_what_the_method_says() -> None:
 )
 def test_a_sample_stops_repeating_by_itself(previous: str | None, threshold: float, seed: int) -> None:
     """Of these two, the first is certain before the second is, and its pending keys stay those of that answer."""
-    network, method = tiny_network(), SelfRefine({750: 3, 500: 3, 250: 3}, threshold, enough=0.05)
+    network, method = tiny_network(), self_refine({750: 3, 500: 3, 250: 3}, threshold, enough=0.05)
     refiner = refiner_of(network, previous) if previous else None
     calls = counted(network)
 
@@ -128,7 +131,7 @@ def test_a_sample_that_is_kept_has_the_pending_keys_of_the_prediction_before() -
         assert torch.equal(mixed, torch.cat((before[:1], behind[1:])))
 
 
-@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+@pytest.mark.parametrize("kind", [best_of_n, search_over_path])
 def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     network = tiny_network()
     plan = RunPlan(PRESET, 3, 4, 4, batch=2)
@@ -144,7 +147,7 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     assert (best > worst).all()
 
 
-@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+@pytest.mark.parametrize("kind", [best_of_n, search_over_path])
 def test_every_candidate_has_noise_of_its_own_at_every_level(kind) -> None:
     network, seen = tiny_network(), []
 
@@ -154,18 +157,28 @@ def test_every_candidate_has_noise_of_its_own_at_every_level(kind) -> None:
 
     plan = RunPlan(PRESET, 3, 4, 4, batch=2)
     list(sample(network, CONTEXT, plan, seed=3, method=kind(Scored(score), 3)))
-    assert len(seen) == (3 if kind is BestOfN else 3 * len(PRESET.steps))
+    assert len(seen) == (3 if kind is best_of_n else 3 * len(PRESET.steps))
     for start in range(0, len(seen), 3):
         for one, other in combinations(seen[start : start + 3], 2):
             assert (one - other).abs().mean() > 1e-3
 
 
 def test_self_refinement_repeats_the_second_and_third_level_by_default() -> None:
-    assert SelfRefine() == SelfRefine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
-    assert SelfRefine({750: 2, 500: 0}).levels == {750}
+    chunk, network = plan_chunks(PRESET, 3)[1][0], tiny_network()
+    assert [self_refine().passes(replace(chunk, levels=chunk.levels[:n])) for n in range(5)] == [0, 1, 4, 6, 7]
+    told = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
+    assert torch.equal(run(network, method=self_refine()), run(network, method=told))
 
 
-@pytest.mark.parametrize("kind", [BestOfN, SearchOverPath])
+def test_a_method_says_where_it_changes_nothing() -> None:
+    assert self_refine({750: 2, 500: 0}).note((1000, 750), ()) is None
+    assert "750" in self_refine({750: 2, 500: 0}).note((1000, 500), ())
+    assert ode().note((1000, 750), (1000,)) is None
+    assert ode().note((1000, 750), ()) is None
+    assert "ode" in ode().note((1000, 750), (750,))
+
+
+@pytest.mark.parametrize("kind", [best_of_n, search_over_path])
 @torch.no_grad()
 def test_a_search_follows_a_prompt_switch(kind) -> None:
     network = tiny_network()
@@ -175,7 +188,7 @@ def test_a_search_follows_a_prompt_switch(kind) -> None:
             network, network.text(CONTEXT), RingMemory(MemoryPlan.of(TINY, (2, 16, 6, 4, 4))), WhiteNoise(3),
             plan_chunks(PRESET, 6)[1], (2, 16, 4, 4), torch.device("cpu"), torch.float32,
         )  # fmt: skip
-        chunks = kind(indifferent, 2)(rollout)
+        chunks = kind(indifferent, 2).run(rollout)
         next(chunks)
         if switched:
             rollout.event(PromptSwitch(-CONTEXT))
@@ -198,13 +211,13 @@ def test_the_host_waits_for_the_device_only_where_a_repeat_may_be_saved() -> Non
         return mode.count
 
     chunks, base = 3, reads()
-    assert reads(method=SelfRefine({750: 1, 500: 1}, threshold=0.0)) == base
-    assert reads(method=SelfRefine({750: 3}, threshold=0.0)) == base + 2 * chunks
+    assert reads(method=self_refine({750: 1, 500: 1}, threshold=0.0)) == base
+    assert reads(method=self_refine({750: 3}, threshold=0.0)) == base + 2 * chunks
 
 
 def test_a_place_that_is_certain_keeps_its_first_answer() -> None:
     network = tiny_network()
-    base, some, none = (run(network, method=SelfRefine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0))
+    base, some, none = (run(network, method=self_refine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0))
     first = slice(0, 3)  # later chunks have another history
     kept = (some == base)[:, :, first].all(dim=1)
     assert 0 < kept.float().mean() < 1
@@ -215,18 +228,19 @@ def test_a_place_that_is_certain_keeps_its_first_answer() -> None:
 def test_self_refinement_goes_on_top_of_a_refiner_and_search_says_where_it_does_not() -> None:
     network = tiny_network()
     refined = run(network, refiner=refiner_of(network))
-    both = run(network, refiner=refiner_of(network), method=SelfRefine(threshold=0.0))
+    both = run(network, refiner=refiner_of(network), method=self_refine(threshold=0.0))
     assert not torch.equal(both, refined)
-    assert torch.equal(run(network, refiner=refiner_of(network), method=SelfRefine({})), refined)
-    assert torch.equal(run(network, refiner=refiner_of(network), method=BestOfN(indifferent, 2)), refined)
+    assert torch.equal(run(network, refiner=refiner_of(network), method=self_refine({})), refined)
+    assert torch.equal(run(network, refiner=refiner_of(network), method=best_of_n(indifferent, 2)), refined)
     joint = refiner_of(network, "joint")
-    assert torch.equal(run(network, refiner=joint, method=SearchOverPath(indifferent, 2)), run(network, refiner=joint))
+    method = search_over_path(indifferent, 2)
+    assert torch.equal(run(network, refiner=joint, method=method), run(network, refiner=joint))
     with pytest.raises(ValueError, match="use Best-of-N"):
-        run(network, refiner=refiner_of(network), method=SearchOverPath(indifferent, 2))
+        run(network, refiner=refiner_of(network), method=search_over_path(indifferent, 2))
 
 
 def test_options_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        BestOfN(indifferent, 1)
+        best_of_n(indifferent, 1)
     with pytest.raises(ValueError, match="within"):
-        SelfRefine(enough=0.0)
+        self_refine(enough=0.0)

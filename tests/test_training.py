@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from autorefiner.refiner.memory.graph import GraphMemory
-from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.noise.refiner import HEAD, Refiner, merged, target_modules
 from autorefiner.refiner.noise.source import WhiteNoise
@@ -17,7 +16,7 @@ from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, load_pairs, pairs_of
-from autorefiner.refiner.training.precision import mixed_precision, training_host
+from autorefiner.refiner.training.precision import for_training, mixed_precision
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan, attention
 
@@ -33,18 +32,8 @@ JOINT = ReflectiveCache("shared", "joint")
 
 
 def rollout_of(base: CausalWan, refiner: Refiner | None, seed: int = 3) -> Rollout:
-    return Rollout(
-        network=base,
-        text=base.text(CONTEXT),
-        memory=GraphMemory(MemoryPlan.of(base.config, SHAPE)),
-        noise=WhiteNoise(seed),
-        chunks=plan_chunks(PRESET, FRAMES)[1],
-        frame_shape=(2, 16, 4, 4),
-        device=torch.device("cpu"),
-        network_dtype=torch.float32,
-        refiner=refiner,
-        refiner_text=refiner.text(CONTEXT) if refiner else None,
-    )
+    plan = RunPlan(PRESET, FRAMES, 4, 4, batch=2)
+    return Rollout.of(base, CONTEXT, plan, WhiteNoise(seed), memory=GraphMemory, refiner=refiner)
 
 
 def sampled(base: CausalWan, refiner: Refiner | None = None) -> Tensor:
@@ -241,6 +230,6 @@ def test_on_a_gpu_no_training_attends_by_cudnn(monkeypatch) -> None:
 
     monkeypatch.setattr("autorefiner.refiner.training.precision.attention", watched)
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    found = training_host(torch.device("cuda")).attention(q, k, v)
+    found = for_training(tiny_network(), torch.device("cuda")).kernels.attention(q, k, v)
     assert asked == [False] and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.equal(found, attention(q, k, v))

@@ -1,4 +1,4 @@
-"""What a training needs from ComfyUI: networks of its own, room, and a page that is told how it goes."""
+"""Training in ComfyUI: copies of models, free memory, and progress on the page."""
 
 import os
 import time
@@ -14,41 +14,44 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...refiner.wan.causal import CausalWan
-from ...refiner.wan.transformer import WanConfig, WanTransformer
+from ...refiner.wan.transformer import WanTransformer
 from ...refiner.wan.vae import WanVAE
 from ..curves import Curves
 from . import comfy_layers, page
+from .comfy_model import facts, network_of
 from .comfy_video import wan_vae
 
 TRAIN = "autorefiner.train"  # the event, which web/trainer.js listens to
 SECONDS = 0.5  # between two events of a training
-PREVIEW = 1024  # pixels of the longer side of a preview
+PREVIEW = 1024  # pixels of a preview's longer side
 
 
 def list_folders(kind: str) -> list[str]:
-    """Names of the models in models/`kind` that are folders."""
     return sorted(_folders(kind))
 
 
 def find_folder(kind: str, name: str) -> Path:
-    """A folder by the name that `list_folders` gives it; ValueError for any other."""
-    found = _folders(kind)
-    if name not in found:
-        raise ValueError(f"{name!r} is not in models/{kind}: put the model's folder there and refresh")
-    return found[name]
+    folders = _folders(kind)
+    if name not in folders:
+        raise ValueError(
+            f"{name!r} is not in models/{kind}: put the model's folder there and refresh"
+        )
+    return folders[name]
 
 
 def _folders(kind: str) -> dict[str, Path]:
-    folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind), is_default=True)
+    default = os.path.join(folder_paths.models_dir, kind)
+    folder_paths.add_model_folder_path(kind, default, is_default=True)
     roots = [Path(root) for root in folder_paths.get_folder_paths(kind)]
-    return {path.parent.name: path.parent for root in reversed(roots) for path in root.glob("*/config.json")}
+    configs = [path for root in reversed(roots) for path in root.glob("*/config.json")]
+    return {path.parent.name: path.parent for path in configs}
 
 
 def torch_device(nbytes: int = 0) -> torch.device:
-    """Where models run, where others make way for `nbytes` of one that ComfyUI does not know."""
+    """Where models run; unloads ComfyUI's models there until `nbytes` are free."""
     device = management.get_torch_device()
     if nbytes and not management.is_device_cpu(device):
         management.free_memory(nbytes + management.minimum_inference_memory(), device)
@@ -57,7 +60,7 @@ def torch_device(nbytes: int = 0) -> torch.device:
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Leave the mode that nodes run in, for gradients, with an empty device; afterwards nothing of ours is on it."""
+    """Leave inference mode with an empty device; free the training's memory afterwards."""
     management.unload_all_models()
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -66,10 +69,10 @@ def training() -> Iterator[None]:
         management.soft_empty_cache()
 
 
-def copied_network(model: ModelPatcher, network: nn.Module, config: WanConfig) -> CausalWan:
-    """A frozen copy of a MODEL's network on its device, fp32, with the LoRAs that are on it."""
-    device = model.load_device
-    with torch.inference_mode():  # LoRAs are merged in place, which only this mode may do to what was loaded in it
+def own_network(model: ModelPatcher) -> CausalWan:
+    """Copy a MODEL's network to its device, frozen, in fp32, with its LoRAs merged."""
+    network, config, device = network_of(model), facts(model).config, model.load_device
+    with torch.inference_mode():  # LoRAs are merged in place into tensors of that mode
         management.load_models_gpu([model])
     read, state = comfy_layers.weights_on(device, torch.float32), {}
     for name, module in network.named_modules():
@@ -77,35 +80,37 @@ def copied_network(model: ModelPatcher, network: nn.Module, config: WanConfig) -
             weight, bias = read(module)
             state |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
     with torch.device("meta"):
-        own = WanTransformer(config)
-    for name in own.state_dict().keys() - state.keys():
+        transformer = WanTransformer(config)
+    for name in transformer.state_dict().keys() - state.keys():
         state[name] = network.get_parameter(name).to(device, torch.float32, copy=True)
-    own.load_state_dict({name: state[name] for name in own.state_dict()}, assign=True)
+    transformer.load_state_dict(
+        {name: state[name] for name in transformer.state_dict()}, assign=True
+    )
     with torch.inference_mode():
         management.unload_all_models()
-    return CausalWan(own.eval().requires_grad_(False), config)
+    return CausalWan(transformer.eval().requires_grad_(False), config)
 
 
 def own_vae(vae: comfy.sd.VAE) -> WanVAE:
-    """A frozen copy of a VAE where models are trained, fp32; ValueError for one that is not Wan2.1's."""
-    kind = {"device": torch_device(), "dtype": torch.float32, "copy": True}
-    copies = {name: tensor.to(**kind) for name, tensor in wan_vae(vae).state_dict().items()}
+    device = torch_device()
+    copies = {
+        name: tensor.to(device, torch.float32, copy=True)
+        for name, tensor in wan_vae(vae).state_dict().items()
+    }
     return WanVAE.from_state_dict(copies).requires_grad_(False)
 
 
 def encode_prompt(clip: comfy.sd.CLIP, text: str) -> Tensor:
-    """The context [1, L, text_dim] of a prompt, fp32 on the CPU."""
     with torch.inference_mode():
         return clip.encode_from_tokens(clip.tokenize(text)).float().cpu()
 
 
 def output_folder() -> Path:
-    """ComfyUI's folder for what is made."""
     return Path(folder_paths.get_output_directory())
 
 
 def placed(path: Path) -> dict[str, str]:
-    """A file of the output folder as the page asks for it."""
+    """The page's address of a file in the output folder."""
     subfolder = os.path.relpath(path.parent, output_folder()).replace(os.sep, "/")
     return {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
@@ -116,13 +121,13 @@ def sheets_of(folder: Path) -> list[Path]:
 
 
 def show_sheet(folder: Path, text: str) -> dict:
-    """What a training's end shows: its last sample sheet, and a line."""
-    return {"autorefiner_sheet": [placed(path) for path in sheets_of(folder)[-1:]], **page.show(text).as_dict()}
+    sheets = [placed(path) for path in sheets_of(folder)[-1:]]
+    return {"autorefiner_sheet": sheets, **page.show(text).as_dict()}
 
 
 @dataclass(slots=True)
 class TrainWatch:
-    """Progress, interruption and the page of a training in `folder`."""
+    """Watch of a training in `folder`: progress bar, interrupts, and events for the page."""
 
     folder: Path
     steps: int
@@ -136,7 +141,7 @@ class TrainWatch:
     picture: dict | None = None
 
     def report(self, done: int) -> None:
-        """Raises what ComfyUI raises when the user interrupts."""
+        """Show the steps taken; raise ComfyUI's exception when the user interrupts."""
         management.throw_exception_if_processing_interrupted()
         self.done = done
         self.bar.update_absolute(done, self.steps)
@@ -144,7 +149,6 @@ class TrainWatch:
             self.send({})
 
     def add(self, index: int, figures: Mapping[str, float]) -> None:
-        """Figures of a step."""
         self.curves.add(index, figures)
 
     def sheet(self, path: Path) -> None:
@@ -154,22 +158,27 @@ class TrainWatch:
             self.bar.update_absolute(self.done, self.steps, ("JPEG", image.convert("RGB"), PREVIEW))
         self.send({})
 
-    def send(self, told: dict) -> None:
-        """An event to the page that queued the training."""
+    def send(self, update: dict) -> None:
+        """Send the training's state, with an update, to the page that queued it."""
         self.sent = time.perf_counter()
         if self.node is None:
             return
-        known = {"step": self.done, "steps": self.steps, "elapsed": self.sent - self.begun}
-        page.send(TRAIN, self.node, self.prompt, {**known, "curves": self.curves.told(), "sheet": self.picture, **told})
+        state = {
+            "step": self.done,
+            "steps": self.steps,
+            "elapsed": self.sent - self.begun,
+            "curves": self.curves.points(),
+            "sheet": self.picture,
+        }
+        page.send(TRAIN, self.node, self.prompt, {**state, **update})
 
 
 @contextmanager
 def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
-    """The watch of the node that is running, which tells the page how the training ended."""
+    """The watch of the running node; it reports on the page how the training ended."""
     node, prompt = page.this_run()
-    watch = TrainWatch(
-        folder, steps, Curves.read(folder / "log.jsonl", done), node, prompt, comfy.utils.ProgressBar(steps)
-    )
+    curves = Curves.read(folder / "log.jsonl", done)
+    watch = TrainWatch(folder, steps, curves, node, prompt, comfy.utils.ProgressBar(steps))
     watch.done = done
     for path in sheets_of(folder)[-1:]:
         watch.sheet(path)

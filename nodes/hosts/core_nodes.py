@@ -1,4 +1,4 @@
-"""The nodes of ComfyUI itself that a workflow may have and still run without it; inputs as ComfyUI names them."""
+"""Stand-ins for the nodes of ComfyUI that a workflow may use without it, with the same inputs."""
 
 import os
 from fractions import Fraction
@@ -22,27 +22,31 @@ from . import schema as io
 from . import standalone as host
 from .standalone import Clip, VideoFile
 
-MOST_PIXELS = 1 << 25  # of a frame of a picture that is read
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names; others run programs or read other files
-IMAGE_BYTES = 3 * 4 + 4  # of a pixel and its mask
-FRAME_BYTES = 3 * 4
+MOST_PIXELS = 1 << 25  # of a picture's frame
+# Pillow's names of formats; its other readers may run programs or open other files.
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_BYTES = 3 * 4 + 4  # a pixel of an IMAGE and of its MASK
+FRAME_BYTES = 3 * 4  # a pixel of an IMAGE
 COLORS = {
-    "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0),
+    "white": (1.0, 1.0, 1.0),
+    "black": (0.0, 0.0, 0.0),
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 1.0, 0.0),
     "blue": (0.0, 0.0, 1.0),
-}  # fmt: skip
+}
 SCALINGS = ("nearest-exact", "bilinear", "area", "bicubic")
 
 
-def margin(side: int, kept: float) -> int:
-    """Pixels that are cut off at both ends of a side of which about `kept` stay, at least one."""
-    return min((side - 1) // 2, max(0, round((side - kept) / 2)))
+def margin(side: int, target: float) -> int:
+    """Pixels to crop at both ends of a side to reach about `target`, leaving at least one."""
+    return min((side - 1) // 2, max(0, round((side - target) / 2)))
 
 
 def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
-    """IMAGE [F, H, W, 3] and MASK of a picture, upright, as ComfyUI's LoadImage gives them: a mask is 1 - alpha.
+    """Read an upright IMAGE [F, H, W, 3] and its MASK 1 - alpha, as ComfyUI's LoadImage does.
 
-    Frames of other sizes than the first are left out. Without alpha the mask is 64x64 zeros. ValueError for a file that
-    is no picture, or too large: that is known before a pixel is decoded.
+    Leaves out frames whose size is not that of the first. Without alpha the mask is 64x64 zeros.
+    ValueError for a file that is no picture, or too large, which is checked before decoding.
     """
     check_regular(path)
     images, masks = [], []
@@ -50,7 +54,7 @@ def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
         with Image.open(path, formats=PICTURES) as picture:
             check_picture(picture, getattr(picture, "n_frames", 1), name)
             for frame in ImageSequence.Iterator(picture):
-                check_picture(frame, len(images) + 1, name)  # a page of a .tiff may be larger than the first
+                check_picture(frame, len(images) + 1, name)  # a later page of a .tiff may be larger
                 upright = ImageOps.exif_transpose(frame)
                 if images and upright.size != (images[0].shape[1], images[0].shape[0]):
                     continue
@@ -58,22 +62,29 @@ def load_picture(path: Path, name: str) -> tuple[Tensor, Tensor]:
                 masks.append(mask_of(upright))
     except (MemoryError, TooLarge):
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit is above ours
-        raise ValueError(f"image {name[:SHOWN]!r} has more than {MOST_PIXELS} pixels: scale it down first") from error
+    except Image.DecompressionBombError as error:  # Pillow's limit is higher than MOST_PIXELS
+        raise ValueError(
+            f"image {name[:SHOWN]!r} has more than {MOST_PIXELS} pixels: scale it down first"
+        ) from error
     except Exception as error:  # a damaged picture can make its decoder raise anything
-        raise ValueError(f"image {name[:SHOWN]!r} is not a readable picture: give a .png, .jpg or .webp") from error
+        raise ValueError(
+            f"image {name[:SHOWN]!r} is not a readable picture: give a .png, .jpg or .webp"
+        ) from error
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
 
 class TooLarge(ValueError):
-    """A picture of too many pixels."""
+    """A picture has too many pixels."""
 
 
 def check_picture(frame: Image.Image, frames: int, name: str) -> None:
-    """Raise TooLarge where a frame has more pixels than are read, or so many frames like it do not fit in memory."""
+    """Raise TooLarge for a frame of too many pixels, or too many frames for the memory."""
     shown, pixels = f"image {name[:SHOWN]!r}", frame.width * frame.height
     if pixels > MOST_PIXELS:
-        raise TooLarge(f"{shown} has {frame.width}x{frame.height} pixels, more than {MOST_PIXELS}: scale it down first")
+        raise TooLarge(
+            f"{shown} has {frame.width}x{frame.height} pixels, more than {MOST_PIXELS}: scale it"
+            " down first"
+        )
     try:
         check_room(2 * IMAGE_BYTES * pixels * frames, f"reading {shown}", "scale it down first")
     except ValueError as error:
@@ -81,7 +92,7 @@ def check_picture(frame: Image.Image, frames: int, name: str) -> None:
 
 
 def rgb_levels(picture: Image.Image) -> np.ndarray:
-    """A picture as [H, W, 3] in [0, 1], fp32; pictures of 16 bits a channel keep them."""
+    """Convert a picture to [H, W, 3] in [0, 1], fp32, with all bits of a 16-bit picture."""
     if picture.mode.startswith("I"):
         grey = np.asarray(picture, dtype=np.float32) / 65535
         return np.repeat(grey.clip(0, 1)[..., None], 3, axis=-1)
@@ -89,7 +100,7 @@ def rgb_levels(picture: Image.Image) -> np.ndarray:
 
 
 def mask_of(picture: Image.Image) -> np.ndarray:
-    """1 - alpha [H, W] of a picture, fp32; 64x64 zeros of one without alpha."""
+    """1 - alpha as [H, W], fp32; 64x64 zeros without alpha."""
     if not picture.has_transparency_data:
         return np.zeros((64, 64), np.float32)
     return 1 - np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
@@ -110,7 +121,11 @@ class CLIPLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = io.Combo.Input("clip_name", options=host.list_files("text_encoders"))
-        inputs = [files, io.Combo.Input("type", options=("wan",)), io.String.Input("device", optional=True)]
+        inputs = [
+            files,
+            io.Combo.Input("type", options=("wan",)),
+            io.String.Input("device", optional=True),
+        ]
         return io.Schema("CLIPLoader", inputs=inputs, outputs=[io.Clip.Output()])
 
     @classmethod
@@ -132,7 +147,8 @@ class VAELoader(io.ComfyNode):
 class LoadImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema("LoadImage", inputs=[io.String.Input("image")], outputs=[io.Image.Output(), io.Mask.Output()])
+        outputs = [io.Image.Output(), io.Mask.Output()]
+        return io.Schema("LoadImage", inputs=[io.String.Input("image")], outputs=outputs)
 
     @classmethod
     def execute(cls, image: str) -> io.NodeOutput:
@@ -152,13 +168,17 @@ class ImageScale(io.ComfyNode):
         return io.Schema("ImageScale", inputs=inputs, outputs=[io.Image.Output()])
 
     @classmethod
-    def execute(cls, image: Tensor, upscale_method: str, width: int, height: int, crop: str) -> io.NodeOutput:
+    def execute(
+        cls, image: Tensor, upscale_method: str, width: int, height: int, crop: str
+    ) -> io.NodeOutput:
         pixels = image.movedim(-1, 1)
         if crop == "center":
             old_height, old_width = pixels.shape[2:]
-            left, top = margin(old_width, old_height * width / height), margin(old_height, old_width * height / width)
+            left = margin(old_width, old_height * width / height)
+            top = margin(old_height, old_width * height / width)
             pixels = pixels[:, :, top : old_height - top, left : old_width - left]
-        check_room(2 * FRAME_BYTES * len(image) * width * height, "this image", "scale it to fewer pixels")
+        nbytes = 2 * FRAME_BYTES * len(image) * width * height
+        check_room(nbytes, "this image", "scale it to fewer pixels")
         scaled = F.interpolate(pixels, size=(height, width), mode=upscale_method)
         return io.NodeOutput(scaled.movedim(1, -1))
 
@@ -178,25 +198,40 @@ class ImageStitch(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image1: Tensor, direction: str, match_image_size: bool, spacing_width: int, spacing_color: str,
+        cls,
+        image1: Tensor,
+        direction: str,
+        match_image_size: bool,
+        spacing_width: int,
+        spacing_color: str,
         image2: Tensor | None = None,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         if image2 is None:
             return io.NodeOutput(image1)
         if image1.shape[1:] != image2.shape[1:]:
-            came = " and ".join(f"{image.shape[2]}x{image.shape[1]}" for image in (image1, image2))
-            raise ValueError(f"images of {came} pixels: without ComfyUI both must be of one size, use ImageScale")
+            sizes = " and ".join(f"{image.shape[2]}x{image.shape[1]}" for image in (image1, image2))
+            raise ValueError(
+                f"images of {sizes} pixels: without ComfyUI both must be of one size, use"
+                " ImageScale"
+            )
         count = max(len(image1), len(image2))
         height, width = image1.shape[1:3]
         area = (width + spacing_width) * (height + spacing_width)
-        check_room(4 * FRAME_BYTES * count * area, "the stitched image", "use shorter or smaller ones")
-        pair = [torch.cat((image, image[-1:].expand(count - len(image), -1, -1, -1))) for image in (image1, image2)]
+        check_room(
+            4 * FRAME_BYTES * count * area, "the stitched image", "use shorter or smaller ones"
+        )
+        one, other = padded(image1, count), padded(image2, count)
         dim = 2 if direction in ("right", "left") else 1
-        size = list(pair[0].shape)
+        size = list(one.shape)
         size[dim] = spacing_width
-        between = torch.tensor(COLORS[spacing_color]).to(image1).expand(size)
-        first, second = pair if direction in ("right", "down") else pair[::-1]
-        return io.NodeOutput(torch.cat((first, between, second), dim=dim))
+        spacing = torch.tensor(COLORS[spacing_color]).to(image1).expand(size)
+        order = (one, spacing, other) if direction in ("right", "down") else (other, spacing, one)
+        return io.NodeOutput(torch.cat(order, dim=dim))
+
+
+def padded(image: Tensor, count: int) -> Tensor:
+    """Repeat the last frame of an IMAGE until it has `count` frames."""
+    return torch.cat((image, image[-1:].expand(count - len(image), -1, -1, -1)))
 
 
 class VAEEncode(io.ComfyNode):
@@ -207,7 +242,8 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels: Tensor, vae: WanVAE) -> io.NodeOutput:
-        check_room(2 * FRAME_BYTES * pixels[..., 0].numel(), "encoding these images", "use fewer or smaller ones")
+        nbytes = 2 * FRAME_BYTES * pixels[..., 0].numel()
+        check_room(nbytes, "encoding these images", "use fewer or smaller ones")
         return io.NodeOutput({"samples": host.encode(vae, pixels)})
 
 
@@ -224,7 +260,8 @@ class VAEDecode(io.ComfyNode):
         nbytes = 2 * FRAME_BYTES * batch * (4 * frames - 3) * 64 * height * width
         check_room(nbytes, "decoding this clip into images", "use VAE Decode Chunks to Video")
         clips = latents.split(1)
-        return io.NodeOutput(torch.cat([piece for clip in clips for piece in host.decode(vae, clip)]))
+        pieces = [piece for clip in clips for piece in host.decode(vae, clip)]
+        return io.NodeOutput(torch.cat(pieces))
 
 
 class CreateVideo(io.ComfyNode):
@@ -247,13 +284,19 @@ class SaveVideo(io.ComfyNode):
             io.Combo.Input("format", options=("auto", "mp4"), default="auto"),
             io.Combo.Input("codec", options=("auto", "h264"), default="auto"),
         ]
-        return io.Schema("SaveVideo", inputs=inputs, outputs=[io.Video.Output()], is_output_node=True)
+        return io.Schema(
+            "SaveVideo", inputs=inputs, outputs=[io.Video.Output()], is_output_node=True
+        )
 
     @classmethod
-    def execute(cls, video: VideoFile, filename_prefix: str, format: str, codec: str) -> io.NodeOutput:
+    def execute(
+        cls, video: VideoFile, filename_prefix: str, format: str, codec: str
+    ) -> io.NodeOutput:
         frames, fps = host.clip_frames(video, video.fps)
         path = host.output_path(filename_prefix, ".mp4", frames.shape[2], frames.shape[1])
-        with VideoWriter(path, frames.shape[2], frames.shape[1], fps, host.graph_metadata()) as writer:
+        with VideoWriter(
+            path, frames.shape[2], frames.shape[1], fps, host.graph_metadata()
+        ) as writer:
             writer.write(frames)
         return io.NodeOutput(video, ui=path)
 
@@ -273,7 +316,13 @@ class SaveAnimatedWEBP(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images: Tensor, filename_prefix: str, fps: float, lossless: bool, quality: int, method: str
+        cls,
+        images: Tensor,
+        filename_prefix: str,
+        fps: float,
+        lossless: bool,
+        quality: int,
+        method: str,
     ) -> io.NodeOutput:
         path = host.output_path(filename_prefix, ".webp", images.shape[2], images.shape[1])
         effort = {"fastest": 0, "slowest": 6, "default": 4}[method]
@@ -289,21 +338,26 @@ class SaveAnimatedWEBP(io.ComfyNode):
             os.replace(temporary, path)
         except av.FFmpegError as error:
             height, width = images.shape[1:3]
-            message = f"{path.name} of {width}x{height} pixels cannot be written ({error.strerror}): use SaveVideo"
-            raise ValueError(message) from error
+            raise ValueError(
+                f"{path.name} of {width}x{height} pixels cannot be written ({error.strerror}): use"
+                " SaveVideo"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
         return io.NodeOutput(ui=path)
 
 
 def write_webp(images: Tensor, path: Path, fps: float, options: dict[str, str]) -> None:
-    """Write IMAGE as an animation that repeats."""
+    """Write an IMAGE as a looping animation."""
     with av.open(str(path), "w", format="webp", options={"loop": "0"}) as container:
-        stream = container.add_stream("libwebp_anim", rate=Fraction(fps).limit_denominator(1000), options=options)
+        stream = container.add_stream(
+            "libwebp_anim", rate=Fraction(fps).limit_denominator(1000), options=options
+        )
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = "bgra" if options["lossless"] == "1" else "yuv420p"
         for image in images.split(1):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(as_bytes(image)[0], format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(as_bytes(image)[0], format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
@@ -317,12 +371,24 @@ class SaveImage(io.ComfyNode):
     def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:
         paths = []
         for pixels in as_bytes(images):
-            paths.append(host.output_path(filename_prefix, ".png", images.shape[2], images.shape[1]))
+            paths.append(
+                host.output_path(filename_prefix, ".png", images.shape[2], images.shape[1])
+            )
             write_png(pixels, paths[-1])
         return io.NodeOutput(ui=paths)
 
 
 CORE_NODES = (
-    CLIPTextEncode, CLIPLoader, VAELoader, LoadImage, ImageScale, ImageStitch, VAEEncode, VAEDecode, CreateVideo,
-    SaveVideo, SaveAnimatedWEBP, SaveImage,
-)  # fmt: skip
+    CLIPTextEncode,
+    CLIPLoader,
+    VAELoader,
+    LoadImage,
+    ImageScale,
+    ImageStitch,
+    VAEEncode,
+    VAEDecode,
+    CreateVideo,
+    SaveVideo,
+    SaveAnimatedWEBP,
+    SaveImage,
+)

@@ -1,4 +1,4 @@
-"""The names of ComfyUI's node API (comfy_api.latest.io) that the pack's nodes use, for where there is no ComfyUI."""
+"""Stand-in for the part of ComfyUI's node API (comfy_api.latest.io) that the pack uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """An input: a widget, or only a socket where its type has none. `min`, `max` and `options` are checked."""
+    """An input. `min`, `max` and `options` are checked before a workflow runs."""
 
     id: str
     io_type: str
@@ -21,8 +21,6 @@ class Socket:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output of a type."""
-
     io_type: str
     display_name: str | None = None
     tooltip: str | None = None
@@ -30,7 +28,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class SocketType:
-    """A type of sockets by its name; arguments that only change how a widget looks are taken and left."""
+    """A socket type; arguments that only change how a widget looks are ignored."""
 
     io_type: str
 
@@ -50,19 +48,19 @@ class SocketType:
         advanced: bool = False,
         control_after_generate: bool = False,
     ) -> Socket:
-        """An input of this type."""
-        return Socket(
-            id, self.io_type, optional, tooltip, default, min, max, None if options is None else tuple(options)
-        )
+        choices = None if options is None else tuple(options)
+        return Socket(id, self.io_type, optional, tooltip, default, min, max, choices)
 
     def Output(self, *, display_name: str | None = None, tooltip: str | None = None) -> Output:
-        """An output of this type."""
         return Output(self.io_type, display_name, tooltip)
 
 
 Custom = SocketType
-Int, Float, String, Boolean, Combo = (SocketType(name) for name in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"))
-Model, Clip, Vae, Conditioning = (SocketType(name) for name in ("MODEL", "CLIP", "VAE", "CONDITIONING"))
+Int, Float, String = (SocketType(name) for name in ("INT", "FLOAT", "STRING"))
+Boolean, Combo = (SocketType(name) for name in ("BOOLEAN", "COMBO"))
+Model, Clip, Vae, Conditioning = (
+    SocketType(name) for name in ("MODEL", "CLIP", "VAE", "CONDITIONING")
+)
 Latent, Image, Mask, Video = (SocketType(name) for name in ("LATENT", "IMAGE", "MASK", "VIDEO"))
 Sampler = SocketType("SAMPLER")
 
@@ -71,13 +69,19 @@ class MultiType:
     """A socket that takes one of several types."""
 
     @staticmethod
-    def Input(id: str, types: Sequence[SocketType], *, optional: bool = False, tooltip: str | None = None) -> Socket:
-        """An input whose type is their names with commas between, as ComfyUI has it."""
+    def Input(
+        id: str,
+        types: Sequence[SocketType],
+        *,
+        optional: bool = False,
+        tooltip: str | None = None,
+    ) -> Socket:
+        """An input whose type is the names joined by commas, as in ComfyUI."""
         return Socket(id, ",".join(kind.io_type for kind in types), optional, tooltip)
 
 
 class Hidden:
-    """What ComfyUI tells a node of itself and its graph; nothing here."""
+    """Names of what ComfyUI passes to a node about itself and its graph; unused here."""
 
     unique_id = "UNIQUE_ID"
     prompt = "PROMPT"
@@ -86,7 +90,7 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What a node is called, takes and gives."""
+    """A node's names, inputs and outputs."""
 
     node_id: str
     display_name: str = ""
@@ -101,14 +105,14 @@ class Schema:
 
 
 class NodeOutput:
-    """What a node gave: its outputs, and what a page would show of it."""
+    """A node's outputs, and in `ui` what a page would show."""
 
     def __init__(self, *args: Any, ui: Any = None) -> None:
         self.args, self.ui = args, ui
 
 
 class ComfyNode:
-    """A node: `define_schema` and `execute` are class methods."""
+    """Base of nodes; `hidden` is set by ComfyUI only."""
 
     hidden = None
 

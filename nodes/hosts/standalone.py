@@ -1,10 +1,10 @@
-"""The nodes' surroundings without ComfyUI: models and folders in its layout, this machine's device, a progress bar."""
+"""NodeHost without ComfyUI: models in its folder layout, this machine's device, a progress bar."""
 
 import copy
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ...refiner.demo import bundle
-from ...refiner.demo.captions import misread
+from ...refiner.bundles import BUNDLES, DEMO
+from ...refiner.device import pick_device, pick_dtype
 from ...refiner.estimate import available_bytes
 from ...refiner.files import unused_path
-from ...refiner.generate import FPS, pick_device, pick_dtype
+from ...refiner.generate import FPS
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
 from ...refiner.terminal import printable
@@ -32,20 +32,26 @@ from ...refiner.wan.vae import DecoderState, WanVAE
 from ..passes import Passes
 from ..paths import SHOWN, dated, inside
 from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
-from ..sprites import sprite_preset
+from ..sprites import sprite_file, sprite_preset
 from . import schema as io
 
 __all__ = ["io"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-FOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
-CHUNK = 3  # latent frames decoded at once
+FOLDERS = {
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+}
+CHUNK = 3  # latent frames decoded together
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a workflow runs: ComfyUI's folders `models` and `input` under `base`, the folder that it writes into, and
-    the workflow itself in API format."""
+    """Where a workflow runs.
+
+    `base` holds ComfyUI's folders models/ and input/; files are written into `outputs`; `prompt`
+    is the workflow in API format.
+    """
 
     base: Path = Path(".")
     outputs: Path = Path("output")
@@ -58,7 +64,7 @@ _place = Place()
 
 @contextmanager
 def running_at(place: Place) -> Iterator[None]:
-    """Let nodes run at a place."""
+    """Let nodes run at a place, instead of in the current folder on the CPU."""
     global _place
     before, _place = _place, place
     try:
@@ -68,19 +74,22 @@ def running_at(place: Place) -> Iterator[None]:
 
 
 def place_of(base: Path, outputs: Path | None, device: str, prompt: str = "") -> Place:
-    """A place under `base`; ValueError when one of them, or the device, is not here or of no use."""
+    """Check folders and device, and make a place of them. Raises ValueError."""
     if not base.is_dir():
-        raise ValueError(f"base {base} is not a folder: give the one that holds models/ and input/, as ComfyUI's does")
+        raise ValueError(
+            f"base {base} is not a folder: give the one that holds models/ and input/, as ComfyUI's"
+            " does"
+        )
     outputs = outputs or base / "output"
-    there = next(folder for folder in (outputs, *outputs.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    existing = next(path for path in (outputs, *outputs.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{outputs} is no folder that can be written: give another with --out")
     return Place(base, outputs, pick_device(device), prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A MODEL: the network, and the name of its preset."""
+    """A MODEL, with its preset's name."""
 
     network: CausalWan
     preset: str | None
@@ -88,21 +97,21 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A CLIP: a text encoder, called with prompts, and whether it only knows the sprites' words."""
+    """A CLIP: a text encoder, and what it warns of in a prompt."""
 
-    encode: nn.Module
-    sprites: bool
+    encode: Callable[[list[str]], Tensor]
+    notes: Callable[[str], list[str]] = lambda text: []
 
     def context(self, text: str) -> Tensor:
-        """[1, text_len, text_dim] of a prompt, fp32 on the CPU."""
-        if self.sprites and (told := misread(text)):
-            notice("; ".join(told))
+        """Encode a prompt to [1, text_len, text_dim], fp32 on the CPU, with its warnings."""
+        if lines := self.notes(text):
+            notice("; ".join(lines))
         return self.encode([text]).float().cpu()
 
 
 @dataclass(frozen=True, slots=True)
 class VideoFile:
-    """A VIDEO: frames [F, H, W, 3] in [0, 1] or the file that holds them, and their rate."""
+    """A VIDEO: either `frames` [F, H, W, 3] in [0, 1], or the file at `path`."""
 
     fps: float | Fraction = FPS
     frames: Tensor | None = None
@@ -114,86 +123,83 @@ def _folders(folder: str) -> list[Path]:
 
 
 def list_files(folder: str) -> list[str]:
-    """Weight files under models/`folder`, as paths inside it."""
-    found = {}
-    for root in _folders(folder):
-        for path in sorted(root.rglob("*")) if root.is_dir() else ():
-            if path.suffix in SUFFIXES and path.is_file():
-                found.setdefault(path.relative_to(root).as_posix(), path)
-    return list(found)
+    """Weight files below the folder, as paths relative to it."""
+    names = []
+    for root in filter(Path.is_dir, _folders(folder)):
+        paths = [path for path in sorted(root.rglob("*")) if path.suffix in SUFFIXES]
+        names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
+    return list(dict.fromkeys(names))
 
 
 def find_file(folder: str, name: str) -> Path:
-    """A file by the name that `list_files` gives it; ValueError for any other."""
     if name not in list_files(folder):
         raise ValueError(f"{name!r} is not in {_folders(folder)[0]}: put the file there")
     return next(root / name for root in _folders(folder) if (root / name).is_file())
 
 
 def list_folders(kind: str) -> list[str]:
-    """Names of the models in models/`kind` that are folders."""
-    return sorted(path.parent.name for root in _folders(kind) for path in root.glob("*/config.json"))
+    configs = [path for root in _folders(kind) for path in root.glob("*/config.json")]
+    return sorted(path.parent.name for path in configs)
 
 
 def find_folder(kind: str, name: str) -> Path:
-    """A folder by the name that `list_folders` gives it; ValueError for any other."""
     if name not in list_folders(kind):
         raise ValueError(f"{name!r} is not in {_folders(kind)[0]}: put the model's folder there")
-    return next(root / name for root in _folders(kind) if (root / name / "config.json").is_file())
+    folders = [root / name for root in _folders(kind)]
+    return next(folder for folder in folders if (folder / "config.json").is_file())
 
 
 def model_folder(folder: str) -> Path:
-    """Where new files of a kind are written."""
     return _folders(folder)[0]
 
 
-def load_model(path: Path, preset: str, dtype: str, weights: str) -> Model:
-    """A MODEL of a file, in a dtype of Load AR-VDM's."""
+def load_model(path: Path, preset: str | None, dtype: str, weights: str) -> Model:
     if dtype.startswith("fp8"):
-        raise ValueError(f"dtype {dtype} needs ComfyUI, which computes with such weights: use bf16 or auto")
+        raise ValueError(
+            f"dtype {dtype} needs ComfyUI, which computes with such weights: use bf16 or auto"
+        )
     device = _place.device
-    model, info = load_transformer(path, dtype=pick_dtype(dtype, device), device=device, weights=weights)
+    torch_dtype = pick_dtype(dtype, device)
+    model, info = load_transformer(path, dtype=torch_dtype, device=device, weights=weights)
     return Model(CausalWan(model, info.config), preset)
 
 
 def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
-    """What a model of this file will compute in."""
     return pick_dtype(dtype, _place.device)
 
 
 def load_demo(network: str) -> tuple[Model, Clip, WanVAE]:
-    """The bundle with its student or teacher, in fp32."""
-    folder, device = bundle.WEIGHTS, _place.device
+    demo, device = BUNDLES[DEMO], _place.device
     preset = sprite_preset() if network == "student" else None
-    model = Model(bundle.load_sprite_network(network, folder, device), preset)
-    text = bundle.load_sprite_text(folder).to(device)
-    return model, Clip(text, sprites=True), bundle.load_sprite_vae(folder).to(device)
+    model, info = load_transformer(sprite_file(network), dtype=torch.float32, device=device)
+    clip = Clip(demo.text(device), demo.prompt_notes)
+    vae = WanVAE.from_state_dict(load_vae_state(demo.vae)).to(device, torch.float32)
+    return Model(CausalWan(model, info.config), preset), clip, vae.requires_grad_(False)
 
 
 def load_clip(path: Path) -> Clip:
-    """A CLIP of a umT5 file as ComfyUI takes it."""
-    return Clip(load_text_encoder(path, device=_place.device).encode, sprites=False)
+    """Load a CLIP from a umT5 file in ComfyUI's format."""
+    return Clip(load_text_encoder(path, device=_place.device).encode)
 
 
 def load_vae(path: Path) -> WanVAE:
-    """A VAE of a Wan2.1 file."""
+    """Load a VAE from a Wan2.1 file."""
     vae = WanVAE.from_state_dict(load_vae_state(path))
     return vae.to(_place.device, pick_dtype("auto", _place.device)).requires_grad_(False)
 
 
 def facts(model: Model) -> ModelFacts:
-    """What a MODEL is."""
     parameter = next(model.network.model.parameters())
-    return ModelFacts(model.network.config, parameter.dtype, model.preset, available_bytes(parameter.device))
+    nbytes = available_bytes(parameter.device)
+    return ModelFacts(model.network.config, parameter.dtype, model.preset, nbytes)
 
 
 def base_of(model: Model) -> str:
-    """The fingerprint of a MODEL's own weights, by which a refiner knows its base."""
     return fingerprint(model.network.model)
 
 
 def own_network(model: Model) -> CausalWan:
-    """A frozen fp32 network with the weights of a MODEL, to train with; the MODEL's own where they are fp32."""
+    """Share the MODEL's weights where they are fp32, else copy them."""
     network = model.network.model
     if next(network.parameters()).dtype != torch.float32:
         network = copy.deepcopy(network).float()
@@ -201,51 +207,48 @@ def own_network(model: Model) -> CausalWan:
 
 
 def own_vae(vae: WanVAE) -> WanVAE:
-    """The same of a VAE."""
-    return vae if next(vae.parameters()).dtype == torch.float32 else copy.deepcopy(vae).float()
+    """Share the VAE where it is fp32, else copy it."""
+    is_fp32 = next(vae.parameters()).dtype == torch.float32
+    return vae if is_fp32 else copy.deepcopy(vae).float()
 
 
 def vae_width(vae: WanVAE) -> int:
-    """The base width of a VAE, 96 for the published one."""
     return vae.dim
 
 
 def encode_prompt(clip: Clip, text: str) -> Tensor:
-    """The context [1, L, text_dim] of a prompt, fp32 on the CPU."""
     return clip.context(text)
 
 
 def torch_device(nbytes: int = 0) -> torch.device:
-    """Where models run; nothing else keeps `nbytes` from being free there."""
+    """The place's device; nothing needs to be unloaded there."""
     return _place.device
 
 
 def output_folder() -> Path:
-    """Where what is made lies."""
     return _place.outputs
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Gradients may be needed."""
     with torch.enable_grad():
         yield
 
 
 @contextmanager
 def train_watch(folder: Path, done: int, steps: int) -> Iterator[Unwatched]:
-    """The watch of a training, which prints its own bar."""
+    """A watch that does nothing: the training prints its own bar."""
     yield Unwatched()
 
 
 def show_sheet(folder: Path, text: str) -> list[Path]:
-    """A line, and the training's last sample sheet, for the command to name."""
+    """Return the last sample sheet, whose path the command prints."""
     show(text)
     return sorted(folder.glob("sheet_*.png"))[-1:]
 
 
 def settled(model: Model, run: Run) -> Run:
-    """The run with its refiner merged or in branches: merged where there is memory for a second copy."""
+    """Merge where a second copy of the layers fits."""
     if run.refined is None or run.refined.form != "auto":
         return run
     room = available_bytes(next(model.network.model.parameters()).device)
@@ -253,9 +256,10 @@ def settled(model: Model, run: Run) -> Run:
 
 
 def sample(model: Model, positive: list, run: Run) -> Tensor:
-    """The raw latents [B, C, F, h, w] of a run; `positive` is a CONDITIONING of one entry."""
     if len(positive) != 1:
-        raise ValueError(f"positive has {len(positive)} entries: the models take one prompt, so connect one")
+        raise ValueError(
+            f"positive has {len(positive)} entries: the models take one prompt, so connect one"
+        )
     parameter = next(model.network.model.parameters())
     passes = Passes(run)
     with tqdm(total=passes.total, unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
@@ -263,7 +267,9 @@ def sample(model: Model, positive: list, run: Run) -> Tensor:
         def step(progress: Progress) -> None:
             passes.step(progress)
             level = progress.chunk.levels[progress.level].step
-            bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
+            bar.set_postfix_str(
+                f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}"
+            )
             bar.update(passes.done - bar.n)
 
         clip = run.clip(model.network, positive[0][0], parameter.device, parameter.dtype, step)
@@ -271,18 +277,19 @@ def sample(model: Model, positive: list, run: Run) -> Tensor:
 
 
 def stops(node: str | None) -> int:
-    """Runs of a node that the page stopped: there is no page."""
+    """0, as there is no page that could stop a run."""
     return 0
 
 
 def make_sampler(options: object) -> None:
-    """A SAMPLER is ComfyUI's, so there is none here."""
-    raise ValueError("a SAMPLER needs ComfyUI: use the Pathwise Refined Sampler, which also runs without it")
+    raise ValueError(
+        "a SAMPLER needs ComfyUI: use the Pathwise Refined Sampler, which also runs without it"
+    )
 
 
 @torch.no_grad()
 def encode(vae: WanVAE, images_FHWC: Tensor) -> Tensor:
-    """Raw latents [1, 16, f, h, w] of frames in [0, 1]."""
+    """Encode frames in [0, 1] to raw latents [1, 16, f, h, w]."""
     weight = next(vae.parameters())
     pixels = images_FHWC[..., :3].permute(3, 0, 1, 2)[None].to(weight) * 2 - 1
     return raw_latents(vae.encode(pixels)).float().cpu()
@@ -290,7 +297,7 @@ def encode(vae: WanVAE, images_FHWC: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
-    """Frames [f, H, W, 3] in [0, 1], fp32 on the CPU, a few latents at a time."""
+    """Decode CHUNK latent frames at a time."""
     state, weight = DecoderState(), next(vae.parameters())
     for piece in normalized(raw_1CFhw).split(CHUNK, dim=2):
         pixels = vae.decode(piece.to(weight), state)
@@ -298,9 +305,13 @@ def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
 
 
 def input_path(name: str) -> Path:
-    """A file of the input folder, or of another that the name ends with as ComfyUI's do: `name [output]`."""
+    """A file of the input folder, or of the folder named at the end, like `name [output]`."""
     bare, _, ending = name.rpartition(" [")
-    folders = {"input]": _place.base / "input", "output]": _place.outputs, "temp]": _place.base / "temp"}
+    folders = {
+        "input]": _place.base / "input",
+        "output]": _place.outputs,
+        "temp]": _place.base / "temp",
+    }
     if ending not in folders or not bare:
         bare, ending = name, "input]"
     path = inside(folders[ending], bare, "input")
@@ -310,60 +321,56 @@ def input_path(name: str) -> Path:
 
 
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
-    """A new path in the output folder: PREFIX_00001_.mp4, counted on, also behind what an interrupted run left.
-
-    %year%, %width% and the like in the prefix are said as ComfyUI says them.
-    """
-    stem = inside(_place.outputs, dated(prefix, width, height, time.localtime()), "filename_prefix")
+    """Count on from all files of the prefix, those of interrupted runs included."""
+    name = dated(prefix, width, height, time.localtime())
+    stem = inside(_place.outputs, name, "filename_prefix")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         return unused_path(stem.parent, stem.name, suffix)
     except OSError as error:
-        name = prefix if len(prefix) <= SHOWN else f"{prefix[:SHOWN]}…"
-        raise ValueError(f"filename_prefix {name!r} cannot be written ({error.strerror}): give another") from error
+        shown = prefix if len(prefix) <= SHOWN else f"{prefix[:SHOWN]}…"
+        raise ValueError(
+            f"filename_prefix {shown!r} cannot be written ({error.strerror}): give another"
+        ) from error
 
 
 def graph_metadata(hidden: object = None) -> dict[str, str]:
-    """The workflow that runs, as ComfyUI puts it into a file."""
     return {"prompt": _place.prompt} if _place.prompt else {}
 
 
 def video_file(path: Path) -> VideoFile:
-    """A VIDEO of a file."""
     return VideoFile(video_rate(path), path=path)
 
 
 def clip_size(clip: Tensor | VideoFile) -> tuple[int, int, int]:
-    """(frames, width, height) of IMAGE or VIDEO, without reading more than it takes."""
     if isinstance(clip, VideoFile) and clip.path is not None:
         return video_size(clip.path)
-    frames, height, width = (clip.frames if isinstance(clip, VideoFile) else clip).shape[:3]
+    images = clip.frames if isinstance(clip, VideoFile) else clip
+    frames, height, width = images.shape[:3]
     return frames, width, height
 
 
 def clip_frames(clip: Tensor | VideoFile, fps: float) -> tuple[np.ndarray, float | Fraction]:
-    """uint8 frames [F, H, W, 3] of IMAGE or VIDEO, and their rate: `fps`, unless a VIDEO brings its own."""
     if not isinstance(clip, VideoFile):
         return as_bytes(clip), fps
-    return read_frames(clip.path) if clip.frames is None else as_bytes(clip.frames), clip.fps
+    frames = read_frames(clip.path) if clip.frames is None else as_bytes(clip.frames)
+    return frames, clip.fps
 
 
 def show_pair(base: np.ndarray, refined: np.ndarray, fps: float | Fraction, text: str) -> str:
-    """What a page would show of two clips: there is none, so only the line of text."""
+    """Print the text; the clips need a page."""
     return show(text)
 
 
 def show(text: str) -> str:
-    """What a page would show on the node."""
     notice(text)
     return text
 
 
 def show_video(path: Path) -> Path:
-    """What was written, for the command to name."""
+    """Return the path, which the command prints."""
     return path
 
 
 def notice(text: str) -> None:
-    """Something to know that is no error."""
     tqdm.write(printable(f"autorefiner: {text}"), file=sys.stderr)

@@ -1,17 +1,10 @@
 """Which frames a memory holds, in which slot, and at which temporal position each is read."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from ..wan.rope import span
 from .plan import MemoryPlan
-
-
-class Held(NamedTuple):
-    """A committed frame: its number in the order of arrival, and its absolute latent index in the video."""
-
-    order: int
-    frame: int
+from .policy import Held
+from .positions import Cut, Placement, Relative
 
 
 class FrameLedger:
@@ -24,10 +17,10 @@ class FrameLedger:
         self.plan = plan
         self.held: list[Held] = []
         self.arrived = 0
-        self.jump: int | None = None  # temporal position of the next chunk after a cut
+        self.next_cut: Cut | None = None  # places the next chunk, then positions are the plan's again
 
     def slot(self, order: int) -> int:
-        """Of the frame that arrived as number `order`; the sink first, then a ring that overwrites the oldest."""
+        """Slot of the frame that arrived as number `order`: the sink first, then a ring over the oldest."""
         sink = self.plan.sink_frames
         return order if order < sink else sink + (order - sink) % self.plan.recent_frames
 
@@ -36,34 +29,46 @@ class FrameLedger:
         self.plan.check_chunk(new)
         return self._sink_and_last(self.plan.recent_frames - new)
 
-    def positions(self, frames: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Temporal positions (of the visible past, of the chunk `frames`), each oldest first."""
+    def place(self, frames: Sequence[int]) -> Placement:
+        """Temporal positions of the past that a chunk of these absolute indices sees, and of the chunk."""
         past = self.visible(len(frames))
-        if self.plan.positions == "absolute":
-            return tuple(held.frame for held in past), tuple(frames)
-        return span(0, len(past)), span(len(past) if self.jump is None else self.jump, len(frames))
+        sink = min(self.plan.sink_frames, len(past))
+        positions = self.next_cut or self.plan.positions
+        return positions.place([held.frame for held in past], frames, sink)
 
-    def commit(self, frames: Sequence[int]) -> None:
-        """Add a chunk to the past and drop what not even a chunk of one frame could still see."""
+    def leaving(self, new: int) -> list[Held]:
+        """Frames still held that a chunk of `new` frames overwrites."""
+        visible = set(self.visible(new))
+        return [held for held in self.held if held not in visible]
+
+    def commit(self, frames: Sequence[int]) -> list[Held]:
+        """Append a chunk; evict frames that no future chunk can attend to.
+
+        Return the evicted frames that the chunk itself did not overwrite.
+        """
+        overwritten = self.leaving(len(frames))
         self.held += [Held(self.arrived + i, frame) for i, frame in enumerate(frames)]
         self.arrived += len(frames)
-        self.jump = None
+        self.next_cut = None
+        evicted = [held for held in self.leaving(1) if held not in overwritten]
         self.held = self.visible(1)
+        return evicted
 
-    def flush(self, keep_last: int) -> list[Held]:
-        """Keep the sink and the last `keep_last` frames, renumbered from 0; returns them as they were numbered."""
-        kept = self._sink_and_last(keep_last)
-        self.held = [Held(order, held.frame) for order, held in enumerate(kept)]
-        self.arrived = len(kept)
-        return kept
+    def flush(self, keep_last: int, keep_sink: bool = True) -> list[Held]:
+        """Keep the sink and the last `keep_last` frames, renumbered from 0; return them as numbered before."""
+        remaining = self._sink_and_last(keep_last) if keep_sink else self.held[max(0, len(self.held) - keep_last) :]
+        self.held = [Held(order, held.frame) for order, held in enumerate(remaining)]
+        self.arrived = len(remaining)
+        return remaining
 
-    def cut(self, jump: int) -> None:
-        """Let the next chunk stand at temporal position `jump`, far from its history (Infinity-RoPE's RoPE cut)."""
-        if self.plan.positions != "window":
+    def cut(self, cut: Cut) -> None:
+        """Place the next chunk by a cut, far from its history; ValueError unless positions are relative."""
+        if not isinstance(self.plan.positions, Relative):
             raise ValueError(
-                "a cut moves the next chunk away from its history: it needs keys='raw', positions='window'"
+                "a cut moves the next chunk away from its history: it needs relative positions, this"
+                f" run's are {self.plan.positions.name}"
             )
-        self.jump = jump
+        self.next_cut = cut
 
     def _sink_and_last(self, recent: int) -> list[Held]:
         sink = min(self.plan.sink_frames, len(self.held))

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..wan.causal import KeyValue
+from ..wan.causal import KeyValue, Seen
 from ..wan.rope import rotate, rotation_table
-from .frames import FrameLedger, Held
+from .frames import FrameLedger
 from .plan import MemoryPlan
+from .policy import Held
 from .ring import mixed
 
 
@@ -18,89 +19,187 @@ class GraphMemory:
     Gradients flow into history when it was committed with a graph, and do not when it was committed under no_grad.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, device: torch.device | None = None) -> None:
+        """Tensors lie where they are written: `device` is there for the signature of `RingMemory`."""
         self.plan = plan
         self.ledger = FrameLedger(plan)
-        self.past: list[KeyValue] = []  # per layer: stored keys and values of all frames of the ledger's past
+        self.past: list[KeyValue] = []  # by layer: stored keys and values of the ledger's frames
+        self.means: list[Tensor] = []  # by layer: mean raw key of each [B, F, H, D], where the policy reads it
         self.current: GraphView | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes now held as history."""
-        return sum(part.nbytes for layer in self.past for part in layer)
+        return sum(part.nbytes for layer in self.past for part in layer) + sum(mean.nbytes for mean in self.means)
 
-    def view(self, frames: Sequence[int], kept: Tensor | None = None) -> "GraphView":
+    def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "GraphView":
         """A fresh view for one pass over a chunk of these absolute latent frames.
 
-        Of samples that are True in `kept` [B] it has what the pass before wrote.
+        Where keep_pending[b], it has the K/V of sample b that the pass before wrote.
         """
-        self.current = GraphView(self, tuple(frames), kept)
+        if self.current is None and (leaving := self.ledger.leaving(len(frames))):
+            self.plan.policy.evicting(HistoryFrames(self, leaving))
+        self.current = GraphView(self, tuple(frames), keep_pending)
         return self.current
 
     def commit(self) -> None:
-        """What the last pass wrote becomes past; frames that no later chunk can see are dropped."""
+        """Turn what the last pass wrote into past; evict frames that no later chunk can see."""
         if self.current is None:
             raise ValueError("nothing to commit: no chunk was predicted since the last commit")
-        new = [self.current.new[layer] for layer in range(self.plan.layers)]
-        self.past = [_join(old, own) for old, own in zip(self.past, new, strict=True)] if self.past else new
-        before = [held.frame for held in self.ledger.held] + list(self.current.frames)
-        self.ledger.commit(self.current.frames)
-        self._keep(before)
+        layers, current = range(self.plan.layers), self.current
+        new = [current.new[layer] for layer in layers]
+        means = [current.new_means[layer] for layer in layers] if self.plan.policy.means else []
+        if self.past:
+            new = [join(old, own) for old, own in zip(self.past, new, strict=True)]
+            means = [torch.cat(pair, 1) for pair in zip(self.means, means, strict=True)]
+        self.past, self.means = new, means
+        stored = [held.frame for held in self.ledger.held] + list(current.frames)
+        if evicted := self.ledger.commit(current.frames):
+            self.plan.policy.evicting(HistoryFrames(self, evicted, stored))
+        self._evict(stored)
 
-    def flush(self, keep_last: int) -> None:
+    def flush(self, keep_last: int, keep_sink: bool = True) -> None:
         """Forget all but the sink and the last `keep_last` frames."""
-        before = [held.frame for held in self.ledger.held]
-        self.ledger.flush(keep_last)
-        self._keep(before)
+        stored = [held.frame for held in self.ledger.held]
+        self.ledger.flush(keep_last, keep_sink)
+        self._evict(stored)
 
     def free(self) -> None:
         """Let go of every tensor."""
-        self.past, self.current = [], None
+        self.past, self.means, self.current = [], [], None
 
-    def _keep(self, stored: list[int]) -> None:
+    def _evict(self, stored: list[int]) -> None:
         """Drop every stored frame that the ledger no longer holds."""
-        self.past = [self.select(layer, stored, self.ledger.held) for layer in self.past]
+        ranks = ranks_of(self.ledger.held, stored)
+        self.past = [select(layer, ranks, self.plan.frame_tokens) for layer in self.past]
+        self.means = [mean if ranks is None else mean[:, ranks] for mean in self.means]
         self.current = None
 
-    def select(self, layer: KeyValue, stored: list[int], wanted: Sequence[Held]) -> KeyValue:
-        """The wanted frames of a layer that stores those with the absolute indices `stored`."""
-        if len(wanted) == len(stored):
-            return layer
-        ranks = torch.tensor([stored.index(held.frame) for held in wanted], dtype=torch.long, device=layer.key.device)
-        frames = (part.unflatten(1, (-1, self.plan.frame_tokens)) for part in layer)
-        return KeyValue(*(part[:, ranks].flatten(1, 2) for part in frames))
+
+def ranks_of(wanted: Sequence[Held], stored: Sequence[int]) -> list[int] | None:
+    """Where the wanted frames lie among those with the absolute indices `stored`; None for all of them."""
+    return None if len(wanted) == len(stored) else [stored.index(held.frame) for held in wanted]
 
 
-def _join(old: KeyValue, new: KeyValue) -> KeyValue:
+def select(layer: KeyValue, ranks: list[int] | None, frame_tokens: int) -> KeyValue:
+    """The frames of a layer at these ranks; all where None."""
+    if ranks is None:
+        return layer
+    index = torch.tensor(ranks, dtype=torch.long, device=layer.key.device)
+    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
+    return KeyValue(*(part[:, index].flatten(1, 2) for part in frames))
+
+
+def take(layer: KeyValue, ranks_BF: Tensor, frame_tokens: int) -> KeyValue:
+    """The frames of a layer at these ranks, for each sample."""
+    samples = torch.arange(len(ranks_BF), device=ranks_BF.device)[:, None]
+    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
+    return KeyValue(*(part[samples, ranks_BF].flatten(1, 2) for part in frames))
+
+
+def join(old: KeyValue, new: KeyValue) -> KeyValue:
+    """Keys and values of both, in this order."""
     return KeyValue(torch.cat((old.key, new.key), 1), torch.cat((old.value, new.value), 1))
 
 
+class HistoryFrames:
+    """Past frames of a GraphMemory without a chunk (`refiner.memory.policy.Frames`); keys as they are stored."""
+
+    chunk = 0
+
+    def __init__(self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None) -> None:
+        """`stored` are the absolute indices of the frames in memory, the ledger's unless given."""
+        self.past = past
+        stored = [held.frame for held in memory.ledger.held] if stored is None else stored
+        ranks = ranks_of(past, stored)
+        self.layers = [select(layer, ranks, memory.plan.frame_tokens) for layer in memory.past]
+        self.layer_means = [mean if ranks is None else mean[:, ranks] for mean in memory.means]
+        self.frame_tokens = memory.plan.frame_tokens
+
+    def means(self, layer: int) -> Tensor:
+        """See `Frames`."""
+        return self.layer_means[layer]
+
+    def all(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        return self.layers[layer]
+
+    def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
+        """See `Frames`."""
+        return take(self.layers[layer], ranks_BF, self.frame_tokens)
+
+
 class GraphView:
-    """One pass over one chunk: what it saw is fixed when the view is made, what it wrote is kept for a commit."""
+    """One pass over one chunk: what it sees is fixed when the view is made, what it wrote may be committed."""
 
     first = 0
 
-    def __init__(self, memory: GraphMemory, frames: tuple[int, ...], kept: Tensor | None) -> None:
+    def __init__(self, memory: GraphMemory, frames: tuple[int, ...], keep_pending: Tensor | None) -> None:
         self.plan = memory.plan
-        self.kept, self.before = kept, None if kept is None else memory.current.new
-        self.frames = frames
-        self.past_positions, self.positions = memory.ledger.positions(frames)
-        held = memory.ledger.held
-        stored, visible = [frame for _, frame in held], memory.ledger.visible(len(frames))
-        self.past = [memory.select(layer, stored, visible) for layer in memory.past]
+        self.keep_pending = keep_pending
+        self.before = None if keep_pending is None else (memory.current.new, memory.current.new_means)
+        self.frames, self.chunk = frames, len(frames)
+        self.past_positions, self.positions = memory.ledger.place(frames)
+        self.history = HistoryFrames(memory, memory.ledger.visible(len(frames)))
         self.new: dict[int, KeyValue] = {}
+        self.new_means: dict[int, Tensor] = {}
 
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+    def extend(
+        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+    ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
-        raw = self.plan.keys == "raw"
-        own = KeyValue(raw_key if raw else rotate(raw_key, table), value)
-        if self.kept is not None:
-            own = mixed(self.kept, self.before[layer], own)
-        # A checkpointed block runs again in the backward pass: the first run's tensors are the ones in the graph.
+        own = KeyValue(raw_key if self.plan.keys == "raw" else rotate(raw_key, table), value)
+        if self.keep_pending is not None:
+            own = mixed(self.keep_pending, self.before[0][layer], own)
+        # Recomputation calls extend() again; keep the tensors of the first run, which autograd knows.
         self.new.setdefault(layer, own)
-        seen = _join(self.past[layer], own) if self.past and self.past_positions else own
-        if not raw:
+        if self.plan.policy.means:
+            self._summarise(layer, raw_key)
+        if raw_query is None:
+            return None
+        return self.plan.policy.read(layer, raw_query, self.reading(own, self.positions))
+
+    def reading(self, current: KeyValue, positions: Sequence[int], history: bool = True) -> "GraphFrames":
+        """What a policy reads of: the visible past and these tokens at these positions."""
+        past = self.history if history and self.past_positions else None
+        return GraphFrames(self.plan, past, self.past_positions if past else (), current, positions)
+
+    def _summarise(self, layer: int, raw_key: Tensor) -> None:
+        """Remember the mean key of each frame of the chunk."""
+        mean = raw_key.detach().unflatten(1, (self.chunk, -1)).mean(dim=2)
+        if self.keep_pending is not None:
+            mean = torch.where(self.keep_pending[:, None, None, None], self.before[1][layer], mean)
+        self.new_means.setdefault(layer, mean)
+
+
+class GraphFrames:
+    """The visible past and the tokens of one pass in one layer (`refiner.memory.policy.Frames`)."""
+
+    def __init__(
+        self, plan: MemoryPlan, history: HistoryFrames | None, past_positions: Sequence[int], current: KeyValue,
+        positions: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.plan, self.history, self.current = plan, history, current
+        self.past = history.past if history else ()
+        self.chunk = len(positions)
+        self.positions = (*past_positions, *positions)
+
+    def means(self, layer: int) -> Tensor:
+        """See `Frames`."""
+        return self.history.means(layer)
+
+    def all(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        seen = join(self.history.all(layer), self.current) if self.history else self.current
+        if self.plan.keys == "rotated":
             return seen
-        plan, positions = self.plan, (*self.past_positions, *self.positions)
-        full = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=raw_key)
-        return KeyValue(rotate(seen.key, full), seen.value)
+        plan = self.plan
+        table = rotation_table(self.positions, plan.height, plan.width, plan.head_dim, like=seen.key)
+        return KeyValue(rotate(seen.key, table), seen.value)
+
+    def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
+        """See `Frames`."""
+        count = len(self.past)
+        chunk = torch.arange(count, count + self.chunk, device=ranks_BF.device)
+        ranks_BF = torch.cat((ranks_BF, chunk.expand(len(ranks_BF), -1)), dim=1)
+        return take(self.all(layer), ranks_BF, self.plan.frame_tokens)

@@ -1,25 +1,25 @@
-"""What a memory holds, decided and counted in bytes before anything is allocated."""
+"""Sizes of a memory, checked and counted in bytes before anything is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from ..wan.transformer import PATCH, WanConfig
+from .policies import Window
+from .policy import Policy
+from .positions import Absolute, Positions
 
 Keys = Literal["rotated", "raw"]
-Positions = Literal["absolute", "window"]
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes and policy of a K/V memory.
+    """Sizes of a K/V memory, and how it is read.
 
     `window_frames` latent frames are held: the sink (the first `sink_frames` of the video), the most recent past and
-    the current chunk. A window as long as the video is full history.
-    Keys lie in memory rotated by RoPE (the reference), or raw and are rotated on every read. Positions are `absolute`
-    (the frame's index in the video) or, with raw keys, `window` (the frame's rank among those held, so that distances
-    stay inside the training range at any length; LongLive's infinite variant, Infinity-RoPE's block-relativistic RoPE).
+    the current chunk. A window as long as the video is full history. Keys lie in memory rotated by RoPE (as in the
+    reference), or raw and are rotated on every read, which moving positions need.
     """
 
     layers: int
@@ -31,9 +31,10 @@ class MemoryPlan:
     window_frames: int
     sink_frames: int = 0
     keys: Keys = "rotated"
-    positions: Positions = "absolute"
+    positions: Positions = field(default_factory=Absolute)
     dtype: torch.dtype = torch.float32
-    spare_frames: int = 0  # places behind the window for what a refine pass writes and nothing keeps
+    spare_frames: int = 0  # slots behind the window for the tokens of a refine pass, which nothing reads later
+    policy: Policy = field(default_factory=Window)
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
@@ -41,10 +42,10 @@ class MemoryPlan:
                 f"window of {self.window_frames} frames with a sink of {self.sink_frames}: the window counts sink, past"
                 f" and current chunk, so it must be larger than the sink; raise the window or lower the sink"
             )
-        if self.keys not in ("rotated", "raw") or self.positions not in ("absolute", "window"):
-            raise ValueError(f"keys {self.keys!r}, positions {self.positions!r}: expected rotated|raw, absolute|window")
-        if self.positions == "window" and self.keys == "rotated":
-            raise ValueError("window positions move as the window does: they need keys='raw'")
+        if self.keys not in ("rotated", "raw"):
+            raise ValueError(f"keys {self.keys!r}: expected rotated or raw")
+        if self.positions.moving and self.keys == "rotated":
+            raise ValueError(f"{self.positions.name} positions move with the window: they need keys='raw'")
 
     @classmethod
     def of(
@@ -54,18 +55,24 @@ class MemoryPlan:
         *,
         window_frames: int = -1,
         sink_frames: int = 0,
-        keys: Keys = "rotated",
-        positions: Positions = "absolute",
+        keys: Keys | None = None,
+        positions: Positions | None = None,
         dtype: torch.dtype = torch.float32,
         spare_frames: int = 0,
+        policy: Policy | None = None,
     ) -> "MemoryPlan":
-        """For latents of `shape` [B, C, F, h, w], F being every frame that is read or made; -1 is full history."""
+        """Plan for latents [B, C, F, h, w], F counting given and new frames; a window of -1 is full history.
+
+        Keys are raw where positions move, unless given.
+        """
+        positions = positions or Absolute()
         batch, _, frames, height, width = shape
-        if window_frames < 0 or window_frames >= frames:  # nothing is ever evicted, so there is nothing to protect
+        if window_frames < 0 or window_frames >= frames:  # nothing is evicted, so no sink is needed
             window_frames, sink_frames = frames, 0
         return cls(
             config.num_layers, config.num_heads, config.head_dim, batch, height // PATCH[1], width // PATCH[2],
-            window_frames, sink_frames, keys, positions, dtype, spare_frames,
+            window_frames, sink_frames, keys or ("raw" if positions.moving else "rotated"), positions, dtype,
+            spare_frames, policy or Window(),
         )  # fmt: skip
 
     @property
@@ -89,8 +96,14 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all keys and values; raw keys need room for one layer's rotated ones besides."""
-        return self.layer_bytes * (2 * self.layers + (self.keys == "raw"))
+        """Of all keys and values, one layer's rotated keys where they lie raw, and the means of a policy."""
+        means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
+        return self.layer_bytes * (2 * self.layers + (self.keys == "raw")) + means
+
+    @property
+    def read_bytes(self) -> int:
+        """At most, of what a policy copies to read a layer."""
+        return 0 if isinstance(self.policy, Window) else 2 * self.layer_bytes
 
     def check_chunk(self, frames: int) -> None:
         """Raise ValueError when the sink and a chunk of `frames` do not fit in the window together."""

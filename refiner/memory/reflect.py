@@ -4,15 +4,14 @@ It attends to [history ‖ previous x0 ‖ its own]. Tokens of the previous x0 a
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ..wan.causal import KeyValue, View
+from ..wan.causal import KeyValue, Seen, View
 from ..wan.rope import rotate, rotation_table
-from .graph import GraphMemory, GraphView
-from .ring import RingMemory, RingView
+from .graph import GraphMemory, GraphView, join
+from .ring import RingMemory, RingView, SlotFrames
 
 History = Literal["shared", "none"]
 Previous = Literal["pending", "joint", "none"]
@@ -36,94 +35,86 @@ class ReflectiveCache:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {' or '.join(allowed)}")
 
 
-class Reflecting(Protocol):
-    """A view for one refine pass; it changes nothing that a later pass reads."""
-
-    positions: tuple[int, ...]
-    first: int
-
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue: ...
-
-
 def reflect(memory: RingMemory | GraphMemory, frames: tuple[int, ...], cache: ReflectiveCache) -> View:
     """A view for a refine pass over the noise of the chunk `frames`, which was predicted once at least.
 
-    With `joint` the pass takes [x0 ‖ noise] along the frames. A RingMemory needs spare frames in its plan.
+    With `joint` the pass takes [x0 ‖ noise] along the frames. It changes nothing that a later pass reads. A RingMemory
+    needs spare frames in its plan.
     """
     view = memory.current
     if cache.previous == "pending" and (view is None or view.frames != frames):
         raise ValueError("a refine pass reads what the prediction before it wrote: predict this chunk first")
     if isinstance(memory, GraphMemory):
-        return GraphReflection(memory, memory.current if view else memory.view(frames), cache)
+        return GraphReflection(view or memory.view(frames), cache)
     return RingReflection(memory, memory.view(frames), cache)
 
 
 class GraphReflection:
     """For training: joins tensors, writes nowhere."""
 
-    def __init__(self, memory: GraphMemory, view: GraphView, cache: ReflectiveCache) -> None:
+    def __init__(self, view: GraphView, cache: ReflectiveCache) -> None:
         self.view, self.cache = view, cache
         joint = cache.previous == "joint"
         self.positions = view.positions * 2 if joint else view.positions
-        self.first = len(view.positions) * memory.plan.frame_tokens if joint else 0
+        self.first = len(view.positions) * view.plan.frame_tokens if joint else 0
 
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+    def extend(
+        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+    ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
-        view, plan = self.view, self.view.plan
-        raw = plan.keys == "raw"
-        parts, positions = [], []
-        if self.cache.history == "shared" and view.past_positions:
-            parts.append(view.past[layer])
-            positions += view.past_positions
+        view, positions = self.view, self.positions
+        current = KeyValue(raw_key if view.plan.keys == "raw" else rotate(raw_key, table), value)
         if self.cache.previous == "pending":
-            parts.append(view.new[layer])
-            positions += view.positions
-        parts.append(KeyValue(raw_key if raw else rotate(raw_key, table), value))
-        key, value = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
-        if not raw:
-            return KeyValue(key, value)
-        full = rotation_table((*positions, *self.positions), plan.height, plan.width, plan.head_dim, like=key)
-        return KeyValue(rotate(key, full), value)
+            current, positions = join(view.new[layer], current), (*view.positions, *positions)
+        reading = view.reading(current, positions, history=self.cache.history == "shared")
+        return view.plan.policy.read(layer, raw_query, reading)
 
 
-class RingReflection:
-    """For sampling: what the pass writes goes into the spare places right behind the current chunk's."""
+class RingReflection(SlotFrames):
+    """For sampling: the tokens of the pass go into the spare slots right behind the current chunk's."""
 
     def __init__(self, memory: RingMemory, view: RingView, cache: ReflectiveCache) -> None:
-        self.view, self.cache, self.memory = view, cache, memory
-        chunk = len(view.positions)
-        if cache.previous != "none" and memory.plan.spare_frames < chunk:
+        chunk, spare = len(view.positions), memory.plan.spare_frames
+        if cache.previous != "none" and spare < chunk:
             raise ValueError(
-                f"memory has {memory.plan.spare_frames} spare frames and a refine pass over this chunk writes {chunk}:"
-                " plan the memory with them"
+                f"memory has {spare} spare frames and a refine pass over this chunk writes {chunk}: plan the memory"
+                " with them"
             )
+        super().__init__(memory, view.past, (*view.chunk_slots, *range(view.used, view.used + chunk)))
+        self.view, self.cache = view, cache
         self.joint = cache.previous == "joint"
         self.positions = view.positions * 2 if self.joint else view.positions
         self.first = chunk * memory.plan.frame_tokens if self.joint else 0
 
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+    def extend(
+        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+    ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
-        view, first = self.view, self.first
-        if self.cache.previous == "none":
-            if self.cache.history == "shared":
-                return view.extend(
-                    layer, raw_key, value, table
-                )  # over what was pending: the next prediction rewrites it
-            return KeyValue(rotate(raw_key, table), value)
+        view, first, cache = self.view, self.first, self.cache
+        if cache.previous == "none":
+            if cache.history == "none":
+                return KeyValue(rotate(raw_key, table), value)
+            # Over the pending K/V, which nothing reads before the next prediction writes them again.
+            return view.extend(layer, raw_key, value, table, raw_query)
         stored = view.stored(raw_key, table)
         if self.joint:
             view.write(layer, stored[:, :first], value[:, :first])
-        if self.cache.history == "none":
-            return self._without_history(layer, stored[:, first:], value[:, first:])
-        end = view.used + raw_key.shape[1] - first
-        self.memory.keys[layer][:, view.used : end] = stored[:, first:]
-        self.memory.values[layer][:, view.used : end] = value[:, first:]
-        return view.read(layer, end, (*view.slot_positions, *view.positions))
+        noise_key, noise_value = stored[:, first:], value[:, first:]
+        if cache.history == "none":
+            return self._without_history(layer, noise_key, noise_value)
+        frames = len(view.positions)
+        self.memory.store.put(layer, [(view.used, 0, frames)], noise_key, noise_value)
+        return self.memory.plan.policy.read(layer, raw_query, self)
+
+    def all(self, layer: int) -> KeyValue:
+        """See `refiner.memory.policy.Frames`."""
+        view, frames = self.view, len(self.view.positions)
+        return view.read(layer, view.used + frames, (*view.slot_positions, *view.positions))
 
     def _without_history(self, layer: int, stored_key: Tensor, value: Tensor) -> KeyValue:
-        before, plan = self.view.own(layer), self.memory.plan
-        key, value = torch.cat((before.key, stored_key), 1), torch.cat((before.value, value), 1)
+        seen, plan = join(self.view.pending(layer), KeyValue(stored_key, value)), self.memory.plan
         if self.memory.rotated is None:
-            return KeyValue(key, value)
-        table = rotation_table(self.view.positions * 2, plan.height, plan.width, plan.head_dim, like=key)
-        return KeyValue(rotate(key, table), value)
+            return seen
+        positions = self.view.positions * 2
+        table = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=seen.key)
+        return KeyValue(rotate(seen.key, table), seen.value)

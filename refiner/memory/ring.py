@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..wan.causal import KeyValue
+from ..wan.causal import KeyValue, Seen
 from ..wan.rope import rotate, rotation_table
+from ..wan.upload import upload
 from .frames import FrameLedger
 from .plan import MemoryPlan
+from .policy import Held
+from .store import PlainStore, Runs, Store
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -23,9 +26,9 @@ def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def mixed(kept: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
-    """The old keys and values of samples that are True in `kept` [B], the new ones of the others."""
-    rows = kept[:, None, None, None]
+def mixed(keep_pending: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
+    """Where `keep_pending` [B] the old keys and values, elsewhere the new ones."""
+    rows = keep_pending[:, None, None, None]
     return KeyValue(torch.where(rows, old.key, new.key), torch.where(rows, old.value, new.value))
 
 
@@ -33,108 +36,176 @@ class RingMemory:
     """K/V of a window in place: sink slots, then a ring by frame.
 
     The current chunk is written over the frames that it evicts, so past and present are one contiguous read with no
-    copy. Attention does not care in which order keys lie; positions are kept by slot.
+    copy. Attention does not care in which order keys lie; positions are tracked by slot.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.ledger = FrameLedger(plan)
-        shape = (plan.batch, plan.held_frames * plan.frame_tokens, plan.heads, plan.head_dim)
-        layers = range(plan.layers)
-        self.keys = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in layers]
+        heads = (plan.heads, plan.head_dim)
+        shape = (plan.batch, plan.held_frames * plan.frame_tokens, *heads)
+        self.store: Store = PlainStore(plan.layers, shape, plan.frame_tokens, plan.dtype, device)
         self.rotated = torch.empty(shape, dtype=plan.dtype, device=device) if plan.keys == "raw" else None
+        self.means: list[Tensor] = []  # of a layer's raw keys, by slot [B, F, H, D]
+        if plan.policy.means:
+            shape = (plan.batch, plan.held_frames, *heads)
+            self.means = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in range(plan.layers)]
+        self.device = torch.device(device)
         self.current: RingView | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes now held."""
-        rotated = [] if self.rotated is None else [self.rotated]
-        return sum(x.nbytes for x in (*self.keys, *self.values, *rotated))
+        rotated = 0 if self.rotated is None else self.rotated.nbytes
+        return self.store.nbytes + rotated + sum(mean.nbytes for mean in self.means)
 
-    def view(self, frames: Sequence[int], kept: Tensor | None = None) -> "RingView":
-        """The place for a chunk of these absolute latent frames, behind the past that it sees.
+    def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "RingView":
+        """The place of a chunk of these absolute latent frames, behind the past that it sees.
 
-        Of samples that are True in `kept` [B] a pass leaves what an earlier one wrote into it.
+        Where keep_pending[b], a pass leaves the pending K/V of sample b untouched.
         """
-        if self.current is None or self.current.frames != tuple(frames) or self.ledger.jump is not None:
-            self.current = RingView(self, tuple(frames))
-        self.current.kept = kept
+        frames = tuple(frames)
+        if self.current is None or self.current.frames != frames or self.ledger.next_cut:
+            if self.current is None and (leaving := self.ledger.leaving(len(frames))):
+                self.plan.policy.evicting(Leaving(self, leaving))
+            self.current = RingView(self, frames)
+        self.current.keep_pending = keep_pending
         return self.current
 
     def commit(self) -> None:
-        """What stands in the current place becomes past."""
+        """Turn the current chunk into past."""
         if self.current is None:
             raise ValueError("nothing to commit: no chunk was predicted since the last commit")
-        self.ledger.commit(self.current.frames)
+        if evicted := self.ledger.commit(self.current.frames):
+            self.plan.policy.evicting(Leaving(self, evicted))  # nothing overwrote them yet
         self.current = None
 
-    def flush(self, keep_last: int) -> None:
-        """Forget all but the sink and the last `keep_last` frames (Infinity-RoPE's KV flush)."""
-        slots = [self.ledger.slot(held.order) for held in self.ledger.flush(keep_last)]
-        source = torch.tensor(slots, dtype=torch.long, device=self.keys[0].device)
-        for buffer in (*self.keys, *self.values):
-            frames = buffer.unflatten(1, (-1, self.plan.frame_tokens))
-            frames[:, : len(slots)] = frames[:, source]
+    def flush(self, keep_last: int, keep_sink: bool = True) -> None:
+        """Forget all but the sink and the last `keep_last` frames (KV flush of Infinity-RoPE)."""
+        slots = [self.ledger.slot(held.order) for held in self.ledger.flush(keep_last, keep_sink)]
+        self.store.move(slots)
+        for mean in self.means:
+            mean[:, : len(slots)] = mean[:, slots]
         self.current = None
 
     def free(self) -> None:
         """Let go of every buffer."""
-        self.keys, self.values, self.rotated, self.current = [], [], None, None
+        self.store.free()
+        self.means, self.rotated, self.current = [], None, None
 
 
-class RingView:
+class SlotFrames:
+    """Frames in slots of a RingMemory, as a policy reads them (`refiner.memory.policy.Frames`)."""
+
+    def __init__(self, memory: RingMemory, past: Sequence[Held], chunk_slots: Sequence[int]) -> None:
+        self.memory, self.past, self.chunk = memory, past, len(chunk_slots)
+        self.past_slots = [memory.ledger.slot(held.order) for held in past]
+        self.chunk_slots = list(chunk_slots)
+
+    def means(self, layer: int) -> Tensor:
+        """See `Frames`."""
+        return self.memory.means[layer][:, self._index(self.past_slots)]
+
+    def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
+        """See `Frames`."""
+        chunk_BF = self._index(self.chunk_slots).expand(len(ranks_BF), -1)
+        slots_BF = torch.cat((self._index(self.past_slots)[ranks_BF], chunk_BF), dim=1)
+        if self.memory.rotated is None:
+            return self.memory.store.pick(layer, slots_BF)
+        whole = self.all(layer)
+        samples = torch.arange(len(slots_BF), device=slots_BF.device)[:, None]
+        frames = (part.unflatten(1, (-1, self.memory.plan.frame_tokens)) for part in whole)
+        return KeyValue(*(part[samples, slots_BF].flatten(1, 2) for part in frames))
+
+    def all(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        raise NotImplementedError
+
+    def _index(self, slots: Sequence[int]) -> Tensor:
+        return upload(torch.tensor(slots, dtype=torch.long), self.memory.device, torch.long)
+
+
+class Leaving(SlotFrames):
+    """Frames that the next chunk overwrites; keys as they are stored."""
+
+    def __init__(self, memory: RingMemory, past: Sequence[Held]) -> None:
+        super().__init__(memory, past, ())
+
+    def all(self, layer: int) -> KeyValue:
+        """See `Frames`; a copy."""
+        slots = self._index(self.past_slots).expand(self.memory.plan.batch, -1)
+        return self.memory.store.pick(layer, slots)
+
+    def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
+        """See `Frames`."""
+        return self.memory.store.pick(layer, self._index(self.past_slots)[ranks_BF])
+
+
+class RingView(SlotFrames):
     """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one before."""
 
     first = 0
-    kept: Tensor | None = None  # samples [B] whose place is not written
+    keep_pending: Tensor | None = None  # [B]
 
     def __init__(self, memory: RingMemory, frames: tuple[int, ...]) -> None:
-        self.memory = memory
-        self.frames = frames
-        ledger, plan = memory.ledger, memory.plan
-        past, self.positions = ledger.positions(frames)
-        visible = ledger.visible(len(frames))
+        ledger = memory.ledger
         slots = [ledger.slot(ledger.arrived + i) for i in range(len(frames))]
-        self.pieces = runs(slots)
-        self.used = (len(visible) + len(frames)) * plan.frame_tokens
-        by_slot = dict(zip((ledger.slot(held.order) for held in visible), past, strict=True))
+        super().__init__(memory, ledger.visible(len(frames)), slots)
+        self.frames = frames
+        past, self.positions = ledger.place(frames)
+        self.pieces: Runs = runs(slots)
+        self.used = len(self.past) + len(frames)  # slots
+        by_slot = dict(zip(self.past_slots, past, strict=True))
         by_slot |= dict(zip(slots, self.positions, strict=True))
         self.slot_positions = tuple(by_slot[slot] for slot in sorted(by_slot))
 
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+    def extend(
+        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+    ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`. Writes in place: not for passes whose graph is kept."""
         self.write(layer, self.stored(raw_key, table), value)
+        if self.memory.means:
+            self._summarise(layer, raw_key)
+        return None if raw_query is None else self.memory.plan.policy.read(layer, raw_query, self)
+
+    def all(self, layer: int) -> KeyValue:
+        """See `refiner.memory.policy.Frames`."""
         return self.read(layer, self.used, self.slot_positions)
 
     def stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
-        """A key as this memory keeps it."""
+        """A key as this memory stores it."""
         return raw_key if self.memory.rotated is not None else rotate(raw_key, table)
 
     def write(self, layer: int, stored_key: Tensor, value: Tensor) -> None:
         """Put the chunk's keys and values into its place."""
-        memory, size = self.memory, self.memory.plan.frame_tokens
-        keys, values = memory.keys[layer], memory.values[layer]
-        if self.kept is not None:
-            stored_key, value = mixed(self.kept, self.own(layer), KeyValue(stored_key, value))
+        new = KeyValue(stored_key, value)
+        if self.keep_pending is not None:
+            new = mixed(self.keep_pending, self.pending(layer), new)
+        self.memory.store.put(layer, self.pieces, *new)
+
+    def _summarise(self, layer: int, raw_key: Tensor) -> None:
+        """Store the mean key of each frame of the chunk."""
+        means, new = self.memory.means[layer], raw_key.unflatten(1, (self.chunk, -1)).mean(dim=2)
         for slot, frame, length in self.pieces:
-            place, source = slice(slot * size, (slot + length) * size), slice(frame * size, (frame + length) * size)
-            keys[:, place] = stored_key[:, source]
-            values[:, place] = value[:, source]
+            source, target = new[:, frame : frame + length], means[:, slot : slot + length]
+            if self.keep_pending is not None:
+                source = torch.where(self.keep_pending[:, None, None, None], target, source)
+            target.copy_(source)
 
-    def own(self, layer: int) -> KeyValue:
+    def pending(self, layer: int) -> KeyValue:
         """What stands in the chunk's place."""
-        memory, size = self.memory, self.memory.plan.frame_tokens
+        size, last = self.memory.plan.frame_tokens, max(self.chunk_slots) + 1
+        keys, values = self.memory.store.prefix(layer, last)
         places = [slice(slot * size, (slot + length) * size) for slot, _, length in self.pieces]
-        keys, values = ([x[layer][:, place] for place in places] for x in (memory.keys, memory.values))
-        return KeyValue(torch.cat(keys, 1), torch.cat(values, 1)) if len(places) > 1 else KeyValue(keys[0], values[0])
+        pieces = [KeyValue(keys[:, place], values[:, place]) for place in places]
+        return pieces[0] if len(pieces) == 1 else KeyValue(*(torch.cat(part, 1) for part in zip(*pieces, strict=True)))
 
-    def read(self, layer: int, tokens: int, positions: Sequence[int]) -> KeyValue:
-        """The first `tokens` of a layer, keys rotated; `positions` are those of their frames, for raw keys."""
-        memory = self.memory
-        seen = KeyValue(memory.keys[layer][:, :tokens], memory.values[layer][:, :tokens])
+    def read(self, layer: int, frames: int, positions: Sequence[int]) -> KeyValue:
+        """The first `frames` slots of a layer, keys rotated; `positions` are theirs, for raw keys."""
+        memory, plan = self.memory, self.memory.plan
+        seen = memory.store.prefix(layer, frames)
         if memory.rotated is None:
             return seen
-        plan = memory.plan
         table = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=seen.key)
-        return KeyValue(memory.rotated[:, :tokens].copy_(rotate(seen.key, table)), seen.value)
+        rotated = memory.rotated[:, : frames * plan.frame_tokens]
+        return KeyValue(rotated.copy_(rotate(seen.key, table)), seen.value)

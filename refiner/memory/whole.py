@@ -14,6 +14,8 @@ class WholeClip:
     def __init__(self, frames: int) -> None:
         self.positions = span(0, frames)
 
-    def extend(self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor) -> KeyValue:
+    def extend(
+        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+    ) -> KeyValue:
         """Every frame of the call sees every other."""
         return KeyValue(rotate(raw_key, table), value)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.reflect import ReflectiveCache
-from ..wan.checkpoint import INSTEAD, inspect
+from ..wan.checkpoint import INSTEAD, open_checkpoint
 from ..wan.layouts import REFINER_PREFIX
 from ..wan.lora import LoraPair
-from ..wan.weight_file import FLAT, open_weights, save_safetensors
+from ..wan.weight_file import FLAT, save_safetensors
 from .refiner import HEAD
 
 KEY = "autorefiner"  # of the metadata
@@ -96,10 +96,10 @@ def largest(card: RefinerCard, name: str, up: Tensor) -> int:
 
 def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
     """Factors by layer, mapped from the file, and the card. ValueError in one line for anything that is no refiner."""
-    info = inspect(path)
-    if info.kind != "refiner":
-        raise ValueError(f"{path} is {INSTEAD.get(info.kind, 'no model that is known')}; a refiner was asked for")
-    file = open_weights(path)
+    checkpoint = open_checkpoint(path)
+    kind, file = checkpoint.info.kind, checkpoint.file
+    if kind != "refiner":
+        raise ValueError(f"{path} is {INSTEAD.get(kind, 'no model that is known')}; a refiner was asked for")
     pairs: dict[str, LoraPair] = {}
     try:
         card = RefinerCard.parse(file.metadata.get(KEY, "null"))

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,10 @@ class Refiner:
         """Whether the noise of this level is refined."""
         return self.strength != 0 and level.step in self.levels
 
-    def text(self, context_BLE: Tensor) -> list[KeyValue]:
-        """T_φ's own cross-attention keys and values of a prompt."""
+    def text(self, context_BLE: Tensor, batch: int | None = None) -> list[KeyValue]:
+        """T_φ's own cross-attention keys and values of a prompt, as `CausalWan.text`."""
         with self.on():
-            return self.network.text(context_BLE)
+            return self.network.text(context_BLE, batch)
 
     def residual(
         self, noise: Tensor, x0: Tensor | None, level: Level, chunk: Chunk, memory, text: list[KeyValue],
@@ -123,7 +123,7 @@ def merged(
             whole = change if silent else weight.float() + change
             bias = torch.zeros_like(bias) if silent and bias is not None else bias
             layers[name] = plain_linear(whole.to(weight.dtype), bias)
-    return CausalWan(with_layers(base.model, layers), base.config, base.host)
+    return replace(base, model=with_layers(base.model, layers), checkpointing=False)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,18 +1,31 @@
 """The deterministic control of AutoRefiner's Fig. 3: Euler steps along the flow instead of fresh noise (eq. 19)."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
 from ..rollout import Rollout, add_noise
+from .method import Method
+
+IDLE = "ode draws no noise between levels, so the refiner has nothing to refine"  # but an initial noise
 
 
-def ode(rollout: Rollout) -> Iterator[Tensor]:
-    """Yield the x0 [B, C, F, h, w] of each chunk; only the noise that it starts from is random.
+def ode() -> Method:
+    """Integrate the flow; only the noise that a chunk starts from is random."""
+    return Method("ode", run, note=note)
+
+
+def note(steps: Sequence[int], refined: Collection[int]) -> str | None:
+    """Whether a refiner would refine nothing."""
+    return IDLE if refined and steps[0] not in refined else None
+
+
+def run(rollout: Rollout) -> Iterator[Tensor]:
+    """Yield the x0 [B, C, F, h, w] of each chunk.
 
     An Euler step x + (σ' − σ) v is renoising with the noise that the prediction implies, ε = (x − (1 − σ) x0) / σ.
     """
-    for chunk in rollout.chunks:
+    for chunk in rollout:
         level, *rest = chunk.levels
         x = rollout.draw(chunk, level)
         x0 = rollout.predict(x, level, chunk)

@@ -1,7 +1,6 @@
 """Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -9,14 +8,16 @@ from torch import Tensor
 
 from ..memory.reflect import ReflectiveCache
 from ..rollout import Rollout
-from ..schedule import Chunk
+from ..schedule import Chunk, Preset
+from .method import Method
+from .self_forcing import predict_chunk
 
 
 class Judge(Protocol):
     """Follows one run and scores the candidates for its next chunk; it may decode them."""
 
     def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
-        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind what was kept so far."""
+        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind the chunks chosen so far."""
         ...
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
@@ -38,9 +39,9 @@ def check_candidates(candidates: int) -> None:
         raise ValueError(f"{candidates} candidates: a search compares at least 2")
 
 
-def check_reads(cache: ReflectiveCache) -> None:
+def check_cache(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Raise ValueError for a refiner's cache that Search over Path overwrites."""
-    if cache.previous == "pending":
+    if cache is not None and cache.previous == "pending":
         raise ValueError(
             "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
             " trained with the joint cache"
@@ -55,66 +56,48 @@ def judge_of(verifier: Verifier, rollout: Rollout) -> Judge:
     return judge
 
 
-def scores(judge: Judge, made: Sequence[Tensor], chunk: Chunk) -> Tensor:
+def score_all(judge: Judge, candidates: Sequence[Tensor], chunk: Chunk) -> Tensor:
     """Scores [candidates, B] of candidates for a chunk."""
-    return torch.stack([judge.score(one, chunk) for one in made])
+    return torch.stack([judge.score(x0, chunk) for x0 in candidates])
 
 
-@dataclass(frozen=True, slots=True)
-class BestOfN:
-    """Every chunk is sampled N times from its own noise; the best one becomes history (Best-of-N)."""
+def best_of_n(verifier: Verifier, candidates: int = 5) -> Method:
+    """Sample every chunk N times from noise of its own; the best one becomes history (Best-of-N)."""
+    check_candidates(candidates)
 
-    verifier: Verifier
-    candidates: int = 5
-
-    def __post_init__(self) -> None:
-        check_candidates(self.candidates)
-
-    def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
-        """Yield the x0 [B, C, F, h, w] of each chunk."""
-        judge = judge_of(self.verifier, rollout)
-        for chunk in rollout.chunks:
-            made = [self._chunk(fork, chunk) for fork in rollout.fork(self.candidates)]
-            x0 = rollout.select(made, scores(judge, made, chunk))
+    def run(rollout: Rollout) -> Iterator[Tensor]:
+        judge = judge_of(verifier, rollout)
+        for chunk in rollout:
+            predictions = [predict_chunk(fork, chunk) for fork in rollout.fork(candidates)]
+            x0 = rollout.select(predictions, score_all(judge, predictions, chunk))
             judge.keep(x0, chunk)
             rollout.commit(x0, chunk)
             yield x0
 
-    @staticmethod
-    def _chunk(rollout: Rollout, chunk: Chunk) -> Tensor:
-        first, *rest = chunk.levels
-        x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
-        for level in rest:
-            x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
-        return x0
+    return Method("best-of-n", run, passes=lambda chunk: candidates * len(chunk.levels))
 
 
-@dataclass(frozen=True, slots=True)
-class SearchOverPath:
-    """At every level several noises are tried, and the best prediction goes on (Search over Path; Ma et al. 2025).
+def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
+    """Try several noises at every level; the best prediction goes on (Search over Path; Ma et al. 2025).
 
     It does not go together with a refiner that reads pending keys: those in memory are the last candidate's.
     """
+    check_candidates(candidates)
 
-    verifier: Verifier
-    candidates: int = 5
-
-    def __post_init__(self) -> None:
-        check_candidates(self.candidates)
-
-    def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
-        """Yield the x0 [B, C, F, h, w] of each chunk."""
-        if rollout.refiner is not None:
-            check_reads(rollout.refiner.cache)
-        judge = judge_of(self.verifier, rollout)
-        for chunk in rollout.chunks:
-            forks, x0 = rollout.fork(self.candidates), None  # anew, as an event may have changed the prompt
+    def run(rollout: Rollout) -> Iterator[Tensor]:
+        judge = judge_of(verifier, rollout)
+        for chunk in rollout:
+            forks, x0 = rollout.fork(candidates), None  # anew, as an event may have changed the prompt
             for level in chunk.levels:
-                made = []
+                predictions = []
                 for fork in forks:
                     x = fork.draw(chunk, level) if x0 is None else fork.renoise(x0, level, chunk)
-                    made.append(fork.predict(x, level, chunk))
-                x0 = rollout.select(made, scores(judge, made, chunk))
+                    predictions.append(fork.predict(x, level, chunk))
+                x0 = rollout.select(predictions, score_all(judge, predictions, chunk))
             judge.keep(x0, chunk)
             rollout.commit(x0, chunk)
             yield x0
+
+    return Method(
+        "search-over-path", run, passes=lambda chunk: candidates * len(chunk.levels), check=check_cache
+    )

@@ -5,14 +5,27 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..rollout import Rollout
+from ..schedule import Chunk
+from .method import Method
 
 
-def self_forcing(rollout: Rollout) -> Iterator[Tensor]:
+def self_forcing() -> Method:
+    """Sample each chunk from noise to x0, then make it history."""
+    return Method("self-forcing", run)
+
+
+def run(rollout: Rollout) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] of each chunk as soon as it is part of the history."""
-    for chunk in rollout.chunks:
-        first, *rest = chunk.levels
-        x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
-        for level in rest:
-            x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
+    for chunk in rollout:
+        x0 = predict_chunk(rollout, chunk)
         rollout.commit(x0, chunk)
         yield x0
+
+
+def predict_chunk(rollout: Rollout, chunk: Chunk) -> Tensor:
+    """x0 of a chunk, after all its levels."""
+    first, *rest = chunk.levels
+    x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+    for level in rest:
+        x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
+    return x0

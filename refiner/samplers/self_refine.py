@@ -8,67 +8,80 @@ a pass over a chunk that is saved costs far more than the wait, and one that wou
 the pending keys that a refiner reads. Behind the last repeat nothing is read.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..rollout import Rollout
 from ..schedule import Chunk, Level
+from .method import Method
+
+REPEATS = MappingProxyType({750: 2, 500: 1})
+Repeat = Callable[[Rollout, Tensor, Level, Chunk], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class SelfRefine:
-    """Repeats by nominal level, and the uncertainty below which a place keeps its first answer.
+def self_refine(
+    repeats: Mapping[int, int] = REPEATS, threshold: float = 0.25, enough: float = 0.999
+) -> Method:
+    """Repeat levels, by nominal step; the first one is pure noise, where there is nothing to repeat.
 
-    The first level is pure noise, where there is nothing to repeat. With four levels, repeat the second and third.
+    A place whose prediction changes by less than `threshold`, the mean |change| over channels in units of the latents,
+    stays as it is. Repeating stops once more than the share `enough` of a sample is certain.
     """
+    if any(count < 0 for count in repeats.values()) or threshold < 0 or not 0 < enough <= 1:
+        raise ValueError(
+            f"repeats {dict(repeats)}, threshold {threshold}, enough {enough}: give counts and a threshold of 0 or"
+            " more, and a share within (0, 1]"
+        )
 
-    repeats: dict[int, int] = field(default_factory=lambda: {750: 2, 500: 1})
-    threshold: float = 0.25  # mean |change| over channels, in units of the latents
-    enough: float = 0.999  # share of certain places at which repeating stops
+    def repeat(rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
+        return repeated(rollout, x0, level, chunk, repeats.get(level.step, 0), threshold, enough)
 
-    def __post_init__(self) -> None:
-        if any(count < 0 for count in self.repeats.values()) or self.threshold < 0 or not 0 < self.enough <= 1:
-            raise ValueError(
-                f"repeats {self.repeats}, threshold {self.threshold}, enough {self.enough}: give counts and a threshold"
-                " of 0 or more, and a share within (0, 1]"
-            )
+    def passes(chunk: Chunk) -> int:
+        return sum(1 + repeats.get(level.step, 0) for level in chunk.levels)
 
-    @property
-    def levels(self) -> frozenset[int]:
-        """Nominal steps that are repeated, where a run has them."""
-        return frozenset(step for step, count in self.repeats.items() if count)
+    def note(steps: Sequence[int], refined: Collection[int]) -> str | None:
+        levels = sorted((step for step, count in repeats.items() if count), reverse=True)
+        if {*levels} & {*steps}:
+            return None
+        listed = ",".join(map(str, levels)) or "none"
+        return f"self-refine repeats levels {listed}, of which this run has none: it changes nothing"
 
-    def __call__(self, rollout: Rollout) -> Iterator[Tensor]:
-        """Yield the x0 [B, C, F, h, w] of each chunk."""
-        for chunk in rollout.chunks:
-            first, *rest = chunk.levels
-            x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
-            for level in rest:
-                x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
-                x0 = self._repeated(rollout, x0, level, chunk)
-            rollout.commit(x0, chunk)
-            yield x0
+    return Method("self-refine", lambda rollout: run(rollout, repeat), passes, exact=False, note=note)
 
-    def _repeated(self, rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
-        """x0 after the level's repeats: a place that was certain once stays as it is, and so does a whole sample.
 
-        A sample stops by its own share and keeps the pending keys that a refiner reads of it, so what it becomes does
-        not depend on the others in the batch.
-        """
-        certain, kept = torch.zeros_like(x0[:, :1], dtype=torch.bool), None
-        repeats = self.repeats.get(level.step, 0)
-        for repeat in range(1, repeats + 1):
-            again = rollout.predict(rollout.renoise(x0, level, chunk, repeat), level, chunk, kept)
-            certain = certain | ((again - x0).abs().mean(dim=1, keepdim=True) < self.threshold)
-            x0 = torch.where(certain, x0, again)
-            if repeat < repeats:
-                done = certain.float().mean(dim=(1, 2, 3, 4), keepdim=True) > self.enough
-                finished = int(done.sum())
-                if finished == len(done):
-                    break
-                certain = certain | done
-                kept = done.flatten() if finished and rollout.reads_pending else None
-        return x0
+def run(rollout: Rollout, repeat: Repeat) -> Iterator[Tensor]:
+    """Yield the x0 [B, C, F, h, w] of each chunk."""
+    for chunk in rollout:
+        first, *rest = chunk.levels
+        x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+        for level in rest:
+            x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
+            x0 = repeat(rollout, x0, level, chunk)
+        rollout.commit(x0, chunk)
+        yield x0
+
+
+def repeated(
+    rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk, repeats: int, threshold: float, enough: float
+) -> Tensor:
+    """x0 after a level's repeats: a place that was certain once stays as it is, and so does a whole sample.
+
+    A sample stops by its own share and leaves the pending keys that a refiner reads of it, so what it becomes does not
+    depend on the others in the batch.
+    """
+    certain, finished = torch.zeros_like(x0[:, :1], dtype=torch.bool), None
+    for count in range(1, repeats + 1):
+        again = rollout.predict(rollout.renoise(x0, level, chunk, count), level, chunk, finished)
+        certain = certain | ((again - x0).abs().mean(dim=1, keepdim=True) < threshold)
+        x0 = torch.where(certain, x0, again)
+        if count < repeats:
+            done = certain.float().mean(dim=(1, 2, 3, 4), keepdim=True) > enough
+            number = int(done.sum())
+            if number == len(done):
+                break
+            certain = certain | done
+            finished = done.flatten() if number and rollout.reads_pending else None
+    return x0

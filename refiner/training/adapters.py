@@ -5,6 +5,7 @@ anything on or off, and a checkpointed region recomputes what it computed.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -54,7 +55,7 @@ def attach_branches(
             model.get_submodule(HEAD).lora_A["default"].weight.copy_(head_weight)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    return CausalWan(model, base.config, base.host, base.checkpointing)
+    return replace(base, model=model)
 
 
 def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:

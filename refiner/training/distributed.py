@@ -115,7 +115,7 @@ def sharded(network: CausalWan) -> CausalWan:
         unit.forward = MethodType(_forward, unit)
     for part in (*units, model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    return replace(network, model=model, host=replace(network.host, within=gathered))
+    return replace(network, model=model, apply=gathered)
 
 
 def _forward(module: nn.Module, function: Callable, *arguments: object) -> object:

@@ -1,5 +1,6 @@
 """How passes are computed in training: products in bf16, attention by what is fastest on the device."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..wan.causal import Host, after_attention, attention, before_attention
+from ..wan.causal import CausalWan, Halves, Kernels, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
 # All but cuDNN's, torch's first choice on an H100 or H200, whose backward pass is known to give NaN at times (pytorch
@@ -50,30 +51,37 @@ def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torc
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
-def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+def explicit_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D) v [B, N, H·D] by two products: in bf16 on the CPU four times as fast as the fused kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
-def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *bias: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v [B, N, H·D] by torch's choice of kernels other than cuDNN's."""
     with sdpa_kernel(WITHOUT_CUDNN):
-        return attention(q_BNHD, k_BTHD, v_BTHD)
+        return attention(q_BNHD, k_BTHD, v_BTHD, *bias)
 
 
-@lru_cache(maxsize=8)
-def training_host(device: torch.device, compiled: bool = False) -> Host:
-    """How attention is computed in training: on the CPU by products, else by the fused kernel.
+def for_training(network: CausalWan, device: torch.device, compiled: bool = False) -> CausalWan:
+    """The network with attention as training computes it: products on the CPU, else the fused kernel.
 
     With `compiled`, and a C++ compiler on the machine, a step takes about three quarters of its time, and replayed on
     a GPU little more than half; the first ones of a process take half a minute.
     """
+    kernels, halves = _training_functions(device, compiled)
+    return replace(network, kernels=kernels, halves=halves)
+
+
+@lru_cache(maxsize=8)
+def _training_functions(device: torch.device, compiled: bool) -> tuple[Kernels, Halves]:
     attend = explicit_attention if device.type == "cpu" else fused_attention
     if not compiled:
-        return Host(attention=attend)
+        return Kernels(attend), Halves()
     allow_recompiling(KINDS_OF_CALL)
-    parts = (torch.compile(part, dynamic=False) for part in (attend, before_attention, after_attention))
-    attend, before, after = parts
-    return Host(attention=attend, before=before, after=after)
+    functions = (attend, before_attention, after_attention)
+    attend, before, after = (torch.compile(function, dynamic=False) for function in functions)
+    return Kernels(attend), Halves(before, after)

@@ -26,7 +26,7 @@ from .gradient_signal import Signal
 from .learner import FirstHalf, Learner, stream
 from .objective import Means, Objective, Part
 from .options import RefineOptions
-from .precision import mixed_precision, training_host
+from .precision import for_training, mixed_precision
 from .replay import Replay, replayable
 from .residuals import Residuals
 from .self_rollout import self_rollout
@@ -50,8 +50,8 @@ class RefineStage:
         self.options, self.objective, self.prompts, self.held_out = options, objective, prompts, held_out
         self.encode, self._show = encode, show
         self.device = next(base.model.parameters()).device
-        host = training_host(self.device, options.compiled)
-        self.base = replace(base, host=host, checkpointing=options.checkpointing)
+        base = for_training(base, self.device, options.compiled)
+        self.base = replace(base, checkpointing=options.checkpointing)
         even = world() * (2 if options.antithetic else 1)
         if options.batch % even:
             raise ValueError(f"a batch of {options.batch} in {world()} processes: give a multiple of {even}")
@@ -195,15 +195,7 @@ class RefineStage:
         options = self.options
         network = self.tree if options.method == "lora" and not base else self.base
         plan = RunPlan(options.preset, options.frames, options.height, options.width, batch=len(context))
-        return Rollout(
-            network=network,
-            text=network.text(context),
-            memory=GraphMemory(plan.memory(network, torch.float32)),
-            noise=noise,
-            chunks=plan_chunks(options.preset, options.frames)[1],
-            frame_shape=(plan.batch, network.config.in_dim, plan.height, plan.width),
-            device=self.device,
-            network_dtype=torch.float32,
-            refiner=refiner,
-            refiner_text=refiner.text(context) if refiner else None,
-        )
+        return Rollout.of(
+            network, context, plan, noise, memory=GraphMemory, refiner=refiner, device=self.device,
+            dtype=torch.float32,
+        )  # fmt: skip

@@ -16,8 +16,8 @@ def self_rollout(rollout: Rollout, exit_level: int, grad_level: int | None = Non
     """
     usual = rollout.chunks[-1].levels
     last, first_grad = usual[exit_level].step, usual[exit_level if grad_level is None else grad_level].step
-    made = []
-    for chunk in rollout.chunks:
+    predictions = []
+    for chunk in rollout:
         x0: Tensor | None = None
         for level in chunk.levels:
             if level.step < last:
@@ -27,5 +27,5 @@ def self_rollout(rollout: Rollout, exit_level: int, grad_level: int | None = Non
                 x0 = rollout.predict(x, level, chunk)
         with torch.no_grad():
             rollout.commit(x0.detach(), chunk)
-        made.append(x0)
-    return torch.cat(made, dim=2)
+        predictions.append(x0)
+    return torch.cat(predictions, dim=2)

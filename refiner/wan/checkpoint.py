@@ -5,7 +5,7 @@ model, info = load_transformer("longlive_base.pt", lora="lora.pt", dtype=torch.b
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from .transformer import WanConfig, WanTransformer
 from .weight_file import WeightFile, choose_dtype, open_weights, save_safetensors
 
 __all__ = [
+    "Checkpoint",
     "CheckpointInfo",
     "describe",
     "inspect",
     "load_transformer",
     "load_vae_state",
+    "open_checkpoint",
     "read_transformer",
     "require_transformer",
     "save_safetensors",
@@ -72,14 +74,110 @@ class CheckpointInfo:
     other: str = ""  # another model that a transformer looks like
 
 
-def inspect(path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()) -> CheckpointInfo:
-    """Identifies a file without reading its tensors. `weights`: auto, ema (averaged) or raw, where a file has both.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open model file: what it is, and what it loads. A run opens each of its files once."""
 
-    LoRAs may decide the preset, and nothing else here. Raises ValueError in one line when a file cannot be opened
-    safely or holds no tensors.
+    info: CheckpointInfo
+    file: WeightFile
+    layout: Layout
+    loras: tuple[tuple[LoraFile, Mapping[str, LoraPair]], ...] = ()
+
+    def transformer(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[WanTransformer, CheckpointInfo]:
+        """Load the network, frozen and in eval mode, and say what was merged into it.
+
+        LoRAs are merged in fp32, one after the other; one of strength 0 changes nothing. `dtype` None keeps the stored
+        one (of most bytes, where mixed; fp8 becomes bf16). On the CPU, unconverted weights stay mapped from the file.
+        Raises ValueError in one line when the file is something else.
+        """
+        config, path = require_transformer(self.info), self.info.path
+        stored = stored_weights(self.file, self.info.top_key, self.layout)
+        with torch.device("meta"):
+            model = WanTransformer(config)
+        expected = model.state_dict()
+        _require_same(expected, stored.headers, path)
+        dtype = choose_dtype(dtype, stored.headers, path)
+        for lora, pairs in self.loras:
+            check_targets(pairs, expected, lora.path)
+        state = {}
+        for name in stored.names:
+            changes = list(self._changes(name.removesuffix(".weight")))
+            state[name] = _placed(stored.read(name), changes, dtype, device)
+        model.load_state_dict(state, assign=True)
+        merged = sum(len(pairs) for _, pairs in self.loras) + len(stored.pairs)
+        return model.eval().requires_grad_(False), replace(self.info, merged_lora=merged)
+
+    def _changes(self, module: str) -> Iterator[tuple[LoraPair, float]]:
+        for lora, pairs in self.loras:
+            if module in pairs and lora.strength:
+                yield pairs[module], lora.strength
+
+    def stored_transformer(self) -> dict[str, Tensor]:
+        """Weights as stored, mapped, in Wan's names, for a host with modules of its own.
+
+        Quantised ones too, where ComfyUI reads them; other scaled fp8 becomes bf16. Raises ValueError in one line when
+        the file is something else or not complete.
+        """
+        config, info = require_transformer(self.info), self.info
+        with torch.device("meta"):
+            expected = WanTransformer(config).state_dict()
+        missing = [name for name in expected if name not in self.layout.names]
+        if missing:
+            raise ValueError(_incomplete(info.path, missing))
+        if self.layout.adapter or not as_comfyui_reads(self.file, info.top_key):
+            stored = stored_weights(self.file, info.top_key, self.layout)
+            dtype = choose_dtype(None, stored.headers, info.path)
+            return {name: _as_one_dtype(stored, name, dtype) for name in stored.names}
+        return {name: self.file.read(info.top_key, stored) for name, stored in self.layout.names.items()}
+
+    def vae_width(self) -> int:
+        """Base width of a Wan2.1 VAE; ValueError when the file is something else."""
+        return len(self._vae_headers()["decoder.head.0.gamma"])
+
+    def vae_state(self) -> dict[str, Tensor]:
+        """State dict of a Wan2.1 VAE under its original names, on the CPU, as stored; ValueError as `vae_width`."""
+        self._vae_headers()
+        return {name: self.file.read(self.info.top_key, stored) for name, stored in self.layout.names.items()}
+
+    def _vae_headers(self) -> dict[str, Tensor]:
+        path, wanted = self.info.path, "Wan2.1_VAE.pth or ComfyUI's wan_2.1_vae.safetensors"
+        if self.info.kind != "vae":
+            raise ValueError(f"{path} is {INSTEAD[self.info.kind]}; the VAE is {wanted}")
+        if self.info.naming != "wan":
+            raise ValueError(f"{path} is a VAE in diffusers' names: pass {wanted}")
+        headers = _tensors(self.file, self.info, self.layout)
+        channels = headers["conv2.weight"].shape[:1] if "conv2.weight" in headers else ()
+        if not headers["decoder.head.0.gamma"].ndim:
+            raise ValueError(
+                f"{path} is a VAE whose decoder.head.0.gamma is one number: it is damaged, download it again"
+            )
+        if channels != (VAE_CHANNELS,):
+            raise ValueError(
+                f"{path} is a VAE of {sum(channels)} latent channels and not Wan2.1's {VAE_CHANNELS}: pass"
+                " Wan2.1_VAE.pth"
+            )
+        return headers
+
+
+def open_checkpoint(
+    path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()
+) -> Checkpoint:
+    """Open and identify a file without reading its tensors.
+
+    `weights` is auto, ema (averaged) or raw, where a file has both. LoRAs are read; here they decide the preset alone.
+    Raises ValueError in one line when a file cannot be opened safely or holds no tensors.
     """
-    info = _survey(open_weights(path), weights)[0]
-    return _with_loras(info, lora, [read_lora(each.path) for each in lora])
+    file = open_weights(path)
+    info, layout = _survey(file, weights)
+    pairs = [read_lora(each.path) for each in lora]
+    return Checkpoint(_with_loras(info, lora, pairs), file, layout, tuple(zip(lora, pairs, strict=True)))
+
+
+def inspect(path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()) -> CheckpointInfo:
+    """Identify a file, as `open_checkpoint`."""
+    return open_checkpoint(path, weights=weights, lora=lora).info
 
 
 def load_transformer(
@@ -90,55 +188,20 @@ def load_transformer(
     device: torch.device | str = "cpu",
     weights: str = "auto",
 ) -> tuple[WanTransformer, CheckpointInfo]:
-    """The network of a file, frozen and in eval mode, and what the file is.
-
-    LoRAs are merged in fp32, one after the other; one of strength 0 changes nothing. `dtype` None keeps the stored one
-    (of most bytes, where mixed; fp8 becomes bf16). On the CPU, unconverted weights stay mapped from the file. Raises
-    ValueError in one line when the file is something else.
-    """
-    file = open_weights(path)
-    info, layout = _survey(file, weights)
-    config = require_transformer(info)
-    stored = stored_weights(file, info.top_key, layout)
-    with torch.device("meta"):
-        model = WanTransformer(config)
-    expected = model.state_dict()
-    _require_same(expected, stored.headers, info.path)
-    dtype = choose_dtype(dtype, stored.headers, info.path)
+    """Load the network of a file, as `Checkpoint.transformer`."""
     files = [LoraFile(Path(lora))] if isinstance(lora, (str, Path)) else [*(lora or ())]
-    loras = [(read_lora(each.path), each.strength) for each in files]
-    for each, (pairs, _) in zip(files, loras, strict=True):
-        check_targets(pairs, expected, each.path)
-    state = {}
-    for name in stored.names:
-        module = name.removesuffix(".weight")
-        mine = [(pairs[module], strength) for pairs, strength in loras if module in pairs and strength]
-        state[name] = _placed(stored.read(name), mine, dtype, device)
-    model.load_state_dict(state, assign=True)
-    info = _with_loras(info, files, [pairs for pairs, _ in loras])
-    merged = sum(len(pairs) for pairs, _ in loras) + len(stored.pairs)
-    return model.eval().requires_grad_(False), replace(info, merged_lora=merged)
+    return open_checkpoint(path, weights=weights, lora=files).transformer(dtype=dtype, device=device)
 
 
 def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """Weights of a file as stored, mapped, in Wan's names, for a host with modules of its own.
+    """Read the weights of a file, as `Checkpoint.stored_transformer`."""
+    checkpoint = open_checkpoint(path, weights=weights)
+    return checkpoint.stored_transformer(), checkpoint.info
 
-    Quantised ones too, where ComfyUI reads them; other scaled fp8 becomes bf16. Raises ValueError in one line when the
-    file is something else or not complete.
-    """
-    file = open_weights(path)
-    info, layout = _survey(file, weights)
-    config = require_transformer(info)
-    with torch.device("meta"):
-        expected = WanTransformer(config).state_dict()
-    missing = [name for name in expected if name not in layout.names]
-    if missing:
-        raise ValueError(_incomplete(info.path, missing))
-    if layout.adapter or not as_comfyui_reads(file, info.top_key):
-        stored = stored_weights(file, info.top_key, layout)
-        dtype = choose_dtype(None, stored.headers, info.path)
-        return {name: _as_one_dtype(stored, name, dtype) for name in stored.names}, info
-    return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}, info
+
+def load_vae_state(path: Path | str) -> dict[str, Tensor]:
+    """Read a VAE file, as `Checkpoint.vae_state`."""
+    return open_checkpoint(path).vae_state()
 
 
 def _as_one_dtype(stored: StoredWeights, name: str, dtype: torch.dtype) -> Tensor:
@@ -156,32 +219,6 @@ def _placed(
     for pair, strength in loras:
         tensor = pair.merged(tensor, strength)
     return tensor.to(dtype)
-
-
-def load_vae_state(path: Path | str) -> dict[str, Tensor]:
-    """State dict of a Wan2.1 VAE file under its original names (`decoder.head.0.gamma`), on the CPU, as stored.
-
-    Raises ValueError in one line when the file is something else.
-    """
-    file = open_weights(path)
-    info, layout = _survey(file, "auto")
-    if info.kind != "vae":
-        raise ValueError(
-            f"{path} is {INSTEAD[info.kind]}; the VAE is Wan2.1_VAE.pth or ComfyUI's wan_2.1_vae.safetensors"
-        )
-    if info.naming != "wan":
-        raise ValueError(
-            f"{path} is a VAE in diffusers' names: pass Wan2.1_VAE.pth or ComfyUI's wan_2.1_vae.safetensors"
-        )
-    tensors = _tensors(file, info, layout)
-    channels = tensors["conv2.weight"].shape[:1] if "conv2.weight" in tensors else ()
-    if not tensors["decoder.head.0.gamma"].ndim:
-        raise ValueError(f"{path} is a VAE whose decoder.head.0.gamma is one number: it is damaged, download it again")
-    if channels != (VAE_CHANNELS,):
-        raise ValueError(
-            f"{path} is a VAE of {sum(channels)} latent channels and not Wan2.1's {VAE_CHANNELS}: pass Wan2.1_VAE.pth"
-        )
-    return {name: file.read(info.top_key, stored) for name, stored in layout.names.items()}
 
 
 def _tensors(file: WeightFile, info: CheckpointInfo, layout: Layout) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Run with ComfyUI's interpreter.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from packed import PRESETS, SHAPE, Run, files, host, plain_run, plan_run, sample
 from PIL import Image
 
 # isort: split
+sys.path.append(str(Path(__file__).parents[1]))
 import comfy.model_management as management
 import comfy.sd
+from node_host import mismatches
 from pack.nodes.hosts import page
+from pack.nodes.hosts.comfy_model import PRESET
+from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
 from pack.refiner.rollout import Progress
@@ -57,7 +62,7 @@ def freed_for(nbytes: int) -> list[tuple[int, str]]:
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
-    keys_and_values = kv_bytes(run.plan, host.facts(model))
+    keys_and_values = kv_bytes(run, host.facts(model))
     wide = sampled(model, run, look_on)
     narrow_model = model.clone()
     narrow_model.set_model_compute_dtype(torch.bfloat16)
@@ -85,7 +90,8 @@ print(
             "least": management.minimum_inference_memory(),
             "told": told_of_saved_repeats(),
             "published": answers,
-            "preset": fresh.get_attachment(host.PRESET),
+            "host": mismatches(NodeHost, host),
+            "preset": fresh.get_attachment(PRESET),
         }
     )
 )

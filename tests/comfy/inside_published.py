@@ -5,6 +5,7 @@ from pathlib import Path
 from packed import host
 
 # isort: split
+from pack.nodes.hosts.comfy_model import network_of
 from pack.nodes.load import choose_preset
 from pack.refiner.wan.checkpoint import inspect
 
@@ -18,5 +19,5 @@ def answer(path: Path) -> dict:
         model = host.load_model(path, preset, "fp32", "auto")
     except ValueError as error:
         return {"error": str(error)}
-    network = host.network_of(model)
+    network = network_of(model)
     return {"preset": preset, "weights": [network.get_parameter(name).float().sum().item() for name in NAMED]}

@@ -11,6 +11,7 @@ from packed import SHAPE, comfy, files, host, plain_run, sampled
 
 # isort: split
 from pack.nodes.hosts import comfy_layers
+from pack.nodes.hosts.comfy_model import network_of
 from pack.nodes.refined import RefinerLora, plan_refiner
 from pack.refiner.noise.file import load_refiner
 from pack.refiner.noise.refiner import target_modules
@@ -36,7 +37,7 @@ def refined(model, form: str):
 
 def hooks(model) -> int:
     """Forward hooks on the layers now."""
-    return sum(len(module._forward_hooks) for module in target_modules(host.network_of(model)).values())
+    return sum(len(module._forward_hooks) for module in target_modules(network_of(model)).values())
 
 
 def while_it_runs(model, run, wish) -> None:
@@ -76,8 +77,8 @@ def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         model.load(torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True}))
         read = comfy_layers.weights_on(torch.device("cpu"), torch.float32)
-        found = {name: read(module)[0] for name, module in target_modules(host.network_of(model)).items()}
-        waiting = sum(len(module.weight_function) for module in target_modules(host.network_of(model)).values())
+        found = {name: read(module)[0] for name, module in target_modules(network_of(model)).items()}
+        waiting = sum(len(module.weight_function) for module in target_modules(network_of(model)).values())
         assert (waiting > 0) is lowvram, f"{waiting} weights wait for their LoRA"
         model.detach()
     return found
@@ -105,7 +106,7 @@ with torch.inference_mode():
     own, comfy_layers.available_bytes = comfy_layers.available_bytes, lambda device: 1000
     told["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
     comfy_layers.available_bytes = own
-    layer = host.network_of(model).blocks[0].ffn[0]
+    layer = network_of(model).blocks[0].ffn[0]
     layer.__class__, kind = type("Odd", (type(layer),), {"__module__": "gguf"}), type(layer)
     told["odd"] = [host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")]
     told["odd made"] = (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()

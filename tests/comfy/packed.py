@@ -21,6 +21,7 @@ spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", sub
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 from pack.nodes.hosts import comfy as host  # noqa: E402
+from pack.nodes.hosts.comfy_sampling import PathwiseSampler, reserving  # noqa: E402
 from pack.nodes.run import Run, plan_run  # noqa: E402
 from pack.refiner.schedule import PRESETS  # noqa: E402
 
@@ -30,7 +31,7 @@ SHAPE = (1, 21, 16, 16)  # batch, latent frames, height, width
 def sampled(model, run, *wrappers) -> torch.Tensor:
     """A run as the node does it, with wrappers that look on."""
     run = host.settled(model, run)
-    model = host.reserving(model, run)
+    model = reserving(model, run)
     for wrapper in wrappers:
         model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", wrapper)
     guider = comfy.samplers.CFGGuider(model)
@@ -38,7 +39,7 @@ def sampled(model, run, *wrappers) -> torch.Tensor:
     config = host.facts(model).config
     guider.inner_set_conds({"positive": [[torch.randn(1, config.text_len, config.text_dim, generator=generator), {}]]})
     empty = torch.zeros(run.shape)
-    sampler = host.PathwiseSampler(lambda *_: run, reserved=True)
+    sampler = PathwiseSampler(lambda *_: run, reserved=True)
     return guider.sample(empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
 
 

@@ -15,7 +15,7 @@ from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, o
 from comfy_page import to_api, to_page
 from comfy_runs import keeping, latents, sampled, short
 from comfy_server import Refused, Server, find_comfyui
-from demo_files import PREVIEW, STAND_IN
+from demo_files import PREVIEW, STAND_IN, use_demo_files
 from safetensors.torch import save_file
 
 from autorefiner.nodes import workflow
@@ -37,7 +37,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 @pytest.fixture(autouse=True)
 def stand_ins(weights: Path, monkeypatch) -> None:
     """The standalone host has the same bundle as the server."""
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
 
 
 def alone(server: Server, graph: dict) -> torch.Tensor:
@@ -365,6 +365,10 @@ def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server
     } == graph
     assert page == to_page(given, info), "write it again: python tests/comfy_page.py URL"
     assert {found["type"] for found in page["nodes"]} <= set(info)
+
+
+def test_the_host_has_every_function_of_the_protocol(inside: dict) -> None:
+    assert inside["host"] == {}
 
 
 def test_the_memory_that_is_asked_for_holds_a_chunk_and_the_keys_and_values(inside: dict) -> None:

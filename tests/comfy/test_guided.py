@@ -7,7 +7,7 @@ import torch
 from demo_files import random_pairs
 
 from autorefiner.nodes.guided import FRESH_NOISE, SEEDS, CoreNoise, SamplerOptions, levels_of
-from autorefiner.nodes.options import ChunkSchedule, ReflectiveCache
+from autorefiner.nodes.options import CacheOptions, ChunkSchedule
 from autorefiner.nodes.refined import RefinerLora
 from autorefiner.nodes.run import ModelFacts, Run, normalized, plan_run, raw_latents
 from autorefiner.refiner.noise.file import RefinerCard
@@ -72,7 +72,7 @@ def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
     for schedule in (ChunkSchedule("self-forcing", chunk=1), ChunkSchedule(levels=(1000, 750, 500, 250), chunk=1)):
         run = SamplerOptions("self-forcing", schedule=schedule).run(FACTS, white(0), SIGMAS, 0)
         assert run.plan.preset.chunk == 1
-    window = ReflectiveCache(window=4, sink=1)
+    window = CacheOptions(window=4, sink=1)
     assert SamplerOptions("self-forcing", cache=window).run(FACTS, white(0), SIGMAS, 0).plan.preset.sink == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy_graphs import node, of_kind, small
 from comfy_server import Server, find_comfyui
-from demo_files import STAND_IN, random_pairs, write_refiner
+from demo_files import STAND_IN, random_pairs, use_demo_files, write_refiner
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
@@ -30,7 +30,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 @pytest.fixture(autouse=True)
 def stand_ins(weights: Path, monkeypatch) -> None:
     """The standalone host has the same bundle as the server."""
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
 
 
 def refined(file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object) -> dict:

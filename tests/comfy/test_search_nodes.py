@@ -110,7 +110,7 @@ def test_the_rewards_models_go_back_where_they_were_whatever_happens(search: Rew
     seen: list[tuple[str, bool]] = []
     reward = search.rewards.parts[0][0]
     object.__setattr__(reward, "model", Model())
-    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), search.sampler(1, torch.device("cuda")):
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), search.verifier(1, torch.device("cuda")):
         raise KeyboardInterrupt
     assert seen == [("cuda", False), ("cpu", False)]  # a tensor moved in inference mode takes no gradient any more
 

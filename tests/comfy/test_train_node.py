@@ -230,14 +230,14 @@ def test_curves_stay_short_and_keep_their_mean(tmp_path: Path) -> None:
     curves = Curves()
     for step in range(10_001):
         curves.add(step, {"change 750": 1.0, "loss": step / 10_000})
-    told = curves.told()
-    assert list(told) == ["loss", "change 750"] and len(told["loss"]) <= POINTS
-    assert told["loss"][-1][0] == 10_000
-    assert abs(sum(value for _, value in told["loss"]) / len(told["loss"]) - 0.5) < 0.01
+    points = curves.points()
+    assert list(points) == ["loss", "change 750"] and len(points["loss"]) <= POINTS
+    assert points["loss"][-1][0] == 10_000
+    assert abs(sum(value for _, value in points["loss"]) / len(points["loss"]) - 0.5) < 0.01
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "loss": 1.0, "seconds": 2}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
-    assert Curves.read(log, 2).told() == {"loss": [[0, 1.0], [1, 3.0]]}
-    assert Curves.read(tmp_path / "none", 2).told() == {}
+    assert Curves.read(log, 2).points() == {"loss": [[0, 1.0], [1, 3.0]]}
+    assert Curves.read(tmp_path / "none", 2).points() == {}
 
 
 @pytest.mark.parametrize("held", [b"", b"no state"])

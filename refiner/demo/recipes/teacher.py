@@ -1,6 +1,6 @@
 """The bidirectional teacher: flow matching on whole clips, sampled with many steps and guidance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ...rollout import add_noise
 from ...training.ahead import Ahead, helpers
 from ...training.dmd import column, shifted, whole_flow
 from ...training.learner import Learner, LearnerStage, noise_stream, stream, warm_root
-from ...training.precision import mixed_precision, training_host
+from ...training.precision import for_training, mixed_precision
 from ...training.replay import Replay
 from ...wan.causal import CausalWan
 from ...wan.transformer import WanConfig, WanTransformer
@@ -79,8 +79,8 @@ class TeacherStage(LearnerStage):
         self.learner = Learner(
             model, options.learning_rate, options.ema, decay=0.01, muon=options.muon, spared=TEXT_WAY
         )
-        host = training_host(device, options.compiled)
-        self.network, self.average = CausalWan(model, config, host), CausalWan(self.learner.average, config, host)
+        self.network = for_training(CausalWan(model, config), device, options.compiled)
+        self.average = replace(self.network, model=self.learner.average)
         self.replay = Replay(model, device)
         self.batches = Ahead(partial(teacher_batch, options, clips), options.steps, helpers(device))
 

@@ -1,0 +1,226 @@
+"""Sampling in ComfyUI: a run inside a guider, with its memory, previews, progress and interrupts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import comfy.model_management as management
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from PIL.Image import Image
+from torch import Tensor
+
+from ...refiner.rollout import Progress
+from ...refiner.wan.causal import CausalWan, Kernels
+from ..guided import SamplerOptions
+from ..passes import Passes
+from ..run import ModelFacts, Run, held_bytes
+from . import comfy_layers, page
+from .comfy_model import facts, network_of
+from .page import notice
+
+RESERVE = "autorefiner.kv"
+# Keys that limit an entry of CONDITIONING to a part of the clip or the schedule.
+LIMITS = ("area", "mask", "timestep_start", "timestep_end", "control", "gligen")
+
+
+def settled(model: ModelPatcher, run: Run) -> Run:
+    """Merge where the layers are ComfyUI's own and a second copy fits beside the model."""
+    if run.refined is None or run.refined.form == "branches":
+        return run
+    obstacle = comfy_layers.unmergeable(model, network_of(model))
+    if obstacle and run.refined.form == "merged":
+        notice(f"REFINER {run.refined.name} runs unmerged, which gives the same: {obstacle}")
+    fits = held_bytes(run, facts(model)) < comfy_layers.room_beside(model)
+    merge = not obstacle and (run.refined.form == "merged" or fits)
+    return replace(run, refined=run.refined.chosen(merge))
+
+
+def attend(
+    transformer_options: dict,
+    q_BNHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention by ComfyUI's backend, or by an override that the MODEL carries."""
+    heads = q_BNHD.shape[2]
+    flat = (x.flatten(2) for x in (q_BNHD, k_BTHD, v_BTHD))
+    return optimized_attention(
+        *flat, heads=heads, mask=bias, transformer_options=transformer_options
+    )
+
+
+def cast_like(parameter: Tensor, like: Tensor) -> Tensor:
+    return management.cast_to(parameter, dtype=like.dtype, device=like.device)
+
+
+def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
+    config = facts(model).config
+    kernels = Kernels(
+        attention=partial(attend, transformer_options),
+        cast=cast_like,
+        embed=lambda patches, x: patches(x.float()).to(x.dtype),  # ComfyUI keeps those in fp32
+    )
+    return CausalWan(network_of(model), config, kernels)
+
+
+def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
+    """The context [B, L, text_dim] of a guider's only prompt; ValueError for any other guidance."""
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        kind = type(guider).__name__
+        raise ValueError(
+            f"the guider is a {kind}, which mixes predictions: AR models take one prompt, use"
+            " BasicGuider"
+        )
+    if guider.cfg != 1:
+        raise ValueError(
+            f"the guider has cfg {guider.cfg:g}: AR models are distilled, use BasicGuider or a cfg"
+            " of 1"
+        )
+    positive = guider.conds.get("positive", [])
+    if len(positive) != 1:
+        raise ValueError(
+            f"positive has {len(positive)} entries: the models take one prompt, so connect one"
+        )
+    limits = [name for name in LIMITS if positive[0].get(name) is not None]
+    if limits:
+        raise ValueError(
+            f"positive has {' and '.join(limits)}: a prompt holds for all of a clip, connect it"
+            " without"
+        )
+    context = positive[0].get("model_conds", {}).get("c_crossattn")
+    if context is None:
+        raise ValueError("positive holds no text: connect CLIP Text Encode")
+    return context.cond
+
+
+class PathwiseSampler(comfy.samplers.Sampler):
+    """Run the core's loop inside a guider, which loads, patches and unloads the model.
+
+    `make_run` plans the run of (facts, NOISE, SIGMAS, seed). `reserved` says that the model was
+    loaded with room for the keys and values; else `sample` makes that room.
+    """
+
+    def __init__(
+        self, make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run], reserved: bool
+    ) -> None:
+        self.make_run = make_run
+        self.reserved = reserved
+        self.node, _ = page.this_run()  # the node on which the page shows the run
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+        disable_pbar=False,
+    ) -> Tensor:  # fmt: skip
+        """Sample normalised latents of the whole clip [B, C, F, h, w]."""
+        if denoise_mask is not None:
+            raise ValueError(
+                "the latent has a noise mask, which AR models cannot follow: remove it"
+            )
+        model = guider.model_patcher
+        known = facts(model)
+        run = settled(model, self.make_run(known, noise, sigmas, extra_args.get("seed") or 0))
+        if not self.reserved:
+            make_room(model, held_bytes(run, known))
+        options = extra_args["model_options"].get("transformer_options", {})
+        network = causal_network(model, options)
+        context = prompt_of(guider)
+        with page.watching(run, self.node, pictures_of(model)) as watch:
+            report = reporter(model, run, callback, watch)
+            stop = watch.stopped if watch else None
+            weights = comfy_layers.weights_on(model.load_device, known.dtype)
+            clip = run.clip(
+                network, context, model.load_device, known.dtype, report, stop, weights
+            ).to(noise.device)
+        if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
+            total = Passes(run).total
+            callback(total - 1, clip, clip, total)
+        return clip
+
+
+def make_room(model: ModelPatcher, nbytes: int) -> None:
+    """Free device memory for a run: unload other models first, then a part of this one."""
+    device = model.load_device
+    if management.is_device_cpu(device):
+        return
+    loaded = [entry for entry in management.current_loaded_models if entry.model is model]
+    management.free_memory(nbytes, device, keep_loaded=loaded)
+    lacking = nbytes - management.get_free_memory(device)
+    if lacking > 0:
+        model.partially_unload(model.offload_device, lacking)
+
+
+def pictures_of(model: ModelPatcher) -> Callable[[Tensor], Image]:
+    """A function from a latent frame [1, C, 1, h, w] to a picture, by ComfyUI's linear map."""
+    wan = model.model.latent_format
+    return latent_preview.Latent2RGBPreviewer(
+        wan.latent_rgb_factors, wan.latent_rgb_factors_bias, wan.latent_rgb_factors_reshape
+    ).decode_latent_to_preview
+
+
+def reporter(
+    model: ModelPatcher, run: Run, callback: Callable | None, watch: page.Watch | None
+) -> Callable[[Progress], None]:
+    """A callback that shows each prediction's progress and newest frame, and raises interrupts."""
+    passes = Passes(run)
+    bar = comfy.utils.ProgressBar(passes.total) if callback is None else None
+    previewer = None
+    if bar is not None:
+        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def report(progress: Progress) -> None:
+        management.throw_exception_if_processing_interrupted()
+        passes.step(progress)
+        if watch is not None:
+            watch.step(progress, passes)
+        newest = progress.x0[:, :, -1:]
+        if callback is not None:
+            callback(passes.done - 1, newest, newest, passes.total)
+            return
+        image = previewer.decode_latent_to_preview_image("JPEG", newest) if previewer else None
+        bar.update_absolute(passes.done, passes.total, image)
+
+    return report
+
+
+def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
+    """Clone the MODEL so that loading reserves memory for one chunk and for what the run holds."""
+    model = model.clone()
+    nbytes, chunk = held_bytes(run, facts(model)), run.plan.preset.chunk
+    # In `joint` mode x0 and noise go through the network together.
+    passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1
+
+    def prepare(executor, patcher, noise_shape, conds, *args, **options):
+        batch, channels, frames, *size = noise_shape
+        one = [batch, channels, passes * min(chunk, frames), *size]
+        frame_bytes = patcher.model.memory_required([batch, channels, 1, *size])
+        more = -(-nbytes // max(1, int(frame_bytes)))
+        return executor(patcher, [*one[:2], one[2] + more, *size], conds, *args, **options)
+
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, RESERVE, prepare)
+    return model
+
+
+def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
+    """Sample inside a guider; the latents are on ComfyUI's device for intermediate results."""
+    guider = comfy.samplers.CFGGuider(reserving(model, run))
+    guider.inner_set_conds({"positive": positive})
+    empty = torch.zeros(run.shape)
+    sampler = PathwiseSampler(lambda *_: run, reserved=True)
+    try:
+        clip = guider.sample(
+            empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=run.seed, disable_pbar=True
+        )
+    finally:
+        management.soft_empty_cache()
+    return clip.to(management.intermediate_device())
+
+
+def make_sampler(options: SamplerOptions) -> PathwiseSampler:
+    return PathwiseSampler(options.run, reserved=False)

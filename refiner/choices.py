@@ -1,0 +1,40 @@
+"""Choices with knobs, as text: `self-refine`, `top-frames:k=4,recent=6`."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import TypeVar
+
+Made = TypeVar("Made")
+KINDS = {int: int, float: float, "int": int, "float": float}
+
+
+def knobs(make: Callable) -> dict[str, Parameter]:
+    """The arguments of a function that text can set: whole numbers and numbers with a default."""
+    parameters = signature(make).parameters.values()
+    return {each.name: each for each in parameters if each.annotation in KINDS and each.default is not Parameter.empty}
+
+
+def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Made:
+    """Make what `text` names, of a table of functions by name; ValueError lists the names or the knobs.
+
+    `kind` says in the message what is chosen.
+    """
+    name, _, settings = text.partition(":")
+    if name not in table:
+        raise ValueError(f"{kind} {name!r} is not known: use one of {', '.join(table)}")
+    known, values = knobs(table[name]), {}
+    for setting in filter(None, settings.split(",")):
+        knob, _, value = (part.strip() for part in setting.partition("="))
+        if knob not in known:
+            listed = ", ".join(f"{each.name}={each.default:g}" for each in known.values()) or "none"
+            raise ValueError(f"{kind} {name} has no knob {knob!r}: its knobs are {listed}")
+        values[knob] = _number(f"{kind} {name}, {knob}", value, KINDS[known[knob].annotation])
+    return table[name](**values)
+
+
+def _number(place: str, value: str, number: Callable[[str], float]) -> float:
+    try:
+        return number(value)
+    except ValueError:
+        wanted = "a whole number" if number is int else "a number"
+        raise ValueError(f"{place} {value!r}: give {wanted}") from None

@@ -1,0 +1,52 @@
+"""What a read attends to, of the frames in memory. Policies lie in `policies/`, one a file."""
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..wan.causal import KeyValue, Seen
+
+
+class Held(NamedTuple):
+    """A committed frame: its number in the order of arrival, and its absolute latent index in the video."""
+
+    order: int
+    frame: int
+
+
+class Frames(Protocol):
+    """The visible past and the current chunk, as a policy reads them. Shape suffixes as in `refiner.wan.causal`."""
+
+    past: Sequence[Held]  # visible frames, oldest first
+    chunk: int  # frames of the current chunk
+
+    def means(self, layer: int) -> Tensor:
+        """Mean key before RoPE of each past frame [B, F, H, D]."""
+        ...
+
+    def all(self, layer: int) -> KeyValue:
+        """Everything visible and the chunk, without a copy where the memory allows it."""
+        ...
+
+    def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
+        """Past frames by rank (index into `past`), for each sample, then the chunk; a copy."""
+        ...
+
+
+class Policy:
+    """Chooses what each head of a layer attends to.
+
+    Subclasses are frozen dataclasses whose fields are their knobs. At its neutral value a policy returns
+    `frames.all(layer)`, and the run equals that of the window bit for bit.
+    """
+
+    name: ClassVar[str]
+    means: ClassVar[bool] = False  # whether it reads Frames.means, which the memory then stores
+
+    def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue | list[Seen]:
+        """Return what the chunk's queries (given before RoPE) attend to, keys rotated."""
+        raise NotImplementedError
+
+    def evicting(self, frames: Frames) -> None:
+        """Look at the frames in `frames.past` before they leave the memory; each frame is shown once."""

@@ -1,0 +1,71 @@
+"""What a run will make, checked and counted before anything is loaded."""
+
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from .memory.plan import Keys, MemoryPlan
+from .memory.policies import Window
+from .memory.policy import Policy
+from .memory.positions import get_positions
+from .schedule import Chunk, Preset, plan_chunks
+from .wan.transformer import WanConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """`frames` new latent frames of `height` x `width` (latent, even) that follow `given` clean ones.
+
+    `given_chunks` and `chunks` are those frames as the sampler takes them.
+    """
+
+    preset: Preset
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    given: int = 0
+    keys: Keys | None = None  # None: raw where the preset's positions move
+    policy: Policy = field(default_factory=Window)
+    given_chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
+    chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.height < 2 or self.width < 2 or self.height % 2 or self.width % 2:
+            raise ValueError(
+                f"latents of {self.height}x{self.width}: height and width must be even and at least 2, so pixel sizes"
+                " are multiples of 16"
+            )
+        if self.batch < 1:
+            raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
+        given, new = plan_chunks(self.preset, self.frames, self.given)
+        object.__setattr__(self, "given_chunks", tuple(given))
+        object.__setattr__(self, "chunks", tuple(new))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Latent frames of every chunk, given ones first."""
+        return tuple(chunk.length for chunk in (*self.given_chunks, *self.chunks))
+
+    def memory(self, config: WanConfig, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
+        """Plan the K/V memory of a network of these sizes. A refiner needs room for a chunk more."""
+        plan = MemoryPlan.of(
+            config,
+            (self.batch, config.in_dim, self.given + self.frames, self.height, self.width),
+            window_frames=self.preset.window,
+            sink_frames=self.preset.sink,
+            keys=self.keys,
+            positions=get_positions(self.preset.positions),
+            dtype=dtype,
+            spare_frames=self.preset.chunk if refined else 0,
+            policy=self.policy,
+        )
+        plan.check_chunk(max(self.lengths))
+        return plan
+
+    def memory_bytes(
+        self, config: WanConfig, dtype: torch.dtype, refined: bool = False, caches: Collection[Hashable] = ()
+    ) -> int:
+        """Bytes of the run's memory, and of as many more as its method has named caches."""
+        return self.memory(config, dtype, refined).nbytes * (1 + len(caches))
