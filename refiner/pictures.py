@@ -11,19 +11,28 @@ from .files import check_output
 
 
 def contact_sheet(
-    frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2, marks: Sequence[np.ndarray] = ()
+    frames: Sequence[np.ndarray],
+    path: Path,
+    columns: int = 8,
+    gap: int = 2,
+    marks: Sequence[np.ndarray] = (),
 ) -> None:
     """Write the frames [H, W, 3] side by side, in reading order on white, as a PNG.
 
-    With `marks`, pictures [H, any, 3] of one width, each row begins with the next of them, repeating.
+    With `marks`, pictures [H, any, 3] of one width, each row begins with the next of them, over and
+    over.
     """
     if not len(frames) or columns < 1:
-        raise ValueError(f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each")
+        raise ValueError(
+            f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each"
+        )
     height, width = frames[0].shape[:2]
     rows = -(-len(frames) // columns)
     wide = marks[0].shape[1] if len(marks) else 0
     margin = wide + gap if wide else 0
-    sheet = np.full((rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8)
+    sheet = np.full(
+        (rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8
+    )
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
         top, left = gap + row * (height + gap), margin + gap + column * (width + gap)

@@ -29,7 +29,10 @@ def title(panel: np.ndarray) -> np.ndarray:
 
 
 def test_every_figure_has_a_panel_with_its_name(drawn) -> None:
-    rows = [{"step": i, "loss": 10.0 - i, "seconds": 1.0} | ({"reward": i} if i % 2 else {}) for i in range(9)]
+    rows = [
+        {"step": i, "loss": 10.0 - i, "seconds": 1.0} | ({"reward": i} if i % 2 else {})
+        for i in range(9)
+    ]
     image = drawn(rows)
     assert image.shape == (2 * HEIGHT, WIDTH, 3)
     first, second = image[:HEIGHT], image[HEIGHT:]
@@ -40,8 +43,15 @@ def test_every_figure_has_a_panel_with_its_name(drawn) -> None:
 
 
 def test_falling_values_fall_in_the_picture(drawn) -> None:
-    heights = (drawn([{"step": i, "loss": float(-i)} for i in range(20)]) == SMOOTH).all(-1).argmax(0)
+    heights = (
+        (drawn([{"step": i, "loss": float(-i)} for i in range(20)]) == SMOOTH).all(-1).argmax(0)
+    )
     assert heights[100] < heights[300] < heights[500]
+
+
+def test_a_figure_of_one_step_is_seen(drawn) -> None:
+    drawing = drawn([{"step": 7, "loss": 3.0}])
+    assert (drawing == SMOOTH).all(-1).any()
 
 
 def test_a_curve_stays_below_its_title(drawn) -> None:
@@ -52,7 +62,9 @@ def test_a_curve_stays_below_its_title(drawn) -> None:
 
 @pytest.mark.parametrize("name", ["held-out " * 40, "数" * 200, "a\nb"])
 def test_a_title_stays_on_its_panel_and_keeps_the_value(name: str, drawn) -> None:
-    one, other = (drawn([{"step": 0, name: value}, {"step": 1, name: value}]) for value in (1.0, 2.0))
+    one, other = (
+        drawn([{"step": 0, name: value}, {"step": 1, name: value}]) for value in (1.0, 2.0)
+    )
     assert one.shape == (HEIGHT, WIDTH, 3)
     written = (title(one) != 255).any(-1)
     assert written.any() and not written[:, -7:].any()

@@ -1,4 +1,4 @@
-"""Loss and reward curves as a picture: one panel a logged figure, its name and last value above its curve."""
+"""Loss and reward curves as a picture: a panel a logged figure, its name and value above it."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from .log import read_rows
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 8
 TITLE, FONT_SIZE = 24, 14  # height of the band above a curve, and of its letters
+DOT = 2  # radius of the last value's
 RAW, SMOOTH, FRAME, INK = (205, 215, 235), (30, 70, 160), (190, 190, 190), (60, 60, 60)
 HIDDEN = ("step", "seconds")
 
@@ -17,9 +18,14 @@ HIDDEN = ("step", "seconds")
 def draw_curve(log: Path, path: Path) -> None:
     """Draw every figure of a log.jsonl over the steps into a PNG, in order of first appearance."""
     rows = read_rows(log)
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN]
+    names = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN
+    ]
     last = rows[-1]["step"]
-    panels = [_panel(name, [(row["step"], row[name]) for row in rows if name in row], last) for name in names]
+    panels = [
+        _panel(name, [(row["step"], row[name]) for row in rows if name in row], last)
+        for name in names
+    ]
     write_png(np.concatenate(panels), path)
 
 
@@ -33,9 +39,11 @@ def _panel(name: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
     low, high = np.percentile(values, [1, 99])
     x = MARGIN + steps / max(last, 1) * (WIDTH - 2 * MARGIN - 1)
     for line, colour in ((values, RAW), (smoothed, SMOOTH)):
-        shares = ((line - low) / max(high - low, 1e-12)).clip(0, 1)
-        y = HEIGHT - MARGIN - 1 - shares * (HEIGHT - TITLE - MARGIN - 1)
+        heights = ((line - low) / (high - low)).clip(0, 1) if high > low else 0 * line + 0.5
+        y = HEIGHT - MARGIN - 1 - heights * (HEIGHT - TITLE - MARGIN - DOT - 1)
         draw.line([*zip(x, y, strict=True)], fill=colour)
+    end = (x[-1] - DOT, y[-1] - DOT, x[-1] + DOT, y[-1] + DOT)
+    draw.ellipse(end, fill=SMOOTH)  # a line of one point is not seen
     return np.asarray(panel)
 
 
