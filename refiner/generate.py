@@ -16,7 +16,6 @@ from .rollout import Progress
 from .sample import finite, sample
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
-from .wan.checkpoint import load_transformer, load_vae_state
 from .wan.text import load_text_encoder
 from .wan.transformer import WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
@@ -87,16 +86,13 @@ def encode_prompt(job: Job) -> Tensor:
 
 def load_network(job: Job) -> CausalWan:
     """Load the transformer on the job's device, in its dtype."""
-    options, source = job.options, job.options.model_source
-    if isinstance(source, WanConfig):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = WanTransformer(source)
-        return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), source)
-    model, info = load_transformer(
-        source, lora=options.lora, dtype=job.dtype, device=job.device, weights=options.weights
-    )
-    return CausalWan(model, info.config)
+    if job.files.model:
+        model, _ = job.files.model.transformer(dtype=job.dtype, device=job.device)
+        return CausalWan(model, job.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = WanTransformer(job.config)
+    return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
 
 
 def load_vae(job: Job) -> WanVAE:
@@ -104,8 +100,8 @@ def load_vae(job: Job) -> WanVAE:
     source = job.options.vae_source
     if source is None:
         raise ValueError("latents need a decoder: give Wan2.1's VAE with --vae")
-    if isinstance(source, Path):
-        vae = WanVAE.from_state_dict(load_vae_state(source))
+    if job.files.vae:
+        vae = WanVAE.from_state_dict(job.files.vae.vae_state())
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

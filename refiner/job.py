@@ -19,7 +19,7 @@ from .request import GenerateOptions
 from .run_plan import RunPlan
 from .samplers import SAMPLERS, Method
 from .schedule import Preset, get_preset, latent_frames
-from .wan.checkpoint import inspect, load_vae_state, require_transformer
+from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
 from .wan.transformer import WanConfig
 from .wan.vae import WanVAE
 
@@ -28,9 +28,10 @@ PUBLISHED_VAE_DIM = 96
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request, with its memory estimate. Nothing is loaded yet."""
+    """A checked request, with its memory estimate. Its files are open, and nothing is loaded yet."""
 
     options: GenerateOptions
+    files: "OpenFiles"
     config: WanConfig
     preset: Preset
     preset_name: str
@@ -72,6 +73,25 @@ class Job:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class OpenFiles:
+    """The model files of a run, each opened once; None for random weights, or where none is named."""
+
+    model: Checkpoint | None
+    vae: Checkpoint | None
+
+    @classmethod
+    def of(cls, options: GenerateOptions) -> "OpenFiles":
+        """Open what a request names; ValueError where a file cannot be."""
+        model, vae = options.model_source, options.vae_source
+        return cls(
+            open_checkpoint(model, weights=options.weights, lora=options.lora)
+            if isinstance(model, Path)
+            else None,
+            open_checkpoint(vae) if isinstance(vae, Path) else None,
+        )
+
+
 def prepare(options: GenerateOptions) -> Job:
     """Check a request and estimate its memory, without loading weights.
 
@@ -79,7 +99,8 @@ def prepare(options: GenerateOptions) -> Job:
     """
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    config, name, reason = identify(options)
+    files = OpenFiles.of(options)
+    config, name, reason = identify(options, files.model)
     preset = get_preset(name).changed(steps=options.steps, window=options.window, sink=options.sink)
     total = latent_frames(options.frames)
     shape = (config.in_dim, options.height // 8, options.width // 8)
@@ -92,12 +113,12 @@ def prepare(options: GenerateOptions) -> Job:
     plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
-    estimate = estimate_memory(options, config, plan, method, dtype, refiner)
+    estimate = estimate_memory(options, files, config, plan, method, dtype, refiner)
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
     job = Job(
-        options, config, preset, name, reason, plan, method, device, dtype, initial, estimate,
+        options, files, config, preset, name, reason, plan, method, device, dtype, initial, estimate,
         refiner, extended,
     )  # fmt: skip
     if not options.dry_run:
@@ -106,12 +127,13 @@ def prepare(options: GenerateOptions) -> Job:
     return job
 
 
-def identify(options: GenerateOptions) -> tuple[WanConfig, str, str]:
+def identify(
+    options: GenerateOptions, checkpoint: Checkpoint | None
+) -> tuple[WanConfig, str, str]:
     """The model's sizes, the name of its preset, and how that is known."""
-    source = options.model_source
-    if isinstance(source, WanConfig):
-        return source, options.preset or options.bundle.preset, "untrained"
-    info = inspect(source, weights=options.weights, lora=options.lora)
+    if checkpoint is None:
+        return options.model_source, options.preset or options.bundle.preset, "untrained"
+    info = checkpoint.info
     config = require_transformer(info)
     if options.preset:
         return config, options.preset, "as asked for"
@@ -132,7 +154,7 @@ def plan_refiner(
 
 
 def estimate_memory(
-    options: GenerateOptions, config: WanConfig, plan: RunPlan, method: Method,
+    options: GenerateOptions, files: OpenFiles, config: WanConfig, plan: RunPlan, method: Method,
     dtype: torch.dtype, refiner: RefinerPlan | None,
 ) -> Estimate:  # fmt: skip
     """Count the bytes of each part of a run."""
@@ -140,23 +162,16 @@ def estimate_memory(
     memory = plan.memory(config, dtype, refined=refiner is not None)
     caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
     size = options.height, options.width
+    vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
         kv=memory.nbytes * (1 + len(caches)),
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, chunk),
-        decode=WanVAE.decode_bytes(vae_width(options), *size, chunk, dtype),
+        decode=WanVAE.decode_bytes(vae_width, *size, chunk, dtype),
         text_encoder=text_encoder_bytes(options),
     )
-
-
-def vae_width(options: GenerateOptions) -> int:
-    """Base width of the VAE; the published one's where no VAE is named."""
-    source = options.vae_source
-    if isinstance(source, Path):
-        return len(load_vae_state(source)["decoder.head.0.gamma"])  # mapped from the file, not read
-    return source or PUBLISHED_VAE_DIM
 
 
 def text_encoder_bytes(options: GenerateOptions) -> int:
