@@ -23,7 +23,7 @@ class GivenLevels(Preset):
 
     given: tuple[Level, ...] = ()
 
-    def levels(self, first: bool = False) -> tuple[Level, ...]:
+    def chunk_levels(self, first: bool = False) -> tuple[Level, ...]:
         return self.given
 
 
@@ -139,7 +139,7 @@ def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level
         return
     sigmas = [level.sigma for level in levels]
     for is_first in (False, True):
-        scheduled = [level.sigma for level in preset.levels(is_first)]
+        scheduled = [level.sigma for level in preset.chunk_levels(is_first)]
         if same_sigmas(scheduled, sigmas):
             continue
         where = " for the first chunk" if is_first else ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..refiner.memory.positions import POSITIONS as POSITIONS_BY_NAME
 from ..refiner.memory.reflect import ReflectiveCache
-from ..refiner.schedule import STEPS, Preset, check_steps, get_preset
+from ..refiner.schedule import STEPS, Preset, check_levels, get_preset
 
 FALLBACK = "self-forcing"  # for a MODEL without a preset
 MODELS_OWN = "the model's"
@@ -30,9 +30,9 @@ class ChunkSchedule:
         """The model's preset, or the schedule's own, with this schedule's levels and chunk size."""
         base = get_preset(self.preset) if self.preset else preset
         return base.changed(
-            steps=self.levels or None,
+            levels=self.levels or None,
             chunk=self.chunk,
-            first_steps=self.first_levels or None,
+            first_levels=self.first_levels or None,
         )
 
 
@@ -82,7 +82,7 @@ def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ..
         )
     levels = tuple(int(number) for number in numbers)
     try:
-        check_steps(levels)
+        check_levels(levels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if pure_noise and levels[0] != STEPS:

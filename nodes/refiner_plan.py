@@ -33,10 +33,10 @@ class RefinerLora:
 
 
 def plan_refiner(
-    refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, steps: Sequence[int],
+    refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, run_levels: Sequence[int],
     schedule: ChunkSchedule | None, cache: CacheOptions | None,
 ) -> RefinerPlan | None:  # fmt: skip
-    """What a refiner does in a run of these nominal steps; None without one, or at strength 0, which is the base.
+    """What a refiner does in a run of these nominal levels; None without one, or at strength 0, which is the base.
 
     Raises ValueError when it does not fit the network or the levels.
     """
@@ -49,7 +49,7 @@ def plan_refiner(
         raise ValueError(f"REFINER {refiner.name} {error}: use a refiner of this MODEL") from error
     try:
         plan = RefinerPlan.of(
-            refiner.name, refiner.pairs, card, sorted(steps, reverse=True), dtype, form=refiner.form,
+            refiner.name, refiner.pairs, card, sorted(run_levels, reverse=True), dtype, form=refiner.form,
             strength=refiner.strength, levels=(schedule and schedule.refined) or None,
             cache=cache.reflected(card.cache) if cache is not None else None,
         )  # fmt: skip

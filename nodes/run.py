@@ -201,7 +201,7 @@ def told(run: Run, facts: ModelFacts) -> str:
     line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held:,.1f} MB of keys and values"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
-    if note := run.sampler().note(plan.preset.all_steps, run.refined.levels if run.refined else ()):
+    if note := run.sampler().note(plan.preset.all_levels, run.refined.levels if run.refined else ()):
         line += f"; {note}"
     return line + (f"; {run.search.describe()}" if run.search else "")
 

@@ -134,7 +134,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
             )
         preset = preset_for(facts.preset, chunk_schedule, reflective_cache, refiner is not None)
         refined = plan_refiner(
-            refiner, facts.config, facts.dtype, preset.all_steps, chunk_schedule, reflective_cache
+            refiner, facts.config, facts.dtype, preset.all_levels, chunk_schedule, reflective_cache
         )
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start_of(start, facts), shape)

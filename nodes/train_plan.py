@@ -108,7 +108,7 @@ class TrainRequest:
         """Nominal levels to refine: the widget's, else the schedule's, else all but the first."""
         levels = parse_levels(self.levels, "levels", pure_noise=False)
         scheduled = self.chunk_schedule.refined if self.chunk_schedule else ()
-        return levels or scheduled or preset.steps[1:]
+        return levels or scheduled or preset.levels[1:]
 
     def check_sockets(self) -> None:
         """Raise ValueError for an input that the objective needs and lacks, or cannot use."""

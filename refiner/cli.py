@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def steps(text: str) -> tuple[int, ...]:
+def falling_levels(text: str) -> tuple[int, ...]:
     """Nominal levels, from pure noise down."""
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or int(numbers[0]) != STEPS:
@@ -185,7 +185,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     how = command.add_argument_group("sampling", about)
     about = "default: what the file's name or metadata proves; `autorefiner presets` lists them"
     how.add_argument("--preset", choices=PRESETS, metavar="NAME", help=about)
-    how.add_argument("--steps", type=steps, metavar="N,N,…", help="nominal levels, falling from 1000")
+    how.add_argument("--levels", "--steps", type=falling_levels, metavar="N,N,…", help="nominal, falling from 1000")
     about = "latent frames held in memory (sink + past + current chunk), -1 all; with one, memory is flat in length"
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
     how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
@@ -250,7 +250,7 @@ def summary(job: Job) -> str:
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels"
-        f" {','.join(map(str, preset.steps))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
+        f" {','.join(map(str, preset.levels))}, {preset.chunk} latent frames a chunk, memory {window}, on {job.device}"
         f" in {str(job.dtype).removeprefix('torch.')}{refined}"
     )
 

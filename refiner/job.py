@@ -53,7 +53,7 @@ class Job:
             "prompt": options.prompt,
             "seed": str(options.seed),
             "preset": self.preset_name,
-            "steps": ",".join(map(str, self.preset.steps)),
+            "levels": ",".join(map(str, self.preset.levels)),
             "model": Path(options.model).name,
             "method": options.method,
             **({"policy": options.policy} if options.policy != "window" else {}),
@@ -101,7 +101,7 @@ def prepare(options: GenerateOptions) -> Job:
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
-    preset = get_preset(name).changed(steps=options.steps, window=options.window, sink=options.sink)
+    preset = get_preset(name).changed(levels=options.levels, window=options.window, sink=options.sink)
     total = latent_frames(options.frames)
     shape = (config.in_dim, options.height // 8, options.width // 8)
     initial, extended = (None, {})
@@ -148,7 +148,7 @@ def plan_refiner(
     """Read the refiner and check it against the model; not yet on a device."""
     path = refiner_file(options.refiner) or Path(options.refiner)
     return RefinerPlan.read(
-        path, config, preset.all_steps, dtype, form=options.refiner_form,
+        path, config, preset.all_levels, dtype, form=options.refiner_form,
         strength=options.refiner_strength, levels=options.refined_levels,
     )  # fmt: skip
 
@@ -198,6 +198,6 @@ def notes(job: Job) -> list[str]:
             " have"
         )
     refined = job.refiner.levels if job.refiner else ()
-    if note := job.method.note(job.preset.all_steps, refined):
+    if note := job.method.note(job.preset.all_levels, refined):
         lines.append(note)
     return lines + options.notes_of_bundle()

@@ -11,7 +11,7 @@ from .files import check_output, partial_path
 from .latents import LatentWriter, count_latents, first_lengths, format_lengths, read_latents
 
 # Metadata that decides how a clip goes on, and what it was in files that do not say; a prompt may change.
-DECIDING = {name: "none" for name in ("model", "dtype", "preset", "seed", "steps", "window", "method")}
+DECIDING = {name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")}
 DECIDING |= {"lora": "none", "refiner": "none", "weights": "auto", "noise": "1"}
 
 
@@ -86,6 +86,8 @@ def read_given(
     if not count_latents(path):
         return None, {}
     given, metadata = read_latents(path)
+    if "steps" in metadata:  # what older files call levels
+        metadata = {"levels": metadata["steps"], **metadata}
     _, channels, count, height, width = given.shape
     if (channels, height, width) != shape:
         raise ValueError(

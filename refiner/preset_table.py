@@ -14,9 +14,9 @@ def preset_table() -> str:
 
 
 def _row(name: str, preset: Preset) -> tuple[str, ...]:
-    levels = ",".join(map(str, preset.steps))
-    if preset.first_steps:
-        levels += f" (first {','.join(map(str, preset.first_steps))})"
+    levels = ",".join(map(str, preset.levels))
+    if preset.first_levels:
+        levels += f" (first {','.join(map(str, preset.first_levels))})"
     return (
         name,
         levels,

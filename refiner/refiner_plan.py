@@ -42,21 +42,24 @@ class RefinerPlan:
 
     @classmethod
     def read(
-        cls, path: Path | str, config: WanConfig, steps: Sequence[int], dtype: torch.dtype, *, form: Form = "auto",
+        cls, path: Path | str, config: WanConfig, run_levels: Sequence[int], dtype: torch.dtype, *, form: Form = "auto",
         strength: float = 1.0, levels: Sequence[int] | None = None,
     ) -> "RefinerPlan":  # fmt: skip
-        """From a file, for a network of these sizes and a run of these nominal steps; ValueError if it does not fit."""
+        """Read a refiner for a network of these sizes and a run of these nominal levels.
+
+        Raises ValueError where it does not fit.
+        """
         pairs, card = load_refiner(path)
         try:
             check_fit(pairs, config)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        return cls.of(Path(path).name, pairs, card, steps, dtype, form=form, strength=strength, levels=levels)
+        return cls.of(Path(path).name, pairs, card, run_levels, dtype, form=form, strength=strength, levels=levels)
 
     @classmethod
     def of(
-        cls, name: str, pairs: Mapping[str, LoraPair], card: RefinerCard, steps: Sequence[int], dtype: torch.dtype, *,
-        form: Form = "auto", strength: float = 1.0, levels: Sequence[int] | None = None,
+        cls, name: str, pairs: Mapping[str, LoraPair], card: RefinerCard, run_levels: Sequence[int],
+        dtype: torch.dtype, *, form: Form = "auto", strength: float = 1.0, levels: Sequence[int] | None = None,
         cache: ReflectiveCache | None = None,
     ) -> "RefinerPlan":  # fmt: skip
         """Of a refiner that was read. `levels` and `cache` are those it was trained with unless told.
@@ -64,15 +67,15 @@ class RefinerPlan:
         ValueError for levels that the run does not have, or whose noise it cannot refine.
         """
         chosen, cache = tuple(card.levels if levels is None else levels), cache or card.cache
-        if foreign := sorted(set(chosen) - set(steps)):
+        if foreign := sorted(set(chosen) - set(run_levels)):
             raise ValueError(
-                f"refined levels {', '.join(map(str, foreign))}: this run's levels are {', '.join(map(str, steps))};"
-                " refine some of them"
+                f"refined levels {', '.join(map(str, foreign))}: this run's levels are"
+                f" {', '.join(map(str, run_levels))}; refine some of them"
             )
-        if max(steps) in chosen and cache.previous != "none":
+        if max(run_levels) in chosen and cache.previous != "none":
             raise ValueError(
-                f"refined level {max(steps)}: the initial noise has no x0 before it, which {cache.previous!r} reads:"
-                " leave that level out"
+                f"refined level {max(run_levels)}: the initial noise has no x0 before it, which"
+                f" {cache.previous!r} reads: leave that level out"
             )
         weights = sum(pair.up.shape[0] * pair.down.shape[1] for pair in pairs.values())
         factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())

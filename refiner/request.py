@@ -18,7 +18,7 @@ class GenerateOptions:
     out: Path
     prompt: str = ""
     preset: str | None = None
-    steps: tuple[int, ...] | None = None  # None here and in the next two: the preset's
+    levels: tuple[int, ...] | None = None  # None here and in the next two: the preset's
     window: int | None = None
     sink: int | None = None
     weights: str = "auto"

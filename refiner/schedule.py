@@ -55,13 +55,13 @@ def make_level(step: int, shift: float, warp: bool) -> Level:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How a published model is sampled. `steps` are nominal; frames are latent; window −1 is full history."""
+    """How a published model is sampled. Levels are nominal; frames are latent; window −1 is full history."""
 
-    steps: tuple[int, ...]
+    levels: tuple[int, ...]
     warp: bool
     shift: float
     chunk: int
-    first_steps: tuple[int, ...] = ()  # the first chunk's own steps; none: the same
+    first_levels: tuple[int, ...] = ()  # the first chunk's own; none: the same
     first_alone: bool = False  # an independent first frame: chunks of 1, n, n, …
     window: int = -1
     sink: int = 0
@@ -69,8 +69,8 @@ class Preset:
     source: str = field(default="", repr=False, compare=False)  # whose configuration it is
 
     def __post_init__(self) -> None:
-        for steps in (self.steps, self.first_steps or self.steps):
-            check_steps(steps)
+        for levels in (self.levels, self.first_levels or self.levels):
+            check_levels(levels)
         if not self.shift > 0:
             raise ValueError(f"shift {self.shift} is not positive: Wan models use 3 to 8")
         if self.chunk < 1:
@@ -84,26 +84,26 @@ class Preset:
             )
 
     @property
-    def all_steps(self) -> tuple[int, ...]:
-        """Nominal steps of any chunk, from the highest down."""
-        return tuple(sorted({*self.steps, *self.first_steps}, reverse=True))
+    def all_levels(self) -> tuple[int, ...]:
+        """Nominal levels of any chunk, from the highest down."""
+        return tuple(sorted({*self.levels, *self.first_levels}, reverse=True))
 
-    def levels(self, first: bool = False) -> tuple[Level, ...]:
+    def chunk_levels(self, first: bool = False) -> tuple[Level, ...]:
         """Levels of a chunk, from pure noise down."""
-        steps = self.first_steps if first and self.first_steps else self.steps
-        return tuple(make_level(step, self.shift, self.warp) for step in steps)
+        levels = self.first_levels if first and self.first_levels else self.levels
+        return tuple(make_level(step, self.shift, self.warp) for step in levels)
 
     def changed(self, **changes) -> "Preset":
         """This preset with the options that are not None in place of its own."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
-def check_steps(steps: Sequence[int]) -> None:
-    """Raise ValueError unless the nominal steps fall strictly, from at most 1000 to at least 1."""
-    falling = all(above > below for above, below in pairwise(steps))
-    if not steps or not falling or steps[0] > STEPS or steps[-1] < 1:
-        listed = ",".join(map(str, steps)) or "nothing"
-        raise ValueError(f"levels {listed}: give steps that fall strictly within 1000..1, like 1000,750,500,250")
+def check_levels(levels: Sequence[int]) -> None:
+    """Raise ValueError unless nominal levels fall strictly, from at most 1000 to at least 1."""
+    falling = all(above > below for above, below in pairwise(levels))
+    if not levels or not falling or levels[0] > STEPS or levels[-1] < 1:
+        listed = ",".join(map(str, levels)) or "nothing"
+        raise ValueError(f"levels {listed}: give levels that fall strictly within 1000..1, like 1000,750,500,250")
 
 
 FOUR = (1000, 750, 500, 250)
@@ -179,7 +179,7 @@ def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk
     lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
     past = len(lengths)
     lengths += chunk_lengths(frames, preset.chunk, preset.first_alone and not given)
-    first, usual = preset.levels(first=True), preset.levels()
+    first, usual = preset.chunk_levels(first=True), preset.chunk_levels()
     chunks, start = [], 0
     for index, length in enumerate(lengths):
         levels = () if index < past else usual if index else first

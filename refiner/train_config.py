@@ -125,8 +125,8 @@ class TrainConfig:
             document["preset"] = _preset_of(document.get("base", DEMO), folder)
         sampler_levels = _parse_levels(document.get("sampler_levels", []), "sampler_levels")
         document["sampler_levels"] = sampler_levels
-        preset = get_preset(document["preset"]).changed(steps=sampler_levels or None)
-        levels = options.get("levels", [*preset.steps[1:]])
+        preset = get_preset(document["preset"]).changed(levels=sampler_levels or None)
+        levels = options.get("levels", [*preset.levels[1:]])
         options["levels"] = _parse_levels(levels, "refiner.levels")
         if not document.get("out"):
             raise ValueError("does not say `out`, the file to write")

@@ -79,7 +79,7 @@ def test_what_is_asked_for_reaches_the_sampler(files, tmp_path) -> None:
     for extra in (
         ["--seed", "4"],
         ["--method", "ode"],
-        ["--steps", "1000,500"],
+        ["--levels", "1000,500"],
         ["--lora", str(files / "live.safetensors")],
     ):
         assert not torch.equal(latents_of(files, tmp_path / "b.mp4", "--seed", "3", *extra), base), extra
@@ -111,7 +111,7 @@ def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> N
     assert torch.equal(latents("--policy", "top-frames:k=15"), plain)
     assert not torch.equal(latents("--policy", "top-frames:k=1,recent=1"), plain)
     assert "top-frames:k=1" in read_metadata(tmp_path / "star.mp4")["policy"]
-    assert torch.equal(latents("--method", "hiar", "--steps", "1000"), latents("--steps", "1000"))
+    assert torch.equal(latents("--method", "hiar", "--levels", "1000"), latents("--steps", "1000"))
     assert not torch.equal(latents("--method", "hiar"), plain)
     capsys.readouterr()
     for wrong in (("--policy", "top-frames:k=0"), ("--method", "hiar:k=1"), ("--policy", "nothing")):
@@ -269,7 +269,7 @@ def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
 
 WRONG = {
     "size text": (["--size", "abc"], "WIDTHxHEIGHT"),
-    "levels text": (["--steps", "900,500"], "from 1000"),
+    "levels text": (["--levels", "900,500"], "from 1000"),
     "preset": (["--preset", "nope"], "invalid choice: 'nope'"),
     "seed": (["--seed", "99999999999999999999"], "seed"),
     "device": (["--device", "foo"], "cuda:1"),
@@ -283,7 +283,7 @@ WRONG = {
     "another text encoder's context": (["--context", "{files}/vae.safetensors"], "prompt_embeds"),
     "frames": (["--frames", "80"], "77 and 81"),
     "size": (["--size", "50x32"], "48x32"),
-    "levels": (["--steps", "1000,500,750"], "fall strictly"),
+    "levels": (["--levels", "1000,500,750"], "fall strictly"),
     "window": (["--window", "4", "--sink", "3"], "at least 6"),
     "memory": (["--size", "16384x16384", "--frames", "4001"], "GB are free"),
     "output": (["--out", "{files}/model.safetensors"], ".mp4"),

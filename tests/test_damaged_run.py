@@ -142,3 +142,12 @@ def test_words_about_a_preset_are_no_option_of_a_run(tmp_path: Path) -> None:
     begin(tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ())  # older notes say less
     with pytest.raises(ValueError, match="preset"):
         begin(tmp_path, {"preset": preset | {"chunk": 1}}, ())
+
+
+def test_an_older_note_calls_the_levels_of_a_preset_steps(tmp_path: Path) -> None:
+    begin(tmp_path, {"preset": {"steps": [1000, 500], "first_steps": []}}, ())
+    save(Weights(), tmp_path, 1)
+    begin(tmp_path, {"preset": {"levels": [1000, 500], "first_levels": []}}, ())
+    for changed in ({"levels": [1000], "first_levels": []}, {"levels": [1000, 500], "first_levels": [1000]}):
+        with pytest.raises(ValueError, match="preset"):
+            begin(tmp_path, {"preset": changed}, ())

@@ -96,7 +96,7 @@ def test_golden_rollout(path: Path) -> None:
         window=config["window_frames"],
         sink=config["sink_frames"],
     )
-    assert [level.t for level in preset.levels()] == pytest.approx(config["timesteps"], abs=1e-4)
+    assert [level.t for level in preset.chunk_levels()] == pytest.approx(config["timesteps"], abs=1e-4)
     given = config["initial_frames"]
     plan = RunPlan(preset, config["frames"], config["height"], config["width"], config["batch"], given)
     initial = case["initial"].transpose(1, 2) if given else None

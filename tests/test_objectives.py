@@ -315,12 +315,12 @@ def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:
 def test_a_training_sees_the_presets_window_and_positions(name: str) -> None:
     """Beyond the window: what it samples is what sampling makes with that preset."""
     preset = PRESETS[name]
-    options = replace(SMALL, frames=18, preset=preset, levels=preset.steps[1:])
+    options = replace(SMALL, frames=18, preset=preset, levels=preset.levels[1:])
     stage = stage_of(options)
     with torch.no_grad():
         context = encode(PROMPTS[:2])
         rollout = stage.rollout(context, WhiteNoise(3), None)
-        made = self_rollout(rollout, exit_level=len(preset.steps) - 1)
+        made = self_rollout(rollout, exit_level=len(preset.levels) - 1)
         plan = RunPlan(preset, options.frames, options.height, options.width, batch=2)
         sampled = torch.cat(list(sample(stage.base, context, plan, noise=WhiteNoise(3))), dim=2)
     assert torch.allclose(made, sampled, atol=1e-4)

@@ -29,7 +29,7 @@ def plan_of(network: CausalWan, dtype: torch.dtype = torch.float32, **options) -
         out, into = module.weight.shape
         down, up = (0.1 * torch.randn(shape, generator=generator) for shape in ((2, into), (out, 2)))
         pairs[name] = LoraPair(down, up, 1.0)
-    return RefinerPlan.of("a", pairs, RefinerCard(rank=2), PRESET.steps, dtype, **options)
+    return RefinerPlan.of("a", pairs, RefinerCard(rank=2), PRESET.levels, dtype, **options)
 
 
 @torch.no_grad()

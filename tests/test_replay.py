@@ -143,9 +143,9 @@ def test_a_steps_passes_need_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatc
 def test_noises_that_were_drawn_before_make_the_same_clips(name: str) -> None:
     """Also of a first chunk with more levels than the others, and down to a level."""
     preset = PRESETS[name]
-    stage = stage_of(replace(SMALL, frames=4, preset=preset, levels=preset.steps[1:]))
+    stage = stage_of(replace(SMALL, frames=4, preset=preset, levels=preset.levels[1:]))
     context, white, chunks = encode(["a", "bb"]), WhiteNoise(5, first=3), plan_chunks(preset, 4)[1]
-    for exit_level, step in enumerate(preset.steps):
+    for exit_level, step in enumerate(preset.levels):
         given = GivenNoise.of(white, chunks, (2, 16, 4, 4), step)
         assert len(given.noise) == sum(level.step >= step for level in chunks[0].levels)
         with torch.no_grad():

@@ -134,7 +134,7 @@ def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
 
 
 def test_one_level_makes_the_two_samplers_equal(network, context) -> None:
-    one = SF.changed(steps=(1000,))
+    one = SF.changed(levels=(1000,))
     assert torch.equal(run(network, context, one, method=ode()), run(network, context, one))
     assert not torch.equal(run(network, context, method=ode()), run(network, context))
 
@@ -211,7 +211,7 @@ def test_forks_draw_their_own_noise_and_the_first_is_the_run_itself(network, con
 def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(network, context) -> None:
     drawn: dict[tuple[int, ...], dict[tuple[int, int], torch.Tensor]] = {}
     for steps in ((1000, 750, 500, 250), (1000, 500), (1000, 750, 250)):
-        run_ = rollout(network, context, preset=SF.changed(steps=steps))
+        run_ = rollout(network, context, preset=SF.changed(levels=steps))
         drawn[steps] = {
             (chunk.index, level.step): run_.draw(chunk, level) for chunk in run_.chunks for level in chunk.levels
         }

@@ -23,7 +23,7 @@ from autorefiner.refiner.schedule import (
     [(5.0, [1000.0, 937.5, 833.3333, 625.0]), (8.0, [1000.0, 960.0, 888.8889, 727.2728]), (3.0, [1000, 900, 750, 500])],
 )
 def test_warped_steps_are_the_published_timesteps(shift, timesteps) -> None:
-    levels = Preset((1000, 750, 500, 250), True, shift, 3).levels()
+    levels = Preset((1000, 750, 500, 250), True, shift, 3).chunk_levels()
     assert [level.t for level in levels] == pytest.approx(timesteps, abs=2e-4)
     assert [level.sigma for level in levels] == pytest.approx([t / 1000 for t in timesteps], abs=2e-7)
     assert [level.step for level in levels] == [1000, 750, 500, 250]
@@ -43,7 +43,7 @@ def test_the_table_ends_above_zero() -> None:
 
 
 def test_presets_are_the_published_models() -> None:
-    assert {name: len(preset.steps) for name, preset in PRESETS.items()} == {
+    assert {name: len(preset.levels) for name, preset in PRESETS.items()} == {
         "self-forcing": 4, "causvid": 3, "longlive": 4, "causal-forcing": 4, "causal-forcing-framewise": 4,
         "causal-forcing-2step": 2, "causal-forcing-1step": 1, "krea-14b": 4, "raven": 4, "reward-forcing": 4,
         "infinite-forcing": 4, "one-forcing": 1, "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4,
@@ -61,7 +61,7 @@ def test_presets_are_the_published_models() -> None:
 
 def test_newer_models_are_sampled_as_their_authors_do() -> None:
     def sigmas(name: str, first: bool = False) -> list[float]:
-        return [level.sigma for level in PRESETS[name].levels(first)]
+        return [level.sigma for level in PRESETS[name].chunk_levels(first)]
 
     for name in ("raven", "reward-forcing", "infinite-forcing", "opsd-v", "self-forcing-14b", "longlive-14b"):
         assert (sigmas(name), PRESETS[name].chunk) == (sigmas("self-forcing"), 3)

@@ -203,7 +203,7 @@ def test_every_policy_runs_with_every_sampler(network) -> None:
 
 
 def test_a_level_of_its_own_cache_is_self_forcing(network) -> None:
-    one = SF.changed(steps=(1000,))
+    one = SF.changed(levels=(1000,))
     assert torch.equal(run(network, preset=one, method=hiar()), run(network, preset=one))
     assert not torch.equal(run(network, method=hiar()), run(network))
 
@@ -211,7 +211,7 @@ def test_a_level_of_its_own_cache_is_self_forcing(network) -> None:
 @torch.no_grad()
 def test_hiar_sees_each_chunk_as_it_is_one_level_further(network) -> None:
     """By hand, without caches: chunk 1 at a level sees chunk 0 renoised to the level below, written at its timestep."""
-    preset = SF.changed(steps=(1000, 500))
+    preset = SF.changed(levels=(1000, 500))
     chunks = plan_chunks(preset, 6)[1]
     high, low = chunks[0].levels
     plan = RunPlan(preset, 6, HEIGHT, WIDTH)
@@ -283,7 +283,7 @@ def test_chunks_may_come_from_an_iterator_without_a_known_end(network) -> None:
     def endless():
         index = 0
         while True:
-            yield Chunk(index, 3 * index, 3, SF.levels())
+            yield Chunk(index, 3 * index, 3, SF.chunk_levels())
             index += 1
 
     preset = SF.changed(window=9, sink=3)

@@ -157,7 +157,7 @@ def test_every_candidate_has_noise_of_its_own_at_every_level(kind) -> None:
 
     plan = RunPlan(PRESET, 3, 4, 4, batch=2)
     list(sample(network, CONTEXT, plan, seed=3, method=kind(Scored(score), 3)))
-    assert len(seen) == (3 if kind is best_of_n else 3 * len(PRESET.steps))
+    assert len(seen) == (3 if kind is best_of_n else 3 * len(PRESET.levels))
     for start in range(0, len(seen), 3):
         for one, other in combinations(seen[start : start + 3], 2):
             assert (one - other).abs().mean() > 1e-3

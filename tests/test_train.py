@@ -272,7 +272,7 @@ def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
     assert read(write(tmp_path, 'preset = "causvid"')).refiner.levels == (757, 522)
     assert read(write(tmp_path, inner="levels = [500]")).refiner.levels == (500,)
     own = read(write(tmp_path, more="sampler_levels = [1000, 750]", inner="betas = [0.0, 0.99]")).refiner
-    assert (own.preset.steps, own.levels, own.betas) == ((1000, 750), (750,), (0.0, 0.99))
+    assert (own.preset.levels, own.levels, own.betas) == ((1000, 750), (750,), (0.0, 0.99))
 
 
 def test_an_empty_prompts_file_is_refused(tmp_path, capsys) -> None:

@@ -51,13 +51,13 @@ class Row:
     training: RefineOptions | None = None
     levels: tuple[int, ...] | None = None  # refined when sampling; None: those of the training
     search: Search = ""
-    sampler_levels: tuple[int, ...] = PRESET.steps  # nominal, of the sampler
+    sampler_levels: tuple[int, ...] = PRESET.levels  # nominal, of the sampler
     control: Control | None = None  # an untrained residual
 
     @property
     def preset(self) -> Preset:
         """The sampling preset."""
-        return PRESET.changed(steps=self.sampler_levels)
+        return PRESET.changed(levels=self.sampler_levels)
 
     @property
     def refined(self) -> tuple[int, ...] | None:

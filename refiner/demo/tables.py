@@ -39,7 +39,7 @@ CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions that controls are chosen on, and
 TRAINING = RefineOptions(steps=550, batch=32, accumulation=2, guidance=1.0, shown=16)
 # Small enough for a CPU core to train in an hour.
 TWO_LEVEL_TRAINING = replace(
-    TRAINING, preset=PRESET.changed(steps=TWO_LEVELS), levels=TWO_LEVELS[1:],
+    TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:],
     steps=320, accumulation=1, ratio=1, critic_warmup=80, critic_rate=2e-4,
 )  # fmt: skip
 REWARDED = RefineOptions(objective="reward", steps=200, batch=32, accumulation=2, frames=9, shown=8)

@@ -26,7 +26,7 @@ def caches(levels: Sequence[Level]) -> tuple[Hashable, ...]:
 
 def check(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Raise ValueError where the first chunk has levels of its own."""
-    if preset.first_steps and preset.first_steps != preset.steps:
+    if preset.first_levels and preset.first_levels != preset.levels:
         raise ValueError("hiar goes through the same levels in every chunk, this preset's first chunk has its own")
 
 

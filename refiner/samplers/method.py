@@ -24,7 +24,7 @@ def any_run(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Accept every preset and refiner."""
 
 
-def no_note(steps: Sequence[int], refined: Collection[int]) -> str | None:
+def no_note(levels: Sequence[int], refined: Collection[int]) -> str | None:
     """Nothing to say."""
     return None
 
@@ -36,7 +36,7 @@ class Method:
     `run` yields the x0 [B, C, F, h, w] of each chunk. `passes` is the number of predictions of a chunk, at most;
     without `exact` there may be fewer. `caches` names memories besides the one that there always is. `check` raises
     ValueError for a preset or a refiner's cache that the method cannot run with. `note` is a line where the method,
-    or a refiner of these levels, has nothing to do in a run of these steps.
+    or a refiner, has nothing to do in a run of these nominal levels, of which some are refined.
     """
 
     name: str

@@ -15,9 +15,9 @@ def ode() -> Method:
     return Method("ode", run, note=note)
 
 
-def note(steps: Sequence[int], refined: Collection[int]) -> str | None:
+def note(levels: Sequence[int], refined: Collection[int]) -> str | None:
     """Whether a refiner would refine nothing."""
-    return IDLE if refined and steps[0] not in refined else None
+    return IDLE if refined and levels[0] not in refined else None
 
 
 def run(rollout: Rollout) -> Iterator[Tensor]:

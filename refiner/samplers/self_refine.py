@@ -42,11 +42,11 @@ def self_refine(
     def passes(chunk: Chunk) -> int:
         return sum(1 + repeats.get(level.step, 0) for level in chunk.levels)
 
-    def note(steps: Sequence[int], refined: Collection[int]) -> str | None:
-        levels = sorted((step for step, count in repeats.items() if count), reverse=True)
-        if {*levels} & {*steps}:
+    def note(levels: Sequence[int], refined: Collection[int]) -> str | None:
+        repeated_levels = sorted((step for step, count in repeats.items() if count), reverse=True)
+        if {*repeated_levels} & {*levels}:
             return None
-        listed = ",".join(map(str, levels)) or "none"
+        listed = ",".join(map(str, repeated_levels)) or "none"
         return f"self-refine repeats levels {listed}, of which this run has none: it changes nothing"
 
     return Method("self-refine", lambda rollout: run(rollout, repeat), passes, exact=False, note=note)

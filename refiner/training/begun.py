@@ -13,6 +13,7 @@ from .distributed import saved_shards
 NOTE = "run.json"
 SHORT = 20  # characters of a value that a message shows
 PROSE = "source"  # of a preset: words about it, which change nothing
+FORMER = {"levels": "steps", "first_levels": "first_steps"}  # of a preset, in older notes
 
 
 def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, first: bool = True) -> None:
@@ -47,6 +48,7 @@ def _agree(before: object, now: object) -> bool:
     """Compare two values of a note; a table by the names that both have."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return before == now
+    before = {name: before[old] for name, old in FORMER.items() if old in before} | before
     return all(_agree(before[name], now[name]) for name in now if name in before and name != PROSE)
 
 

@@ -99,7 +99,7 @@ class RefineOptions:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
 
     def _check_levels(self) -> None:
-        offered = self.preset.steps[1:]
+        offered = self.preset.levels[1:]
         if unknown := set(self.levels) - set(offered):
             raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {offered}")
         if self.method == "autorefiner" and not self.levels:
@@ -118,8 +118,8 @@ class RefineOptions:
     @property
     def exits(self) -> list[int]:
         """Indices of the levels that a training rollout may end at, the same for every method: the refined ones."""
-        levels = range(len(self.preset.steps))
-        return [i for i in levels if self.preset.steps[i] in self.levels] or [*levels]
+        levels = range(len(self.preset.levels))
+        return [i for i in levels if self.preset.levels[i] in self.levels] or [*levels]
 
     @property
     def refined(self) -> frozenset[int]:

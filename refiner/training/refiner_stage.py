@@ -155,7 +155,7 @@ class RefinerStage:
         """Clips [B, C, F, h, w] along a path of noises [levels, B, C, F, h, w]; with `base`, without any branches."""
         first_graph = 0 if self.options.method == "init-noise" else None
         with mixed_precision(self.device, self.options.precision):
-            noise = GivenNoise(path, self.options.preset.all_steps[: len(path)])
+            noise = GivenNoise(path, self.options.preset.all_levels[: len(path)])
             rollout = self.rollout(context, noise, None if base else self.refiner(residuals), base=base)
             return (self_rollout(rollout, exit_level, first_graph),)
 

@@ -36,7 +36,7 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
 
 def told_of_saved_repeats() -> list[tuple[int, int, int]]:
     """What the page is told of a chunk whose last level is repeated less often than it may be: (pass, of, pictures)."""
-    plan = plan_run(PRESETS["self-forcing"].changed(steps=(1000, 750)), SHAPE, None)
+    plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
     page.send = lambda event, node, prompt, told: sent.append((told["level"], told["levels"], told["pictures"]))
     watch, passes = page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))), Passes(run)

@@ -100,8 +100,8 @@ def test_a_start_goes_into_the_run_and_out_again() -> None:
 @pytest.mark.parametrize("name", ["self-forcing", "causvid", "krea-14b"])
 def test_levels_have_the_names_that_their_preset_has_for_them(name: str) -> None:
     preset = PRESETS[name]
-    sigmas = torch.tensor([*(level.sigma for level in preset.levels()), 0.0])
-    assert tuple(level.step for level in levels_of(sigmas, preset)) == preset.steps
+    sigmas = torch.tensor([*(level.sigma for level in preset.chunk_levels()), 0.0])
+    assert tuple(level.step for level in levels_of(sigmas, preset)) == preset.levels
     many = torch.cat((torch.linspace(1, 0.001, 900), torch.zeros(1)))  # more than there are names
     steps = [level.step for level in levels_of(many, preset)]
     assert len(set(steps)) == 900, "levels of one name would share their noise"

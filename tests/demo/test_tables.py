@@ -121,15 +121,15 @@ def test_factors_are_found_again_when_words_about_the_preset_change() -> None:
 
 def test_rows_of_two_levels_are_trained_and_sampled_with_them() -> None:
     options = replace(
-        TablesOptions(), controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.steps, Control("shrunk", 0.1)))
+        TablesOptions(), controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.levels, Control("shrunk", 0.1)))
     )
     base, *others = KINDS[8].rows(options)
-    assert base.preset.steps == (1000, 750) and base.name == "base at 1000 750"
+    assert base.preset.levels == (1000, 750) and base.name == "base at 1000 750"
     assert [row.name for row in others if row.training is None] == [
         "base at 1000 500", "base at 1000 750 500", "base", "Δ = -0.07 ε at 1000 750",
     ]  # fmt: skip
     trained = [row for row in others if row.training]
-    assert {row.training.preset.steps for row in trained} == {row.sampler_levels for row in trained} == {(1000, 750)}
+    assert {row.training.preset.levels for row in trained} == {row.sampler_levels for row in trained} == {(1000, 750)}
     assert {row.training.levels for row in trained} == {(750,)}
     assert [row.name for row in KINDS[1].rows(options)][:2] == ["base", "Δ = -0.1 ε"]
 
@@ -168,7 +168,7 @@ def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) ->
     bench = Bench(None, held_out(2), 2, 6, tmp_path)
     chosen = choose_controls(bench, options, CPU)
     assert [(levels, str(control)) for levels, control in chosen] == [
-        (PRESET.steps, formula) for formula in ("Δ = -0.05 ε", "Δ = 0.05 (x0 - ε)", "Δ = -0.05 v")
+        (PRESET.levels, formula) for formula in ("Δ = -0.05 ε", "Δ = 0.05 (x0 - ε)", "Δ = -0.05 v")
     ]
     assert len(asked) == 12 and {seeds for *_, seeds in asked} == {2}
     assert "best of 0.03, 0.05, 0.07, 0.1 on 2 other captions" in how_chosen(replace(options, controls=chosen))

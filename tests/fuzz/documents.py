@@ -62,7 +62,7 @@ antithetic = false
 OPTIONS = (
     "--model", "--prompt", "--frames", "--size", "--seed", "--extend", "--out", "--lora", "--vae", "--context",
     "--preset",
-    "--steps", "--window", "--sink", "--method", "--refiner", "--refiner-strength", "--refined-levels",
+    "--levels", "--steps", "--window", "--sink", "--method", "--refiner", "--refiner-strength", "--refined-levels",
     "--device", "--dtype",
     "--text-encoder", "--tokenizer", "--context-cache", "--weights", "--refiner-form", "--sheet",
 )  # fmt: skip

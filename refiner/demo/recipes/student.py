@@ -156,7 +156,7 @@ class CausalInitStage(LearnerStage):
 
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
         """A sigma for each sample and frame [B, F]: one of the sampler's, or any."""
-        levels = torch.tensor([level.sigma for level in PRESET.levels()], device=self.device)
+        levels = torch.tensor([level.sigma for level in PRESET.chunk_levels()], device=self.device)
         u = torch.rand(3, batch, self.clips.latents.shape[2], generator=generator, device=self.device)
         chosen = levels[(u[1] * len(levels)).long()]
         return torch.where(u[0] < self.options.at_levels, chosen, shifted(u[2], PRESET.shift))
@@ -225,11 +225,11 @@ class DistilStage:
     def _part(self, index: int, use: int, prompts: list[str]) -> Part:
         """A step's clips: their exit level, the noises of their path, and those to score them at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
-        exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.steps)))
+        exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.levels)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
         path, noise = (
             torch.randn(size, generator=generator, device=self.device)
-            for size in ((len(PRESET.steps), *shape), shape)
+            for size in ((len(PRESET.levels), *shape), shape)
         )
         sigma = draw_sigma(len(prompts), self.objective.options.dmd, generator)
         return Part(
@@ -260,7 +260,7 @@ class DistilStage:
         batch, _, frames, height, width = path.shape[1:]
         plan = RunPlan(PRESET, frames, height, width, batch)
         rollout = Rollout.of(
-            self.network, context, plan, GivenNoise(path, PRESET.steps), memory=GraphMemory, device=self.device,
+            self.network, context, plan, GivenNoise(path, PRESET.levels), memory=GraphMemory, device=self.device,
             dtype=torch.float32,
         )  # fmt: skip
         return self_rollout(rollout, exit_level)
