@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 import autorefiner
 from autorefiner.nodes.cli import add_run
@@ -129,6 +130,15 @@ def test_the_training_files_are_understood(number: int, tmp_path: Path) -> None:
     example = fenced(ROOT / "docs" / "training.md", "toml")[number]
     (tmp_path / "example.toml").write_text(example)
     assert TrainConfig.read(tmp_path / "example.toml").out.parent == tmp_path
+
+
+def test_the_animation_is_small_and_moves() -> None:
+    path = ROOT / "docs" / "run.webp"
+    assert path.stat().st_size <= 1_500_000
+    with Image.open(path) as film:
+        assert film.n_frames > 30
+        pictures = [film.seek(number) or film.convert("RGB") for number in (0, film.n_frames - 1)]
+    assert ImageChops.difference(*pictures).getbbox()
 
 
 def test_the_readme_is_short() -> None:
