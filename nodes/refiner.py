@@ -7,12 +7,12 @@ from pathlib import Path
 from ..refiner.bundles import bundled_refiners, refiner_file
 from ..refiner.files import is_taken
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
-from ..refiner.refined import check_fit
+from ..refiner.refiner_plan import check_fit
 from ..refiner.wan.checkpoint import inspect
 from .api import CATEGORY, host, io
 from .load import stamped
 from .paths import SHOWN, check_inside
-from .refined import FORMS, RefinerLora
+from .refiner_plan import FORMS, RefinerLora
 
 RefinerType = io.Custom("REFINER")
 SUFFIX = ".refiner.safetensors"

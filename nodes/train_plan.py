@@ -16,8 +16,8 @@ from ..refiner.wan.torch_file import load_torch
 from .api import host
 from .options import CacheOptions, ChunkSchedule, parse_levels, preset_for
 from .paths import SHOWN, check_inside
-from .refined import RefinerLora
 from .refiner import LONGEST_NAME, PART
+from .refiner_plan import RefinerLora
 from .rewards import Rewards
 from .run import ModelFacts, clip_shape
 

@@ -27,7 +27,7 @@ from .latents import inspect_latents, is_latents
 from .memory.policies import POLICIES
 from .preset_table import preset_table
 from .reading import check_regular
-from .refined import FORMS
+from .refiner_plan import FORMS
 from .request import GenerateOptions
 from .rollout import Progress
 from .samplers import SAMPLERS

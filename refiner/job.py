@@ -14,7 +14,7 @@ from .latents import format_lengths
 from .memory.policies import POLICIES
 from .noise.source import VERSION as NOISE_VERSION
 from .outputs import differences, read_given
-from .refined import RefinerPlan
+from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan
 from .samplers import SAMPLERS, Method

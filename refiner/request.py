@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .bundles import Bundle, find_bundle
 from .outputs import Outputs
-from .refined import Form
+from .refiner_plan import Form
 from .wan.lora import LoraFile
 from .wan.transformer import WanConfig
 

@@ -22,7 +22,7 @@ from .training.loop import LoopOptions, keep_freed_memory, restore, train
 from .training.objective import Objective
 from .training.options import RefineOptions
 from .training.probe import Probe, probe
-from .training.refine import RefineStage
+from .training.refiner_stage import RefinerStage
 from .training.reward_objective import RewardObjective
 from .training.rewards.reward import Mixture
 from .training.sheets import PROMPTS as SHEET_PROMPTS
@@ -100,7 +100,7 @@ def nothing_shown(folder: Path, index: int) -> dict[str, float]:
     return {}
 
 
-def prepare(config: TrainConfig, device: torch.device) -> tuple[RefineStage, str]:
+def prepare(config: TrainConfig, device: torch.device) -> tuple[RefinerStage, str]:
     """Begin a run, or go on with it: its stage and the base's fingerprint."""
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent} is not a folder: make it, `out` is written there")
@@ -146,7 +146,7 @@ def seal(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
+def make_stage(config: TrainConfig, device: torch.device) -> RefinerStage:
     """Load and check everything that a training needs."""
     prompts, unseen = split_prompts(config)
     bundle = find_training_bundle(config.base)
@@ -160,7 +160,7 @@ def make_stage(config: TrainConfig, device: torch.device) -> RefineStage:
     show = gather_only
     if is_first():
         show = make_sheets(bundle, base, encode, vae, prompts)
-    return RefineStage(config.refiner, base, objective, prompts, encode, show, unseen)
+    return RefinerStage(config.refiner, base, objective, prompts, encode, show, unseen)
 
 
 def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:

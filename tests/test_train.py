@@ -132,7 +132,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
         folder.mkdir()
         write(folder, inner=inner)
     assert main(["train", str(whole / "small.toml"), "--device", "cpu"]) == 0
-    step = training.RefineStage.step
+    step = training.RefinerStage.step
     with monkeypatch.context() as patch:
 
         def stop(self, index: int):
@@ -140,7 +140,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
                 raise KeyboardInterrupt
             return step(self, index)
 
-        patch.setattr(training.RefineStage, "step", stop)
+        patch.setattr(training.RefinerStage, "step", stop)
         assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 130
     assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 0
     assert rows_of(stopped / "small_run") == rows_of(whole / "small_run")

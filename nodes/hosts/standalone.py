@@ -28,10 +28,10 @@ from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
-from ...refiner.wan.vae import DecoderState, WanVAE
+from ...refiner.wan.vae import DecoderState, WanVAE, normalized, raw_latents
 from ..passes import Passes
 from ..paths import SHOWN, dated, inside
-from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
+from ..run import ModelFacts, Run, held_bytes
 from ..sprites import sprite_file, sprite_preset
 from . import schema as io
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.refine import RefineStage
+from ..training.refiner_stage import RefinerStage
 from ..training.sheets import trained
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
@@ -21,7 +21,7 @@ class SpriteSheets:
     vae: WanVAE
 
     @torch.no_grad()
-    def __call__(self, stage: RefineStage, folder: Path, index: int) -> dict[str, float]:
+    def __call__(self, stage: RefinerStage, folder: Path, index: int) -> dict[str, float]:
         network, refiner = trained(stage, self.base)
         captions, preset = held_out(stage.options.shown), stage.options.preset
         models = self.encode, self.vae

@@ -13,15 +13,15 @@ from ..sample import RunPlan, sample
 from ..video import to_frames
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
-from .refine import RefineStage
+from .refiner_stage import RefinerStage
 
 PROMPTS = 4  # shown on a sheet
 FRAMES = 8  # of each clip
 
-Show = Callable[[RefineStage, Path, int], dict[str, float]]  # stage, folder, step to scores
+Show = Callable[[RefinerStage, Path, int], dict[str, float]]  # stage, folder, step to scores
 
 
-def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | None]:
+def trained(stage: RefinerStage, base: CausalWan) -> tuple[CausalWan, Refiner | None]:
     """The base with the averaged refiner, or with method lora a network with the LoRA merged."""
     pairs = stage.average()
     if stage.options.method == "lora":
@@ -29,7 +29,7 @@ def trained(stage: RefineStage, base: CausalWan) -> tuple[CausalWan, Refiner | N
     return base, Refiner(merged(base, pairs), stage.options.cache, stage.options.refined)
 
 
-def gather_only(stage: RefineStage, folder: Path, index: int) -> dict[str, float]:
+def gather_only(stage: RefinerStage, folder: Path, index: int) -> dict[str, float]:
     """Take part in gathering the average, for the sheet that the first process draws."""
     stage.average()
     return {}
@@ -45,7 +45,7 @@ class Sheets:
     prompts: list[str]
 
     @torch.no_grad()
-    def __call__(self, stage: RefineStage, folder: Path, index: int) -> dict[str, float]:
+    def __call__(self, stage: RefinerStage, folder: Path, index: int) -> dict[str, float]:
         network, refiner = trained(stage, self.base)
         options, frames = stage.options, []
         plan = RunPlan(options.preset, options.frames, options.height, options.width)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
 from autorefiner.nodes.hosts import standalone
-from autorefiner.nodes.run import raw_latents
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.noise.file import load_refiner
 from autorefiner.refiner.noise.refiner import Refiner, merged
@@ -22,6 +21,7 @@ from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
+from autorefiner.refiner.wan.vae import raw_latents
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
