@@ -111,6 +111,23 @@ def understood(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         assert "--help" in arguments and end.code == 0, arguments
 
 
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    """Every option of a parser and of its subcommands."""
+    found = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                found |= options(inner)
+    return found
+
+
+@pytest.mark.parametrize("page", USED, ids=name_of)
+def test_options_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")))
+    assert named <= options(build_parser([add_run]))
+
+
 def test_the_table_of_presets_is_the_commands() -> None:
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert "".join(f"    {line}\n" for line in preset_table().splitlines()) in text
