@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 import autorefiner
 from autorefiner.nodes.cli import add_run
@@ -26,7 +27,6 @@ USED = [page for page in PAGES if page.name not in ("RESULTS.md", "CHANGELOG.md"
 FILE = re.compile(r"`((?:refiner|nodes|tests|benchmarks|workflows|web|docs)/[\w./]*)`")
 PLACEHOLDER = re.compile(r"\b(NAME|ID)\b")
 COMMANDS = ("generate", "inspect", "run", "train", "demo")  # that need arguments
-COMING = "refiner/memory/policies/"
 BLOCK = re.compile(r"(?:^    .*\n)+|^```.*\n(?:.*\n)*?```$", re.MULTILINE)
 
 
@@ -82,9 +82,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
         for name in FILE.findall(page.read_text(encoding="utf-8"))
         if not PLACEHOLDER.search(name)
     }
-    assert not {
-        name for name in names if not (ROOT / name).exists() and not name.startswith(COMING)
-    }
+    assert not {name for name in names if not (ROOT / name).exists()}
 
 
 @pytest.mark.parametrize("page", USED, ids=name_of)
@@ -113,6 +111,23 @@ def understood(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         assert "--help" in arguments and end.code == 0, arguments
 
 
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    """Every option of a parser and of its subcommands."""
+    found = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                found |= options(inner)
+    return found
+
+
+@pytest.mark.parametrize("page", USED, ids=name_of)
+def test_options_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")))
+    assert named <= options(build_parser([add_run]))
+
+
 def test_the_table_of_presets_is_the_commands() -> None:
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert "".join(f"    {line}\n" for line in preset_table().splitlines()) in text
@@ -132,6 +147,15 @@ def test_the_training_files_are_understood(number: int, tmp_path: Path) -> None:
     example = fenced(ROOT / "docs" / "training.md", "toml")[number]
     (tmp_path / "example.toml").write_text(example)
     assert TrainConfig.read(tmp_path / "example.toml").out.parent == tmp_path
+
+
+def test_the_animation_is_small_and_moves() -> None:
+    path = ROOT / "docs" / "run.webp"
+    assert path.stat().st_size <= 1_500_000
+    with Image.open(path) as film:
+        assert film.n_frames > 30
+        pictures = [film.seek(number) or film.convert("RGB") for number in (0, film.n_frames - 1)]
+    assert ImageChops.difference(*pictures).getbbox()
 
 
 def test_the_readme_is_short() -> None:
