@@ -7,7 +7,7 @@ VENV := .venv
 FLOOR := .venv-floor
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor kill fuzz lint pictures clean
+.PHONY: demo test test-floor kill fuzz lint locales density pictures clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ fuzz: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# locales/en from what the nodes say; the other languages are kept by hand.
+locales: $(VENV)/ready
+	$(BIN)/python -m autorefiner.nodes.locales
+
+density:
+	$(PYTHON) benchmarks/density.py
 
 pictures: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[page]"

@@ -1,7 +1,15 @@
 """Reflective Cache: window, sink and positions of memory, and the modes of a refiner's cache."""
 
 from .api import CATEGORY, host, io
-from .options import HISTORY_MODES, MODELS_OWN, POSITIONS, X0_MODES, CacheOptions, preset_for
+from .options import (
+    HISTORY_MODES,
+    MODELS_OWN,
+    POSITIONS,
+    X0_MODES,
+    CacheOptions,
+    parse_positions,
+    preset_for,
+)
 from .run import memory_of, plan_run, video_latents
 
 ReflectiveCacheType = io.Custom("REFLECTIVE_CACHE")
@@ -17,7 +25,7 @@ def summary(cache: CacheOptions, model, latent: dict | None) -> str:
         return f"{held}; connect MODEL and LATENT to see the bytes"
     facts = host.facts(model)
     batch, _, *size = video_latents(latent, "latent").shape
-    window = CacheOptions(cache.window, cache.sink, cache.relative)
+    window = CacheOptions(cache.window, cache.sink, cache.positions)
     plan = plan_run(preset_for(facts.preset, None, window), (batch, *size), None)
     return f"{held}: {memory_of(plan, facts).nbytes / 1e6:,.1f} MB of keys and values"
 
@@ -45,8 +53,9 @@ class ReflectiveCacheNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "positions", options=list(POSITIONS), default=MODELS_OWN, advanced=True,
-                    tooltip="Temporal position of a remembered frame: its place in the video, or in"
-                    " the window, which stays in the training range at any length.",
+                    tooltip="Temporal position of a remembered frame: its place in the video (absolute),"
+                    " or in the window (relative), which stays in the training range at any length."
+                    " sink-adjacent: as absolute, with the sink right before the oldest other frame.",
                 ),
                 io.Combo.Input(
                     "history", options=list(HISTORY_MODES), default=HISTORY_MODES[0], advanced=True,
@@ -67,6 +76,15 @@ class ReflectiveCacheNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, positions: str | None = None) -> bool | str:
+        try:
+            if positions is not None:  # else it is linked
+                parse_positions(positions)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls, window: int, sink: int, positions: str, history: str, previous_x0: str,
         model=None, latent=None,
@@ -76,5 +94,5 @@ class ReflectiveCacheNode(io.ComfyNode):
                 f"window {window} with sink {sink}: the window counts sink, past and the current"
                 f" chunk, so use a window of at least {sink + 1}, or -1 for all"
             )
-        cache = CacheOptions(window, sink, POSITIONS[positions], history, previous_x0)
+        cache = CacheOptions(window, sink, parse_positions(positions), history, previous_x0)
         return io.NodeOutput(cache, ui=host.show(summary(cache, model, latent)))

@@ -18,10 +18,10 @@ from .load import DTYPES, choose_preset
 from .options import (
     HISTORY_MODES,
     MODELS_OWN,
-    POSITIONS,
     X0_MODES,
     CacheOptions,
     ChunkSchedule,
+    parse_positions,
     preset_for,
 )
 from .refiner import refiner_path
@@ -78,7 +78,7 @@ def _cache(widgets: Mapping[str, Any]) -> CacheOptions:
     return CacheOptions(
         window=_number(widgets, "window", -1),
         sink=_number(widgets, "sink", 0),
-        relative=POSITIONS[_choice(widgets, "positions", tuple(POSITIONS))],
+        positions=parse_positions(_text(widgets, "positions")),
         history=_choice(widgets, "history", HISTORY_MODES),
         previous_x0=_choice(widgets, "previous_x0", X0_MODES),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
 from .options import CacheOptions, ChunkSchedule, preset_for
-from .refined import RefinerLora, plan_refiner
+from .refiner_plan import RefinerLora, plan_refiner
 from .run import ModelFacts, Run, Search, begun_from, plan_run, start_of, video_latents
 
 SAME_SIGMA = 2e-3  # sigmas that differ by less count as one level

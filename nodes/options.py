@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..refiner.memory.positions import POSITIONS as POSITIONS_BY_NAME
 from ..refiner.memory.reflect import ReflectiveCache
 from ..refiner.schedule import STEPS, Preset, check_steps, get_preset
 
@@ -11,7 +12,8 @@ AS_TRAINED = "as trained"
 HISTORY_MODES = (AS_TRAINED, "shared", "none")
 X0_MODES = (AS_TRAINED, "joint", "pending", "none")
 LONGEST_LEVELS = 200  # characters
-POSITIONS = {MODELS_OWN: None, "absolute": False, "relative to the window": True}
+POSITIONS = (MODELS_OWN, *POSITIONS_BY_NAME)
+FORMER_POSITIONS = {"relative to the window": "relative"}  # in older workflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,13 @@ class CacheOptions:
 
     window: int = -1
     sink: int = 0
-    relative: bool | None = None
+    positions: str | None = None  # None: the preset's
     history: str = AS_TRAINED
     previous_x0: str = AS_TRAINED
 
     def applied(self, preset: Preset) -> Preset:
         """The preset with this window, sink and positions."""
-        return preset.changed(window=self.window, sink=self.sink, relative=self.relative)
+        return preset.changed(window=self.window, sink=self.sink, positions=self.positions)
 
     def reflected(self, trained: ReflectiveCache) -> ReflectiveCache:
         """A refiner's cache: the modes chosen here, those it was trained with by default."""
@@ -55,6 +57,14 @@ class CacheOptions:
             trained.history if history == AS_TRAINED else history,
             trained.previous if previous == AS_TRAINED else previous,
         )
+
+
+def parse_positions(name: str) -> str | None:
+    """The positions that a widget names, None for the model's; ValueError lists the names."""
+    name = FORMER_POSITIONS.get(name, name)
+    if name not in POSITIONS:
+        raise ValueError(f"positions {name[:40]!r}: use one of {', '.join(POSITIONS)}")
+    return None if name == MODELS_OWN else name
 
 
 def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ...]:

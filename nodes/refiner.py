@@ -4,16 +4,15 @@ import math
 import re
 from pathlib import Path
 
-from ..refiner.demo import bundle
-from ..refiner.demo.bundle import REFINERS
+from ..refiner.bundles import bundled_refiners, refiner_file
 from ..refiner.files import is_taken
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
-from ..refiner.refined import check_fit
+from ..refiner.refiner_plan import check_fit
 from ..refiner.wan.checkpoint import inspect
 from .api import CATEGORY, host, io
 from .load import stamped
 from .paths import SHOWN, check_inside
-from .refined import FORMS, RefinerLora
+from .refiner_plan import FORMS, RefinerLora
 
 RefinerType = io.Custom("REFINER")
 SUFFIX = ".refiner.safetensors"
@@ -23,17 +22,17 @@ PART = re.compile(r"\w[\w .()+-]*")  # of a path: no drive, no separator of anot
 
 def refiner_files() -> list[str]:
     """The bundled refiners and the files in models/loras, those first that are called refiners."""
-    return [*REFINERS, *sorted(host.list_files("loras"), key=lambda name: not name.endswith(SUFFIX))]
+    return [*bundled_refiners(), *sorted(host.list_files("loras"), key=lambda name: not name.endswith(SUFFIX))]
 
 
 def refiner_path(name: str) -> Path:
-    """A refiner's file as the node lists it: a bundled one, which need not be there, or one in models/loras."""
-    return bundle.WEIGHTS / REFINERS[name] if name in REFINERS else host.find_file("loras", name)
+    """The file of a listed refiner: bundled, where it may be missing, or in models/loras."""
+    return bundled_refiners().get(name) or host.find_file("loras", name)
 
 
 def read_refiner(file: str, strength: float, form: str) -> RefinerLora:
-    """A REFINER of a file by its name in the list; ValueError for one that holds none."""
-    path = bundle.sprite_refiner_file(file) if file in REFINERS else host.find_file("loras", file)
+    """Read a REFINER by its name in the list; ValueError for a file that holds none."""
+    path = refiner_file(file) or host.find_file("loras", file)
     if not math.isfinite(strength):
         raise ValueError(f"strength {strength} is no number: use 1, or 0 for the base")
     if inspect(path).kind == "lora":
@@ -101,11 +100,11 @@ class LoadRefiner(io.ComfyNode):
             check_fit(refiner.pairs, host.facts(model).config)
         except ValueError as error:
             raise ValueError(f"{file} {error}: use a refiner of this MODEL") from error
-        told = refiner.describe()
+        description = refiner.describe()
         if warning := other_base(refiner.card, host.base_of(model)):
             host.notice(f"{file}: {warning}")
-            told += f"; {warning}"
-        return io.NodeOutput(refiner, ui=host.show(told))
+            description += f"; {warning}"
+        return io.NodeOutput(refiner, ui=host.show(description))
 
 
 class SaveRefiner(io.ComfyNode):

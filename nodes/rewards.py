@@ -4,15 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ..refiner.demo import bundle
-from ..refiner.demo.reward_model import FRAMES
 from ..refiner.estimate import check_room
-from ..refiner.train_config import KINDS, SPRITES, RewardConfig
-from ..refiner.training.rewards.clip import FORMULAS, SINGLE, load_clip_reward
+from ..refiner.train_config import KINDS, RewardConfig
+from ..refiner.training.rewards.clip import FORMULAS
 from ..refiner.training.rewards.reward import Mixture, Reward
 from .api import CATEGORY, host, io
 from .compare import EITHER, PIXEL_BYTES
@@ -54,13 +51,6 @@ class Rewards:
 def model_folders() -> list[str]:
     """What Load Reward can choose from."""
     return [BUNDLED, *host.list_folders(FOLDER)]
-
-
-def load(config: RewardConfig) -> Reward:
-    """A reward with its model, on the CPU."""
-    if config.kind == SPRITES:
-        return bundle.load_sprite_reward(bundle.WEIGHTS, config.draw(FRAMES))
-    return load_clip_reward(config.kind, Path(config.path), frames=config.draw(SINGLE))
 
 
 class LoadReward(io.ComfyNode):
@@ -109,7 +99,7 @@ class LoadReward(io.ComfyNode):
         path = "" if model == BUNDLED else str(host.find_folder(FOLDER, model))
         config = RewardConfig(kind, path, weight, frames, interval)
         with torch.inference_mode(False):  # a training goes through it
-            reward = load(config)
+            reward = config.load()
         before = more or Rewards((), ())
         found = Rewards((*before.parts, (reward, weight)), (*before.told, repr(config)))
         Mixture(found.parts)  # refuses two of one name

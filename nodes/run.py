@@ -13,7 +13,7 @@ from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
-from ..refiner.refined import RefinerPlan
+from ..refiner.refiner_plan import RefinerPlan
 from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, finite, sample
 from ..refiner.samplers import SAMPLERS, Method
@@ -21,9 +21,7 @@ from ..refiner.samplers.search import Verifier
 from ..refiner.schedule import Preset, latent_frames
 from ..refiner.wan.causal import CausalWan
 from ..refiner.wan.transformer import WanConfig
-from ..refiner.wan.vae import LATENT_MEAN, LATENT_STD
-
-CHANNELS = len(LATENT_MEAN)
+from ..refiner.wan.vae import CHANNELS, normalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +120,6 @@ class Run:
         return torch.cat(made, dim=2)
 
 
-def normalized(raw_BCFhw: Tensor) -> Tensor:
-    """The pack's latents of a LATENT's, which are the VAE's raw ones."""
-    mean, std = (torch.tensor(column).view(-1, 1, 1, 1).to(raw_BCFhw) for column in (LATENT_MEAN, LATENT_STD))
-    return (raw_BCFhw - mean) / std
-
-
-def raw_latents(latents_BCFhw: Tensor) -> Tensor:
-    """A LATENT's of the pack's."""
-    mean, std = (torch.tensor(column).view(-1, 1, 1, 1).to(latents_BCFhw) for column in (LATENT_MEAN, LATENT_STD))
-    return latents_BCFhw * std + mean
-
-
 def video_latents(latent: dict, name: str) -> Tensor:
     """The tensor [B, 16, F, h, w] of a LATENT; ValueError, with the input's name, when it is of something else."""
     samples = latent.get("samples")
@@ -198,7 +184,7 @@ def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> Memory
 
 
 def kv_bytes(run: Run, facts: ModelFacts) -> int:
-    """Of the keys and values that a run holds, in all its memories."""
+    """Bytes of the keys and values that a run holds, in all its memories."""
     return run.plan.memory_bytes(facts.config, facts.dtype, run.refined is not None, run.caches)
 
 

@@ -5,8 +5,8 @@ from .api import CATEGORY, host, io
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
 from .options import FALLBACK, preset_for
-from .refined import plan_refiner
 from .refiner import RefinerType
+from .refiner_plan import plan_refiner
 from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, told
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 

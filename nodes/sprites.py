@@ -1,16 +1,17 @@
-"""What both hosts know of the bundled sprites."""
+"""The demo's networks, as both hosts load them."""
 
 from pathlib import Path
 
-from ..refiner.demo import bundle
+from ..refiner.bundles import BUNDLES, DEMO
 from ..refiner.wan.checkpoint import inspect
 
 
-def sprite_file(name: str) -> Path:
-    """A file of the bundle."""
-    return bundle.WEIGHTS / bundle.FILES[name]
+def sprite_file(network: str) -> Path:
+    """The file of the demo's student or teacher."""
+    demo = BUNDLES[DEMO]
+    return demo.training.teacher if network == "teacher" else demo.model
 
 
 def sprite_preset() -> str | None:
-    """The preset that the bundled model says it is sampled with."""
+    """The preset that the demo's student names."""
     return inspect(sprite_file("student")).preset

@@ -16,8 +16,8 @@ from ..refiner.wan.torch_file import load_torch
 from .api import host
 from .options import CacheOptions, ChunkSchedule, parse_levels, preset_for
 from .paths import SHOWN, check_inside
-from .refined import RefinerLora
 from .refiner import LONGEST_NAME, PART
+from .refiner_plan import RefinerLora
 from .rewards import Rewards
 from .run import ModelFacts, clip_shape
 
@@ -70,7 +70,7 @@ class TrainRequest:
     def options(self, facts: ModelFacts) -> RefineOptions:
         """Options of a training for this MODEL; ValueError for contradictory inputs."""
         cache, schedule = self.reflective_cache, self.chunk_schedule
-        if cache is not None and (cache.window >= 0 or cache.relative is not None):
+        if cache is not None and (cache.window >= 0 or cache.positions is not None):
             raise ValueError(
                 "REFLECTIVE_CACHE has a window or positions: a training sees all the past, leave"
                 " them"

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..refiner.train import SHEET_PROMPTS, Sheets, hold_out
+from ..refiner.train import SHEET_PROMPTS, hold_out
 from ..refiner.training.dmd_objective import DmdObjective
 from ..refiner.training.log import read_rows
 from ..refiner.training.loop import LoopOptions, Watch, train
 from ..refiner.training.objective import Objective
 from ..refiner.training.options import RefineOptions
-from ..refiner.training.refine import RefineStage
+from ..refiner.training.refiner_stage import RefinerStage
 from ..refiner.training.reward_objective import RewardObjective
 from ..refiner.training.rewards.reward import Mixture
+from ..refiner.training.sheets import Sheets
 from ..refiner.wan.vae import WanVAE
 from .api import host
 from .train_plan import TrainRequest
@@ -59,7 +60,7 @@ def no_sheets(*_: object) -> dict[str, float]:
 
 
 @contextmanager
-def stage_of(request: TrainRequest, options: RefineOptions) -> Iterator[RefineStage]:
+def stage_of(request: TrainRequest, options: RefineOptions) -> Iterator[RefinerStage]:
     """Build the stage from copies of the models, without inference tensors.
 
     A reward's models are shared, not copied: they are on the device until the stage is left.
@@ -73,7 +74,7 @@ def stage_of(request: TrainRequest, options: RefineOptions) -> Iterator[RefineSt
     with request.reward.on(device) if is_reward else nullcontext() as rewards:
         objective = make_objective(request, options, contexts, vae, rewards)
         trained, unseen = hold_out(prompts)
-        yield RefineStage(options, base, objective, trained, contexts, show, unseen)
+        yield RefinerStage(options, base, objective, trained, contexts, show, unseen)
 
 
 def make_objective(
@@ -89,7 +90,7 @@ def make_objective(
     return DmdObjective(options, host.own_network(request.teacher), contexts)
 
 
-def run_stage(stage: RefineStage, folder: Path, request: TrainRequest, watch: Watch) -> None:
+def run_stage(stage: RefinerStage, folder: Path, request: TrainRequest, watch: Watch) -> None:
     """Train to the last step, resuming from the run's state."""
     options = LoopOptions(folder, request.steps, request.save_every, request.preview_every)
     train(stage, options, watch)

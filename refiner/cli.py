@@ -17,33 +17,24 @@ from tqdm import tqdm
 
 from .bench import SIZES, bench
 from .bench_refiner import bench_refiner
-from .demo.bundle import REFINERS
+from .bundles import BUNDLES, PUBLISHED_SIZE, bundled_refiners, find_bundle
 from .demo.cli import add_demo, run_demo
+from .device import DTYPES, pick_device, pick_dtype
 from .files import check_output, partial_path
-from .generate import (
-    DTYPES,
-    RANDOM_TINY,
-    SPRITES,
-    SPRITES_SIZE,
-    GenerateOptions,
-    Job,
-    generate,
-    notes,
-    pick_device,
-    pick_dtype,
-    prepare,
-)
+from .generate import generate
+from .job import Job, notes, prepare
 from .latents import inspect_latents, is_latents
 from .memory.policies import POLICIES
 from .preset_table import preset_table
 from .reading import check_regular
-from .refined import FORMS
+from .refiner_plan import FORMS
+from .request import GenerateOptions
 from .rollout import Progress
 from .samplers import SAMPLERS
 from .schedule import PRESETS, STEPS
 from .stopping import INTERRUPTED, handling, interrupt, settle
 from .terminal import say, warn
-from .train import run_probe, run_training
+from .train import run_probe, run_training, train_on_demo
 from .training.distributed import distributed, is_first
 from .video import count_frames, read_metadata
 from .wan.checkpoint import describe, inspect
@@ -89,7 +80,7 @@ In several processes, which share the batch and hold a part of each network:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error."""
+    """Report wrong arguments in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         warn(f"{ERROR}{message}; see {self.prog} --help")
@@ -129,7 +120,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def lora(text: str) -> LoraFile:
-    """A LoRA's file, and its strength behind a colon."""
+    """Parse FILE or FILE:STRENGTH."""
     try:
         return LoraFile.parse(text)
     except ValueError as error:
@@ -137,7 +128,7 @@ def lora(text: str) -> LoraFile:
 
 
 def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
-    """The parser of every subcommand; `more` add those of the rooms above."""
+    """Build the parser of every subcommand; `more` adds those of other rooms."""
     parser = Parser(prog="autorefiner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
@@ -173,7 +164,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "generate", help="prompt to video", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = command.add_argument_group("model")
-    about = f"a checkpoint as published (.pt, .safetensors), or one of our own: {SPRITES}, the demo; {RANDOM_TINY}"
+    names = " or ".join(BUNDLES)
+    about = f"a checkpoint as published (.pt, .safetensors), or a bundled one: {names}"
     model.add_argument("--model", required=True, metavar="FILE|NAME", help=about)
     about = "where a file holds both: averaged (ema) or last (raw); default: what its authors sample with"
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=about)
@@ -188,7 +180,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     what = command.add_argument_group("video")
     what.add_argument("--prompt", default="", help="what to show, as the model's authors prompt it")
     what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
-    about = "multiples of 16 (default 832x480; sprites 64x64)"
+    about = f"multiples of 16 (default {default_sizes()})"
     what.add_argument("--size", type=size, metavar="WxH", help=about)
     what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
     what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
@@ -213,7 +205,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--policy", default="window", metavar="NAME[:KNOB=VALUE,…]",
         help=f"what a read sees of the memory: {', '.join(POLICIES)}; with knobs like top-frames:k=4",
     )  # fmt: skip
-    about = f"a refiner's file, or {' or '.join(REFINERS)}: refines the noise between levels, for a pass a level more"
+    names = " or ".join(bundled_refiners())
+    about = f"a refiner's file, or {names}: refines the noise between levels, for a pass a level more"
     how.add_argument("--refiner", metavar="FILE|NAME", help=about)
     how.add_argument("--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)")
     about = "nominal levels whose noise is refined; default: those it was trained for"
@@ -224,16 +217,27 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     add_machine(how)
 
 
+def default_sizes() -> str:
+    """The default size of published models, and those of bundles that differ."""
+    sizes = {"": PUBLISHED_SIZE}
+    for name, bundle in BUNDLES.items():
+        if bundle.size != PUBLISHED_SIZE:
+            sizes[f"{name} "] = bundle.size
+    return "; ".join(f"{name}{width}x{height}" for name, (width, height) in sizes.items())
+
+
 def add_machine(command: argparse._ActionsContainer) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32")
 
 
 def options_of(args: argparse.Namespace) -> GenerateOptions:
-    """The request that the arguments of `generate` make."""
-    named = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
+    """The options that the arguments of `generate` give."""
+    known = GenerateOptions.__dataclass_fields__
+    named = {name: value for name, value in vars(args).items() if name in known}
     named["lora"] = tuple(args.lora or ())
-    width, height = args.size or (SPRITES_SIZE if args.model == SPRITES else (832, 480))
+    bundle = find_bundle(args.model)
+    width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
     return GenerateOptions(**named, width=width, height=height)
 
 
@@ -247,7 +251,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def summary(job: Job) -> str:
-    """One line: what will be made, and how."""
+    """Describe the run in one line."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
@@ -260,8 +264,8 @@ def summary(job: Job) -> str:
 
 
 def stream(job: Job) -> int:
-    """Generate with a progress bar; an interrupt ends it with what is there."""
-    start, begun = time.perf_counter(), time.time()
+    """Generate with a progress bar; an interrupt says what is left."""
+    start, started_at = time.perf_counter(), time.time()
     with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
 
         def show(progress: Progress) -> None:
@@ -275,7 +279,7 @@ def stream(job: Job) -> int:
         except KeyboardInterrupt:
             settle()
             bar.close()
-            warn(what_is_there(job, begun))
+            warn(describe_stopped(job, started_at))
             return INTERRUPTED
     seconds = time.perf_counter() - start
     frames = job.options.frames
@@ -283,13 +287,15 @@ def stream(job: Job) -> int:
     return 0
 
 
-def what_is_there(job: Job, begun: float) -> str:
-    """What a run that was begun then, in seconds, and stopped has left, and how to go on from it."""
+def describe_stopped(job: Job, started_at: float) -> str:
+    """Say what a stopped run has left, and how to go on from it."""
     video, latents = partial_path(job.options.out), job.options.outputs.stopped
-    if not video.exists() or video.stat().st_mtime < begun - CLOCK:  # an earlier run's
+    if not video.exists() or video.stat().st_mtime < started_at - CLOCK:  # an earlier run's
         return "stopped: no chunk was finished"
-    told = f"stopped: {count_frames(video)} frames are in {video}"
-    return told + (f"; go on with --extend {latents}" if job.options.save_latents else "")
+    message = f"stopped: {count_frames(video)} frames are in {video}"
+    if job.options.save_latents:
+        message += f"; go on with --extend {latents}"
+    return message
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -341,7 +347,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_demo_command(args: argparse.Namespace) -> int:
-    return run_demo(args, pick_device(args.device))
+    return run_demo(args, pick_device(args.device), train_on_demo)
 
 
 def main(

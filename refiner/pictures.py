@@ -1,30 +1,38 @@
 """PNG files: single pictures, and contact sheets of many."""
 
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .files import check_output
 
 
 def contact_sheet(
-    frames: Sequence[np.ndarray], path: Path, columns: int = 8, gap: int = 2, marks: Sequence[np.ndarray] = ()
+    frames: Sequence[np.ndarray],
+    path: Path,
+    columns: int = 8,
+    gap: int = 2,
+    marks: Sequence[np.ndarray] = (),
 ) -> None:
-    """A PNG with the frames [H, W, 3] side by side, in reading order on white.
+    """Write the frames [H, W, 3] side by side, in reading order on white, as a PNG.
 
-    With `marks`, pictures [H, any, 3] of one width, each row begins with the next one of them, over and over.
+    With `marks`, pictures [H, any, 3] of one width, each row begins with the next of them, over and
+    over.
     """
     if not len(frames) or columns < 1:
-        raise ValueError(f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each")
+        raise ValueError(
+            f"{len(frames)} frames in {columns} columns: a contact sheet takes at least one of each"
+        )
     height, width = frames[0].shape[:2]
     rows = -(-len(frames) // columns)
     wide = marks[0].shape[1] if len(marks) else 0
     margin = wide + gap if wide else 0
-    sheet = np.full((rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8)
+    sheet = np.full(
+        (rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3), 255, np.uint8
+    )
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
         top, left = gap + row * (height + gap), margin + gap + column * (width + gap)
@@ -35,20 +43,9 @@ def contact_sheet(
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """An RGB image [H, W, 3], uint8, as a PNG; a file that stood there is replaced whole."""
+    """Write an RGB image [H, W, 3], uint8, as a PNG; an existing file is replaced atomically."""
     path = Path(path)
     check_output(path)
-    lines = np.concatenate((np.zeros((len(image), 1), np.uint8), image.reshape(len(image), -1)), axis=1)
-
-    def piece(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + piece(b"IHDR", header)
-        + piece(b"IDAT", zlib.compress(lines.tobytes()))
-        + piece(b"IEND", b"")
-    )
+    Image.fromarray(image).save(temporary, format="png")
     os.replace(temporary, path)

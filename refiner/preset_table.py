@@ -24,6 +24,6 @@ def _row(name: str, preset: Preset) -> tuple[str, ...]:
         f"{preset.shift:g}",
         str(preset.chunk),
         "all" if preset.window < 0 else f"{preset.window}/{preset.sink}",
-        "relative" if preset.relative else "absolute",
+        preset.positions,
         preset.source,
     )

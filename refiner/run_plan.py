@@ -8,7 +8,7 @@ import torch
 from .memory.plan import Keys, MemoryPlan
 from .memory.policies import Window
 from .memory.policy import Policy
-from .memory.positions import POSITIONS
+from .memory.positions import get_positions
 from .schedule import Chunk, Preset, plan_chunks
 from .wan.transformer import WanConfig
 
@@ -56,7 +56,7 @@ class RunPlan:
             window_frames=self.preset.window,
             sink_frames=self.preset.sink,
             keys=self.keys,
-            positions=POSITIONS["relative" if self.preset.relative else "absolute"],
+            positions=get_positions(self.preset.positions),
             dtype=dtype,
             spare_frames=self.preset.chunk if refined else 0,
             policy=self.policy,

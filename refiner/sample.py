@@ -41,6 +41,8 @@ def sample(
     chunk is checked here, which would wait for the device: see `finite`.
     """
     method = method or self_forcing()
+    if not isinstance(method, Method):
+        raise ValueError(f"method {method!r} is no Method: give one, like self_forcing(), or Method(name, run)")
     method.check(plan.preset, refiner.cache if refiner else None)
     shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
     if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):

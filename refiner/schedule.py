@@ -65,7 +65,7 @@ class Preset:
     first_alone: bool = False  # an independent first frame: chunks of 1, n, n, …
     window: int = -1
     sink: int = 0
-    relative: bool = False  # positions relative to the window, on raw keys
+    positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS
     source: str = field(default="", repr=False, compare=False)  # whose configuration it is
 
     def __post_init__(self) -> None:
@@ -121,16 +121,16 @@ PRESETS: dict[str, Preset] = {
     "causal-forcing-2step":     Preset((1000, 500),      True,  5.0,  1, FOUR, source="Causal-Forcing++ 2-step"),
     "causal-forcing-1step":     Preset((1000,),          True,  5.0,  1, FOUR, source="Causal-Forcing++ 1-step"),
     # Krea's server rebuilds 3 context frames (first, last two) before every chunk; this keeps their K/V instead.
-    "krea-14b":                 Preset(FOUR,             True,  8.0,  3, window=6, sink=1, relative=True,
+    "krea-14b":                 Preset(FOUR,             True,  8.0,  3, window=6, sink=1, positions="relative",
                                        source="krea-ai/realtime-video, context kept"),
     "raven":                    Preset(FOUR,             True,  5.0,  3, source="RAVEN and CM-GRPO"),
     # Its sink is an average of the frames that leave the window; this keeps the first frames instead.
     "reward-forcing":           Preset(FOUR,             True,  5.0,  3, window=9, sink=3,
                                        source="Reward Forcing, first frames as sink"),
-    "infinite-forcing":         Preset(FOUR,             True,  5.0,  3, window=6, sink=1, relative=True,
+    "infinite-forcing":         Preset(FOUR,             True,  5.0,  3, window=6, sink=1, positions="relative",
                                        source="Infinite-Forcing"),
     "one-forcing":              Preset((1000,),          True,  5.0,  1, source="One-Forcing infer.sh"),
-    "opsd-v":                   Preset(FOUR,             True,  5.0,  3, window=12, sink=3, relative=True,
+    "opsd-v":                   Preset(FOUR,             True,  5.0,  3, window=12, sink=3, positions="relative",
                                        source="OPSD-V LoRAs"),
     "self-forcing-14b":         Preset(FOUR,             True,  5.0,  3, source="LightX2V self_forcing_dmd_14b"),
     "longlive-14b":             Preset(FOUR,             True,  5.0,  3, window=12, sink=3,

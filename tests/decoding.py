@@ -1,4 +1,4 @@
-"""Readers of video files that share no code with what writes them."""
+"""Readers of video and picture files that share no code with what writes them."""
 
 import shutil
 import subprocess
@@ -26,3 +26,9 @@ def decoded(path: Path) -> np.ndarray:
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (ran.returncode, ran.stderr) == (0, ""), f"{path}: {ran.stderr}"
     return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+
+def decoded_picture(path: Path) -> np.ndarray:
+    """A picture [H, W, 3], read by ffmpeg's decoders."""
+    with av.open(str(path)) as container:
+        return next(container.decode(video=0)).to_ndarray(format="rgb24")

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autorefiner.refiner.bundles import BUNDLES, DEMO, sprites
+from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.demo.bundle import FILES, REFINERS, save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
@@ -33,6 +35,12 @@ def write_demo_files(folder: Path) -> Path:
         save_model(folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {})
     write_refiner(folder / REFINERS["sprites"], base=fingerprint(student))
     return folder
+
+
+def use_demo_files(folder: Path, monkeypatch) -> None:
+    """Put the files of a folder in the place of the bundled ones."""
+    monkeypatch.setattr(bundle, "WEIGHTS", folder)
+    monkeypatch.setitem(BUNDLES, DEMO, sprites(folder))
 
 
 def random_pairs(config: WanConfig = STAND_IN, scale: float = 0.1) -> dict[str, LoraPair]:

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 
 from autorefiner.refiner import generate as generating
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.generate import generate, prepare
+from autorefiner.refiner.generate import generate
+from autorefiner.refiner.job import prepare
 from autorefiner.refiner.latents import count_latents, read_latents
 from autorefiner.refiner.sample import RunPlan
 from autorefiner.refiner.training import loop

@@ -1,23 +1,23 @@
-"""Pictures of the nodes for their help pages and of the page for the README, taken in a real ComfyUI by Chromium.
+"""Pictures of the nodes for their help pages and of a run for the README, taken in a real ComfyUI by Chromium.
 
-python tests/page_pictures.py writes web/docs/pictures/NODE.png. It needs what the tests of the page need. The videos in
-them are the bundled models'.
+python tests/page_pictures.py writes web/docs/pictures/NODE.png and docs/run.webp; with --film only the latter. It needs
+what the tests of the page need. The videos in them are the bundled models'.
 """
 
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 
-import av
 from comfy_graphs import WORKFLOWS, small
 from comfy_page import to_page
 from comfy_server import PACK, Server, find_comfyui, install_pack
 from demo_files import write_base
 from page_browser import Page, find_chromium, opened
+from PIL import Image
 
 from autorefiner.refiner.demo import bundle
 
@@ -32,7 +32,14 @@ RUN = {
 OPENED = {"self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo")}
 ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # in no workflow
 LENGTH, STEPS = 81, 6
-SEEN, CORNER, SCALE = "compare_controls", (440, 40), 0.85  # what the README shows, from where in the graph
+SEEN, CORNER, SCALE = "compare_controls", (440, 40), 0.85  # what docs/comfyui.md shows, from where in the graph
+FILMED = PACK / "docs" / "run.webp"
+PLACES = {  # of the nodes of quickstart that the film shows, in the graph
+    1: (60, 60), 2: (60, 262), 3: (60, 524), 4: (430, 60), 5: (800, 60), 6: (1170, 60), 7: (1170, 222), 8: (1170, 384),
+}  # fmt: skip
+WINDOW, CLIP = (1360, 800), {"x": 45, "y": 40, "width": 1315, "height": 760}
+RUNNING, PLAYED = 60, 27  # most frames of the film while it runs; frames of the finished clips
+SHOWN_MS, PLAYED_MS, LAST_MS = 160, 190, 1500  # how long each is shown
 
 
 @contextmanager
@@ -91,29 +98,14 @@ def node_box(page: Page, kind: str) -> dict:
 def keep(picture: bytes, name: str) -> None:
     """Write a screenshot as a PNG of few colours."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with av.open(io.BytesIO(picture)) as container:
-        data = png(next(container.decode(video=0)).reformat(format="rgb24"))
-    (FOLDER / f"{name}.png").write_bytes(data)
-    print(f"{name}.png: {len(data) / 1000:.0f} kB")
+    path = FOLDER / f"{name}.png"
+    decoded(picture).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
-def png(frame: av.VideoFrame) -> bytes:
-    """A picture with a palette of its own."""
-    graph, still = av.filter.Graph(), Fraction(1)
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=still)
-    twice, used = graph.add("split"), graph.add("paletteuse", "dither=none")
-    palette, sink = graph.add("palettegen", f"max_colors={COLOURS}:reserve_transparent=0"), graph.add("buffersink")
-    for one, other, *pads in ((source, twice), (twice, used), (twice, palette, 1), (palette, used, 0, 1), (used, sink)):
-        one.link_to(other, *pads)
-    graph.configure()
-    frame.pts, frame.time_base = 0, still
-    graph.push(frame)
-    graph.push(None)
-    reduced = graph.pull()
-    codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = reduced.width, reduced.height, "pal8", still
-    codec.options = {"compression_level": "9", "pred": "none"}
-    return b"".join(bytes(packet) for packet in (*codec.encode(reduced), *codec.encode(None)))
+def decoded(picture: bytes) -> Image.Image:
+    """Decode a screenshot."""
+    return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 def take(page: Page, kinds: tuple[str, ...]) -> None:
@@ -123,38 +115,99 @@ def take(page: Page, kinds: tuple[str, ...]) -> None:
         keep(page.tab.screenshot(clip=node_box(page, kind)), kind)
 
 
-def overview(page: Page) -> bytes:
-    """The part of the graph that the README shows."""
+def look_from(page: Page, corner: tuple[int, int], scale: float, margin: tuple[int, int] = (80, 90)) -> None:
+    """Show the graph from a corner on, at a distance from the window's own."""
     page.tab.evaluate(
-        """([[x, y], scale]) => {
+        """([[x, y], scale, [left, top]]) => {
             const canvas = window.app.canvas;
             canvas.ds.scale = scale;
-            canvas.ds.offset[0] = 80 / scale - x;
-            canvas.ds.offset[1] = 90 / scale - y;
+            canvas.ds.offset[0] = left / scale - x;
+            canvas.ds.offset[1] = top / scale - y;
             canvas.setDirty(true, true);
         }""",
-        [CORNER, SCALE],
+        [corner, scale, margin],
     )
     page.tab.wait_for_timeout(700)
+
+
+def overview(page: Page) -> bytes:
+    """The part of the graph that docs/comfyui.md shows."""
+    look_from(page, CORNER, SCALE)
     return page.tab.screenshot(clip={"x": 60, "y": 40, "width": 1400, "height": 860})
 
 
+def film(page: Page, server: Server) -> None:
+    """Write an animation of quickstart: the samplers at work, then both clips under the slider."""
+    graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
+    for node in graph["nodes"]:
+        node["pos"] = [*PLACES.get(node["id"], (2000 + 400 * node["id"], 60))]
+        if node["type"] == "AutoRefinerCompareVideos":
+            node["size"][0] = 400
+    path = server.base / "quickstart.json"
+    path.write_text(json.dumps(graph))
+    page.load(path)
+    look_from(page, (60, 60), 0.8, margin=(70, 165))
+    running = [page.tab.screenshot(clip=CLIP)]
+    page.queue()
+    page.tab.wait_for_timeout(500)
+    while any(server.get("/queue").values()):
+        running.append(page.tab.screenshot(clip=CLIP))
+        page.tab.wait_for_timeout(200)
+    page.tab.wait_for_timeout(6000)  # until the page's notices are gone
+    played = [played_frame(page, 3 * place) for place in range(PLAYED)]
+    frames = [decoded(picture) for picture in (*spread(running, RUNNING), *played)]
+    times = [SHOWN_MS] * (len(frames) - PLAYED) + [PLAYED_MS] * (PLAYED - 1) + [LAST_MS]
+    frames[0].save(FILMED, save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True, method=3)
+    print(f"{FILMED.name}: {FILMED.stat().st_size / 1000:.0f} kB, {len(frames)} frames")
+
+
+def spread(pictures: list[bytes], count: int) -> list[bytes]:
+    """At most so many of the pictures that differ from the one before, evenly spread."""
+    changed = [new for old, new in zip([b"", *pictures], pictures, strict=False) if new != old]
+    count = min(count, len(changed))
+    return [changed[place * (len(changed) - 1) // max(1, count - 1)] for place in range(count)]
+
+
+def played_frame(page: Page, number: int) -> bytes:
+    """Seek both clips of Compare Videos to a frame."""
+    page.tab.evaluate(
+        """(number) => {
+            const place = document.querySelector(".autorefiner-compare input[type=range]");
+            place.value = number;
+            place.dispatchEvent(new Event("input"));
+        }""",
+        number,
+    )
+    page.until("[...document.querySelectorAll('.autorefiner-video')].every((video) => !video.seeking)")
+    page.settle()
+    return page.tab.screenshot(clip=CLIP)
+
+
+def take_all(page: Page, running: Server) -> None:
+    """Take the pictures of all nodes and of the page."""
+    for name, kinds in (RUN | OPENED).items():
+        load(page, running, name)
+        if name in RUN:
+            run(page, running)
+        take(page, kinds)
+        if name == SEEN:
+            keep(overview(page), "page")
+    page.load(WORKFLOWS / "text_to_video.json")
+    for kind in ALONE:
+        page.tab.evaluate("(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))", f"AutoRefiner{kind}")
+    take(page, ALONE)
+
+
 def main() -> None:
-    """All pictures."""
+    """All pictures, or the film alone."""
     if find_comfyui() is None or find_chromium() is None:
         raise SystemExit("pictures need ComfyUI and Chromium, as the tests of the page do")
-    with server() as running, opened(running, vue=False, size=(1600, 1400)) as page:
-        for name, kinds in (RUN | OPENED).items():
-            load(page, running, name)
-            if name in RUN:
-                run(page, running)
-            take(page, kinds)
-            if name == SEEN:
-                keep(overview(page), "page")
-        page.load(WORKFLOWS / "text_to_video.json")
-        for kind in ALONE:
-            page.tab.evaluate("(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))", f"AutoRefiner{kind}")
-        take(page, ALONE)
+    with server() as running:
+        if "--film" not in sys.argv[1:]:
+            with opened(running, vue=False, size=(1600, 1400)) as page:
+                take_all(page, running)
+        with opened(running, vue=False, size=WINDOW) as page:
+            film(page, running)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.generate import generate, notes, prepare
+from autorefiner.refiner.generate import generate
+from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import HEADER, read_latents
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import get_preset
 from autorefiner.refiner.video import read_frames, read_metadata
+from autorefiner.refiner.wan import weight_file
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
 
@@ -81,6 +83,42 @@ def test_what_is_asked_for_reaches_the_sampler(files, tmp_path) -> None:
         ["--lora", str(files / "live.safetensors")],
     ):
         assert not torch.equal(latents_of(files, tmp_path / "b.mp4", "--seed", "3", *extra), base), extra
+
+
+def test_a_run_opens_each_of_its_files_once(tmp_path, monkeypatch) -> None:
+    opened: list[str] = []
+
+    def watched(path: Path, *arguments: object) -> object:
+        opened.append(path.name)
+        return open_file(path, *arguments)
+
+    open_file = weight_file._open_file
+    monkeypatch.setattr(weight_file, "_open_file", watched)
+    command = ["generate", "--model", "sprites", "--refiner", "sprites", "--frames", "9", "--prompt", "a red star"]
+    assert main([*command, "--out", str(tmp_path / "star.mp4")]) == 0
+    assert len(opened) == len({*opened}) == 4  # transformer, VAE, text encoder, refiner
+
+
+def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> None:
+    def latents(*more: str) -> torch.Tensor:
+        out = tmp_path / "star.mp4"
+        command = ["generate", "--model", "random-tiny", "--size", "32x32", "--frames", "57", "--prompt", "a red star"]
+        assert main([*command, "--save-latents", "--overwrite", "--out", str(out), *more]) == 0
+        (found,) = load_file(out.with_suffix(".latents.safetensors")).values()
+        return found
+
+    plain = latents()
+    assert torch.equal(latents("--policy", "top-frames:k=15"), plain)
+    assert not torch.equal(latents("--policy", "top-frames:k=1,recent=1"), plain)
+    assert "top-frames:k=1" in read_metadata(tmp_path / "star.mp4")["policy"]
+    assert torch.equal(latents("--method", "hiar", "--steps", "1000"), latents("--steps", "1000"))
+    assert not torch.equal(latents("--method", "hiar"), plain)
+    capsys.readouterr()
+    for wrong in (("--policy", "top-frames:k=0"), ("--method", "hiar:k=1"), ("--policy", "nothing")):
+        command = ["generate", "--model", "random-tiny", "--out", str(tmp_path / "a.mp4"), *wrong]
+        assert main(command) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert not (tmp_path / "a.mp4").exists()
 
 
 def test_inspect_knows_latents_finished_or_not(files, tmp_path, capsys) -> None:
@@ -188,8 +226,8 @@ def test_a_stop_before_the_first_chunk_leaves_nothing(files, tmp_path, capsys, m
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("load_network", "sample", "inspect"):
-        monkeypatch.setattr(f"autorefiner.refiner.generate.{place}", stop)
+    for place in ("generate.load_network", "generate.sample", "job.open_checkpoint"):
+        monkeypatch.setattr(f"autorefiner.refiner.{place}", stop)
         assert main(command(files, tmp_path / "fox.mp4", "--save-latents")) == 130
         assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
         assert not list(tmp_path.iterdir())

@@ -10,8 +10,8 @@ import torch
 from autorefiner.refiner import estimate
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.files import check_output
-from autorefiner.refiner.generate import GenerateOptions
 from autorefiner.refiner.latents import LatentWriter, inspect_latents, read_latents
+from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.video import VideoWriter, read_frames
 
 

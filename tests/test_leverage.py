@@ -11,7 +11,7 @@ from torch import Tensor
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import leverage
 from autorefiner.refiner.demo.leverage import ChannelMean, LeverageOptions
-from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.refiner_stage import RefinerStage
 
 from tiny import TINY, tiny_network
 from tiny_bundle import write_tiny_bundle
@@ -30,7 +30,7 @@ def encode(prompts: list[str]) -> Tensor:
 @pytest.mark.parametrize(("method", "least", "most"), [("autorefiner", 0.5, 5.0), ("init-noise", 0.0, 0.1)])
 def test_24_updates_raise_the_reward_by_the_paths_noises_alone(method: str, least: float, most: float) -> None:
     options = replace(OPTIONS, method=method)
-    stage = RefineStage(options, tiny_network(), ChannelMean(), PROMPTS, encode, lambda *_: {}, ["held", "out"])
+    stage = RefinerStage(options, tiny_network(), ChannelMean(), PROMPTS, encode, lambda *_: {}, ["held", "out"])
     assert stage.compare() == {"held-out": 0.0}
     for index in range(options.steps):
         stage.step(index)

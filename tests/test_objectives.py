@@ -17,7 +17,7 @@ from autorefiner.refiner.training.dmd_objective import DmdObjective
 from autorefiner.refiner.training.learner import Learner
 from autorefiner.refiner.training.objective import Means, Objective
 from autorefiner.refiner.training.options import RefineOptions
-from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.training.residuals import Residuals, describe, normal_distance
 from autorefiner.refiner.training.reward_objective import RewardObjective
 from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture
@@ -49,9 +49,9 @@ def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective
     return RewardObjective(options, rewards, tiny_vae())
 
 
-def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()) -> RefineStage:
+def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()) -> RefinerStage:
     objective = objective_of(options, rewards)
-    return RefineStage(options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out)
+    return RefinerStage(options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out)
 
 
 def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
@@ -140,7 +140,7 @@ def test_the_critic_begins_as_the_teacher_and_the_teacher_stays() -> None:
     objective = objective_of(SMALL)
     teacher = {name: one.detach().clone() for name, one in objective.teacher.model.named_parameters()}
     assert all(torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())
-    stage = RefineStage(SMALL, tiny_network(), objective, PROMPTS, encode, lambda *_: {})
+    stage = RefinerStage(SMALL, tiny_network(), objective, PROMPTS, encode, lambda *_: {})
     stage.step(0)
     assert all(torch.equal(one, teacher[name]) for name, one in objective.teacher.model.named_parameters())
     assert any(not torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())

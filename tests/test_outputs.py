@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.generate import generate, notes, prepare
+from autorefiner.refiner.generate import generate
+from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import HEADER, read_latents
 from autorefiner.refiner.video import VideoWriter
 

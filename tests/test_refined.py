@@ -7,7 +7,7 @@ from autorefiner.refiner.cli import main
 from autorefiner.refiner.latents import read_latents
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
 from autorefiner.refiner.noise.refiner import target_modules
-from autorefiner.refiner.refined import RefinerPlan
+from autorefiner.refiner.refiner_plan import RefinerPlan
 from autorefiner.refiner.video import read_metadata
 from autorefiner.refiner.wan.lora import LoraPair
 from autorefiner.refiner.wan.transformer import WAN_TINY, WanTransformer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autorefiner.nodes.run import Run, normalized, plan_run, raw_latents
+from autorefiner.nodes.run import Run, plan_run
 from autorefiner.refiner.estimate import Estimate, parameter_count, pass_bytes, text_kv_bytes
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
@@ -21,7 +21,7 @@ from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
-from autorefiner.refiner.wan.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from autorefiner.refiner.wan.vae import LATENT_MEAN, LATENT_STD, WanVAE, normalized, raw_latents
 
 from tiny import TINY, tiny_network
 

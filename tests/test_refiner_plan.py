@@ -9,7 +9,7 @@ from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.whole import WholeClip
 from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.noise.refiner import target_modules
-from autorefiner.refiner.refined import RefinerPlan
+from autorefiner.refiner.refiner_plan import RefinerPlan
 from autorefiner.refiner.sample import RunPlan
 from autorefiner.refiner.samplers import SAMPLERS, Method
 from autorefiner.refiner.schedule import PRESETS

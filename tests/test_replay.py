@@ -14,7 +14,7 @@ from autorefiner.refiner.noise.source import Draw, GivenNoise, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training import dmd_objective, refine
 from autorefiner.refiner.training.options import RefineOptions
-from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.training.replay import Captured, Outputs, Replay, replayable
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.upload import holding, upload
@@ -77,7 +77,7 @@ class Alone(TorchDispatchMode):
         return made
 
 
-def replaying(monkeypatch: pytest.MonkeyPatch, options: RefineOptions) -> RefineStage:
+def replaying(monkeypatch: pytest.MonkeyPatch, options: RefineOptions) -> RefinerStage:
     with monkeypatch.context() as patch:
         for module in (refine, dmd_objective):
             patch.setattr(module, "Replay", Repeated)

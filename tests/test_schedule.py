@@ -49,10 +49,10 @@ def test_presets_are_the_published_models() -> None:
         "infinite-forcing": 4, "one-forcing": 1, "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4,
         "streamdiffusion-v2": 4,
     }  # fmt: skip
-    windows = {name: (preset.window, preset.sink, preset.relative) for name, preset in PRESETS.items()}
-    assert {name: window for name, window in windows.items() if window != (-1, 0, False)} == {
-        "longlive": (12, 3, False), "krea-14b": (6, 1, True), "reward-forcing": (9, 3, False),
-        "infinite-forcing": (6, 1, True), "opsd-v": (12, 3, True), "longlive-14b": (12, 3, False),
+    windows = {name: (preset.window, preset.sink, preset.positions) for name, preset in PRESETS.items()}
+    assert {name: window for name, window in windows.items() if window != (-1, 0, "absolute")} == {
+        "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"), "reward-forcing": (9, 3, "absolute"),
+        "infinite-forcing": (6, 1, "relative"), "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
     }  # fmt: skip
     assert all(preset.source for preset in PRESETS.values())
     with pytest.raises(ValueError, match="self-forcing, causvid"):

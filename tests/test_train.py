@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner import train as training
+from autorefiner.refiner.bundles import BUNDLES, DEMO
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import save_model
+from autorefiner.refiner.demo.bundle import load_sprite_network, save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.schedule import PRESETS
@@ -60,7 +61,7 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     assert main(["train", str(path), "--device", "cpu"]) == 0
     pairs, card = load_refiner(tmp_path / "small.safetensors")
     assert (card.rank, card.levels, card.previous, card.steps, card.objective) == (2, (750, 250), previous, 4, "dmd")
-    assert card.base == fingerprint(training.load_sprite_network("student", "cpu").model)
+    assert card.base == fingerprint(load_sprite_network("student", bundle).model)
     assert any(pair.up.any() for pair in pairs.values())
     logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
     assert {"loss", "gradient", "rms 750", "distance 750", "held-out"} <= logged
@@ -131,7 +132,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
         folder.mkdir()
         write(folder, inner=inner)
     assert main(["train", str(whole / "small.toml"), "--device", "cpu"]) == 0
-    step = training.RefineStage.step
+    step = training.RefinerStage.step
     with monkeypatch.context() as patch:
 
         def stop(self, index: int):
@@ -139,7 +140,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
                 raise KeyboardInterrupt
             return step(self, index)
 
-        patch.setattr(training.RefineStage, "step", stop)
+        patch.setattr(training.RefinerStage, "step", stop)
         assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 130
     assert main(["train", str(stopped / "small.toml"), "--device", "cpu"]) == 0
     assert rows_of(stopped / "small_run") == rows_of(whole / "small_run")
@@ -335,9 +336,9 @@ def test_prompts_that_the_sprites_do_not_understand_are_said_once(tmp_path) -> N
     good = "a red star circles on a navy ground"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        training.warn_of_misread([good])
+        training.warn_of_misread(BUNDLES[DEMO], [good])
     with pytest.warns(UserWarning, match=r"2 of 3 .*dragon") as seen:
-        training.warn_of_misread([good, "a red dragon", " ".join([good] * 5)])
+        training.warn_of_misread(BUNDLES[DEMO], [good, "a red dragon", " ".join([good] * 5)])
     assert len(seen) == 1
     (tmp_path / "p.txt").write_text("a red dragon\n")
     path = write(tmp_path, 'prompts = "p.txt"', "")

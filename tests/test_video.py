@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from autorefiner.refiner.files import partial_path
 from autorefiner.refiner.pictures import contact_sheet
 from autorefiner.refiner.video import VideoWriter, boxes, read_frames, read_metadata, to_frames
+
+from decoding import decoded_picture
 
 LENGTHS = (9, 12, 12)
 
@@ -194,8 +197,7 @@ def test_pixels_become_frames() -> None:
 def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
     frames = smooth(5)
     contact_sheet(frames, tmp_path / "sheet.png", columns=3, gap=2)
-    with av.open(str(tmp_path / "sheet.png")) as container:
-        sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    sheet = decoded_picture(tmp_path / "sheet.png")
     assert sheet.shape == (2 * 34 + 2, 3 * 50 + 2, 3)
     assert np.array_equal(sheet[2:34, 2:50], frames[0])
     assert np.array_equal(sheet[36:68, 52:100], frames[4])
@@ -205,13 +207,27 @@ def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
 def test_a_contact_sheet_marks_its_rows(tmp_path) -> None:
     frames, marks = smooth(6), [np.full((32, 9, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))]
     contact_sheet(frames, tmp_path / "sheet.png", columns=2, gap=2, marks=marks)
-    with av.open(str(tmp_path / "sheet.png")) as container:
-        sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    sheet = decoded_picture(tmp_path / "sheet.png")
     assert sheet.shape == (3 * 34 + 2, 2 * 50 + 2 + 9 + 2, 3)
     for row, mark in enumerate([*marks, marks[0]]):
         bar = sheet[2 + 34 * row : 34 + 34 * row, 2:11]
         assert np.array_equal(bar, mark)
     assert np.array_equal(sheet[2:34, 13:61], frames[0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
+def test_a_full_disk_leaves_the_picture_before(tmp_path) -> None:
+    path, partial = tmp_path / "a.png", tmp_path / ".a.png.partial"
+    contact_sheet(smooth(2), path)
+    before = path.read_bytes()
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        contact_sheet(smooth(3), path)
+    assert path.read_bytes() == before
+    partial.unlink()
+    contact_sheet(smooth(3), path)
+    assert decoded_picture(path).shape == (36, 2 + 8 * 50, 3)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 3), (2, 0)])

@@ -11,8 +11,10 @@ from unittest.mock import patch
 
 import torch
 
+from autorefiner.refiner import bundles
 from autorefiner.refiner import train as training
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo import sheets
 from autorefiner.refiner.demo.bundle import save_model
 from autorefiner.refiner.demo.clips import student_clips
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
@@ -36,16 +38,10 @@ def write_tiny_bundle(models: Path) -> None:
 
 def use_bundle(models: Path, put: Callable[[object, str, object], None] = setattr) -> None:
     """Have trainings load their models from there; `put` sets an attribute of a module."""
-    for name in ("load_sprite_vae", "load_sprite_text"):
-        loaded = getattr(training, name)(models)
-        put(training, name, lambda loaded=loaded: loaded)
-    load, reward = training.load_sprite_network, training.load_sprite_reward
-    put(training, "load_sprite_reward", lambda frames, device: reward(models, frames, device))
-    put(training, "load_sprite_network", lambda name, device: load(name, models, device))
-    put(training, "SPRITE_PROMPTS", 8)
+    put(bundles, "BUNDLES", {**bundles.BUNDLES, bundles.DEMO: bundles.sprites(models)})
+    put(training, "BUNDLED_PROMPTS", 8)
     put(training, "HELD_OUT", 2)
-    put(training, "student_clips", partial(student_clips, frames=6))  # of the sample sheets
-    put(training, "WEIGHTS", models)
+    put(sheets, "student_clips", partial(student_clips, frames=6))
 
 
 def start_forkserver() -> BaseContext:

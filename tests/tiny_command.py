@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from autorefiner.refiner.cli import build_parser, options_of
-from autorefiner.refiner.generate import GenerateOptions
 from autorefiner.refiner.latents import LatentWriter
+from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.wan.vae import WanVAE
 
 from tiny import TINY, tiny_network

@@ -123,7 +123,8 @@ def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
 
 
 def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    from ...refiner.demo import bundle
+    from ...refiner.bundles import BUNDLES, DEMO
+    from ...refiner.demo.bundle import recipe_of
     from ...refiner.wan.checkpoint import load_vae_state
     from ..sprites import sprite_file, sprite_preset
 
@@ -131,12 +132,13 @@ def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
         model = load_model(sprite_file("student"), sprite_preset(), "fp32", "auto")
     else:
         model = load_patcher(str(sprite_file(network)), "fp32", "auto", causal=False)
-    weights = {name: tensor.float() for name, tensor in load_vae_state(sprite_file("vae")).items()}
-    if preview := bundle.told_of("vae", bundle.WEIGHTS).get("preview"):
+    demo = BUNDLES[DEMO]
+    weights = {name: tensor.float() for name, tensor in load_vae_state(demo.vae).items()}
+    if preview := recipe_of("vae", demo.vae.parent).get("preview"):
         # The demo's VAE has other colours; this latent format belongs to this model alone.
         latents = model.model.latent_format
         *latents.latent_rgb_factors, latents.latent_rgb_factors_bias = preview
-    clip = sprite_clip(bundle.load_sprite_text(bundle.WEIGHTS))
+    clip = sprite_clip(demo.text("cpu"))
     return model, clip, comfy.sd.VAE(sd=weights, dtype=torch.float32)
 
 
@@ -171,10 +173,10 @@ class SpriteTokenizer:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **_: object
     ) -> dict[str, list[str]]:
-        from ...refiner.demo.captions import misread
+        from ...refiner.bundles import BUNDLES, DEMO
 
-        if warnings := misread(text):
-            notice("; ".join(warnings))
+        if lines := BUNDLES[DEMO].prompt_notes(text):
+            notice("; ".join(lines))
         return {"sprites": [text]}
 
     def state_dict(self) -> dict:

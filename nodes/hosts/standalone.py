@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ...refiner.demo import bundle
-from ...refiner.demo.captions import misread
+from ...refiner.bundles import BUNDLES, DEMO
+from ...refiner.device import pick_device, pick_dtype
 from ...refiner.estimate import available_bytes
 from ...refiner.files import unused_path
-from ...refiner.generate import FPS, pick_device, pick_dtype
+from ...refiner.generate import FPS
 from ...refiner.noise.file import fingerprint
 from ...refiner.rollout import Progress
 from ...refiner.terminal import printable
@@ -28,11 +28,11 @@ from ...refiner.video import as_bytes, read_frames, video_rate, video_size
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
-from ...refiner.wan.vae import DecoderState, WanVAE
+from ...refiner.wan.vae import DecoderState, WanVAE, normalized, raw_latents
 from ..passes import Passes
 from ..paths import SHOWN, dated, inside
-from ..run import ModelFacts, Run, held_bytes, normalized, raw_latents
-from ..sprites import sprite_preset
+from ..run import ModelFacts, Run, held_bytes
+from ..sprites import sprite_file, sprite_preset
 from . import schema as io
 
 __all__ = ["io"]
@@ -97,15 +97,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A CLIP; `sprites` says that the encoder knows only the demo's words."""
+    """A CLIP: a text encoder, and what it warns of in a prompt."""
 
-    encode: nn.Module
-    sprites: bool
+    encode: Callable[[list[str]], Tensor]
+    notes: Callable[[str], list[str]] = lambda text: []
 
     def context(self, text: str) -> Tensor:
-        """Encode a prompt to [1, text_len, text_dim], fp32 on the CPU; warn of unknown words."""
-        if self.sprites and (warnings := misread(text)):
-            notice("; ".join(warnings))
+        """Encode a prompt to [1, text_len, text_dim], fp32 on the CPU, with its warnings."""
+        if lines := self.notes(text):
+            notice("; ".join(lines))
         return self.encode([text]).float().cpu()
 
 
@@ -169,16 +169,17 @@ def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
 
 
 def load_demo(network: str) -> tuple[Model, Clip, WanVAE]:
-    folder, device = bundle.WEIGHTS, _place.device
+    demo, device = BUNDLES[DEMO], _place.device
     preset = sprite_preset() if network == "student" else None
-    model = Model(bundle.load_sprite_network(network, folder, device), preset)
-    text = bundle.load_sprite_text(folder).to(device)
-    return model, Clip(text, sprites=True), bundle.load_sprite_vae(folder).to(device)
+    model, info = load_transformer(sprite_file(network), dtype=torch.float32, device=device)
+    clip = Clip(demo.text(device), demo.prompt_notes)
+    vae = WanVAE.from_state_dict(load_vae_state(demo.vae)).to(device, torch.float32)
+    return Model(CausalWan(model, info.config), preset), clip, vae.requires_grad_(False)
 
 
 def load_clip(path: Path) -> Clip:
     """Load a CLIP from a umT5 file in ComfyUI's format."""
-    return Clip(load_text_encoder(path, device=_place.device).encode, sprites=False)
+    return Clip(load_text_encoder(path, device=_place.device).encode)
 
 
 def load_vae(path: Path) -> WanVAE:

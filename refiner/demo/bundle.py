@@ -1,4 +1,4 @@
-"""The bundled models as files: trained runs in, bf16 safetensors with their recipe and scores out, and back."""
+"""The sprites' models as files: bf16 safetensors with their recipe and scores."""
 
 import json
 from dataclasses import asdict
@@ -18,25 +18,18 @@ from .reward_model import FRAMES, SpriteVideoText
 from .text_encoder import SpriteTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-REFINERS = {  # by the name that chooses them: trained by distribution matching, and with the bundled reward
+REFINERS = {  # trained by distribution matching, and with the bundled reward
     "sprites": "sprites.refiner.safetensors",
     "sprites-reward": "sprites_reward.refiner.safetensors",
 }
-FILES = {name: f"sprites_{name}.safetensors" for name in ("vae", "text", "teacher", "student", "reward")}
-
-
-def sprite_refiner_file(name: str) -> Path:
-    """A bundled refiner, one of REFINERS; ValueError where the bundle does not have it."""
-    path = WEIGHTS / REFINERS[name]
-    if not path.exists():
-        raise ValueError(f"the bundle has no refiner {name} ({path} is not there): train one with autorefiner train")
-    return path
+MODELS = ("vae", "text", "teacher", "student", "reward")
+FILES = {name: f"sprites_{name}.safetensors" for name in MODELS}
 
 
 def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
-    """The same VAE whose latents, of raw statistics `mean` and `std` [16], Wan's published constants normalise.
+    """Rescale the latents, of raw `mean` and `std` [16], to those that Wan's constants normalise.
 
-    The change of scale is folded into the two 1x1x1 convolutions around the latent; pixels stay the same.
+    Folds the scale into the two 1x1x1 convolutions around the latent; pixels stay the same.
     """
     weights = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     scale = torch.tensor(LATENT_STD) / std
@@ -49,11 +42,13 @@ def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
     return WanVAE.from_state_dict(weights)
 
 
-def save_model(folder: Path, name: str, model: nn.Module, config: WanConfig | None, told: dict) -> Path:
-    """Write a model of the bundle in bf16. `told` says recipe, steps and scores; a config makes ComfyUI load it."""
-    metadata = {"autorefiner": json.dumps(told)}
+def save_model(
+    folder: Path, name: str, model: nn.Module, config: WanConfig | None, recipe: dict
+) -> Path:
+    """Write a model in bf16, with its recipe, steps and scores; a config makes ComfyUI load it."""
+    metadata = {"autorefiner": json.dumps(recipe)}
     if config is not None:
-        causal = {"causal_ar": True} if name == "student" else {}  # ComfyUI knows no false one
+        causal = {"causal_ar": True} if name == "student" else {}  # ComfyUI knows no false value
         metadata["config"] = json.dumps({"transformer": {**causal, **asdict(config)}})
     tensors = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,13 +57,14 @@ def save_model(folder: Path, name: str, model: nn.Module, config: WanConfig | No
 
 
 def load_sprite_vae(folder: Path = WEIGHTS) -> WanVAE:
-    """The bundled VAE, fp32."""
-    weights = {name: tensor.float() for name, tensor in load_vae_state(folder / FILES["vae"]).items()}
+    """Load the VAE, fp32."""
+    state = load_vae_state(folder / FILES["vae"])
+    weights = {name: tensor.float() for name, tensor in state.items()}
     return WanVAE.from_state_dict(weights).requires_grad_(False)
 
 
 def load_sprite_text(folder: Path = WEIGHTS) -> SpriteTextEncoder:
-    """The bundled text encoder, fp32."""
+    """Load the text encoder, fp32."""
     file = open_weights(folder / FILES["text"])
     text_len, dim = file.groups[FLAT]["position"].shape
     encoder = SpriteTextEncoder(dim, text_len)
@@ -76,8 +72,10 @@ def load_sprite_text(folder: Path = WEIGHTS) -> SpriteTextEncoder:
     return encoder.eval().requires_grad_(False)
 
 
-def load_sprite_network(name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> CausalWan:
-    """The bundled teacher or student, fp32."""
+def load_sprite_network(
+    name: str, folder: Path = WEIGHTS, device: torch.device | str = "cpu"
+) -> CausalWan:
+    """Load the teacher or the student, fp32."""
     model, info = load_transformer(folder / FILES[name], dtype=torch.float32, device=device)
     return CausalWan(model, info.config)
 
@@ -85,10 +83,13 @@ def load_sprite_network(name: str, folder: Path = WEIGHTS, device: torch.device 
 def load_sprite_reward(
     folder: Path = WEIGHTS, frames: FrameDraw = FRAMES, device: torch.device | str = "cpu"
 ) -> VideoTextReward:
-    """The bundled text-video reward, fp32; ValueError where it was not made yet."""
+    """Load the text-video reward, fp32; ValueError where it is missing."""
     path = folder / FILES["reward"]
     if not path.exists():
-        raise ValueError(f"{path} is not there: make it with `autorefiner demo train reward`, or use another reward")
+        raise ValueError(
+            f"{path} is not there: make it with `autorefiner demo train reward`, or use another"
+            " reward"
+        )
     file = open_weights(path)
     weights = {name: file.read(FLAT, name).float() for name in file.groups[FLAT]}
     text_len, text_dim = weights["captions.position"].shape
@@ -97,6 +98,7 @@ def load_sprite_reward(
     return VideoTextReward("sprites", model.eval().requires_grad_(False).to(device), frames)
 
 
-def told_of(name: str, folder: Path = WEIGHTS) -> dict:
-    """What a file of the bundle says of itself: recipe, steps, scores."""
-    return json.loads(open_weights(folder / FILES[name]).metadata.get("autorefiner", "{}"))
+def recipe_of(name: str, folder: Path = WEIGHTS) -> dict:
+    """The recipe, steps and scores in a model's file."""
+    metadata = open_weights(folder / FILES[name]).metadata
+    return json.loads(metadata.get("autorefiner", "{}"))

@@ -107,31 +107,43 @@ def unknown_words(text: str) -> list[str]:
 
 
 def misread(text: str) -> list[str]:
-    """What the models will not take from a text as a person would, a line each: words they have never read, and what no
-    caption says like this."""
+    """Warn of words that the models have never read, and of what no caption says, a line each."""
     unknown, read = ", ".join(map(repr, unknown_words(text)[:5])), words(text)
-    told = [f"the sprites do not know {unknown}: what they do know is in the README"] if unknown else []
+    lines = []
+    if unknown:
+        lines.append(f"the sprites do not know {unknown}: what they do know is in the README")
     if len(read) > MOST_WORDS:
-        told.append(f"the sprites read {MOST_WORDS} words of {len(read)}: up to …{' '.join(read[:MOST_WORDS][-4:])!r}")
-    return told + unlike_captions(text)
+        last = " ".join(read[:MOST_WORDS][-4:])
+        lines.append(f"the sprites read {MOST_WORDS} words of {len(read)}: up to …{last!r}")
+    return lines + unlike_captions(text)
 
 
 def unlike_captions(text: str) -> list[str]:
-    """What a text says as no caption does, a line each: a ground of a colour that no ground has, an object of which no
-    motion is said. The models know captions alone, and make something else of such a text."""
-    found, told = words(text), []
+    """Warn of a ground in a colour that no ground has, and of objects without a motion.
+
+    The models know captions alone, and make something else of such a text.
+    """
+    read, lines = words(text), []
     grounds = {word for name in GROUND_COLOURS for word in COLOUR_WORDS[name]}
-    colours = {word for options in COLOUR_WORDS.values() for word in options}
-    for before, word in pairwise(found):
+    colours = {word for synonyms in COLOUR_WORDS.values() for word in synonyms}
+    for before, word in pairwise(read):
         if word in GROUND_WORDS and before in colours - grounds:
-            told.append(f"the sprites have no {before} {word}: theirs are {', '.join(GROUND_COLOURS)}")
+            theirs = ", ".join(GROUND_COLOURS)
+            lines.append(f"the sprites have no {before} {word}: theirs are {theirs}")
     verbs = {words(phrase)[0] for phrase in _phrases((VERBS, SWING_VERBS))}
+    for noun, rest in _objects(read):
+        if not verbs & {*rest}:
+            lines.append(f"the {noun} has no motion: say one of each object, as 'that stays still'")
+    return lines
+
+
+def _objects(read: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each shape's noun, and the words up to the next one; not the circle of `in a circle`."""
     shapes = {*_phrases(SHAPE_WORDS)}
-    nouns = [place for place, word in enumerate(found) if word in shapes and found[max(place - 2, 0)] != "in"]
-    for start, end in pairwise([*nouns, len(found)]):
-        if not verbs & {*found[start + 1 : end]}:
-            told.append(f"the {found[start]} has no motion: say one of each object, as 'that stays still'")
-    return told
+    nouns = [place for place, word in enumerate(read) if word in shapes]
+    nouns = [place for place in nouns if read[max(place - 2, 0)] != "in"]
+    for start, end in pairwise([*nouns, len(read)]):
+        yield read[start], read[start + 1 : end]
 
 
 def _pick(rng: Generator, options: tuple[str, ...]) -> str:

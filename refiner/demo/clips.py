@@ -43,6 +43,16 @@ def held_out(count: int, split: str = "test", first: int = 0) -> list[Caption]:
     return [sample_scene(seed, split).caption for seed in range(first, first + count)]
 
 
+def held_out_prompts(count: int) -> list[str]:
+    """The texts of the first held-out captions."""
+    return [caption.text for caption in held_out(count)]
+
+
+def training_prompts(count: int) -> list[str]:
+    """The texts of the first training captions."""
+    return [sample_scene(seed).caption.text for seed in range(count)]
+
+
 def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str]]:
     """Their texts, `size` at a time."""
     rest = iter(captions)
@@ -101,10 +111,15 @@ def returned_clips(vae: WanVAE, captions: Sequence[Caption], frames: int = 81) -
         yield from decoded(vae, vae.encode(pixels.to(device)))
 
 
-def score(clips: Iterable[ndarray], captions: Sequence[Caption], told: str = "", workers: int = 0) -> list[ClipScores]:
-    """Scores of each clip against its caption, found by so many processes, or by this one."""
-    pairs = zip(clips, captions, strict=True)
-    bar = tqdm(pairs, total=len(captions), desc=told, unit="clip", disable=not told, dynamic_ncols=True)
+def score(
+    clips: Iterable[ndarray], captions: Sequence[Caption], title: str = "", workers: int = 0
+) -> list[ClipScores]:
+    """Score each clip against its caption, in so many processes or in this one.
+
+    A title shows a progress bar.
+    """
+    pairs, count = zip(clips, captions, strict=True), len(captions)
+    bar = tqdm(pairs, title, count, unit="clip", disable=not title, dynamic_ncols=True)
     if not workers:
         return [evaluate_clip(clip, caption) for clip, caption in bar]
     with ProcessPoolExecutor(workers, get_context("spawn"), ignore_in_worker) as pool:
@@ -124,8 +139,8 @@ def show_clips(
     frames = [frame for clip in rows for frame in clip[:: len(clip) // 8][:8]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png")
     (folder / f"sheet_{index:06d}.txt").write_text("\n".join(caption.text for caption in captions[:SHOWN]) + "\n")
-    found = summarise(score(clips, captions))
-    return {name: found[name].mean for name in ("object", "colour", "action", "quality", "total")}
+    summary = summarise(score(clips, captions))
+    return {name: summary[name].mean for name in ("object", "colour", "action", "quality", "total")}
 
 
 @torch.no_grad()

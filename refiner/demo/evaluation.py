@@ -1,4 +1,4 @@
-"""The bundled models against held-out captions: clips, their scores, and the table of `autorefiner demo evaluate`."""
+"""The bundled models against held-out captions: the table of `autorefiner demo evaluate`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from ..samplers import ode
 from ..training.ahead import helpers
 from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
-from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, told_of
+from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, recipe_of
 from .captions import Caption
 from .clips import LATENT_FRAMES, PRESET, held_out, returned_clips, score, student_clips, teacher_clips, truth_clips
 from .metrics.diversity import diversity
@@ -58,12 +58,12 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
     captions = held_out(options.captions)
     rare = held_out(options.captions, "composition")
     models = demo.student, demo.text, demo.vae
-    kept: list[ndarray] = []
+    first_clips: list[ndarray] = []
 
-    def first_kept(clips: Iterable[ndarray]) -> Iterator[ndarray]:
+    def remember_first(clips: Iterable[ndarray]) -> Iterator[ndarray]:
         for number, clip in enumerate(clips):
             if number < options.pairs:
-                kept.append(clip)
+                first_clips.append(clip)
             yield clip
 
     columns: dict[str, Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]] = {
@@ -72,23 +72,23 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         f"teacher, {options.steps} steps": lambda: (
             teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps), captions,
         ),
-        "student": lambda: (first_kept(student_clips(*models, captions)), captions),
+        "student": lambda: (remember_first(student_clips(*models, captions)), captions),
         "student, ODE": lambda: (student_clips(*models, captions, method_of=lambda texts: ode), captions),
         "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
         "student, 4 times as long": lambda: (
             student_clips(
                 *models, captions[: options.long_captions], frames=LONG_FRAMES,
-                preset=replace(PRESET, window=LATENT_FRAMES, relative=True),
+                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
             ), captions[: options.long_captions],
         ),
     }  # fmt: skip
     scores = {name: score(*make(), name, helpers(device)) for name, make in columns.items()}
     pairs = captions[: options.pairs]
     again = list(student_clips(*models, pairs, seed=1))
-    differ = diversity(kept + again, [*pairs, *pairs])
+    differ = diversity(first_clips + again, [*pairs, *pairs])
     lines = [
         f"{len(captions)} held-out captions, one clip of 81 frames of 64x64 each; every row is 0–100, higher is",
-        f"better, with its 95 % bootstrap interval over captions. Models: {told_models(folder)}.",
+        f"better, with its 95 % bootstrap interval over captions. Models: {describe_recipes(folder)}.",
         f"Four times as long: {options.long_captions} captions, 321 frames, memory of {LATENT_FRAMES} latent frames.",
         f"Diversity of the student (two seeds of {len(pairs)} captions, against the world's own): {differ:.1f}.",
         "",
@@ -97,47 +97,50 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         "Paired by caption, the difference of the totals:",
         "",
         *differences(scores, f"teacher, {options.steps} steps"),
-        *told_totals(folder),
+        *list_totals(folder),
     ]
     return "\n".join(lines)
 
 
 def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
-    """Lines of a list: student against teacher, and without fresh noise against with it."""
+    """List student against teacher, and sampling without fresh noise against with it."""
     lines = []
     for name, baseline in (("student", teacher), ("student, ODE", "student")):
-        found = paired_difference(scores[name], scores[baseline])
-        lines.append(f"- {name} less {baseline}: {found['total']}")
+        difference = paired_difference(scores[name], scores[baseline])
+        lines.append(f"- {name} less {baseline}: {difference['total']}")
     return lines
 
 
-def told_models(folder: Path) -> str:
-    """The recipes and steps that the bundle's files tell."""
-    told = {name: told_of(name, folder) for name in ("vae", "teacher", "student")}
-    return ", ".join(
-        " and ".join(f"{one.get('recipe', name)} {one.get('steps', '?')}" for one in (*last.get("before", []), last))
-        + " steps"
-        for name, last in told.items()
-    )
+def describe_recipes(folder: Path) -> str:
+    """Describe the recipes and steps that trained the models, from their files."""
+    models = []
+    for name in ("vae", "teacher", "student"):
+        last = recipe_of(name, folder)
+        recipes = [*last.get("before", []), last]
+        parts = [f"{recipe.get('recipe', name)} {recipe.get('steps', '?')}" for recipe in recipes]
+        models.append(f"{' and '.join(parts)} steps")
+    return ", ".join(models)
 
 
-def told_totals(folder: Path) -> list[str]:
-    """Lines: how the total of the sample sheets rose while teacher and student were trained, as their files tell."""
-    found = {name: told_of(name, folder).get("totals") for name in ("teacher", "student")}
-    lines = [
-        f"- {name}: " + ", ".join(f"{total} ({int(steps):,})" for steps, total in totals.items())
-        for name, totals in found.items()
-        if totals
-    ]
-    return ["", "Totals of a few captions while training, after so many steps:", "", *lines] if lines else []
+def list_totals(folder: Path) -> list[str]:
+    """List the totals of the sample sheets of teacher and student in training, from their files."""
+    lines = []
+    for name in ("teacher", "student"):
+        totals = recipe_of(name, folder).get("totals", {})
+        if totals:
+            by_steps = [f"{total} ({int(steps):,})" for steps, total in totals.items()]
+            lines.append(f"- {name}: {', '.join(by_steps)}")
+    if not lines:
+        return []
+    return ["", "Totals of a few captions while training, after so many steps:", "", *lines]
 
 
 def write_section(path: Path, title: str, body: str) -> None:
     """Put a `## title` section into a Markdown file: in the place of the one it had, else at the end."""
     text = path.read_text() if path.exists() else "# Results\n"
     head, *sections = text.split("\n## ")
-    kept = {section.split("\n", 1)[0]: section for section in sections}
-    kept[title] = f"{title}\n\n{body.strip()}\n"
+    by_title = {section.split("\n", 1)[0]: section for section in sections}
+    by_title[title] = f"{title}\n\n{body.strip()}\n"
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("\n## ".join([head, *kept.values()]))
+    temporary.write_text("\n## ".join([head, *by_title.values()]))
     temporary.replace(path)

@@ -10,7 +10,7 @@ from tqdm import trange
 
 from ..training.objective import Part
 from ..training.options import RefineOptions
-from ..training.refine import RefineStage
+from ..training.refiner_stage import RefinerStage
 from ..training.residuals import Residuals
 from .bundle import load_sprite_network, load_sprite_text
 from .clips import held_out
@@ -71,7 +71,7 @@ def leverage(options: LeverageOptions, device: torch.device) -> str:
     rows = [["method", "held-out reward", "rms Δ"]]
     for method, name in METHODS.items():
         training = replace(options.training, method=method)
-        stage = RefineStage(training, network, ChannelMean(), prompts, text, lambda *_: {}, unseen)
+        stage = RefinerStage(training, network, ChannelMean(), prompts, text, lambda *_: {}, unseen)
         for index in trange(options.updates, desc=name, unit="update", dynamic_ncols=True):
             logged = stage.step(index)
         sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
+from PIL import Image, ImageDraw, ImageFont
 
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
@@ -23,14 +24,7 @@ ENLARGED = 4  # a pixel of the sprite world to this many, squared, in a video
 ON_SHEET = 2  # and on the sheet
 SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
 COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230), "rewarded": (200, 105, 0)}  # of what is behind a name
-GLYPHS = {  # the letters of those names, five rows of five pixels each
-    "A": (0b01110, 0b10001, 0b11111, 0b10001, 0b10001), "B": (0b11110, 0b10001, 0b11110, 0b10001, 0b11110),
-    "D": (0b11110, 0b10001, 0b10001, 0b10001, 0b11110), "E": (0b11111, 0b10000, 0b11110, 0b10000, 0b11111),
-    "F": (0b11111, 0b10000, 0b11110, 0b10000, 0b10000), "I": (0b01110, 0b00100, 0b00100, 0b00100, 0b01110),
-    "N": (0b10001, 0b11001, 0b10101, 0b10011, 0b10001), "R": (0b11110, 0b10001, 0b11110, 0b10010, 0b10001),
-    "S": (0b01111, 0b10000, 0b01110, 0b00001, 0b11110), "W": (0b10001, 0b10001, 0b10101, 0b11011, 0b10001),
-}  # fmt: skip
-LETTER = (3, 2)  # pixels, down and across, to a letter's pixel
+NAME_SIZE, NAME_MARGIN = 20, 6  # pixels: height of the letters, and space beside the longest name
 SCORES = ("object", "colour", "action", "quality", "total")
 
 
@@ -50,16 +44,12 @@ def enlarged(pictures: ndarray, times: int) -> ndarray:
 
 
 def name_plate(name: str, height: int) -> ndarray:
-    """A picture [height, W, 3] with a name of COLOURS in white, as wide for each of them."""
-    letters = np.zeros((5, 6 * max(map(len, COLOURS)) + 1), bool)
-    for place, letter in enumerate(name.upper()):
-        rows = np.array(GLYPHS[letter])[:, None] >> np.arange(4, -1, -1)
-        letters[:, 6 * place + 1 : 6 * place + 6] = rows & 1
-    letters = letters.repeat(LETTER[0], axis=0).repeat(LETTER[1], axis=1)
-    plate = np.full((height, letters.shape[1], 3), COLOURS[name], np.uint8)
-    top = (height - len(letters)) // 2
-    plate[top : top + len(letters)][letters] = 255
-    return plate
+    """Write a name of COLOURS in white on a picture [height, W, 3], whose width fits each of them."""
+    font = ImageFont.load_default(NAME_SIZE)
+    width = 2 * NAME_MARGIN + round(max(map(font.getlength, COLOURS)))
+    plate = Image.new("RGB", (width, height), COLOURS[name])
+    ImageDraw.Draw(plate).text((width / 2, height / 2), name, fill="white", font=font, anchor="mm")
+    return np.asarray(plate)
 
 
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The paper's tables in miniature, on the sprite world: `autorefiner demo tables`.
 
-The learned reward model rewards and chooses, the exact metrics judge. Every trained row has the same budget, and every
-difference is paired by caption and seed (AutoRefiner, Tables 1-4, 6 and 7).
+The learned reward model rewards and chooses, the exact metrics judge. All trained rows have the
+same budget; differences are paired by caption and seed (AutoRefiner, Tables 1-4, 6 and 7).
 """
 
 from collections import Counter
@@ -17,27 +17,27 @@ import torch
 from ..training.options import RefineOptions
 from ..training.rewards.reward import Mixture
 from .bundle import WEIGHTS, load_sprite_reward
-from .captions import Caption
+from .captions import Caption, Stated
 from .clips import LATENT_FRAMES, PRESET, held_out
 from .controls import Control, Kind
 from .evaluation import Demo
 from .metrics.diversity import of_spreads
 from .metrics.evaluate import ClipScores
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
-from .rows import Bench, Outcome, Row
+from .rows import Bench, Outcome, Row, Train
 
 TABLES = (1, 2, 3, 4, 6, 7, 8)
 TOTALS = ("quality", "semantic", "total")
 GAINS = ("semantic", "total")
-TOLD_LEVELS = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
+LEVEL_CHOICES = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 RANKS = (16, 32, 64, 128)
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
 TWO_LEVEL_TABLES = (8,)
-CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions, and the first of them
+CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions that controls are chosen on, and their first
 # As the student was distilled: the teacher's guidance is its own.
 TRAINING = RefineOptions(steps=550, batch=32, accumulation=2, guidance=1.0, shown=16)
-# Batches that a CPU core can train in an hour.
+# Small enough for a CPU core to train in an hour.
 TWO_LEVEL_TRAINING = replace(
     TRAINING, preset=PRESET.changed(steps=TWO_LEVELS), levels=TWO_LEVELS[1:],
     steps=320, accumulation=1, ratio=1, critic_warmup=80, critic_rate=2e-4,
@@ -45,40 +45,52 @@ TWO_LEVEL_TRAINING = replace(
 REWARDED = RefineOptions(objective="reward", steps=200, batch=32, accumulation=2, frames=9, shown=8)
 
 
+Controls = tuple[tuple[tuple[int, ...], Control], ...]  # sampler's levels and control
+
+
 @dataclass(frozen=True, slots=True)
 class TablesOptions:
-    """How much is trained and measured."""
+    """The sizes of trainings and measurements."""
 
     captions: int = 96
     seeds: int = 2
     frames: int = LATENT_FRAMES
     training: RefineOptions = TRAINING  # by distribution matching
-    two_levels: RefineOptions = TWO_LEVEL_TRAINING  # by distribution matching, for a sampler of two levels
+    two_levels: RefineOptions = TWO_LEVEL_TRAINING  # the same, for a sampler of two levels
     rewarded: RefineOptions = REWARDED
     short: int = 120  # steps of each row of Tables 4 and 6
     tables: tuple[int, ...] = TABLES
-    strengths: tuple[float, ...] = (0.03, 0.05, 0.07, 0.1)  # c of the controls, of which the best is chosen
-    controls: tuple[tuple[tuple[int, ...], Control], ...] = ()  # the chosen ones, by the sampler's levels
+    strengths: tuple[float, ...] = (0.03, 0.05, 0.07, 0.1)  # candidates for a control's c
+    controls: Controls = ()  # the chosen ones
 
     @classmethod
     def quick(cls) -> "TablesOptions":
-        """So little that every number is meaningless: it tries the command."""
-        little = dict(steps=2, rank=2, batch=2, accumulation=1, frames=4, ratio=1, critic_warmup=0, shown=1)
-        trainings = {
-            name: replace(training, **little)
-            for name, training in (("training", TRAINING), ("two_levels", TWO_LEVEL_TRAINING), ("rewarded", REWARDED))
-        }
-        return cls(captions=2, frames=5, short=1, strengths=(), **trainings)
+        """Options that only try the command: every number is meaningless."""
+        little = dict(
+            steps=2, rank=2, batch=2, accumulation=1, frames=4, ratio=1, critic_warmup=0, shown=1
+        )  # fmt: skip
+        return cls(
+            captions=2,
+            frames=5,
+            training=replace(TRAINING, **little),
+            two_levels=replace(TWO_LEVEL_TRAINING, **little),
+            rewarded=replace(REWARDED, **little),
+            short=1,
+            strengths=(),
+        )
 
 
 def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
     """The three trained methods of Tables 1 and 2."""
     methods = (("LoRA", "lora"), ("InitNoiseRefiner", "init-noise"), ("AutoRefiner", "autorefiner"))
-    return tuple(Row(f"+{name} ({training.objective})", replace(training, method=method)) for name, method in methods)
+    return tuple(
+        Row(f"+{name} ({training.objective})", replace(training, method=method))
+        for name, method in methods
+    )
 
 
 def control_rows(options: TablesOptions, sampler_levels: tuple[int, ...]) -> list[Row]:
-    """Residuals that nothing was trained for, on one sampler."""
+    """The controls on one sampler."""
     return [
         on_sampler(Row(str(control), control=control), sampler_levels)
         for levels, control in options.controls
@@ -87,78 +99,98 @@ def control_rows(options: TablesOptions, sampler_levels: tuple[int, ...]) -> lis
 
 
 def on_sampler(row: Row, sampler_levels: tuple[int, ...]) -> Row:
-    """The row on a sampler with these levels, which its name says where they are not the preset's."""
+    """The row on a sampler with these levels; its name tells levels other than the preset's."""
     if sampler_levels == BASE.sampler_levels:
         return row
-    return replace(row, name=f"{row.name} at {' '.join(map(str, sampler_levels))}", sampler_levels=sampler_levels)
+    name = f"{row.name} at {' '.join(map(str, sampler_levels))}"
+    return replace(row, name=name, sampler_levels=sampler_levels)
 
 
 def dmd_rows(options: TablesOptions) -> list[Row]:
-    """Table 1."""
-    return [BASE, *control_rows(options, BASE.sampler_levels), *objective_rows(options.training)]
+    """The rows of Table 1."""
+    controls = control_rows(options, BASE.sampler_levels)
+    return [BASE, *controls, *objective_rows(options.training)]
 
 
 def two_level_rows(options: TablesOptions) -> list[Row]:
-    """Table 8: a sampler with something to gain, and what other samplers make of as many passes or more."""
+    """The rows of Table 8: a sampler with room to gain, and samplers of as many passes or more."""
     samplers = (TWO_LEVELS, (1000, 500), (1000, 750, 500), BASE.sampler_levels)
     base, *others = (on_sampler(BASE, levels) for levels in samplers)
     rows = [*objective_rows(options.two_levels)]
-    rows.append(Row(f"{rows[-1].name}, second seed", replace(rows[-1].training, seed=rows[-1].training.seed + 1)))
+    last = rows[-1]
+    second_seed = replace(last.training, seed=last.training.seed + 1)
+    rows.append(Row(f"{last.name}, second seed", second_seed))
     trained = (on_sampler(row, TWO_LEVELS) for row in rows)
     return [base, *others, *control_rows(options, TWO_LEVELS), *trained]
 
 
 def reward_rows(options: TablesOptions) -> list[Row]:
-    """Tables 2 and 7."""
-    searches = [Row("Best-of-N", search="best-of-n"), Row("Search over Path", search="search-over-path")]
+    """The rows of Tables 2 and 7."""
+    searches = [
+        Row("Best-of-N", search="best-of-n"),
+        Row("Search over Path", search="search-over-path"),
+    ]
     return [BASE, *searches, *objective_rows(options.rewarded)]
 
 
 def level_rows(options: TablesOptions) -> list[Row]:
-    """Table 3: one refiner, its levels chosen when sampling."""
-    return [BASE, *(Row(" ".join(map(str, levels)), options.training, levels) for levels in TOLD_LEVELS)]
-
-
-def cache_rows(options: TablesOptions) -> list[Row]:
-    """Table 4."""
-    training = replace(options.training, steps=options.short)
-    forms = [(history, previous) for history in ("none", "shared") for previous in ("none", "pending", "joint")]
+    """The rows of Table 3: one refiner, its levels chosen when sampling."""
     return [
         BASE,
-        *(
-            Row(f"history {history}, previous {previous}", replace(training, history=history, previous=previous))
-            for history, previous in forms
-        ),
+        *(Row(" ".join(map(str, levels)), options.training, levels) for levels in LEVEL_CHOICES),
     ]
 
 
+def cache_rows(options: TablesOptions) -> list[Row]:
+    """The rows of Table 4: what the refiner sees."""
+    short = replace(options.training, steps=options.short)
+    rows = [BASE]
+    for history in ("none", "shared"):
+        for previous in ("none", "pending", "joint"):
+            training = replace(short, history=history, previous=previous)
+            rows.append(Row(f"history {history}, previous {previous}", training))
+    return rows
+
+
 def rank_rows(options: TablesOptions) -> list[Row]:
-    """Table 6; on the head a LoRA has at most its 64 outputs for a rank."""
+    """The rows of Table 6; on the head a LoRA's rank is at most its 64 outputs."""
     training = replace(options.training, steps=options.short)
     return [BASE, *(Row(f"rank {rank}", replace(training, rank=rank)) for rank in RANKS)]
 
 
 def cost_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Passes a chunk above the base's, and verifications; frames a second, decode included."""
+    """Passes and verifications a chunk, above the base's; frames a second, with decoding."""
     cost, chunks = outcome.cost, outcome.chunks
     more = (cost.passes - base.cost.passes) / chunks
     return [f"{more:g}", f"{cost.verifications / chunks:g}", f"{outcome.frames / cost.seconds:.1f}"]
 
 
+def passes_cells(outcome: Outcome, base: Outcome) -> list[str]:
+    """Passes a chunk, above the base's."""
+    return cost_cells(outcome, base)[:1]
+
+
 def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
     """Diversity between the seeds of a caption, and dynamic degree."""
-    return [str(resampled_interval(outcome.spreads, of_spreads)), str(summarise(outcome.scores)["dynamic"])]
+    spread = resampled_interval(outcome.spreads, of_spreads)
+    return [str(spread), str(summarise(outcome.scores)["dynamic"])]
+
+
+def two_level_cells(outcome: Outcome, base: Outcome) -> list[str]:
+    """The cells of Table 8: cost, diversity and dynamic degree."""
+    passes, _, speed = cost_cells(outcome, base)
+    return [passes, speed, *dynamic_cells(outcome, base)]
 
 
 def gains(outcome: Outcome, base: Outcome, captions: int) -> dict[str, Interval]:
-    """Of every row of scores, paired by caption and seed; the seeds of a caption are drawn together."""
+    """Gains of every score over the base, paired by caption and seed, resampled by caption."""
     groups = [number % captions for number in range(len(outcome.scores))]
     return paired_difference(outcome.scores, base.scores, groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One of the paper's: its rows, and the columns beside the totals."""
+    """One of the paper's tables: its rows, and its columns beside the totals."""
 
     title: str
     rows: Callable[[TablesOptions], Sequence[Row]]
@@ -167,75 +199,87 @@ class Table:
 
 
 KINDS = {
-    1: Table("Table 1: trained by distribution matching", dmd_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
+    1: Table("Table 1: trained by distribution matching", dmd_rows, ("ΔNFE",), passes_cells),
     2: Table(
         "Table 2: trained with the reward model, or searching with it", reward_rows,
         ("ΔNFE", "verifications", "frames/s"), cost_cells,
     ),
     3: Table("Table 3: refined levels, chosen when sampling", level_rows),
-    4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), lambda o, b: cost_cells(o, b)[:1]),
+    4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), passes_cells),
     6: Table("Table 6: the rank of the LoRA", rank_rows),
-    7: Table("Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"), dynamic_cells),
+    7: Table(
+        "Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"),
+        dynamic_cells,
+    ),
     8: Table(
-        "Table 8: a sampler of two levels", two_level_rows, ("ΔNFE", "frames/s", "diversity", "dynamic"),
-        lambda o, b: [cost_cells(o, b)[0], cost_cells(o, b)[2], *dynamic_cells(o, b)],
+        "Table 8: a sampler of two levels", two_level_rows,
+        ("ΔNFE", "frames/s", "diversity", "dynamic"), two_level_cells,
     ),
 }  # fmt: skip
 
 
 def machines(outcomes: dict[str, Outcome]) -> str:
-    """A sentence on where rows were trained and measured: on what most were, and which were not; '' if unknown."""
-    told = []
-    for verb, of in (("trained", lambda one: one.trained_on), ("measured", lambda one: one.measured_on)):
-        where = {name: of(outcome) for name, outcome in outcomes.items() if of(outcome)}
-        if not where:
-            continue
-        most = Counter(where.values()).most_common(1)[0][0]
-        others: dict[str, list[str]] = {}
-        for name, place in where.items():
-            if place != most:
-                others.setdefault(place, []).append(f"`{name}`")
-        more = "".join(f", {', '.join(names)} on {place}" for place, names in others.items())
-        told.append(f"{verb} on {most}{more}")
-    return f"Rows were {'; they were '.join(told)}." if told else ""
+    """A sentence on the machines that rows were trained and measured on; "" where unknown."""
+    clauses = []
+    for verb in ("trained", "measured"):
+        places = {name: getattr(outcome, f"{verb}_on") for name, outcome in outcomes.items()}
+        places = {name: place for name, place in places.items() if place}
+        if places:
+            clauses.append(f"{verb} on {by_place(places)}")
+    return f"Rows were {'; they were '.join(clauses)}." if clauses else ""
+
+
+def by_place(places: dict[str, str]) -> str:
+    """The machine of most rows, then the others, each with its rows."""
+    most = Counter(places.values()).most_common(1)[0][0]
+    others: dict[str, list[str]] = {}
+    for name, place in places.items():
+        if place != most:
+            others.setdefault(place, []).append(f"`{name}`")
+    parts = [most, *(f"{', '.join(names)} on {place}" for place, names in others.items())]
+    return ", ".join(parts)
+
+
+def motion_groups(stated: Stated) -> list[str]:
+    """The groups that an object belongs to: its motion, and for a spin its speed and size."""
+    details = (stated.speed, stated.size) if stated.motion == "spin" else ()
+    return [stated.motion, *(f"spin, {detail}" for detail in details if detail)]
 
 
 def by_motion(outcome: Outcome, captions: Sequence[Caption]) -> str:
-    """A table in Markdown: clips of one object by what it should do, and how often it looks and acts as it should."""
+    """A Markdown table of the clips of one object, by motion: do they look and act as stated?"""
     groups: dict[str, list[ClipScores]] = {}
     for number, scores in enumerate(outcome.scores):
         caption = captions[number % len(captions)]
-        if len(caption.objects) == 1:
-            (stated,) = caption.objects
-            groups.setdefault(stated.motion, []).append(scores)
-            for more in (stated.speed, stated.size) if stated.motion == "spin" else ():
-                if more:
-                    groups.setdefault(f"spin, {more}", []).append(scores)
+        if len(caption.objects) != 1:
+            continue
+        for name in motion_groups(caption.objects[0]):
+            groups.setdefault(name, []).append(scores)
     lines = [["", "clips", "object", "action"]]
     for name, scores in sorted(groups.items()):
-        means = [np.mean([getattr(one, row) for one in scores]) for row in ("object", "action")]
+        means = [np.mean([getattr(clip, row) for clip in scores]) for row in ("object", "action")]
         lines.append([name, str(len(scores)), *(f"{mean:.1f}" for mean in means)])
     return f"### The base's clips of one object, by motion\n\n{aligned(lines)}"
 
 
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
-    """A table in Markdown."""
-    first, *_ = rows = table.rows(options)
-    base, captions = outcomes[first.name], options.captions
+    """Draw a table in Markdown."""
+    rows = table.rows(options)
+    base, captions = outcomes[rows[0].name], options.captions
     lines = [["", *TOTALS, *(f"{name} less base's" for name in GAINS), *table.columns]]
     for row in rows:
         outcome = outcomes[row.name]
-        found = summarise(outcome.scores, [number % captions for number in range(len(outcome.scores))])
-        more = gains(outcome, base, captions)
-        less = ["–" if row == first else str(more[name]) for name in GAINS]
-        lines.append([row.name, *(str(found[name]) for name in TOTALS), *less, *table.cells(outcome, base)])
+        groups = [number % captions for number in range(len(outcome.scores))]
+        summary = summarise(outcome.scores, groups)
+        totals = [str(summary[name]) for name in TOTALS]
+        gained = gains(outcome, base, captions)
+        differences = ["–" if row == rows[0] else str(gained[name]) for name in GAINS]
+        lines.append([row.name, *totals, *differences, *table.cells(outcome, base)])
     return f"### {table.title}\n\n{aligned(lines)}"
 
 
-def choose_controls(
-    bench: Bench, options: TablesOptions, device: torch.device
-) -> tuple[tuple[tuple[int, ...], Control], ...]:
-    """The best strength of each control for the samplers of Tables 1 and 8, by the total on captions of their own."""
+def choose_controls(bench: Bench, options: TablesOptions, device: torch.device) -> Controls:
+    """Choose each control's strength for the samplers of Tables 1 and 8, on separate captions."""
     samplers = {1: BASE.sampler_levels, 8: TWO_LEVELS}
     count = min(CHOSEN_ON, options.captions)
     other = replace(bench, captions=held_out(count, first=CHOSEN_FROM))
@@ -247,27 +291,34 @@ def choose_controls(
                 row = on_sampler(Row(f"choosing {control}", control=control), levels)
                 totals[control] = summarise(other.outcome(row, device).scores)["total"].mean
             if totals:
-                controls.append((levels, max(totals, key=totals.get)))
+                best = max(totals, key=totals.get)
+                controls.append((levels, best))
     return tuple(controls)
 
 
 def how_chosen(options: TablesOptions) -> str:
-    """A sentence on the controls; '' where a table has none."""
+    """A sentence on how the controls were chosen; "" where there are none."""
     if not options.controls:
         return ""
-    strengths, count = ", ".join(map(str, options.strengths)), min(CHOSEN_ON, options.captions)
+    strengths = ", ".join(map(str, options.strengths))
+    count = min(CHOSEN_ON, options.captions)
     return f"The c of an untrained residual is the best of {strengths} on {count} other captions. "
 
 
-def make_tables(run: Path, options: TablesOptions, device: torch.device, time_again: bool = False) -> str:
-    """Train and measure every row that is not in `run` yet; the tables as a section of RESULTS.md.
+def make_tables(
+    run: Path, options: TablesOptions, device: torch.device, train: Train, time_again: bool = False
+) -> str:
+    """Train and measure the rows that `run` lacks; returns the tables as a section of RESULTS.md.
 
-    `time_again` is for rows that were measured while the machine was busy with something else.
+    `time_again` times rows anew that were measured while the machine was busy.
     """
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
-    rewards = Mixture(((load_sprite_reward(device=device), 1.0),)) if {2, 7} & {*options.tables} else None
-    bench = Bench(demo, held_out(options.captions), options.seeds, options.frames, run, rewards)
+    rewards = None
+    if {2, 7} & {*options.tables}:
+        rewards = Mixture(((load_sprite_reward(device=device), 1.0),))
+    captions = held_out(options.captions)
+    bench = Bench(demo, captions, options.seeds, options.frames, run, rewards=rewards, train=train)
     options = replace(options, controls=choose_controls(bench, options, device))
     chosen = [KINDS[number] for number in options.tables]
     rows = {row.name: row for table in chosen for row in table.rows(options)}
@@ -286,21 +337,24 @@ def make_tables(run: Path, options: TablesOptions, device: torch.device, time_ag
 def describe(options: TablesOptions, bench: Bench) -> str:
     """Describe what was measured and how long each row was trained."""
     only_two_levels = options.tables == TWO_LEVEL_TABLES
-    training, rewarded = options.two_levels if only_two_levels else options.training, options.rewarded
+    training = options.two_levels if only_two_levels else options.training
     short = "" if only_two_levels else f" (Tables 4 and 6: {options.short})"
     measured = (
-        f"{options.captions} held-out captions × {options.seeds} seeds, clips of {4 * options.frames - 3} frames; every"
-        " score is 0–100 with its 95 % bootstrap interval over captions, differences are paired by caption and seed."
-        f" The base is frozen. By distribution matching (dmd) a row is trained for {training.steps} steps of"
-        f" {training.batch * training.accumulation} clips{short}: the fake score learns at all of them, what is tried"
-        f" at one in {training.ratio} after the first {training.first_update}."
+        f"{options.captions} held-out captions × {options.seeds} seeds, clips of"
+        f" {4 * options.frames - 3} frames; every score is 0–100 with its 95 % bootstrap interval"
+        " over captions, differences are paired by caption and seed. The base is frozen. By"
+        f" distribution matching (dmd) a row is trained for {training.steps} steps of"
+        f" {training.batch * training.accumulation} clips{short}: the fake score learns at all of"
+        f" them, what is tried at one in {training.ratio} after the first {training.first_update}"
     )
     if only_two_levels:
-        return f"{measured} Rank {training.rank}. ΔNFE: passes a chunk above the base's."
+        return f"{measured}. Rank {training.rank}. ΔNFE: passes a chunk above the base's."
+    rewarded = options.rewarded
     return (
-        f"{measured[:-1]}; by reward for {rewarded.steps} steps of {rewarded.batch * rewarded.accumulation} clips of"
-        f" {4 * rewarded.frames - 3} frames. Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the"
-        " base's; verifications, each of which decodes, are a chunk's too. Both searches choose among"
-        f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were trained with; the"
-        " exact metrics judge."
+        f"{measured}; by reward for {rewarded.steps} steps of"
+        f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames."
+        f" Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the base's;"
+        " verifications, each of which decodes, are a chunk's too. Both searches choose among"
+        f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were"
+        " trained with; the exact metrics judge."
     )

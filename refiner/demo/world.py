@@ -95,8 +95,8 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
         phase = float(rng.uniform(-0.12, 0.12))
     motion = Motion(stated.motion, stated.direction, stated.speed, rate, amplitude, phase)
     centre, ahead = [], heading(stated.direction) if stated.motion == "bounce" else (0, 0)
-    kept = replace(motion, kind="still") if stated.motion == "bounce" else motion  # a bounce may start anywhere
-    for (side_low, side_high), way in zip(extent(kept, (0, 0), reach), ahead, strict=True):
+    limited = replace(motion, kind="still") if stated.motion == "bounce" else motion  # a bounce may start anywhere
+    for (side_low, side_high), way in zip(extent(limited, (0, 0), reach), ahead, strict=True):
         gap = TURN_GAP if turns and side_high > reach else WALL
         if side_high - side_low > 1 - 2 * gap:
             return None
@@ -148,8 +148,8 @@ def _place(objects: tuple[Stated, ...], relation: str | None, rng: Generator) ->
     if None in bodies:
         return None
     if len(bodies) == 2:
-        found, gap = relation_of(*bodies)
-        if gap < OBJECT_GAP or relation not in (None, found):
+        actual, gap = relation_of(*bodies)
+        if gap < OBJECT_GAP or relation not in (None, actual):
             return None
     return tuple(bodies)
 

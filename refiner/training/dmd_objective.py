@@ -22,10 +22,17 @@ BETAS = (0.0, 0.999)
 
 
 class DmdObjective:
-    """State: the fake network. `encode` turns prompts into contexts [B, L, text_dim]."""
+    """State: the fake network. `encode` turns prompts into contexts [B, L, text_dim].
 
-    def __init__(self, options: RefineOptions, teacher: CausalWan, encode: Callable[[list[str]], Tensor]) -> None:
+    `critic_clip` limits the norm of the critic's gradient; None: 4 times the usual norm.
+    """
+
+    def __init__(
+        self, options: RefineOptions, teacher: CausalWan, encode: Callable[[list[str]], Tensor],
+        critic_clip: float | None = None,
+    ) -> None:  # fmt: skip
         self.options, self.encode, self.ratio = options, encode, options.ratio
+        self.critic_clip = critic_clip
         self.device = next(teacher.model.parameters()).device
         fake = WanTransformer(teacher.config)
         fake.load_state_dict(teacher.model.state_dict())
@@ -42,15 +49,15 @@ class DmdObjective:
         self.critic.load_state_dict(state["critic"])
 
     def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """A step of the fake network on the path's own clips."""
+        """Update the fake network on the path's own clips."""
         self.critic.zero_grad()
-        told = Means()
+        means = Means()
         for part, clean in samples:
             tensors = (clean, *self._noised(part), part.context)
             _, loss = self.replay(self._critic_loss, *tensors, weight=part.weight)
-            told.add({"loss": loss}, part.weight)
-        logged = told.floats()
-        self.critic.update(index, 1.0, clip=None)
+            means.add({"loss": loss}, part.weight)
+        logged = means.floats()
+        self.critic.update(index, 1.0, clip=self.critic_clip)
         return logged
 
     def _critic_loss(
@@ -104,7 +111,12 @@ class DmdObjective:
         return torch.stack(gradients).mean(dim=0)
 
     def _noised(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Noises [N, B, C, F, h, w] and levels [N, B] to score a part's clips at: its rows of the whole step's."""
+        """Noises [N, B, C, F, h, w] and sigmas [N, B] to score a part's clips at.
+
+        Drawn for the whole step, of which the part has its rows, unless the part brings them.
+        """
+        if part.scored_at is not None:
+            return part.scored_at
         generator = noise_stream(self.device, self.options.seed, part.index, part.use, 1)
         shape = (part.total, *part.path.shape[2:])
         noises, sigmas = [], []

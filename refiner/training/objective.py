@@ -25,6 +25,7 @@ class Part:
     rows: slice
     total: int
     weight: float  # in the step's mean
+    scored_at: tuple[Tensor, Tensor] | None = None  # noises and sigmas; None: the objective's own
 
 
 class Objective(Protocol):

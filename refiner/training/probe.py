@@ -8,7 +8,7 @@ import torch
 from tqdm import trange
 
 from .gradient_signal import ADVICE, Agreement, agreement, flat
-from .refine import RefineStage
+from .refiner_stage import RefinerStage
 
 FEWEST = 3  # batches that are compared
 APART = 1 << 32  # steps of the probe's batches, which no training takes
@@ -43,7 +43,7 @@ class Probe:
         return rows
 
 
-def probe(stage: RefineStage, batches: int) -> Probe:
+def probe(stage: RefinerStage, batches: int) -> Probe:
     """Compare the gradients of independent batches at the stage's factors; nothing of the stage changes.
 
     ValueError for fewer than 3 batches.

@@ -22,6 +22,7 @@ from .published import published_as
 from .shards import class_beside, is_expert
 from .stored import StoredWeights, as_comfyui_reads, stored_weights
 from .transformer import WanConfig, WanTransformer
+from .vae import CHANNELS
 from .weight_file import WeightFile, choose_dtype, open_weights, save_safetensors
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "save_safetensors",
 ]
 
-VAE_CHANNELS = 16
 LORA_GROUP = "generator_lora"
 
 
@@ -153,9 +153,9 @@ class Checkpoint:
             raise ValueError(
                 f"{path} is a VAE whose decoder.head.0.gamma is one number: it is damaged, download it again"
             )
-        if channels != (VAE_CHANNELS,):
+        if channels != (CHANNELS,):
             raise ValueError(
-                f"{path} is a VAE of {sum(channels)} latent channels and not Wan2.1's {VAE_CHANNELS}: pass"
+                f"{path} is a VAE of {sum(channels)} latent channels and not Wan2.1's {CHANNELS}: pass"
                 " Wan2.1_VAE.pth"
             )
         return headers

@@ -22,8 +22,31 @@ LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.55
 LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 # fmt: on
+CHANNELS = len(LATENT_MEAN)
 WIDTHS = (1, 2, 4, 4)  # of the four resolutions, finest first, in units of the base width
 PIXELS_AT_ONCE = 1 << 18  # of one pass: longer inputs go through in pieces, which bounds the activations
+
+
+def channel_column(values: Sequence[float] | float, channels: int, name: str) -> Tensor:
+    """One value, or one a channel, as [C, 1, 1, 1]; ValueError, which says their name, for another number of them."""
+    column = torch.tensor(values, dtype=torch.float32)
+    if column.numel() not in (1, channels):
+        raise ValueError(f"{name} has {column.numel()} values: give one, or one a channel, of {channels}")
+    return column.expand(channels).reshape(-1, 1, 1, 1).clone()
+
+
+def normalized(raw_BCFhw: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """The pack's latents of a VAE's raw ones; by Wan2.1's statistics unless given."""
+    mean = channel_column(LATENT_MEAN, CHANNELS, "mean").to(raw_BCFhw) if mean is None else mean
+    std = channel_column(LATENT_STD, CHANNELS, "std").to(raw_BCFhw) if std is None else std
+    return (raw_BCFhw - mean) / std
+
+
+def raw_latents(latents_BCFhw: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """A VAE's raw latents of the pack's; by Wan2.1's statistics unless given."""
+    mean = channel_column(LATENT_MEAN, CHANNELS, "mean").to(latents_BCFhw) if mean is None else mean
+    std = channel_column(LATENT_STD, CHANNELS, "std").to(latents_BCFhw) if std is None else std
+    return latents_BCFhw * std + mean
 
 
 @dataclass(slots=True)
@@ -276,10 +299,7 @@ class WanVAE(nn.Module):
         self, latent_mean: Sequence[float] | float = LATENT_MEAN, latent_std: Sequence[float] | float = LATENT_STD
     ) -> None:
         for name, values in (("latent_mean", latent_mean), ("latent_std", latent_std)):
-            column = torch.tensor(values, dtype=torch.float32)
-            if column.numel() not in (1, self.z_dim):
-                raise ValueError(f"{name} has {column.numel()} values: give one, or one a channel, of {self.z_dim}")
-            self.register_buffer(name, column.expand(self.z_dim).reshape(-1, 1, 1).clone(), persistent=False)
+            self.register_buffer(name, channel_column(values, self.z_dim, name), persistent=False)
 
     @classmethod
     def from_state_dict(cls, weights: Mapping[str, Tensor], **options) -> "WanVAE":
@@ -305,12 +325,12 @@ class WanVAE(nn.Module):
         return vae
 
     def normalize(self, raw_BCFhw: Tensor) -> Tensor:
-        """The pack's latents of the VAE's raw ones."""
-        return (raw_BCFhw - self.latent_mean[..., None]) / self.latent_std[..., None]
+        """The pack's latents of this VAE's raw ones."""
+        return normalized(raw_BCFhw, self.latent_mean, self.latent_std)
 
     def denormalize(self, latents_BCFhw: Tensor) -> Tensor:
-        """The VAE's raw latents of the pack's."""
-        return latents_BCFhw * self.latent_std[..., None] + self.latent_mean[..., None]
+        """This VAE's raw latents of the pack's."""
+        return raw_latents(latents_BCFhw, self.latent_mean, self.latent_std)
 
     def encode(self, pixels_BCFHW: Tensor) -> Tensor:
         """Normalised mean latents of pixels."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import Server, find_comfyui, install_pack
-from demo_files import write_base, write_demo_files
+from demo_files import use_demo_files, write_base, write_demo_files
 from page_browser import HOW as PAGE_HOW
 from page_browser import find_chromium
 from published_files import CASES, IN_COMFYUI, small_state, write_case
@@ -25,7 +25,7 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture
 def base(weights: Path, tmp_path: Path, monkeypatch) -> Path:
     """A folder as ComfyUI's, with the published names; the bundle is the stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
     write_base(tmp_path, weights)
     return tmp_path
 

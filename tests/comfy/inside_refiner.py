@@ -12,7 +12,7 @@ from packed import SHAPE, comfy, files, host, plain_run, sampled
 # isort: split
 from pack.nodes.hosts import comfy_layers
 from pack.nodes.hosts.comfy_model import network_of
-from pack.nodes.refined import RefinerLora, plan_refiner
+from pack.nodes.refiner_plan import RefinerLora, plan_refiner
 from pack.refiner.noise.file import load_refiner
 from pack.refiner.noise.refiner import target_modules
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from comfy_graphs import of_kind, small
 from comfy_server import Refused, Server, find_comfyui
-from demo_files import STAND_IN, write_base, write_demo_files
+from demo_files import STAND_IN, use_demo_files, write_base, write_demo_files
 
 from autorefiner.nodes.cache import ReflectiveCacheNode
 from autorefiner.nodes.cache_view import cache_view
 from autorefiner.nodes.hosts import standalone
-from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.sample import RunPlan
 from autorefiner.refiner.schedule import PRESETS
@@ -35,7 +34,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def place(files: Path, tmp_path: Path, monkeypatch) -> None:
     """The standalone host at a folder as ComfyUI's; the bundle is a stand-in."""
-    monkeypatch.setattr(bundle, "WEIGHTS", files)
+    use_demo_files(files, monkeypatch)
     write_base(tmp_path, files)
     (tmp_path / "secret.safetensors").write_bytes(b"")
     with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
@@ -58,6 +57,18 @@ def test_the_node_itself_says_the_same_bytes() -> None:
     latent = {"samples": torch.zeros(1, 16, 21, 8, 8)}
     shown = ReflectiveCacheNode.execute(9, 3, "the model's", "as trained", "as trained", model, latent).ui
     assert f"{cache_view({**ASKED, 'window': 9, 'sink': 3})['bytes'] / 1e6:,.1f} MB" in shown
+
+
+NAMES = ["the model's", "absolute", "relative", "sink-adjacent", "relative to the window"]
+
+
+@pytest.mark.parametrize("positions", NAMES)
+def test_positions_keep_the_names_of_older_workflows(positions: str) -> None:
+    (cache,) = ReflectiveCacheNode.execute(9, 3, positions, "as trained", "as trained").args
+    former = {"relative to the window": "relative", "the model's": "absolute"}
+    assert cache.applied(PRESETS["self-forcing"]).positions == former.get(positions, positions)
+    assert ReflectiveCacheNode.validate_inputs(positions) is True
+    assert cache_view({**ASKED, "window": 9, "sink": 3, "positions": positions})["sink"] == 3
 
 
 def test_it_draws_what_the_last_chunk_sees() -> None:
@@ -116,3 +127,8 @@ def test_what_is_odd_is_an_error_of_one_line(odd: object) -> None:
     with pytest.raises(ValueError) as raised:
         cache_view(odd)
     assert "\n" not in str(raised.value)
+
+
+def test_positions_that_are_not_known_are_one_line() -> None:
+    assert "sink-adjacent" in ReflectiveCacheNode.validate_inputs("elsewhere")
+    assert ReflectiveCacheNode.validate_inputs() is True

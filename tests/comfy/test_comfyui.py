@@ -15,7 +15,7 @@ from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, o
 from comfy_page import to_api, to_page
 from comfy_runs import keeping, latents, sampled, short
 from comfy_server import Refused, Server, find_comfyui
-from demo_files import PREVIEW, STAND_IN
+from demo_files import PREVIEW, STAND_IN, use_demo_files
 from safetensors.torch import save_file
 
 from autorefiner.nodes import workflow
@@ -37,7 +37,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 @pytest.fixture(autouse=True)
 def stand_ins(weights: Path, monkeypatch) -> None:
     """The standalone host has the same bundle as the server."""
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
 
 
 def alone(server: Server, graph: dict) -> torch.Tensor:

@@ -8,11 +8,12 @@ from demo_files import random_pairs
 
 from autorefiner.nodes.guided import FRESH_NOISE, SEEDS, CoreNoise, SamplerOptions, levels_of
 from autorefiner.nodes.options import CacheOptions, ChunkSchedule
-from autorefiner.nodes.refined import RefinerLora
-from autorefiner.nodes.run import ModelFacts, Run, normalized, plan_run, raw_latents
+from autorefiner.nodes.refiner_plan import RefinerLora
+from autorefiner.nodes.run import ModelFacts, Run, plan_run
 from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
+from autorefiner.refiner.wan.vae import normalized, raw_latents
 
 from tiny import TINY, tiny_network
 

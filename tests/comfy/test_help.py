@@ -7,6 +7,7 @@ import pytest
 from page_words import asked, words
 
 import autorefiner
+from autorefiner.nodes.locales import FILE, english, write_english
 from autorefiner.nodes.registry import NODES
 
 ROOT = Path(autorefiner.__file__).parent
@@ -17,20 +18,20 @@ def locale(name: str) -> dict:
     return json.loads((ROOT / "locales" / name / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
-def english() -> dict:
-    """What ComfyUI's English locale file of these nodes is."""
-    return {
-        kind: {
-            "display_name": schema.display_name,
-            "description": schema.description,
-            "inputs": {socket.id: {"name": socket.id, "tooltip": socket.tooltip} for socket in schema.inputs},
-        }
-        for kind, schema in SCHEMAS.items()
-    }
-
-
 def test_the_english_locale_is_what_the_nodes_say() -> None:
-    assert locale("en") == english(), "write english() of this file into locales/en/nodeDefs.json"
+    assert FILE.read_text(encoding="utf-8") == english(), "make locales"
+    for kind, schema in SCHEMAS.items():
+        assert locale("en")[kind]["display_name"] == schema.display_name
+        tooltips = {name: texts["tooltip"] for name, texts in locale("en")[kind]["inputs"].items()}
+        assert tooltips == {socket.id: socket.tooltip for socket in schema.inputs}
+
+
+def test_make_locales_writes_the_same_file_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "en" / "nodeDefs.json"
+    for _ in range(2):
+        write_english(path)
+        assert path.read_bytes() == FILE.read_bytes()
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_the_chinese_locale_has_every_node_and_input() -> None:

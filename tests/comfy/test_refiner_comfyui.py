@@ -9,12 +9,11 @@ import pytest
 import torch
 from comfy_graphs import node, of_kind, small
 from comfy_server import Server, find_comfyui
-from demo_files import STAND_IN, random_pairs, write_refiner
+from demo_files import STAND_IN, random_pairs, use_demo_files, write_refiner
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
 from autorefiner.nodes.hosts import standalone
-from autorefiner.nodes.run import raw_latents
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.noise.file import load_refiner
 from autorefiner.refiner.noise.refiner import Refiner, merged
@@ -22,6 +21,7 @@ from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
+from autorefiner.refiner.wan.vae import raw_latents
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
@@ -30,7 +30,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 @pytest.fixture(autouse=True)
 def stand_ins(weights: Path, monkeypatch) -> None:
     """The standalone host has the same bundle as the server."""
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
 
 
 def refined(file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object) -> dict:

@@ -185,7 +185,7 @@ def test_levels_that_the_run_does_not_have_are_refused(base: Path) -> None:
 def test_a_refiner_of_another_model_is_refused_by_the_sampler(base: Path) -> None:
     graph = refined(length=9)
     pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINERS["sprites"])
-    from autorefiner.nodes.refined import RefinerLora
+    from autorefiner.nodes.refiner_plan import RefinerLora
     from autorefiner.nodes.sampler import PathwiseRefinedSampler
 
     del graph["3"]["inputs"]["refiner"]

@@ -13,7 +13,7 @@ from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.rewards import LoadReward, ScoreVideo
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.training.options import RefineOptions
-from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.training.reward_objective import RewardObjective
 from autorefiner.refiner.training.rewards.clip import load_clip_reward
 from autorefiner.refiner.training.rewards.reward import Mixture
@@ -58,7 +58,7 @@ def test_a_training_raises_what_was_loaded(base: Path, monkeypatch) -> None:
     mixture = Mixture(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),))
     objective = RewardObjective(options, mixture, bundle.load_sprite_vae(bundle.WEIGHTS))
     prompts = graph["3"]["inputs"]["prompts"].splitlines()
-    stage = RefineStage(options, student, objective, prompts, text, lambda *_: {})
+    stage = RefinerStage(options, student, objective, prompts, text, lambda *_: {})
     assert losses == {"loss": [stage.step(index)["loss"] for index in range(2)]}
     assert all(torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items())
     assert refiner.card.objective == "reward"

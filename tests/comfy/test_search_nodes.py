@@ -12,7 +12,7 @@ from autorefiner.nodes.custom_sampler import PathwiseRefinedCustomSampler
 from autorefiner.nodes.guided import SamplerOptions
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.passes import Passes
-from autorefiner.nodes.refined import RefinerLora
+from autorefiner.nodes.refiner_plan import RefinerLora
 from autorefiner.nodes.rewards import Rewards
 from autorefiner.nodes.run import Run, held_bytes, plan_run
 from autorefiner.nodes.search import RewardSearch, search_of

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from comfy_graphs import node, training
 from comfy_server import Refused, Server, find_comfyui
+from demo_files import use_demo_files
 from safetensors.torch import load_file
 
 from autorefiner.nodes import workflow
@@ -36,7 +37,7 @@ def test_it_trains_what_it_does_without_comfyui_and_its_losses_are_plotted(
     assert outputs["3"]["text"] == ["4 steps in plotted"] and outputs["5"]["images"]
     run = server.base / "output" / sheet["subfolder"]
     assert run == server.base / "output" / "autorefiner" / "plotted" and (run / sheet["filename"]).is_file()
-    monkeypatch.setattr(bundle, "WEIGHTS", weights)
+    use_demo_files(weights, monkeypatch)
     (tmp_path / "graph.json").write_text(json.dumps(training(run="plotted")))
     with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
         alone = workflow.execute(workflow.read_workflow(tmp_path / "graph.json"))["3"].args

@@ -20,7 +20,7 @@ from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.training.dmd_objective import DmdObjective
 from autorefiner.refiner.training.loop import Unwatched
 from autorefiner.refiner.training.options import RefineOptions
-from autorefiner.refiner.training.refine import RefineStage
+from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.wan.vae import WanVAE
 
 pytest.importorskip("peft")
@@ -43,7 +43,7 @@ def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
         precision="fp32",
     )  # fmt: skip
     prompts = training()["3"]["inputs"]["prompts"].splitlines()
-    stage = RefineStage(options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {})
+    stage = RefinerStage(options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {})
     logged = [stage.step(index)["loss"] for index in range(4)]
     assert losses == {"loss": logged} and steps == 4
     assert same(refiner.pairs, stage.average())
@@ -86,7 +86,7 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
         watch = Unwatched()
         patch.setattr(standalone, "train_watch", lambda *_: nullcontext(watch))
         if place == "draw":
-            patch.setattr(RefineStage, "show", lambda stage, folder, done: stop_at_three(done) or {})
+            patch.setattr(RefinerStage, "show", lambda stage, folder, done: stop_at_three(done) or {})
         elif place == "decode":
             patch.setattr(WanVAE, "decode", lambda *_: stop_at_three(3))
         else:
@@ -100,15 +100,15 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
 
 
 def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_other(base: Path, monkeypatch) -> None:
-    teach = RefineStage._teach
+    teach = RefinerStage._teach
 
-    def fail(stage: RefineStage, index: int, update: int) -> dict:
+    def fail(stage: RefinerStage, index: int, update: int) -> dict:
         if index == 3:
             raise RuntimeError("out of memory")
         return teach(stage, index, update)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RefineStage, "_teach", fail)
+        patch.setattr(RefinerStage, "_teach", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             execute(training(vae=None), base)
     assert train_plan.steps_taken(base / "output" / "autorefiner" / "mine") == 3
@@ -125,14 +125,14 @@ def ctrl_c() -> Iterator[object]:
 
 
 def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch, ctrl_c) -> None:
-    own = RefineStage.step
+    own = RefinerStage.step
 
-    def step(stage: RefineStage, index: int) -> dict:
+    def step(stage: RefinerStage, index: int) -> dict:
         for _ in range({1: 1, 2: 2}.get(index, 0)):
             os.kill(os.getpid(), signal.SIGINT)
         return own(stage, index)
 
-    monkeypatch.setattr(RefineStage, "step", step)
+    monkeypatch.setattr(RefinerStage, "step", step)
     run = base / "output" / "autorefiner" / "mine"
     for _ in range(2):  # the second training begins with step 2, which is ended at once
         with pytest.raises(KeyboardInterrupt):
@@ -149,11 +149,11 @@ def test_a_run_goes_on_with_more_steps_and_under_no_other_options(base: Path) ->
 
 
 def test_a_run_that_failed_before_its_first_step_may_be_changed(base: Path, monkeypatch) -> None:
-    def fail(stage: RefineStage, index: int) -> dict:
+    def fail(stage: RefinerStage, index: int) -> dict:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RefineStage, "step", fail)
+        patch.setattr(RefinerStage, "step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             execute(training(vae=None), base)
     assert execute(training(steps=1, batch_size=1, vae=None), base)["3"][2] == 1

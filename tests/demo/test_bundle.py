@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_network, told_of
+from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS, load_sprite_network, recipe_of
 from autorefiner.refiner.demo.captions import write
 from autorefiner.refiner.demo.clips import held_out, returned_clips, score, student_clips
 from autorefiner.refiner.demo.evaluation import Demo
@@ -41,7 +41,7 @@ def demo() -> Demo:
 def test_the_files_are_small_and_say_what_they_are() -> None:
     assert sum((WEIGHTS / FILES[name]).stat().st_size for name in MODELS) <= 28 * 2**20
     for name in MODELS:
-        assert told_of(name)["steps"] > 0
+        assert recipe_of(name)["steps"] > 0
     for name, causal in (("student", True), ("teacher", None)):  # as ComfyUI reads them: it knows no false one
         config = json.loads(open_weights(WEIGHTS / FILES[name]).metadata["config"])
         assert config["transformer"].get("causal_ar") is causal
@@ -56,7 +56,8 @@ def test_the_vae_returns_held_out_clips(demo: Demo) -> None:
 
 def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
     pixels, _ = clip_batch(range(2), "test", 17)
-    mapped = F.pad(demo.vae.encode(pixels).movedim(1, -1), (0, 1), value=1.0) @ torch.tensor(told_of("vae")["preview"])
+    preview = torch.tensor(recipe_of("vae")["preview"])
+    mapped = F.pad(demo.vae.encode(pixels).movedim(1, -1), (0, 1), value=1.0) @ preview
     error = mapped - F.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)).movedim(1, -1)
     assert error.square().mean() < 0.5 * pixels.var()
 

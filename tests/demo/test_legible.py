@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, picture_of, shown, told_facts
+from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, linear_shares, picture_of, shown
 from autorefiner.refiner.demo.recipes.vae import VaeOptions, latent_shape, moved_latents, moved_pixels, training_crops
 from autorefiner.refiner.demo.render import render, render_parts
 from autorefiner.refiner.demo.shapes import SHAPES
@@ -69,9 +69,9 @@ def test_latents_that_hold_the_facts_are_read_without_error() -> None:
     reader.which.weight[range(6), range(6)] = 1000
     told = reader(latents, pixels, facts)
     assert max(told["covers"], told["colours"]) < 1e-10 and told["which"] < 1e-3 and told["picture"] > 0.01
-    shares = told_facts(latents, facts)
+    shares = linear_shares(latents, facts)
     assert (shares["covers"], shares["colours"]) == pytest.approx((1, 1))
-    assert max(told_facts(torch.randn(latents.shape), facts).values()) < 0.2
+    assert max(linear_shares(torch.randn(latents.shape), facts).values()) < 0.2
 
 
 @pytest.mark.parametrize("by", [(3, 5), (7, 1)])

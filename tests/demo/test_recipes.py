@@ -21,11 +21,11 @@ from autorefiner.refiner.demo.bundle import (
     load_sprite_network,
     load_sprite_text,
     load_sprite_vae,
+    recipe_of,
     scaled_vae,
-    told_of,
 )
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
-from autorefiner.refiner.demo.evaluation import told_models, told_totals
+from autorefiner.refiner.demo.evaluation import describe_recipes, list_totals
 from autorefiner.refiner.demo.recipes import vae
 from autorefiner.refiner.demo.recipes.data import DIAGONALS, Clips
 from autorefiner.refiner.demo.recipes.teacher import (
@@ -98,7 +98,7 @@ def test_a_small_student_begins_at_random_weights_and_is_distilled(run, tmp_path
         train_stage(tmp_path, stage)
         config = load_sprite_network("student", tmp_path).config
         assert (config.dim, config.num_heads, config.num_layers, config.ffn_dim) == (128, 1, 4, 512)
-    assert told_of("student", tmp_path)["before"] == [{"recipe": "small", "steps": 2}]
+    assert recipe_of("student", tmp_path)["before"] == [{"recipe": "small", "steps": 2}]
     networks = load_sprite_network("student", tmp_path), load_sprite_network("teacher")  # the bundle's teacher
     small, whole = (sum(one.numel() for one in network.model.parameters()) for network in networks)
     assert small < 0.22 * whole
@@ -116,11 +116,12 @@ def test_the_finished_models_load_and_say_what_they_are(run) -> None:
 
 def test_a_model_tells_its_recipes_and_how_its_total_rose(run) -> None:
     last = json.loads((run / "student" / "log.jsonl").read_text().splitlines()[-1])
-    assert told_of("student", run)["totals"] == {"2": round(last["total"], 1)}
-    assert told_models(run) == "vae 2 and decoder 2 steps, teacher 2 and longer 2 steps, init 2 and student 2 steps"
-    assert told_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
-    assert "totals" not in told_of("vae", run)
-    assert len(told_of("vae", run)["preview"]) == 17
+    assert recipe_of("student", run)["totals"] == {"2": round(last["total"], 1)}
+    recipes = "vae 2 and decoder 2 steps, teacher 2 and longer 2 steps, init 2 and student 2 steps"
+    assert describe_recipes(run) == recipes
+    assert list_totals(run)[-1] == f"- student: {last['total']:.1f} (2)"
+    assert "totals" not in recipe_of("vae", run)
+    assert len(recipe_of("vae", run)["preview"]) == 17
 
 
 def test_clips_are_encoded_with_the_runs_own_vae(run) -> None:

@@ -14,7 +14,7 @@ from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.captions import Caption, Stated
 from autorefiner.refiner.demo.clips import PRESET, held_out
 from autorefiner.refiner.demo.controls import Control
-from autorefiner.refiner.demo.evaluation import Demo
+from autorefiner.refiner.demo.evaluation import Demo, write_section
 from autorefiner.refiner.demo.metrics.evaluate import ClipScores
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, Row, counted, timed
 from autorefiner.refiner.demo.tables import (
@@ -54,6 +54,16 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     assert main(command) == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")} == before
     assert out.read_text() == text
+
+
+def test_a_section_is_written_anew_and_the_opening_stays(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\nWhat was found.\n\n## Leverage\n\n1\n\n## The refiner\n\nold\n")
+    write_section(path, "The refiner", "new")
+    write_section(path, "The bundled models", "2")
+    opening, *sections = path.read_text().split("\n## ")
+    assert opening == "# Results\n\nWhat was found.\n"
+    assert sections == ["Leverage\n\n1\n", "The refiner\n\nnew\n", "The bundled models\n\n2\n"]
 
 
 def test_rows_are_timed_again_and_nothing_else_of_them_changes(tmp_path: Path, monkeypatch) -> None:

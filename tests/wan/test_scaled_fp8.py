@@ -8,7 +8,8 @@ import torch
 from published import State, make_state, message, prefixed, write
 from torch import Tensor
 
-from autorefiner.refiner.generate import GenerateOptions, prepare
+from autorefiner.refiner.job import prepare
+from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.wan.checkpoint import inspect, load_transformer, read_transformer
 from autorefiner.refiner.wan.fp8 import scale_names
 

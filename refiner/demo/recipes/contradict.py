@@ -19,45 +19,45 @@ Change = tuple[int, str, str]  # which object (or -1: the caption), which attrib
 
 
 def changes(caption: Caption) -> list[Change]:
-    """Every change of one thing that a caption says; each makes it false of what it was true of."""
-    found = [(-1, "ground", other) for other in GROUNDS if caption.ground not in (None, other)]
+    """List every change of one stated thing; each makes a true caption false."""
+    possible = [(-1, "ground", other) for other in GROUNDS if caption.ground not in (None, other)]
     passing = caption.relation in ("behind", "front")
     if caption.relation:
-        found.append((-1, "relation", OPPOSITE[caption.relation]))
+        possible.append((-1, "relation", OPPOSITE[caption.relation]))
     for place, one in enumerate(caption.objects):
         rest = [other.colour for other in caption.objects if other is not one]
-        found += [(place, "colour", name) for name in OBJECT_COLOURS if name != one.colour and name not in rest]
-        found += [
+        possible += [(place, "colour", name) for name in OBJECT_COLOURS if name != one.colour and name not in rest]
+        possible += [
             (place, "shape", name)
             for name, shape in SHAPES.items()
             if name != one.shape and (one.motion != "spin" or shape.symmetry)
         ]
         if not passing:
-            found += [
+            possible += [
                 (place, "motion", name)
                 for name in DIRECTIONS
                 if name != one.motion and (name != "spin" or SHAPES[one.shape].symmetry)
             ]
         if one.size:
-            found.append((place, "size", "small" if one.size == "large" else "large"))
+            possible.append((place, "size", "small" if one.size == "large" else "large"))
         if one.speed:
-            found.append((place, "speed", "slow" if one.speed == "fast" else "fast"))
+            possible.append((place, "speed", "slow" if one.speed == "fast" else "fast"))
         if one.direction:
             ways = [
                 name for name in DIRECTIONS[one.motion] if name != one.direction and (not passing or " " not in name)
             ]
-            found += [(place, "direction", name) for name in ways]
-    return found
+            possible += [(place, "direction", name) for name in ways]
+    return possible
 
 
 def draw_change(caption: Caption, rng: Generator, attributes: frozenset[str] | None = None) -> Change | None:
-    """One of them, every attribute that can change as likely as any other; None where none of `attributes` can."""
-    found = [one for one in changes(caption) if attributes is None or one[1] in attributes]
-    if not found:
+    """Draw a change, uniformly over the attributes; None where none of `attributes` can change."""
+    possible = [change for change in changes(caption) if attributes is None or change[1] in attributes]
+    if not possible:
         return None
-    names = sorted({(place, name) for place, name, _ in found})
+    names = sorted({(place, name) for place, name, _ in possible})
     chosen = names[int(rng.integers(len(names)))]
-    same = [one for one in found if one[:2] == chosen]
+    same = [change for change in possible if change[:2] == chosen]
     return same[int(rng.integers(len(same)))]
 
 

@@ -45,11 +45,12 @@ def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
     parts = -(-SHARD // at_once)
     rendered = Ahead(partial(shard_part, SHARD, at_once), shards * parts, helpers(device))
     for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
-        made = []
+        parts = []
         for index in range(number * parts, (number + 1) * parts):
             with mixed_precision(device):
-                made.append(vae.encode(rendered(index).to(device)).cpu())
-        save_safetensors(shard_path(folder, number), {"latents": torch.cat(made).bfloat16()}, {"frames": str(FRAMES)})
+                parts.append(vae.encode(rendered(index).to(device)).cpu())
+        latents = torch.cat(parts).bfloat16()
+        save_safetensors(shard_path(folder, number), {"latents": latents}, {"frames": str(FRAMES)})
 
 
 def times_drawn(caption: Caption) -> int:

@@ -63,20 +63,22 @@ class Reader(nn.Module):
         error = (self.facts(latents) - true).square().mean((0, 2, 3, 4))
         covered = true[:, : len(SHAPES)]
         total = covered.sum(1)
-        told = F.cross_entropy(self.which(latents), covered.argmax(1), reduction="none")
+        surprise = F.cross_entropy(self.which(latents), covered.argmax(1), reduction="none")
         weight = total * (total > SEEN)
         return {
             "covers": error[: len(SHAPES)].sum(),
             "colours": error[len(SHAPES) :].sum(),
-            "which": (told * weight).sum() / weight.sum().clamp_min(1),
+            "which": (surprise * weight).sum() / weight.sum().clamp_min(1),
             "picture": F.mse_loss(self.picture(latents), picture_of(pixels)),
         }
 
 
 @torch.no_grad()
-def told_facts(latents: Tensor, facts: Tensor) -> dict[str, float]:
-    """How far latents [B, 16, 1 + n, h, w] tell the facts linearly, on the even clips after a fit on the odd ones: the
-    share of the variance that a linear map of a latent explains, the mean over shapes and over colours of objects."""
+def linear_shares(latents: Tensor, facts: Tensor) -> dict[str, float]:
+    """The share of the facts' variance that a linear map of latents [B, 16, 1 + n, h, w] explains.
+
+    Fitted on the odd clips and measured on the even ones; means over shapes, and over colours.
+    """
     known, wanted = (part.double().cpu().movedim(1, -1) for part in (latents, by_latent(facts, CELL)))
     fit, test = (tuple(part[start::2].flatten(0, -2) for part in (known, wanted)) for start in (1, 0))
     solved = torch.linalg.lstsq(F.pad(fit[0], (0, 1), value=1.0), fit[1], driver="gelsd").solution

@@ -118,7 +118,7 @@ class RewardStage(LearnerStage):
         frames, numbers = clips_of(scenes, [FRAMES.draw(rng, 81) for _ in scenes])
         video = model.embed_video(frames.to(self.device), numbers.to(self.device))
         text = model.embed_text([scene.caption.text for scene in scenes])
-        found = ((video @ text.T).argmax(1).cpu() == torch.arange(len(scenes))).float().mean().item()
+        retrieved = ((video @ text.T).argmax(1).cpu() == torch.arange(len(scenes))).float().mean().item()
         own, shares, lines = (video * text).sum(1), [], []
         for name in ATTRIBUTES:
             picked = [(i, draw_change(scene.caption, rng, frozenset({name}))) for i, scene in enumerate(scenes)]
@@ -130,7 +130,7 @@ class RewardStage(LearnerStage):
             shares.append((own[rows] > (video[rows] * false).sum(1)).float().mean().item())
             lines.append(f"{name:<14}{100 * shares[-1]:6.2f}{len(picked):6d}")
         (folder / f"answers_{index:06d}.txt").write_text("\n".join(lines) + "\n")
-        return {"found": found, "right": float(np.mean(shares))}
+        return {"found": retrieved, "right": float(np.mean(shares))}
 
 
 def make_batch(options: RewardOptions, index: int) -> Batch:
@@ -165,8 +165,8 @@ def _stacked(facts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def clips_of(scenes: list[Scene], drawn: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Frames [B, F, 3, H, W] in 0–1 of scenes at these frame numbers, and the numbers [B, F]."""
-    made = [render_at(scene, np.array(numbers) / FPS, SIZE) for scene, numbers in zip(scenes, drawn, strict=True)]
-    return torch.from_numpy(np.stack(made)).permute(0, 1, 4, 2, 3).float() / 255, torch.tensor(drawn)
+    clips = [render_at(scene, np.array(numbers) / FPS, SIZE) for scene, numbers in zip(scenes, drawn, strict=True)]
+    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255, torch.tensor(drawn)
 
 
 def worn(frames_BFCHW: Tensor, options: RewardOptions, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,12 @@
-"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled on its own rollouts.
+"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled.
 
-First teacher forcing: clean history, one noised chunk at a time, flow matching at the four levels and between. Then
-Self-Forcing: self-rollout with distribution matching against the teacher (refiner/training/dmd.py).
+First teacher forcing: clean history, one noised chunk at a time, flow matching at the sampler's
+levels and between them. Then Self-Forcing: distribution matching against the teacher on the
+student's own rollouts, with the objective of a refiner's training.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,14 @@ from ...rollout import Rollout, add_noise
 from ...run_plan import RunPlan
 from ...schedule import plan_chunks
 from ...training.ahead import Ahead, helpers
-from ...training.dmd import DmdOptions, column, critic_loss, dmd_gradient, dmd_loss, draw_sigma, shifted
+from ...training.dmd import column, draw_sigma, shifted
+from ...training.dmd_objective import BETAS, DmdObjective
 from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
+from ...training.objective import Part
+from ...training.options import RefineOptions
 from ...training.precision import for_training, mixed_precision
 from ...training.replay import Replay
+from ...training.residuals import Residuals
 from ...training.self_rollout import self_rollout
 from ...wan.causal import CausalWan, KeyValue
 from ...wan.vae import WanVAE
@@ -44,7 +49,7 @@ class InitOptions:
     muon: float = 5e-3
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
-    at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels; the others anywhere
+    at_levels: float = 0.5  # share of chunks noised at a level of the sampler, the others anywhere
     seed: int = 0
     compiled: bool = False
 
@@ -61,7 +66,7 @@ class SmallInitOptions(InitOptions):
 
 @dataclass(frozen=True, slots=True)
 class DistilOptions:
-    """Of the distillation; the critic learns every step, the generator every `ratio`-th."""
+    """Distillation: the critic learns every step, the generator every `ratio`-th."""
 
     steps: int = 830
     batch: int = 32
@@ -70,9 +75,21 @@ class DistilOptions:
     ema: float = 0.99
     ratio: int = 5
     shown: int = 32
-    dmd: DmdOptions = field(default_factory=lambda: DmdOptions(guidance=1.0))
+    guidance: float = 1.0  # of the real score
     seed: int = 0
     compiled: bool = False
+
+    @property
+    def objective(self) -> RefineOptions:
+        """The objective's options, as a refiner's training has them."""
+        return RefineOptions(
+            steps=self.steps, batch=self.batch, accumulation=1, ratio=self.ratio,
+            critic_rate=self.critic_rate, guidance=self.guidance, preset=PRESET, seed=self.seed,
+            compiled=self.compiled,
+        )  # fmt: skip
+
+
+CLIP = 10.0  # norm of the distillation's gradients
 
 
 def graph_memory(network: CausalWan, shape: torch.Size) -> GraphMemory:
@@ -115,20 +132,26 @@ class CausalInitStage(LearnerStage):
             losses = list(self._chunk_losses(clean, noise, sigma, self.network.text(context)))
         return (torch.stack(losses).mean(),)
 
-    def _chunk_losses(self, clean: Tensor, noise: Tensor, sigma: Tensor, text: list[KeyValue]) -> Iterator[Tensor]:
-        """Flow-matching loss of each chunk behind its clean history, whose keys and values have a graph, too; `sigma`
-        [B, F] is of each chunk's first frame."""
+    def _chunk_losses(
+        self, clean: Tensor, noise: Tensor, sigma: Tensor, text: list[KeyValue]
+    ) -> Iterator[Tensor]:
+        """Yield the flow-matching loss of each chunk, given its clean history.
+
+        Gradients also flow through the history's keys and values. A chunk's noise level is that of
+        its first frame in `sigma` [B, F].
+        """
         memory = graph_memory(self.network, clean.shape)
         _, chunks = plan_chunks(PRESET, clean.shape[2])
         for chunk in chunks:
-            own = slice(chunk.start, chunk.start + chunk.length)
-            part, its_noise, its_sigma = clean[:, :, own], noise[:, :, own], sigma[:, chunk.start]
-            noisy = add_noise(part, its_noise, column(its_sigma))
-            flow = self.network(noisy, 1000 * its_sigma[:, None], text, memory.view(chunk.frames))
-            yield F.mse_loss(flow.float(), its_noise - part)
+            frames = slice(chunk.start, chunk.start + chunk.length)
+            chunk_x0, chunk_noise = clean[:, :, frames], noise[:, :, frames]
+            chunk_sigma = sigma[:, chunk.start]
+            noisy = add_noise(chunk_x0, chunk_noise, column(chunk_sigma))
+            flow = self.network(noisy, 1000 * chunk_sigma[:, None], text, memory.view(chunk.frames))
+            yield F.mse_loss(flow.float(), chunk_noise - chunk_x0)
             if chunk is not chunks[-1]:
                 zero = torch.zeros(1, 1, dtype=torch.float64)
-                self.network(part, zero, text, memory.view(chunk.frames), keys_only=True)
+                self.network(chunk_x0, zero, text, memory.view(chunk.frames), keys_only=True)
                 memory.commit()
 
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -144,89 +167,96 @@ class CausalInitStage(LearnerStage):
 
 
 class DistilStage:
-    """Training state of the distillation: generator, its average, fake network, and the frozen teacher."""
+    """Training state of the distillation: the generator, its average, and the objective's networks.
+
+    The objective is that of a refiner's training; here the whole student learns.
+    """
 
     def __init__(
-        self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
-        vae: WanVAE,
+        self, options: DistilOptions, student: CausalWan, teacher: CausalWan, clips: Clips,
+        text: SpriteTextEncoder, vae: WanVAE,
     ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
-        betas = (0.0, 0.999)
-        self.generator = Learner(twin(student), options.learning_rate, options.ema, betas, decay=0.01)
-        self.critic = Learner(twin(teacher), options.critic_rate, 0.0, betas, decay=0.01)
+        rates = options.learning_rate, options.ema
+        self.generator = Learner(twin(student), *rates, BETAS, decay=0.01)
         self.device = next(self.generator.model.parameters()).device
-        compiled = options.compiled
-        self.network = for_training(CausalWan(self.generator.model, student.config), self.device, compiled)
+        network = CausalWan(self.generator.model, student.config)
+        self.network = for_training(network, self.device, options.compiled)
         self.average = CausalWan(self.generator.average, student.config)
-        self.fake = for_training(CausalWan(self.critic.model, teacher.config), self.device, compiled)
-        self.teacher = for_training(teacher, self.device, compiled)
-        self.of_critic, self.of_generator = (Replay(one.model, self.device) for one in (self.critic, self.generator))
-        self.prompts = Ahead(partial(distil_prompts, options, clips), options.steps, helpers(self.device))
+        self.objective = DmdObjective(options.objective, teacher, self._encode, CLIP)
+        self.replay = Replay(self.generator.model, self.device)
+        draw = partial(distil_prompts, options, clips)
+        self.prompts = Ahead(draw, options.steps, helpers(self.device))
         self.first_half = FirstHalf()
 
     def state_dict(self) -> dict:
-        states = {"generator": self.generator.state_dict(), "critic": self.critic.state_dict()}
+        states = {"generator": self.generator.state_dict(), **self.objective.state_dict()}
         return states | self.first_half.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.generator.load_state_dict(state["generator"])
-        self.critic.load_state_dict(state["critic"])
+        self.objective.load_state_dict(state)
         self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
-        """Every step the critic learns, and the generator every `ratio`-th."""
+        """Teach the critic every step and the generator every `ratio`-th."""
         for_critic, for_generator = self.prompts(index)
         logged = self.first_half.take(index, lambda: self._teach_critic(index, for_critic))
         if index % self.options.ratio == 0:
-            _, size = self._teach(index, 1, for_generator, self.of_generator, self._generator_loss)
-            logged["generator"] = size.item()
-            self.generator.update(index // self.options.ratio, 1.0, clip=10.0)
+            logged["generator"] = self._teach_generator(index, for_generator)
         self.first_half.clear()
         return logged
 
     def _teach_critic(self, index: int, prompts: list[str]) -> dict[str, float]:
-        (loss,) = self._teach(index, 0, prompts, self.of_critic, self._critic_loss)
-        logged = {"loss": loss.item()}
-        self.critic.update(index, 1.0, clip=10.0)
-        return logged
+        part = self._part(index, 0, prompts)
+        fixed = {"exit_level": part.exit_level}
+        (clean,) = self.replay.forward(self._clips_of, part.path, part.context, **fixed)
+        return self.objective.prepare(index, iter([(part, clean)]))
 
-    def _teach(self, index: int, use: int, prompts: list[str], replay: Replay, loss_of: Callable) -> Sequence[Tensor]:
-        """Gradients of one of the two networks: on the student's own clips [B, 16, F, h, w], stopped at one level for
-        all, and noised as both networks see them."""
+    def _teach_generator(self, index: int, prompts: list[str]) -> float:
+        """Update the generator; returns the mean size of its loss's gradient."""
+        part = self._part(index, 1, prompts)
+        tensors, _ = self.objective.given(part)
+        fixed = {"exit_level": part.exit_level}
+        _, size = self.replay(self._generator_loss, part.path, part.context, *tensors, **fixed)
+        self.generator.update(index // self.options.ratio, 1.0, clip=CLIP)
+        return size.item()
+
+    def _part(self, index: int, use: int, prompts: list[str]) -> Part:
+        """A step's clips: their exit level, the noises of their path, and those to score them at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
         exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.steps)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
         path, noise = (
-            torch.randn(size, generator=generator, device=self.device) for size in ((len(PRESET.steps), *shape), shape)
+            torch.randn(size, generator=generator, device=self.device)
+            for size in ((len(PRESET.steps), *shape), shape)
         )
-        sigma = draw_sigma(len(prompts), options.dmd, generator)
-        with torch.no_grad():
-            contexts = self.text(prompts), self.text([""] * len(prompts))
-        return replay(loss_of, path, noise, sigma, *contexts, exit_level=exit_level)
+        sigma = draw_sigma(len(prompts), self.objective.options.dmd, generator)
+        return Part(
+            path, exit_level, self._encode(prompts), tuple(prompts), index, use,
+            rows=slice(0, len(prompts)), total=len(prompts), weight=1.0,
+            scored_at=(noise[None], sigma[None]),
+        )  # fmt: skip
 
-    def _critic_loss(
-        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
-    ) -> tuple[Tensor]:
-        with mixed_precision(self.device):
-            with torch.no_grad():
-                clean = self._rollout(path, context, exit_level)
-            return (critic_loss(self.fake, clean, noise, sigma, self.fake.text(context)),)
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Contexts [B, L, text_dim], in fp32 whatever the training's precision is."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.text(prompts)
 
     def _generator_loss(
-        self, path: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, nothing: Tensor, exit_level: int
+        self, path: Tensor, context: Tensor, *tensors: Tensor, exit_level: int
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the mean size of its gradient."""
+        (clean,) = self._clips_of(path, context, exit_level)
+        loss, figures = self.objective.loss(clean, context, Residuals(), *tensors)
+        return loss, figures["gradient"]
+
+    def _clips_of(self, path: Tensor, context: Tensor, exit_level: int) -> tuple[Tensor]:
         with mixed_precision(self.device):
-            clean = self._rollout(path, context, exit_level)
-            with torch.no_grad():
-                texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
-            gradient = dmd_gradient(
-                clean.detach(), noise, sigma, self.teacher, self.fake, texts, self.options.dmd.guidance
-            )
-        return dmd_loss(clean, gradient), gradient.abs().mean()
+            return (self._rollout(path, context, exit_level),)
 
     def _rollout(self, path: Tensor, context: Tensor, exit_level: int) -> Tensor:
-        """The student's own clips along a path of noises [levels, B, 16, F, h, w]."""
+        """Sample the student's clips along a path of noises [levels, B, 16, F, h, w]."""
         batch, _, frames, height, width = path.shape[1:]
         plan = RunPlan(PRESET, frames, height, width, batch)
         rollout = Rollout.of(
@@ -241,11 +271,13 @@ class DistilStage:
 
 
 def init_batch(options: InitOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
-    """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
+    """Draw a step's latents [B, 16, F, h, w], in bf16, and their prompts."""
     return clips.batch(stream(options.seed, index, 0), options.batch, unsaid=0.1)
 
 
 def distil_prompts(options: DistilOptions, clips: Clips, index: int) -> tuple[list[str], list[str]]:
-    """Of the critic's and of the generator's clips in a step."""
-    critic, generator = (clips.texts(stream(options.seed, index, use), options.batch) for use in (0, 1))
+    """Draw a step's prompts for the critic and for the generator."""
+    critic, generator = (
+        clips.texts(stream(options.seed, index, use), options.batch) for use in (0, 1)
+    )
     return critic, generator

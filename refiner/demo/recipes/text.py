@@ -46,16 +46,16 @@ GROUND, NOBODY = 2, -1  # owners of a word beside the two objects
 
 def owners(caption: Caption, length: int) -> list[int]:
     """What each word of a caption belongs to, [length]: object 0 or 1, from its noun to the next one, or the ground."""
-    found = words(caption.text)
-    owned, begins = [NOBODY] * len(found), []
+    read = words(caption.text)
+    owned, begins = [NOBODY] * len(read), []
     for one in caption.objects:
-        colour = next(place for place, word in enumerate(found) if word in COLOUR_WORDS[one.colour])
+        colour = next(place for place, word in enumerate(read) if word in COLOUR_WORDS[one.colour])
         begins.append(colour - 1 - (one.size is not None))
     for number, start in enumerate(begins):
-        end = begins[number + 1] if number + 1 < len(begins) else len(found)
+        end = begins[number + 1] if number + 1 < len(begins) else len(read)
         owned[start:end] = [number] * (end - start)
     if caption.ground:
-        noun = next(place for place, word in enumerate(found) if word in GROUND_WORDS)
+        noun = next(place for place, word in enumerate(read) if word in GROUND_WORDS)
         two = " over " in caption.ground  # "on a ground of navy over brown", else "on a navy ground"
         start, end = (noun - 2, noun + 5) if two else (noun - 3, noun + 1)
         owned[start:end] = [GROUND] * (end - start)
@@ -85,9 +85,12 @@ class Reader(nn.Module):
         self.of_word = nn.ModuleList(nn.Linear(options.dim, 1 + len(choices)) for choices in OF_OBJECT.values())
         self.of_ground = nn.Linear(options.dim, 1 + len(GROUNDS))
 
-    def told(self, captions: list[Caption]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each question's name, logits [N, answers], and right answers [N]: of whole captions, from the mean over their
-        words; then of the words that belong to an object, about it; then of those of the ground."""
+    def ask(self, captions: list[Caption]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield each question's name, logits [N, answers] and right answers [N].
+
+        First about whole captions, from the mean over their words; then about objects, from each of
+        an object's words; then about the ground, from each of its words.
+        """
         context = self.encoder([caption.text for caption in captions])
         right = torch.tensor([answers(caption) for caption in captions], device=context.device)
         lengths = (context.abs().sum(-1) > 0).sum(1, keepdim=True).clamp_min(1)
@@ -117,7 +120,7 @@ class TextStage(LearnerStage):
     def step(self, index: int) -> dict[str, float]:
         seeds = stream(self.options.seed, index).integers(1 << 40, size=self.options.batch)
         captions = [sample_scene(int(seed)).caption for seed in seeds]
-        losses = [F.cross_entropy(logits, right) for _, logits, right in self.learner.model.told(captions)]
+        losses = [F.cross_entropy(logits, right) for _, logits, right in self.learner.model.ask(captions)]
         loss = torch.stack(losses).mean()
         self.learner.step(loss, index, warm_cosine(index, self.options.steps))
         return {"loss": loss.item()}
@@ -128,7 +131,7 @@ class TextStage(LearnerStage):
         captions = [sample_scene(seed, "composition").caption for seed in range(256)]
         hits = {
             name: (logits.argmax(1) == right).float().mean().item()
-            for name, logits, right in self.learner.average.told(captions)
+            for name, logits, right in self.learner.average.ask(captions)
         }
         lines = [f"{name:<14}{100 * hit:6.2f}" for name, hit in hits.items()]
         (folder / f"answers_{index:06d}.txt").write_text("\n".join(lines) + "\n")

@@ -23,7 +23,7 @@ from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels
 from ..scene import Scene
 from ..world import sample_scene
-from .legible import CELL, GROUP, Reader, shown, told_facts
+from .legible import CELL, GROUP, Reader, linear_shares, shown
 
 LOGGED = ("covers", "colours", "which", "picture", "kl", "error")
 HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that are decoded
@@ -96,8 +96,8 @@ class VaeStage(LearnerStage):
             self.learner.update(index, options.joint * warm_cosine(index - start, options.steps - start))
         else:
             self.learner.update(index, warm_cosine(index, start))
-        loss, *told = torch.stack(list(figures)).tolist()
-        logged = {"loss": loss} | dict(zip(LOGGED, told, strict=False))
+        loss, *parts = torch.stack(list(figures)).tolist()
+        logged = {"loss": loss} | dict(zip(LOGGED, parts, strict=False))
         return logged | ({"dB": decibel(logged.pop("error"))} if joint else {})
 
     def _loss(
@@ -109,16 +109,16 @@ class VaeStage(LearnerStage):
         options = self.options
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
-            told = self.reader(mean + options.noise * read, pixels, facts)
+            read_losses = self.reader(mean + options.noise * read, pixels, facts)
             kl = 0.5 * mean.float().square().mean()
-            loss = options.kl * kl + sum(getattr(options, name) * part for name, part in told.items())
+            loss = options.kl * kl + sum(getattr(options, name) * part for name, part in read_losses.items())
             if not joint:
-                return [loss, *told.values(), kl]
+                return [loss, *read_losses.values(), kl]
             mean = moved_latents(mean, weights) if shift else mean
             error, off = reconstruction_loss(
                 self.model.decode(mean + options.noise * decoded).float(), target, options.edges
             )
-        return [loss + off, *told.values(), kl, error]
+        return [loss + off, *read_losses.values(), kl, error]
 
     def finished(self) -> WanVAE:
         """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
@@ -271,7 +271,7 @@ def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
         if seed < 4:
             frames += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png", columns=8)
-    shares = {f"{name} told": share for name, share in told_facts(torch.cat(latents), torch.cat(facts)).items()}
+    shares = {f"{name} told": share for name, share in linear_shares(torch.cat(latents), torch.cat(facts)).items()}
     return {"psnr": float(np.mean(scores)), **shares}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..refiner.noise.file import RefinerCard
-from ..refiner.refined import Form, RefinerPlan, check_fit
+from ..refiner.refiner_plan import Form, RefinerPlan, check_fit
 from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
 from .options import CacheOptions, ChunkSchedule

@@ -35,7 +35,7 @@ MINIMISED = "minimised"  # among the figures of a part; not logged
 HELD_OUT = (0, 3)  # step and use of the held-out clips' random numbers
 
 
-class RefineStage:
+class RefinerStage:
     """State of a training: the factors and their average, and the objective's.
 
     `encode` turns prompts into contexts [B, L, text_dim]; `show` draws and scores the average, as a loop's stage does.
@@ -44,7 +44,7 @@ class RefineStage:
 
     def __init__(
         self, options: RefineOptions, base: CausalWan, objective: Objective, prompts: Sequence[str],
-        encode: Callable[[list[str]], Tensor], show: Callable[["RefineStage", Path, int], dict[str, float]],
+        encode: Callable[[list[str]], Tensor], show: Callable[["RefinerStage", Path, int], dict[str, float]],
         held_out: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.options, self.objective, self.prompts, self.held_out = options, objective, prompts, held_out

@@ -1,0 +1,116 @@
+"""A request for a video: the options of `autorefiner generate`, each checked on its own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bundles import Bundle, find_bundle
+from .outputs import Outputs
+from .refiner_plan import Form
+from .wan.lora import LoraFile
+from .wan.transformer import WanConfig
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """The options of `autorefiner generate`; its help explains them. Sizes and frames in pixels."""
+
+    model: str  # a file, or the name of a bundle
+    out: Path
+    prompt: str = ""
+    preset: str | None = None
+    steps: tuple[int, ...] | None = None  # None here and in the next two: the preset's
+    window: int | None = None
+    sink: int | None = None
+    weights: str = "auto"
+    lora: tuple[LoraFile, ...] = ()
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    context_cache: Path | None = None
+    context: Path | None = None
+    vae: Path | None = None
+    frames: int = 81
+    width: int = 832
+    height: int = 480
+    seed: int = 0
+    method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
+    policy: str = "window"  # one of POLICIES, likewise
+    refiner: str | None = None
+    refiner_strength: float = 1.0
+    refined_levels: tuple[int, ...] | None = None  # None: those it was trained for
+    refiner_form: Form = "auto"
+    extend: Path | None = None
+    save_latents: bool = False
+    overwrite: bool = False
+    sheet: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 16 or self.height < 16 or self.width % 16 or self.height % 16:
+            near = "x".join(str(max(16, round(n / 16) * 16)) for n in (self.width, self.height))
+            raise ValueError(
+                f"size {self.width}x{self.height}: both must be multiples of 16, the nearest is"
+                f" {near}"
+            )
+        if self.out.suffix != ".mp4":
+            raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
+        if not -100 <= self.refiner_strength <= 100:
+            raise ValueError(
+                f"strength {self.refiner_strength}: give a number from -100 to 100, 0 is the base"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
+        check_prompt(self.prompt)
+
+    @property
+    def outputs(self) -> Outputs:
+        """The files that this run writes."""
+        return Outputs(self.out, self.sheet, self.extend, self.save_latents, self.overwrite)
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The bundle that the model is; None for a file."""
+        return find_bundle(self.model)
+
+    @property
+    def model_source(self) -> Path | WanConfig:
+        """The transformer's file, or the sizes of one with random weights."""
+        return self.bundle.model if self.bundle else Path(self.model)
+
+    @property
+    def vae_source(self) -> Path | int | None:
+        """The VAE's file, or the base width of one with random weights; None if there is no VAE."""
+        return self.vae or (self.bundle.vae if self.bundle else None)
+
+    def unused(self) -> list[str]:
+        """Options that were given and do nothing in this run, as on the command line."""
+        bundled = self.bundle is not None
+        untrained = isinstance(self.model_source, WanConfig)
+        idle = {
+            "--refiner-strength": self.refiner is None and self.refiner_strength != 1,
+            "--refined-levels": self.refiner is None and self.refined_levels is not None,
+            "--lora": untrained and bool(self.lora),
+            "--tokenizer": bundled and self.tokenizer is not None,
+            "--context-cache": bundled and self.context_cache is not None,
+        }
+        return [name for name, is_idle in idle.items() if is_idle]
+
+    def notes_of_bundle(self) -> list[str]:
+        """What the bundle has to say of this prompt and size."""
+        if self.bundle is None:
+            return []
+        return self.bundle.notes(None if self.context else self.prompt, self.width, self.height)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError for text that is not UTF-8 (Python keeps lone surrogates) and for NULs."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        position = error.start + 1
+        raise ValueError(
+            f"the prompt is no UTF-8 text from character {position} on: save it as UTF-8"
+        ) from None
+    if "\0" in prompt:
+        raise ValueError("the prompt holds NUL characters, as UTF-16 does: save it as UTF-8")

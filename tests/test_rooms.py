@@ -1,0 +1,134 @@
+"""The rooms of the package: what each may import, and that modules of the core form no circle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import autorefiner
+
+ROOT = Path(autorefiner.__file__).parent
+CORE = ROOT / "refiner"
+FILES = sorted(CORE.rglob("*.py"))
+
+# Each room, and the rooms that it may import; a room is a folder or a file of refiner/.
+TOOLS = {"files", "reading", "stopping", "terminal"}
+NETWORK = {"wan", "memory", "schedule"}
+PLANS = {"run_plan", "timeline"}
+SAMPLING = NETWORK | PLANS | {"noise", "rollout", "samplers", "estimate", "sample"}
+MEDIA = {"latents", "outputs", "pictures", "video"}
+TRAINED = SAMPLING | MEDIA | TOOLS
+ROOMS = {
+    "schedule": set(),
+    **{tool: set() for tool in TOOLS},
+    "wan": TOOLS,
+    "memory": {"wan"},
+    "noise": NETWORK,
+    "timeline": {"memory", "schedule"},
+    "run_plan": NETWORK,
+    "rollout": NETWORK | PLANS | {"noise"},
+    "samplers": NETWORK | {"rollout"},
+    "estimate": {"wan", "memory"},
+    "sample": SAMPLING,
+    "refiner_plan": NETWORK | {"noise"},
+    "latents": TOOLS | {"schedule", "estimate"},
+    "outputs": TOOLS | {"latents"},
+    "pictures": TOOLS,
+    "video": TOOLS | {"estimate"},
+    "training": TRAINED,
+    "demo": TRAINED | {"training"},
+    "bundles": TRAINED | {"training", "demo"},
+    "choices": set(),
+    "device": set(),
+    "preset_table": {"schedule"},
+    "bench": SAMPLING,
+    "bench_refiner": SAMPLING | {"bench"},
+    "request": {"bundles", "outputs", "refiner_plan", "wan"},
+    "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request"},
+    "generate": TRAINED | {"job"},
+    "train_config": TRAINED | {"bundles", "training"},
+    "train": TRAINED | {"bundles", "training", "train_config"},
+}
+ANYTHING = {"cli", "__init__"}  # may import every room
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    """refiner/wan/vae.py as (refiner, wan, vae), refiner/wan/__init__.py as (refiner, wan)."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imported(path: Path, statements: list[ast.stmt] | None = None) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that a file imports, wherever in it, or only in these statements."""
+    tree = ast.walk(ast.parse(path.read_text())) if statements is None else statements
+    package = path.relative_to(ROOT).parent.parts
+    for node in tree:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package[: len(package) - node.level + 1]
+        module = base + tuple((node.module or "").split(".")) if node.module else base
+        for alias in node.names:
+            yield (*module, alias.name) if (*module, alias.name) in MODULES else module
+
+
+def room_of(module: tuple[str, ...]) -> str:
+    return module[1] if len(module) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_below(path: Path) -> None:
+    module = module_name(path)
+    targets = set(imported(path))
+    assert not {".".join(target) for target in targets if target[0] != "refiner"}
+    room = room_of(module)
+    if room in ANYTHING:
+        return
+    assert room in ROOMS, f"{room} is a new room: say in ROOMS what it may import"
+    forbidden = {room_of(target) for target in targets} - ROOMS[room] - {room}
+    assert not forbidden
+
+
+def test_no_room_below_reaches_the_trainings_or_the_demo() -> None:
+    """The table itself keeps to the order: no room may import one that may import it."""
+    for room, allowed in ROOMS.items():
+        assert not [below for below in allowed - {room} if room in ROOMS[below] - {below}]
+    below = {"wan", "memory", "noise", "samplers", "rollout", "schedule", "sample", "estimate"}
+    assert not [room for room in below if ROOMS[room] & {"training", "demo", "bundles"}]
+    assert not ROOMS["demo"] & {"generate", "train", "train_config", "cli", "job", "bundles"}
+
+
+def top_level(path: Path) -> list[ast.stmt]:
+    """The statements that run on import: functions wait, and TYPE_CHECKING blocks never run."""
+    statements, tree = [], ast.parse(path.read_text()).body
+    while tree:
+        node = tree.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        statements.append(node)
+        for part in ("body", "handlers", "orelse", "finalbody"):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                tree += getattr(node, part, [])
+    return statements
+
+
+def circle(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Modules that import each other in turn; empty where none do."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_modules_of_the_core_form_no_circle() -> None:
+    a, b, c = ("a",), ("b",), ("c",)
+    assert set(circle({a: {b}, b: {a}, c: {a}})) == {a, b}
+    graph = {
+        module: set(imported(path, top_level(path))) - {module} for module, path in MODULES.items()
+    }
+    assert not [".".join(module) for module in circle(graph)]
