@@ -17,12 +17,13 @@ from .refiner_plan import FORMS, RefinerLora
 RefinerType = io.Custom("REFINER")
 SUFFIX = ".refiner.safetensors"
 LONGEST_NAME = 200
-PART = re.compile(r"\w[\w .()+-]*")  # of a path: no drive, no separator of another system, nothing hidden
+PLAIN = re.compile(r"\w[\w .()+-]*")  # no drive, no separator of another system, nothing hidden
 
 
 def refiner_files() -> list[str]:
-    """The bundled refiners and the files in models/loras, those first that are called refiners."""
-    return [*bundled_refiners(), *sorted(host.list_files("loras"), key=lambda name: not name.endswith(SUFFIX))]
+    """The bundled refiners and the files in models/loras, those named as refiners first."""
+    loras = host.list_files("loras")
+    return [*bundled_refiners(), *sorted(loras, key=lambda name: not name.endswith(SUFFIX))]
 
 
 def refiner_path(name: str) -> Path:
@@ -36,18 +37,27 @@ def read_refiner(file: str, strength: float, form: str) -> RefinerLora:
     if not math.isfinite(strength):
         raise ValueError(f"strength {strength} is no number: use 1, or 0 for the base")
     if inspect(path).kind == "lora":
-        raise ValueError(f"{file} is an ordinary LoRA and no refiner: connect it with LoraLoaderModelOnly")
+        raise ValueError(
+            f"{file} is an ordinary LoRA and no refiner: connect it with LoraLoaderModelOnly"
+        )
     return RefinerLora(path.name, *load_refiner(path), strength, FORMS[form])
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a part of a path is a visible name on every system."""
+    return PLAIN.fullmatch(name) is not None and name == name.rstrip(" .")
+
+
 def new_file(root: Path, name: str, overwrite: bool) -> Path:
-    """root/NAME.refiner.safetensors, counted on where it is there, unless it may be overwritten.
+    """root/NAME.refiner.safetensors, or with a number where that exists and must be kept.
 
     ValueError for a name that leaves `root` or hides.
     """
     parts = name.removesuffix(SUFFIX).split("/")
-    if len(name) > LONGEST_NAME or not all(PART.fullmatch(part) and part == part.rstrip(" .") for part in parts):
-        raise ValueError(f"name {name[:60]!r}: give a file name like foxes, or one in a folder, like mine/foxes")
+    if len(name) > LONGEST_NAME or not all(map(is_plain_name, parts)):
+        raise ValueError(
+            f"name {name[:60]!r}: give a file name like foxes, or one in a folder, like mine/foxes"
+        )
     path = root.joinpath(*parts[:-1], parts[-1] + SUFFIX)
     count = 1
     while is_taken(path) and not overwrite:
@@ -66,23 +76,28 @@ class LoadRefiner(io.ComfyNode):
             node_id="AutoRefinerLoadRefiner",
             display_name="Load Refiner LoRA",
             category=CATEGORY,
-            description="Loads a noise refiner for the Pathwise Refined Sampler and checks that it fits the model. The"
-            " MODEL itself stays as it is.",
+            description="Loads a noise refiner for the Pathwise Refined Sampler and checks that it"
+            " fits the model. The MODEL itself stays as it is.",
             search_aliases=["autorefiner", "noise refiner", "reflective"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model, only to check that the refiner is one of it."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model, only to check that the refiner fits it.",
+                ),
                 io.Combo.Input(
                     "file", options=refiner_files(),
-                    tooltip="A .refiner.safetensors in models/loras; sprites and sprites-reward come with the demo.",
+                    tooltip="A .refiner.safetensors in models/loras; sprites and sprites-reward"
+                    " come with the demo.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                    tooltip="How much of the refinement is added to the noise. 0 is the base model, bit for bit.",
+                    tooltip="How much of the refinement is added to the noise. 0 is the base model,"
+                    " bit for bit.",
                 ),
                 io.Combo.Input(
                     "form", options=list(FORMS), default="auto", advanced=True,
-                    tooltip="merged: a second copy of the refined layers, faster. unmerged: small branches beside the"
-                    " model's layers. auto: merged where memory allows it.",
+                    tooltip="merged: a second copy of the refined layers, faster. unmerged: small"
+                    " branches beside the model's layers. auto: merged where memory allows it.",
                 ),
             ],
             outputs=[RefinerType.Output(tooltip="For the samplers and Save Refiner LoRA.")],
@@ -116,21 +131,28 @@ class SaveRefiner(io.ComfyNode):
             node_id="AutoRefinerSaveRefiner",
             display_name="Save Refiner LoRA",
             category=CATEGORY,
-            description="Writes a refiner into models/loras, with how it was trained. Other LoRA loaders do not take"
-            " it, on purpose: a refiner works on noise, not on the model.",
+            description="Writes a refiner into models/loras, with how it was trained. Other LoRA"
+            " loaders do not take it, on purpose: a refiner works on noise, not on the model.",
             search_aliases=["autorefiner", "noise refiner"],
             inputs=[
                 RefinerType.Input("refiner", tooltip="From training, or from Load Refiner LoRA."),
                 io.String.Input(
                     "name", default="my",
-                    tooltip="The file is NAME.refiner.safetensors in models/loras; mine/NAME makes a folder in it.",
+                    tooltip="The file is NAME.refiner.safetensors in models/loras; mine/NAME puts"
+                    " it into a subfolder.",
                 ),
                 io.Boolean.Input(
                     "overwrite", default=False,
-                    tooltip="Replace a file of that name. Otherwise the new one is counted on: NAME_2, NAME_3.",
+                    tooltip="Replace a file of that name. Otherwise the new file gets a number:"
+                    " NAME_2, NAME_3.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The file's name inside models/loras.")],
+            outputs=[
+                io.String.Output(
+                    display_name="file",
+                    tooltip="The file's name inside models/loras.",
+                ),
+            ],
             is_output_node=True,
         )  # fmt: skip
 
@@ -151,6 +173,8 @@ class SaveRefiner(io.ComfyNode):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_refiner(path, refiner.pairs, refiner.card)
         except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror}): give another name") from error
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}): give another name"
+            ) from error
         file = path.relative_to(root).as_posix()
         return io.NodeOutput(file, ui=host.show(f"saved as {file}"))

@@ -226,7 +226,7 @@ class TrainRefiner(io.ComfyNode):
         facts = host.facts(request.model)
         options, name = request.options(facts), request.run
         request.check_sockets()
-        words = [*request.lines(), *(request.reward.told if request.reward else ())]
+        words = [*request.lines(), *(request.reward.descriptions if request.reward else ())]
         teacher = host.facts(request.teacher) if request.objective == "dmd" else None
         if teacher is not None:
             check_fit(facts, teacher)

@@ -16,7 +16,7 @@ from ..refiner.wan.torch_file import load_torch
 from .api import host
 from .options import CacheOptions, ChunkSchedule, parse_levels, preset_for
 from .paths import SHOWN, check_inside
-from .refiner import LONGEST_NAME, PART
+from .refiner import LONGEST_NAME, is_plain_name
 from .refiner_plan import RefinerLora
 from .rewards import Rewards
 from .run import ModelFacts, clip_shape
@@ -149,10 +149,6 @@ def check_name(run: str) -> str:
             f"run {run[:60]!r}: give a name like foxes, or one in a folder, like mine/foxes"
         )
     return run
-
-
-def is_plain_name(name: str) -> bool:
-    return PART.fullmatch(name) is not None and name == name.rstrip(" .")
 
 
 def run_folder(run: str) -> Path:

@@ -103,6 +103,14 @@ def levels(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
+def refiner_form(text: str) -> str:
+    """The form of a refiner; `branches` is the older name of `unmerged`."""
+    form = {"unmerged": "branches"}.get(text, text)
+    if form not in FORMS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give auto, merged or unmerged")
+    return form
+
+
 def size(text: str) -> tuple[int, int]:
     """Width and height in pixels."""
     sides = text.lower().split("x")
@@ -204,7 +212,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     about = "nominal levels whose noise is refined; default: those it was trained for"
     how.add_argument("--refined-levels", type=levels, metavar="N,N,…", help=about)
     about = "merged is faster and takes a second copy of the weights; auto: merged where it fits"
-    how.add_argument("--refiner-form", choices=FORMS, default="auto", help=about)
+    how.add_argument("--refiner-form", type=refiner_form, default="auto", metavar="auto|merged|unmerged", help=about)
     how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
     add_machine(how)
 

@@ -54,7 +54,7 @@ class Estimate:
         causes = {
             "K/V memory": (self.kv, "lower --window (or --size, --frames)"),
             "weights": (self.weights, "use a smaller model or --dtype bf16"),
-            "refiner": (self.refiner, "use --refiner-form branches"),
+            "refiner": (self.refiner, "use --refiner-form unmerged"),
             "activations": (self.activations, "lower --size"),
             "VAE decoder": (self.decode, "lower --size"),
             "text encoder": (self.text_encoder, "encode the prompt elsewhere and give --context or --context-cache"),

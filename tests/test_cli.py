@@ -365,3 +365,11 @@ def test_several_loras_change_the_clip_each_by_its_strength(files, tmp_path, cap
     with pytest.raises(SystemExit):
         main(command(files, tmp_path / "f.mp4", "--lora", f"{live}:200"))
     assert "live.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unmerged_refiner_was_called_branches(capsys) -> None:
+    assert {cli.refiner_form("unmerged"), cli.refiner_form("branches")} == {"branches"}
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    usage = capsys.readouterr().out
+    assert "auto|merged|unmerged" in usage and "branches" not in usage
