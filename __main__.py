@@ -1,4 +1,5 @@
-"""The command `autorefiner`: imports what is heavy only once a signal can no longer give a traceback."""
+"""The command `autorefiner`: imports what is heavy only once a signal can no longer give a
+traceback."""
 
 import os
 import sys
@@ -8,7 +9,8 @@ from .refiner.stopping import INTERRUPTED, handle
 
 
 def main() -> int:
-    """Run the command line. A signal before it starts, or after it ended, ends the process at once."""
+    """Run the command line. A signal before it starts, or after it ended, ends the process at
+    once."""
     handle(leave)
     from .nodes.cli import main as run
     from .refiner.training.distributed import end_process, is_one_of_several

@@ -1,9 +1,10 @@
-"""Side by side, in one process: our sampler and ComfyUI's own SamplerARVideo, same weights, noise levels and threads.
+"""Side by side, in one process: our sampler and ComfyUI's own SamplerARVideo, same weights, noise
+levels and threads.
 
     COMFYUI_PATH=~/ComfyUI ~/ComfyUI/.venv/bin/python benchmarks/against_comfyui.py [--case tiny|wide] [--runs N]
 
-Prints a line a sampler (seconds, best and median of the runs) and the ratio of the medians. Run it with ComfyUI's
-interpreter; ours is imported from the checkout that this file lies in.
+Prints a line a sampler (seconds, best and median of the runs) and the ratio of the medians. Run it
+with ComfyUI's interpreter; ours is imported from the checkout that this file lies in.
 """
 
 import argparse
@@ -54,7 +55,9 @@ def comfyui_sampler(path: Path, weights: dict, context, frames: int, height: int
     from comfy_extras.nodes_custom_sampler import SamplerCustom
 
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
-    model = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={}, metadata=metadata)
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(weights), model_options={}, metadata=metadata
+    )
     sampler = SamplerARVideo.execute(CHUNK).result[0]
     sigmas = torch.tensor([1.0, 0.9375, 0.8333333, 0.625, 0.0])
     conditioning = [[context, {}]]
@@ -62,7 +65,9 @@ def comfyui_sampler(path: Path, weights: dict, context, frames: int, height: int
 
     def run() -> torch.Tensor:
         with torch.inference_mode(), contextlib.redirect_stderr(open(os.devnull, "w")):
-            out = SamplerCustom.execute(model, True, 0, 1.0, conditioning, conditioning, sampler, sigmas, latent)
+            out = SamplerCustom.execute(
+                model, True, 0, 1.0, conditioning, conditioning, sampler, sigmas, latent
+            )
         return out.result[0]["samples"]
 
     return run
@@ -111,7 +116,9 @@ def main() -> None:
             if run:
                 seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
-        print(f"{name:<16} best {min(values):7.3f} s   median {statistics.median(values):7.3f} s   ({args.runs} runs)")
+        print(
+            f"{name:<16} best {min(values):7.3f} s   median {statistics.median(values):7.3f} s   ({args.runs} runs)"
+        )
     ratio = statistics.median(seconds["SamplerARVideo"]) / statistics.median(seconds["autorefiner"])
     print(f"{args.case}: {ratio:.2f} times as fast, {frames} latent frames, {args.threads} threads")
 

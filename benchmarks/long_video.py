@@ -1,4 +1,5 @@
-"""Memory does not grow with length: resident size while a tiny model streams a long video to a file.
+"""Memory does not grow with length: resident size while a tiny model streams a long video to a
+file.
 
     python benchmarks/long_video.py [--frames 2001] [--window 9] [--out FOLDER]
 
@@ -45,15 +46,23 @@ def main() -> None:
     plan = RunPlan(preset, args.frames, 8, 8)
     context = torch.randn(1, CONFIG.text_len, CONFIG.text_dim)
     path, done, sizes, start = args.out / "long_video.mp4", 0, {}, time.perf_counter()
-    with VideoWriter(path, 64, 64, metadata={"prompt": "memory benchmark"}) as video, torch.no_grad():
+    with (
+        VideoWriter(path, 64, 64, metadata={"prompt": "memory benchmark"}) as video,
+        torch.no_grad(),
+    ):
         for x0 in sample(network, context, plan):
             video.write(to_frames(vae.decode(x0, state)))
             done += x0.shape[2]
             if done % 100 < preset.chunk or done == args.frames:
                 sizes[done] = resident()
-                print(f"{done:6d} latent frames {sizes[done]:9.1f} MB {time.perf_counter() - start:7.1f} s", flush=True)
+                print(
+                    f"{done:6d} latent frames {sizes[done]:9.1f} MB {time.perf_counter() - start:7.1f} s",
+                    flush=True,
+                )
     first, *later = sizes.values()
-    print(f"growth after the first hundred: {max(later) - first:+.1f} MB; {path} {path.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"growth after the first hundred: {max(later) - first:+.1f} MB; {path} {path.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

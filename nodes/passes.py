@@ -9,9 +9,11 @@ from .run import Run
 
 
 class Passes:
-    """Predictions of a run: `done` of `total`, and `done_of_chunk` of `needed` of the chunk in the making.
+    """Predictions of a run: `done` of `total`, and `done_of_chunk` of `needed` of the chunk in the
+    making.
 
-    A method that is not exact may make fewer at a level; then the count goes on with the next level.
+    A method that is not exact may make fewer at a level; then the count goes on with the next
+    level.
     """
 
     def __init__(self, run: Run) -> None:

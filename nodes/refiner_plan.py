@@ -36,7 +36,8 @@ def plan_refiner(
     refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, run_levels: Sequence[int],
     schedule: ChunkSchedule | None, cache: CacheOptions | None,
 ) -> RefinerPlan | None:  # fmt: skip
-    """What a refiner does in a run of these nominal levels; None without one, or at strength 0, which is the base.
+    """What a refiner does in a run of these nominal levels; None without one, or at strength 0,
+    which is the base.
 
     Raises ValueError when it does not fit the network or the levels.
     """
@@ -54,5 +55,7 @@ def plan_refiner(
             cache=cache.reflected(card.cache) if cache is not None else None,
         )  # fmt: skip
     except ValueError as error:
-        raise ValueError(f"REFINER {refiner.name}, {error} with refined_levels of a Chunk Schedule") from error
+        raise ValueError(
+            f"REFINER {refiner.name}, {error} with refined_levels of a Chunk Schedule"
+        ) from error
     return plan if refiner.strength else None

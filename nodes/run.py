@@ -1,4 +1,5 @@
-"""A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done chunk by chunk."""
+"""A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done
+chunk by chunk."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -26,8 +27,9 @@ from ..refiner.wan.vae import CHANNELS, normalized
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its device's whole memory, and
-    the raw latents [1 or B, 16, F, h, w] that core's ARVideoI2V lets it start from."""
+    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its
+    device's whole memory, and the raw latents [1 or B, 16, F, h, w] that core's ARVideoI2V lets it
+    start from."""
 
     config: WanConfig
     dtype: torch.dtype
@@ -58,7 +60,8 @@ class Search(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on from.
+    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on
+    from.
 
     `search` is there where `method` is one of SEARCHES, else the method is one of SAMPLERS.
     """
@@ -99,12 +102,18 @@ class Run:
         stop: Callable[[], bool] | None = None,
         weights: Weights = own_weights,
     ) -> Tensor:
-        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on the device.
+        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on
+        the device.
 
-        Where `stop` says so after a chunk, the clip ends with it. `weights` are a layer's, for a merged refiner.
+        Where `stop` says so after a chunk, the clip ends with it. `weights` are a layer's, for a
+        merged refiner.
         """
         made = [] if self.initial is None else [self.initial.float().cpu()]
-        attached = self.refined.attached(network, device, dtype, weights) if self.refined else nullcontext()
+        attached = (
+            self.refined.attached(network, device, dtype, weights)
+            if self.refined
+            else nullcontext()
+        )
         search = self.search
         judging = search.verifier(self.plan.batch, device) if search else nullcontext()
         with attached as refiner, judging as verifier:
@@ -112,7 +121,9 @@ class Run:
                 network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
                 method=self.sampler(verifier), refiner=refiner, callback=callback, device=device, dtype=dtype,
             )  # fmt: skip
-            for chunk in finite((chunk.float().cpu() for chunk in chunks), len(self.plan.given_chunks)):
+            for chunk in finite(
+                (chunk.float().cpu() for chunk in chunks), len(self.plan.given_chunks)
+            ):
                 made.append(chunk)
                 if stop is not None and stop():
                     chunks.close()
@@ -121,7 +132,8 @@ class Run:
 
 
 def video_latents(latent: dict, name: str) -> Tensor:
-    """The tensor [B, 16, F, h, w] of a LATENT; ValueError, with the input's name, when it is of something else."""
+    """The tensor [B, 16, F, h, w] of a LATENT; ValueError, with the input's name, when it is of
+    something else."""
     samples = latent.get("samples")
     shape = tuple(samples.shape) if isinstance(samples, Tensor) and not samples.is_nested else ()
     if len(shape) != 5 or shape[1] != CHANNELS or 0 in shape:
@@ -132,23 +144,31 @@ def video_latents(latent: dict, name: str) -> Tensor:
     return samples
 
 
-def clip_shape(latent: dict | None, width: int, height: int, length: int, batch: int) -> tuple[int, int, int, int]:
-    """(batch, latent frames, height, width) of the clip: those of `latent` where it is connected, else the widgets'."""
+def clip_shape(
+    latent: dict | None, width: int, height: int, length: int, batch: int
+) -> tuple[int, int, int, int]:
+    """(batch, latent frames, height, width) of the clip: those of `latent` where it is connected,
+    else the widgets'."""
     if latent is not None:
         samples = video_latents(latent, "latent")
         return (samples.shape[0], *samples.shape[2:])
     if width % 16 or height % 16:
         near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
-        raise ValueError(f"width {width}, height {height}: both must be multiples of 16, the nearest is {near}")
+        raise ValueError(
+            f"width {width}, height {height}: both must be multiples of 16, the nearest is {near}"
+        )
     return batch, latent_frames(length), height // 8, width // 8
 
 
 def start_of(start: dict | None, facts: ModelFacts) -> dict | None:
-    """The LATENT that a run goes on from: the connected one, or the MODEL's; ValueError where both are there."""
+    """The LATENT that a run goes on from: the connected one, or the MODEL's; ValueError where both
+    are there."""
     if facts.start is None:
         return start
     if start is not None:
-        raise ValueError("start is connected, and MODEL has a start image of its own (ARVideoI2V): keep one of them")
+        raise ValueError(
+            "start is connected, and MODEL has a start image of its own (ARVideoI2V): keep one of them"
+        )
     return {"samples": facts.start}
 
 
@@ -160,9 +180,13 @@ def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor |
     samples = video_latents(start, "start")
     if samples.shape[3:] != (height, width):
         came, wanted = (f"{8 * w}x{8 * h}" for h, w in (samples.shape[3:], (height, width)))
-        raise ValueError(f"start is of {came} pixels and the clip of {wanted}: scale the image before it is encoded")
+        raise ValueError(
+            f"start is of {came} pixels and the clip of {wanted}: scale the image before it is encoded"
+        )
     if len(samples) not in (1, batch):
-        raise ValueError(f"start holds {len(samples)} clips and the batch {batch}: give 1 or {batch}")
+        raise ValueError(
+            f"start holds {len(samples)} clips and the batch {batch}: give 1 or {batch}"
+        )
     if samples.shape[2] >= frames:
         raise ValueError(
             f"start holds {samples.shape[2]} latent frames and the clip has {frames} in all, start included: set a"
@@ -172,7 +196,8 @@ def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor |
 
 
 def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor | None) -> RunPlan:
-    """The plan of a clip of `shape` (batch, frames, height, width); ValueError where it does not fit the chunks."""
+    """The plan of a clip of `shape` (batch, frames, height, width); ValueError where it does not
+    fit the chunks."""
     batch, frames, height, width = shape
     given = 0 if initial is None else initial.shape[2]
     return RunPlan(preset, frames - given, height, width, batch, given)
@@ -189,25 +214,32 @@ def kv_bytes(run: Run, facts: ModelFacts) -> int:
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
-    """Of what a run holds beside the model: keys and values, its refiner, and what a search decodes and scores with."""
-    more = (run.refined.nbytes if run.refined else 0) + (run.search.nbytes(run.plan) if run.search else 0)
+    """Of what a run holds beside the model: keys and values, its refiner, and what a search decodes
+    and scores with."""
+    more = (run.refined.nbytes if run.refined else 0) + (
+        run.search.nbytes(run.plan) if run.search else 0
+    )
     return kv_bytes(run, facts) + more
 
 
 def told(run: Run, facts: ModelFacts) -> str:
-    """One line: what a run makes, the bytes of its keys and values, what refines it, and how it searches."""
+    """One line: what a run makes, the bytes of its keys and values, what refines it, and how it
+    searches."""
     plan = run.plan
     held = kv_bytes(run, facts) / 1e6
     line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held:,.1f} MB of keys and values"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
-    if note := run.sampler().note(plan.preset.all_levels, run.refined.levels if run.refined else ()):
+    if note := run.sampler().note(
+        plan.preset.all_levels, run.refined.levels if run.refined else ()
+    ):
         line += f"; {note}"
     return line + (f"; {run.search.describe()}" if run.search else "")
 
 
 def check_memory(run: Run, facts: ModelFacts) -> None:
-    """Raise ValueError when what a run holds beside the model, or its latents, are more than there is memory."""
+    """Raise ValueError when what a run holds beside the model, or its latents, are more than there
+    is memory."""
     nbytes, latents = held_bytes(run, facts), 4 * math.prod(run.shape)
     if latents > (free := available_bytes(torch.device("cpu"))):
         raise ValueError(
@@ -216,9 +248,14 @@ def check_memory(run: Run, facts: ModelFacts) -> None:
         )
     if nbytes > facts.device_bytes:
         what = "keys and values" + (" and the refiner" if run.refined else "")
-        instead = "connect a Reflective Cache with a smaller window, or make the clip smaller or shorter"
+        instead = (
+            "connect a Reflective Cache with a smaller window, or make the clip smaller or shorter"
+        )
         if run.search:
-            what, instead = f"{what} and the search's VAE and reward", f"choose another method, {instead}"
+            what, instead = (
+                f"{what} and the search's VAE and reward",
+                f"choose another method, {instead}",
+            )
         raise ValueError(
             f"the {what} of this clip take {nbytes / 1e9:.2f} GB and the device has"
             f" {facts.device_bytes / 1e9:.2f} GB: {instead}"

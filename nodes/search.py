@@ -1,4 +1,5 @@
-"""Search methods of the sampler nodes: candidates, of which a reward chooses by the frames that they decode to."""
+"""Search methods of the sampler nodes: candidates, of which a reward chooses by the frames that
+they decode to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,12 +42,20 @@ class RewardSearch:
         return f"{self.method} of {self.candidates} candidates by {names}"
 
     def nbytes(self, plan: RunPlan) -> int:
-        """Of the rewards' models, a VAE of its own, and of every sample: what the VAE takes to decode a candidate, its
-        state behind the chunks that were chosen, and the frames that the rewards see, twice while they are joined."""
-        dim, height, width, chunk = host.vae_width(self.vae), 8 * plan.height, 8 * plan.width, plan.preset.chunk
+        """Of the rewards' models, a VAE of its own, and of every sample: what the VAE takes to
+        decode a candidate, its state behind the chunks that were chosen, and the frames that the
+        rewards see, twice while they are joined."""
+        dim, height, width, chunk = (
+            host.vae_width(self.vae),
+            8 * plan.height,
+            8 * plan.width,
+            plan.preset.chunk,
+        )
         frames = Mixture(self.rewards.parts).reach + 4 * chunk
         sample = WanVAE.decode_bytes(dim, height, width, chunk, torch.float32)
-        sample += WanVAE.state_bytes(dim, height, width, torch.float32) + 2 * 12 * frames * height * width
+        sample += (
+            WanVAE.state_bytes(dim, height, width, torch.float32) + 2 * 12 * frames * height * width
+        )
         with torch.device("meta"):
             weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
         return self.rewards.nbytes + weights + plan.batch * sample
@@ -77,7 +86,9 @@ def search_inputs() -> list:
     ]  # fmt: skip
 
 
-def search_of(method: str, reward: Rewards | None, vae: Any, prompt: str, candidates: int) -> RewardSearch | None:
+def search_of(
+    method: str, reward: Rewards | None, vae: Any, prompt: str, candidates: int
+) -> RewardSearch | None:
     """What a sampler node was asked to choose by; None for a method that does not search.
 
     Raises ValueError where a search lacks something.
@@ -87,6 +98,12 @@ def search_of(method: str, reward: Rewards | None, vae: Any, prompt: str, candid
     given = {"reward": reward, "vae": vae, "prompt": prompt.strip() or None}
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        do = "write what the video is to show into prompt" if missing[0] == "prompt" else f"connect {missing[0]}"
-        raise ValueError(f"method {method} chooses by a reward and needs {' and '.join(missing)}: {do}")
+        do = (
+            "write what the video is to show into prompt"
+            if missing[0] == "prompt"
+            else f"connect {missing[0]}"
+        )
+        raise ValueError(
+            f"method {method} chooses by a reward and needs {' and '.join(missing)}: {do}"
+        )
     return RewardSearch(method, reward, vae, prompt, candidates)

@@ -30,7 +30,8 @@ from .wan.vae import DecoderState, WanVAE
 
 @dataclass(frozen=True, slots=True)
 class BenchSize:
-    """A model size and the clip that it is measured on (latent height and width, VAE base width)."""
+    """A model size and the clip that it is measured on (latent height and width, VAE base
+    width)."""
 
     config: WanConfig
     height: int
@@ -77,7 +78,10 @@ class BenchReport:
             ("peak memory", f"{self.peak_bytes / 1e9:.3f} GB"),
             ("K/V memory", f"{self.kv_bytes / 1e9:.4f} GB"),
             ("arithmetic of a pass", f"{self.pass_gflop:.1f} GFLOP"),
-            ("matrix product", f"{self.matmul_gflops:.0f} GFLOP/s (torch's linear: {self.torch_matmul_gflops:.0f})"),
+            (
+                "matrix product",
+                f"{self.matmul_gflops:.0f} GFLOP/s (torch's linear: {self.torch_matmul_gflops:.0f})",
+            ),
             ("share of it", f"{100 * self.peak_share:.0f} %"),
         ]
         return "\n".join([head, *(f"  {name:<22}{value:>14}" for name, value in rows)])
@@ -104,7 +108,9 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_gflops(linear: Callable[[Tensor], Tensor], side: int, device: torch.device, dtype: torch.dtype) -> float:
+def matmul_gflops(
+    linear: Callable[[Tensor], Tensor], side: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """Best of five of a product of square matrices, large enough that the launch does not count."""
     x = torch.randn(side, side, device=device, dtype=dtype)
     linear(x)
@@ -121,7 +127,9 @@ def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) ->
     return model
 
 
-def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1) -> BenchReport:
+def bench(
+    size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1
+) -> BenchReport:
     """Sample `chunks` chunks of 3 latent frames (at least 2) and decode them; see BenchReport.
 
     Raises ValueError, before anything is loaded, when the model does not fit.
@@ -132,7 +140,9 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
     config = case.config
     run = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
     plan = run.memory(config, dtype)
-    vae_bytes = WanVAE.decode_bytes(case.vae_dim, 8 * case.height, 8 * case.width, preset.chunk, dtype)
+    vae_bytes = WanVAE.decode_bytes(
+        case.vae_dim, 8 * case.height, 8 * case.width, preset.chunk, dtype
+    )
     Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         kv=plan.nbytes,
@@ -155,7 +165,10 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
 
     pass_seconds, chunk_seconds = statistics.median(pass_times), statistics.median(chunk_times)
     flops = pass_flops(
-        config, preset.chunk * plan.frame_tokens, plan.window_frames * plan.frame_tokens, config.text_len
+        config,
+        preset.chunk * plan.frame_tokens,
+        plan.window_frames * plan.frame_tokens,
+        config.text_len,
     )
     return BenchReport(
         size=size,
@@ -176,8 +189,11 @@ def bench(size: str, device: torch.device, dtype: torch.dtype, chunks: int, wind
     )
 
 
-def measure_sampling(rollout: Rollout, device: torch.device) -> tuple[list[float], list[float], list[Tensor]]:
-    """Seconds of single denoise passes (with their renoising) and of whole chunks, the first one left out; latents."""
+def measure_sampling(
+    rollout: Rollout, device: torch.device
+) -> tuple[list[float], list[float], list[Tensor]]:
+    """Seconds of single denoise passes (with their renoising) and of whole chunks, the first one
+    left out; latents."""
     marks: list[tuple[int, float]] = []
 
     def mark(progress: Progress) -> None:
@@ -199,14 +215,19 @@ def measure_decode(vae: WanVAE, latents: list[Tensor], device: torch.device) -> 
     """Pixel frames a second of the streaming decoder over all chunks but the first."""
     state, dtype = DecoderState(), next(vae.parameters()).dtype
     vae.decode(latents[0].to(dtype), state)
-    seconds = [clock(lambda part=part: vae.decode(part.to(dtype), state), device) for part in latents[1:]]
+    seconds = [
+        clock(lambda part=part: vae.decode(part.to(dtype), state), device) for part in latents[1:]
+    ]
     return 4 * latents[1].shape[2] / statistics.median(seconds)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest allocation on the device so far; on a CPU the process's largest resident size (0 on Windows)."""
+    """Highest allocation on the device so far; on a CPU the process's largest resident size (0 on
+    Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

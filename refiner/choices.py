@@ -11,11 +11,16 @@ KINDS = {int: int, float: float, "int": int, "float": float}
 def knobs(make: Callable) -> dict[str, Parameter]:
     """The arguments of a function that text can set: whole numbers and numbers with a default."""
     parameters = signature(make).parameters.values()
-    return {each.name: each for each in parameters if each.annotation in KINDS and each.default is not Parameter.empty}
+    return {
+        each.name: each
+        for each in parameters
+        if each.annotation in KINDS and each.default is not Parameter.empty
+    }
 
 
 def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Made:
-    """Make what `text` names, of a table of functions by name; ValueError lists the names or the knobs.
+    """Make what `text` names, of a table of functions by name; ValueError lists the names or the
+    knobs.
 
     `kind` says in the message what is chosen.
     """

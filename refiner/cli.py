@@ -91,7 +91,9 @@ def falling_levels(text: str) -> tuple[int, ...]:
     """Nominal levels, from pure noise down."""
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or int(numbers[0]) != STEPS:
-        raise argparse.ArgumentTypeError(f"{text!r}: give levels that fall from {STEPS}, like 1000,750,500,250")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give levels that fall from {STEPS}, like 1000,750,500,250"
+        )
     return tuple(int(number) for number in numbers)
 
 
@@ -135,24 +137,37 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
     about = "Say what a model, LoRA, VAE, video or latents file is, from its names, shapes and metadata."
     command = commands.add_parser("inspect", help="say what a file is", description=about)
     command.add_argument("file", type=Path)
-    commands.add_parser("presets", help="list how models are sampled", description="Print the table of presets.")
+    commands.add_parser(
+        "presets", help="list how models are sampled", description="Print the table of presets."
+    )
     about = "Sample with random weights of a size and print speed and memory."
     command = commands.add_parser("bench", help="measure this machine", description=about)
     command.add_argument("--size", choices=SIZES, default="tiny")
-    command.add_argument("--chunks", type=int, default=7, help="chunks of 3 latent frames; 7 are 81 frames")
-    command.add_argument("--window", type=int, default=-1, help="latent frames held in memory; -1 is all")
-    command.add_argument("--refiner", action="store_true", help="what a refiner costs, in all its forms, instead")
+    command.add_argument(
+        "--chunks", type=int, default=7, help="chunks of 3 latent frames; 7 are 81 frames"
+    )
+    command.add_argument(
+        "--window", type=int, default=-1, help="latent frames held in memory; -1 is all"
+    )
+    command.add_argument(
+        "--refiner", action="store_true", help="what a refiner costs, in all its forms, instead"
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     add_machine(command)
     command = commands.add_parser(
-        "train", help="train a refiner", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
+        "train",
+        help="train a refiner",
+        description=TRAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("config", type=Path, metavar="CONFIG.toml")
     about = "do not train: say whether the gradient has a signal, after the critic's warm-up, which is saved"
     command.add_argument("--probe", action="store_true", help=about)
     about = "independent batches that --probe compares (default %(default)s)"
     command.add_argument("--batches", type=int, default=8, metavar="N", help=about)
-    command.add_argument("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
+    command.add_argument(
+        "--device", default="auto", help="cpu or cuda (default: a GPU if there is one)"
+    )
     add_demo(commands)
     for add in more:
         add(commands)
@@ -161,7 +176,10 @@ def build_parser(more: Sequence[AddCommand] = ()) -> argparse.ArgumentParser:
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
-        "generate", help="prompt to video", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "generate",
+        help="prompt to video",
+        description=GENERATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = command.add_argument_group("model")
     names = " or ".join(BUNDLES)
@@ -172,31 +190,65 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     about = "a LoRA to merge on load, strength 1 unless said; may be repeated (LongLive 1 needs its own)"
     model.add_argument("--lora", type=lora, action="append", metavar="FILE[:STRENGTH]", help=about)
     model.add_argument("--vae", type=Path, metavar="FILE", help="Wan2.1's VAE")
-    model.add_argument("--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file")
-    model.add_argument("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, if it does not lie beside it")
-    model.add_argument("--context-cache", type=Path, metavar="FOLDER", help="keep encoded prompts here")
-    model.add_argument("--context", type=Path, metavar="FILE", help="an encoded prompt instead of a text encoder")
+    model.add_argument(
+        "--text-encoder", type=Path, metavar="PATH", help="umT5-xxl, a folder or a file"
+    )
+    model.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="its tokenizer, if it does not lie beside it"
+    )
+    model.add_argument(
+        "--context-cache", type=Path, metavar="FOLDER", help="keep encoded prompts here"
+    )
+    model.add_argument(
+        "--context", type=Path, metavar="FILE", help="an encoded prompt instead of a text encoder"
+    )
 
     what = command.add_argument_group("video")
     what.add_argument("--prompt", default="", help="what to show, as the model's authors prompt it")
-    what.add_argument("--frames", type=int, default=81, help="pixel frames of the whole video, 1 + 4n (default 81)")
+    what.add_argument(
+        "--frames",
+        type=int,
+        default=81,
+        help="pixel frames of the whole video, 1 + 4n (default 81)",
+    )
     about = f"multiples of 16 (default {default_sizes()})"
     what.add_argument("--size", type=size, metavar="WxH", help=about)
-    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same noise on any device")
-    what.add_argument("--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from")
+    what.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same noise on any device"
+    )
+    what.add_argument(
+        "--extend", type=Path, metavar="FILE", help="latents of an earlier run to go on from"
+    )
     what.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
-    what.add_argument("--overwrite", action="store_true", help="replace a video that is there already")
-    what.add_argument("--save-latents", action="store_true", help="write latents beside the video, to go on from later")
+    what.add_argument(
+        "--overwrite", action="store_true", help="replace a video that is there already"
+    )
+    what.add_argument(
+        "--save-latents",
+        action="store_true",
+        help="write latents beside the video, to go on from later",
+    )
     what.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet, too")
 
     about = "A preset says how a model was trained to be sampled; the rest overrides it."
     how = command.add_argument_group("sampling", about)
     about = "default: what the file's name or metadata proves; `autorefiner presets` lists them"
     how.add_argument("--preset", choices=PRESETS, metavar="NAME", help=about)
-    how.add_argument("--levels", "--steps", type=falling_levels, metavar="N,N,…", help="nominal, falling from 1000")
+    how.add_argument(
+        "--levels",
+        "--steps",
+        type=falling_levels,
+        metavar="N,N,…",
+        help="nominal, falling from 1000",
+    )
     about = "latent frames held in memory (sink + past + current chunk), -1 all; with one, memory is flat in length"
     how.add_argument("--window", type=int, metavar="FRAMES", help=about)
-    how.add_argument("--sink", type=int, metavar="FRAMES", help="of the window, first frames of the video that stay")
+    how.add_argument(
+        "--sink",
+        type=int,
+        metavar="FRAMES",
+        help="of the window, first frames of the video that stay",
+    )
     how.add_argument(
         "--method", default="self-forcing", metavar="NAME[:KNOB=VALUE,…]",
         help=f"{', '.join(SAMPLERS)}; with knobs like self-refine:threshold=0.2",
@@ -206,14 +258,26 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         help=f"what a read sees of the memory: {', '.join(POLICIES)}; with knobs like top-frames:k=4",
     )  # fmt: skip
     names = " or ".join(bundled_refiners())
-    about = f"a refiner's file, or {names}: refines the noise between levels, for a pass a level more"
+    about = (
+        f"a refiner's file, or {names}: refines the noise between levels, for a pass a level more"
+    )
     how.add_argument("--refiner", metavar="FILE|NAME", help=about)
-    how.add_argument("--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)")
+    how.add_argument(
+        "--refiner-strength", type=float, default=1.0, metavar="S", help="0 is the base (default 1)"
+    )
     about = "nominal levels whose noise is refined; default: those it was trained for"
     how.add_argument("--refined-levels", type=levels, metavar="N,N,…", help=about)
     about = "merged is faster and takes a second copy of the weights; auto: merged where it fits"
-    how.add_argument("--refiner-form", type=refiner_form, default="auto", metavar="auto|merged|unmerged", help=about)
-    how.add_argument("--dry-run", action="store_true", help="only say what would be made and the memory it takes")
+    how.add_argument(
+        "--refiner-form",
+        type=refiner_form,
+        default="auto",
+        metavar="auto|merged|unmerged",
+        help=about,
+    )
+    how.add_argument(
+        "--dry-run", action="store_true", help="only say what would be made and the memory it takes"
+    )
     add_machine(how)
 
 
@@ -227,8 +291,12 @@ def default_sizes() -> str:
 
 
 def add_machine(command: argparse._ActionsContainer) -> None:
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
-    command.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32")
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
+    )
+    command.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="default bf16, on a CPU fp32"
+    )
 
 
 def options_of(args: argparse.Namespace) -> GenerateOptions:
@@ -270,7 +338,9 @@ def stream(job: Job) -> int:
 
         def show(progress: Progress) -> None:
             level = progress.chunk.levels[progress.level].step
-            bar.set_postfix_str(f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}")
+            bar.set_postfix_str(
+                f"chunk {progress.chunk.index + 1}/{progress.chunks}, level {level}"
+            )
 
         try:
             with closing(generate(job, show)) as progress:
@@ -283,7 +353,9 @@ def stream(job: Job) -> int:
             return INTERRUPTED
     seconds = time.perf_counter() - start
     frames = job.options.frames
-    say(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included")
+    say(
+        f"{job.options.out}: {frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames/s, loading included"
+    )
     return 0
 
 
@@ -320,7 +392,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     elif is_latents(path):
         info = inspect_latents(path)
         length = f"{info.frames} latent frames, {max(0, 4 * info.frames - 3)} pixel"
-        rows = {"kind": "latents", "made": length + (", then a part of a chunk" if info.cut else "")} | info.metadata
+        rows = {
+            "kind": "latents",
+            "made": length + (", then a part of a chunk" if info.cut else ""),
+        } | info.metadata
     else:
         say(*describe(inspect(path)).split("\n"))
         return 0
@@ -351,13 +426,17 @@ def run_demo_command(args: argparse.Namespace) -> int:
 
 
 def main(
-    argv: list[str] | None = None, more: Mapping[str, tuple[AddCommand, RunCommand]] = MappingProxyType({})
+    argv: list[str] | None = None,
+    more: Mapping[str, tuple[AddCommand, RunCommand]] = MappingProxyType({}),
 ) -> int:
     """Run the command line; wrong input is one line on stderr and exit status 2.
 
-    `more` are subcommands of the rooms above by name: what adds one to the parser, and what runs it.
+    `more` are subcommands of the rooms above by name: what adds one to the parser, and what runs
+    it.
     """
-    warnings.showwarning = lambda message, *_, **__: warn(f"autorefiner: warning: {' '.join(str(message).split())}")
+    warnings.showwarning = lambda message, *_, **__: warn(
+        f"autorefiner: warning: {' '.join(str(message).split())}"
+    )
     try:
         with handling(interrupt):
             return run_command(argv, more)
@@ -369,14 +448,22 @@ def main(
 def run_command(argv: list[str] | None, more: Mapping[str, tuple[AddCommand, RunCommand]]) -> int:
     """Run one command; the exit status."""
     args = build_parser([add for add, _ in more.values()]).parse_args(argv)
-    commands = {"generate": run_generate, "inspect": run_inspect, "bench": run_bench, "train": run_train}
+    commands = {
+        "generate": run_generate,
+        "inspect": run_inspect,
+        "bench": run_bench,
+        "train": run_train,
+    }
     commands |= {"demo": run_demo_command, "presets": run_presets}
     commands |= {name: run for name, (_, run) in more.items()}
     try:
         return commands[args.command](args)
     except (ValueError, OSError) as error:
         message = str(error)
-    except (RuntimeError, MemoryError) as error:  # torch's own for a GPU, a plain one for a CPU, Python's
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch's own for a GPU, a plain one for a CPU, Python's
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "Python's own objects").splitlines()[0]
@@ -387,7 +474,9 @@ def run_command(argv: list[str] | None, more: Mapping[str, tuple[AddCommand, Run
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, as Python, torch on a CPU and torch on a GPU say it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(
+        error
+    )
 
 
 if __name__ == "__main__":

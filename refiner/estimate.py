@@ -30,7 +30,12 @@ class Estimate:
     def total(self) -> int:
         """What is never alive at once does not add up: the larger counts."""
         return max(
-            self.text_encoder, self.weights + self.refiner + self.kv + self.text_kv + max(self.activations, self.decode)
+            self.text_encoder,
+            self.weights
+            + self.refiner
+            + self.kv
+            + self.text_kv
+            + max(self.activations, self.decode),
         )
 
     def lines(self) -> str:
@@ -48,7 +53,8 @@ class Estimate:
         return "\n".join(f"{name:<32}{size / GB:9.3f} GB" for name, size in rows.items())
 
     def check(self, available: int) -> None:
-        """Raise ValueError, with the numbers and what to lower, when this does not fit in `available` bytes."""
+        """Raise ValueError, with the numbers and what to lower, when this does not fit in
+        `available` bytes."""
         if self.total <= available:
             return
         causes = {
@@ -57,7 +63,10 @@ class Estimate:
             "refiner": (self.refiner, "use --refiner-form unmerged"),
             "activations": (self.activations, "lower --size"),
             "VAE decoder": (self.decode, "lower --size"),
-            "text encoder": (self.text_encoder, "encode the prompt elsewhere and give --context or --context-cache"),
+            "text encoder": (
+                self.text_encoder,
+                "encode the prompt elsewhere and give --context or --context-cache",
+            ),
         }
         name, (size, lower) = max(causes.items(), key=lambda cause: cause[1][0])
         raise ValueError(
@@ -72,10 +81,15 @@ def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype
 
 
 def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
-    """About the most that is alive in a pass over `chunk` frames: in the feed-forward, or in the attention."""
+    """About the most that is alive in a pass over `chunk` frames: in the feed-forward, or in the
+    attention."""
     tokens = plan.batch * chunk * plan.frame_tokens
     values = tokens * max(2 * config.ffn_dim + 12 * config.dim, 18 * config.dim)
-    turned = plan.batch * plan.window_frames * plan.frame_tokens * config.dim if plan.keys == "raw" else 0
+    turned = (
+        plan.batch * plan.window_frames * plan.frame_tokens * config.dim
+        if plan.keys == "raw"
+        else 0
+    )
     # Raw keys are rotated in fp32: they and the result.
     return values * plan.dtype.itemsize + 8 * turned + plan.read_bytes
 
@@ -101,9 +115,12 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_room(nbytes: int, what: str, instead: str) -> None:
-    """Raise ValueError, which says what to do instead, when something takes more of a CPU's memory than is free."""
+    """Raise ValueError, which says what to do instead, when something takes more of a CPU's memory
+    than is free."""
     if nbytes > (free := available_bytes(torch.device("cpu"))):
-        raise ValueError(f"{what} takes {nbytes / GB:.1f} GB and {free / GB:.1f} GB are free: {instead}")
+        raise ValueError(
+            f"{what} takes {nbytes / GB:.1f} GB and {free / GB:.1f} GB are free: {instead}"
+        )
 
 
 class MemoryStatus(ctypes.Structure):

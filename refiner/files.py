@@ -1,4 +1,5 @@
-"""Files that grow while they are written: their names, their locks, and whether they can be made at all."""
+"""Files that grow while they are written: their names, their locks, and whether they can be made at
+all."""
 
 import errno
 import io
@@ -23,7 +24,8 @@ def partial_path(path: Path) -> Path:
 
 
 def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
-    """Return the first NAME_00001_.mp4, counting from `counter`, that no finished or partial file uses."""
+    """Return the first NAME_00001_.mp4, counting from `counter`, that no finished or partial file
+    uses."""
     while True:
         path = folder / f"{name}_{counter:05}_{suffix}"
         if not is_taken(path) and not is_taken(partial_path(path)):
@@ -32,7 +34,8 @@ def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something has this name, be it a link that leads nowhere. OSError for what cannot be a name."""
+    """Whether something has this name, be it a link that leads nowhere. OSError for what cannot be
+    a name."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -46,7 +49,8 @@ def renames_open_files() -> bool:
 
 
 def lock(file: io.FileIO, path: Path, instead: str) -> None:
-    """Lock an open file for this run; ValueError, which says what to do instead, where another run holds the lock.
+    """Lock an open file for this run; ValueError, which says what to do instead, where another run
+    holds the lock.
 
     A file system without locks is warned of and written to all the same. OSError names the path.
     """
@@ -59,7 +63,9 @@ def lock(file: io.FileIO, path: Path, instead: str) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise OSError(error.errno, f"{path} cannot be locked ({error.strerror})") from error
-        warnings.warn(f"{path.parent} has no file locks: let no other run write {path.name} now", stacklevel=3)
+        warnings.warn(
+            f"{path.parent} has no file locks: let no other run write {path.name} now", stacklevel=3
+        )
 
 
 def open_locked(path: Path, instead: str) -> io.FileIO:
@@ -88,7 +94,8 @@ def is_open(file: io.FileIO, path: Path) -> bool:
 
 
 def open_exclusive(path: Path, instead: str = INSTEAD) -> io.FileIO:
-    """An empty file that no other run writes; ValueError, which says what to do instead, where one does."""
+    """An empty file that no other run writes; ValueError, which says what to do instead, where one
+    does."""
     file = open_locked(path, instead)
     file.truncate(0)
     return file
@@ -97,13 +104,19 @@ def open_exclusive(path: Path, instead: str = INSTEAD) -> io.FileIO:
 def check_output(path: Path) -> None:
     """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
     if len(path.parts) > MOST_FOLDERS:
-        raise ValueError(f"output of {len(path.parts)} folders: give a name in at most {MOST_FOLDERS}")
+        raise ValueError(
+            f"output of {len(path.parts)} folders: give a name in at most {MOST_FOLDERS}"
+        )
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: give the name of a file")
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output {path} cannot be written ({error.strerror}): give another folder") from error
+        raise ValueError(
+            f"output {path} cannot be written ({error.strerror}): give another folder"
+        ) from error
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"output {path} cannot be written (no permission): give another name or folder")
+        raise ValueError(
+            f"output {path} cannot be written (no permission): give another name or folder"
+        )

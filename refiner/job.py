@@ -28,7 +28,8 @@ PUBLISHED_VAE_DIM = 96
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request, with its memory estimate. Its files are open, and nothing is loaded yet."""
+    """A checked request, with its memory estimate. Its files are open, and nothing is loaded
+    yet."""
 
     options: GenerateOptions
     files: "OpenFiles"
@@ -75,7 +76,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """The model files of a run, each opened once; None for random weights, or where none is named."""
+    """The model files of a run, each opened once; None for random weights, or where none is
+    named."""
 
     model: Checkpoint | None
     vae: Checkpoint | None
@@ -101,7 +103,9 @@ def prepare(options: GenerateOptions) -> Job:
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
-    preset = get_preset(name).changed(levels=options.levels, window=options.window, sink=options.sink)
+    preset = get_preset(name).changed(
+        levels=options.levels, window=options.window, sink=options.sink
+    )
     total = latent_frames(options.frames)
     shape = (config.in_dim, options.height // 8, options.width // 8)
     initial, extended = (None, {})
@@ -127,9 +131,7 @@ def prepare(options: GenerateOptions) -> Job:
     return job
 
 
-def identify(
-    options: GenerateOptions, checkpoint: Checkpoint | None
-) -> tuple[WanConfig, str, str]:
+def identify(options: GenerateOptions, checkpoint: Checkpoint | None) -> tuple[WanConfig, str, str]:
     """The model's sizes, the name of its preset, and how that is known."""
     if checkpoint is None:
         return options.model_source, options.preset or options.bundle.preset, "untrained"

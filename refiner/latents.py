@@ -1,7 +1,9 @@
-"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable whenever it stops.
+"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable
+whenever it stops.
 
-Only whole chunks are ever read. The metadata `chunk_lengths` says how the frames are cut, like `1,3x6,2`: a kill can
-leave a part of the last chunk, and a run that went on from it would make another clip.
+Only whole chunks are ever read. The metadata `chunk_lengths` says how the frames are cut, like
+`1,3x6,2`: a kill can leave a part of the last chunk, and a run that went on from it would make
+another clip.
 """
 
 import json
@@ -24,18 +26,28 @@ from .files import partial_path
 from .reading import open_regular
 from .schedule import PRESETS, chunk_lengths, latent_frames
 
-KEY = "latents"  # [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
-HEADER = 16384  # bytes, padded with spaces: written again with the final shape when the file is closed
+# [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
+KEY = "latents"
+HEADER = (
+    16384  # bytes, padded with spaces: written again with the final shape when the file is closed
+)
 LENGTHS = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?")
-OTHER_FILE = (OSError, struct.error, ValueError, TypeError, KeyError, RecursionError)  # what reading its header raises
+OTHER_FILE = (
+    OSError,
+    struct.error,
+    ValueError,
+    TypeError,
+    KeyError,
+    RecursionError,
+)  # what reading its header raises
 
 
 class LatentWriter:
     """Appends chunks to NAME.partial.safetensors; closing it well renames it to NAME.
 
-    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without. `given` latents
-    [1, C, F, h, w] stand in it from the start, so a run may go on from the partial file that it is about to write.
-    A chunk is on disk when `write` returns.
+    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without.
+    `given` latents [1, C, F, h, w] stand in it from the start, so a run may go on from the partial
+    file that it is about to write. A chunk is on disk when `write` returns.
     """
 
     @staticmethod
@@ -43,10 +55,16 @@ class LatentWriter:
         """Raise ValueError when metadata does not fit into the header."""
         size = len(json.dumps(metadata, ensure_ascii=False).encode())
         if size > HEADER - 256:
-            raise ValueError(f"metadata of {size} bytes is too long for a latents file: shorten the prompt")
+            raise ValueError(
+                f"metadata of {size} bytes is too long for a latents file: shorten the prompt"
+            )
 
     def __init__(
-        self, path: Path, frame_shape: tuple[int, int, int], metadata: dict[str, str], given: Tensor | None = None
+        self,
+        path: Path,
+        frame_shape: tuple[int, int, int],
+        metadata: dict[str, str],
+        given: Tensor | None = None,
     ) -> None:
         self.path = Path(path)
         self.partial = partial_path(self.path)
@@ -66,7 +84,8 @@ class LatentWriter:
         self.file.seek(0, os.SEEK_END)
 
     def write(self, latents_BCFhw: Tensor) -> None:
-        """Append a chunk [1, C, F, h, w], whole or, where the disk is full (OSError), not at all."""
+        """Append a chunk [1, C, F, h, w], whole or, where the disk is full (OSError), not at
+        all."""
         frames = latents_BCFhw[0].transpose(0, 1).float().cpu().contiguous()
         end, rest = self.file.tell(), memoryview(frames.numpy().tobytes())
         try:
@@ -89,7 +108,9 @@ class LatentWriter:
 
     def close(self, finished: bool) -> Path:
         """Write the final header; a finished file takes its name, a stopped one stays partial."""
-        self.file.truncate(8 + HEADER + 4 * self.frames * math.prod(self.frame_shape))  # an interrupted write ends here
+        self.file.truncate(
+            8 + HEADER + 4 * self.frames * math.prod(self.frame_shape)
+        )  # an interrupted write ends here
         self.file.seek(0)
         self.file.write(self._header())
         os.fsync(self.file.fileno())
@@ -111,7 +132,8 @@ class LatentWriter:
 
 @dataclass(frozen=True, slots=True)
 class LatentsInfo:
-    """A latents file by its header and size: whole frames in whole chunks, shape [C, h, w] of a frame, metadata."""
+    """A latents file by its header and size: whole frames in whole chunks, shape [C, h, w] of a
+    frame, metadata."""
 
     frames: int
     frame_shape: tuple[int, int, int]
@@ -120,7 +142,8 @@ class LatentsInfo:
 
 
 def inspect_latents(path: Path) -> LatentsInfo:
-    """Read the header of a file by `LatentWriter`, finished, stopped or cut off by a kill; ValueError for another."""
+    """Read the header of a file by `LatentWriter`, finished, stopped or cut off by a kill;
+    ValueError for another."""
     try:
         with open_regular(path) as file:
             (written, *frame_shape), metadata = _read_header(file)
@@ -130,26 +153,33 @@ def inspect_latents(path: Path) -> LatentsInfo:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: give a file written by --save-latents") from None
     except OTHER_FILE:
-        raise ValueError(f"{path} is not a latents file: give one written by --save-latents") from None
+        raise ValueError(
+            f"{path} is not a latents file: give one written by --save-latents"
+        ) from None
     return LatentsInfo(frames, tuple(frame_shape), metadata, nbytes > frames * frame_bytes)
 
 
 def count_latents(path: Path) -> int:
-    """Latent frames in whole chunks of a file by `LatentWriter`; 0 where its run ended before the first one."""
+    """Latent frames in whole chunks of a file by `LatentWriter`; 0 where its run ended before the
+    first one."""
     return inspect_latents(path).frames
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """Latents [1, C, F, h, w] and metadata of a file by `LatentWriter`, finished, stopped or cut off by a kill.
+    """Latents [1, C, F, h, w] and metadata of a file by `LatentWriter`, finished, stopped or cut
+    off by a kill.
 
-    Warns when it drops the part of a chunk that a kill left. Raises ValueError for a file without a whole chunk, and
-    for one of another kind.
+    Warns when it drops the part of a chunk that a kill left. Raises ValueError for a file without a
+    whole chunk, and for one of another kind.
     """
     info = inspect_latents(path)
     if not info.frames:
         raise ValueError(f"{path} holds no finished chunk: start again without it")
     if info.cut:
-        warnings.warn(f"{path} ends in an unfinished chunk: {info.frames} latent frames are kept", stacklevel=2)
+        warnings.warn(
+            f"{path} ends in an unfinished chunk: {info.frames} latent frames are kept",
+            stacklevel=2,
+        )
     count = info.frames * math.prod(info.frame_shape)
     check_room(2 * 4 * count, f"reading {path.name}", "go on from a shorter file")
     with open_regular(path) as file:
@@ -160,10 +190,11 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def whole_frames(metadata: Mapping[str, str], frames: int, written: int) -> int:
-    """Frames in whole chunks, of the `frames` in a file whose header was last `written` with so many.
+    """Frames in whole chunks, of the `frames` in a file whose header was last `written` with so
+    many.
 
-    Files without `chunk_lengths` (0.1) are cut as their preset cuts them; without a preset every frame counts. Raises
-    ValueError for lengths that are not understood.
+    Files without `chunk_lengths` (0.1) are cut as their preset cuts them; without a preset every
+    frame counts. Raises ValueError for lengths that are not understood.
     """
     if frames == written:  # closed well, or nothing was added
         return frames
@@ -176,7 +207,9 @@ def whole_frames(metadata: Mapping[str, str], frames: int, written: int) -> int:
     return kept
 
 
-def _planned_chunks(metadata: Mapping[str, str], given: int, frames: int) -> Sequence[tuple[int, int]]:
+def _planned_chunks(
+    metadata: Mapping[str, str], given: int, frames: int
+) -> Sequence[tuple[int, int]]:
     """(length, count) of the chunks of a run, from its metadata."""
     if "chunk_lengths" in metadata:
         return parse_lengths(metadata["chunk_lengths"])
@@ -223,13 +256,19 @@ def is_latents(path: Path) -> bool:
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], dict[str, str]]:
-    """Shape [F, C, h, w] as last written, and metadata; raises one of several errors for a file of another kind."""
+    """Shape [F, C, h, w] as last written, and metadata; raises one of several errors for a file of
+    another kind."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length != HEADER:
         raise ValueError
     header = json.loads(file.read(length))
     shape, metadata = tuple(header[KEY]["shape"]), header.get("__metadata__", {})
-    if len(shape) != 4 or any(type(side) is not int for side in shape) or min(shape[1:]) < 1 or shape[0] < 0:
+    if (
+        len(shape) != 4
+        or any(type(side) is not int for side in shape)
+        or min(shape[1:]) < 1
+        or shape[0] < 0
+    ):
         raise ValueError
     if not all(isinstance(value, str) for value in dict(metadata).values()):
         raise ValueError

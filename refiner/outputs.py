@@ -1,4 +1,5 @@
-"""Files that a run writes, and the saved latents that it goes on from: nothing of another run is lost or left stale."""
+"""Files that a run writes, and the saved latents that it goes on from: nothing of another run is
+lost or left stale."""
 
 import warnings
 from collections.abc import Mapping
@@ -10,8 +11,11 @@ from torch import Tensor
 from .files import check_output, partial_path
 from .latents import LatentWriter, count_latents, first_lengths, format_lengths, read_latents
 
-# Metadata that decides how a clip goes on, and what it was in files that do not say; a prompt may change.
-DECIDING = {name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")}
+# Metadata that decides how a clip goes on, and what it was in files that do not say; a prompt may
+# change.
+DECIDING = {
+    name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")
+}
 DECIDING |= {"lora": "none", "refiner": "none", "weights": "auto", "noise": "1"}
 
 
@@ -40,7 +44,9 @@ class Outputs:
         check_output(self.video)
         if self.sheet:
             if self.sheet.suffix != ".png":
-                raise ValueError(f"contact sheet {self.sheet} is not a .png: give a name that ends in .png")
+                raise ValueError(
+                    f"contact sheet {self.sheet} is not a .png: give a name that ends in .png"
+                )
             check_output(self.sheet)
         if self.save_latents:
             check_output(self.latents)
@@ -53,7 +59,11 @@ class Outputs:
 
         A clip that is extended into its own file replaces what it goes on from.
         """
-        if self.stopped.exists() and not self._extends(self.stopped) and count_latents(self.stopped):
+        if (
+            self.stopped.exists()
+            and not self._extends(self.stopped)
+            and count_latents(self.stopped)
+        ):
             raise ValueError(
                 f"{self.stopped} is of a run that was stopped: if none is writing it, go on with --extend"
                 f" {self.stopped}, or start anew with --overwrite"
@@ -78,10 +88,12 @@ class Outputs:
 def read_given(
     path: Path, frames: int, shape: tuple[int, int, int], chunk: int
 ) -> tuple[Tensor | None, dict[str, str]]:
-    """Latents [1, C, F, h, w] of an earlier run and its metadata, to be extended to `frames` of `shape` [C, h, w].
+    """Latents [1, C, F, h, w] of an earlier run and its metadata, to be extended to `frames` of
+    `shape` [C, h, w].
 
-    A last chunk that no clip in chunks of `chunk` frames goes on from is left out, with a warning. Returns no latents
-    for a run that was stopped before its first chunk. Raises ValueError when this run cannot go on from the file.
+    A last chunk that no clip in chunks of `chunk` frames goes on from is left out, with a warning.
+    Returns no latents for a run that was stopped before its first chunk. Raises ValueError when
+    this run cannot go on from the file.
     """
     if not count_latents(path):
         return None, {}
@@ -101,14 +113,21 @@ def read_given(
         )
     rest = count % chunk
     if count > chunk and rest > 1 and count < frames:
-        warnings.warn(f"{path}: the last {rest} of {count} latent frames are no whole chunk, left out", stacklevel=2)
+        warnings.warn(
+            f"{path}: the last {rest} of {count} latent frames are no whole chunk, left out",
+            stacklevel=2,
+        )
         given = given[:, :, : count - rest]
     return given, metadata
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str], given: int) -> str:
-    """List what decides how a clip goes on and was different in the run that made its first `given` latent frames."""
-    pairs = [(name, before.get(name, default), now.get(name, default)) for name, default in DECIDING.items()]
+    """List what decides how a clip goes on and was different in the run that made its first `given`
+    latent frames."""
+    pairs = [
+        (name, before.get(name, default), now.get(name, default))
+        for name, default in DECIDING.items()
+    ]
     if "chunk_lengths" in before:
         lengths = (first_lengths(metadata["chunk_lengths"], given) for metadata in (before, now))
         pairs.append(("chunks of", *map(format_lengths, lengths)))

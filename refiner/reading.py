@@ -1,4 +1,5 @@
-"""Read files that nobody vouches for: regular files only, and no more bytes than such a file may have."""
+"""Read files that nobody vouches for: regular files only, and no more bytes than such a file may
+have."""
 
 import codecs
 import io
@@ -21,7 +22,8 @@ KINDS = (
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError in one line unless `path` is a regular file. A pipe would block whoever opened it.
+    """Raise ValueError in one line unless `path` is a regular file. A pipe would block whoever
+    opened it.
 
     OSError where there is nothing, or it may not be looked at.
     """
@@ -35,9 +37,12 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading; ValueError for anything else, also where it takes the file's place meanwhile."""
+    """Open a regular file for reading; ValueError for anything else, also where it takes the file's
+    place meanwhile."""
     check_regular(path)
-    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)), "rb")
+    file = os.fdopen(
+        os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)), "rb"
+    )
     try:
         _check_mode(path, os.fstat(file.fileno()).st_mode)
     except BaseException:
@@ -47,16 +52,20 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Read a whole regular file; ValueError where it gives more than `most` bytes, whatever size it claims."""
+    """Read a whole regular file; ValueError where it gives more than `most` bytes, whatever size it
+    claims."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"{path} holds more than {most >> 20} MiB, the most for such a file: give another")
+        raise ValueError(
+            f"{path} holds more than {most >> 20} MiB, the most for such a file: give another"
+        )
     return content
 
 
 def read_text(path: Path, most: int) -> str:
-    """Read UTF-8, or UTF-16 as Windows saves it, with or without a byte order mark; ValueError for other text.
+    """Read UTF-8, or UTF-16 as Windows saves it, with or without a byte order mark; ValueError for
+    other text.
 
     ValueError for more than `most` bytes, too.
     """
@@ -71,7 +80,8 @@ def read_text(path: Path, most: int) -> str:
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-16 by its byte order mark, or by NULs in nearly every second byte of its beginning; else UTF-8."""
+    """UTF-16 by its byte order mark, or by NULs in nearly every second byte of its beginning; else
+    UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     beginning = content[:4096]

@@ -1,4 +1,5 @@
-"""A refiner in a run: read, checked against the model and the preset, counted in bytes, and attached in a form."""
+"""A refiner in a run: read, checked against the model and the preset, counted in bytes, and
+attached in a form."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,16 @@ class RefinerPlan:
             check_fit(pairs, config)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        return cls.of(Path(path).name, pairs, card, run_levels, dtype, form=form, strength=strength, levels=levels)
+        return cls.of(
+            Path(path).name,
+            pairs,
+            card,
+            run_levels,
+            dtype,
+            form=form,
+            strength=strength,
+            levels=levels,
+        )
 
     @classmethod
     def of(
@@ -62,7 +72,8 @@ class RefinerPlan:
         dtype: torch.dtype, *, form: Form = "auto", strength: float = 1.0, levels: Sequence[int] | None = None,
         cache: ReflectiveCache | None = None,
     ) -> "RefinerPlan":  # fmt: skip
-        """Of a refiner that was read. `levels` and `cache` are those it was trained with unless told.
+        """Of a refiner that was read. `levels` and `cache` are those it was trained with unless
+        told.
 
         ValueError for levels that the run does not have, or whose noise it cannot refine.
         """
@@ -107,7 +118,8 @@ class RefinerPlan:
     ) -> Iterator[Refiner]:  # fmt: skip
         """T_φ on a loaded network, for the time of a run; afterwards the network is as it was.
 
-        A host that keeps weights elsewhere says where and in what branches lie, or what the weights are (`merged`).
+        A host that keeps weights elsewhere says where and in what branches lie, or what the weights
+        are (`merged`).
         """
         used = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
         if self.form != "branches":

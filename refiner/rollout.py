@@ -1,4 +1,5 @@
-"""The five verbs of which every sampling method is made: predict, renoise, commit, fork/select, event."""
+"""The five verbs of which every sampling method is made: predict, renoise, commit, fork/select,
+event."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -20,7 +21,16 @@ from .timeline import Event, Flush, PromptSwitch, Timeline
 from .wan.causal import CausalWan, KeyValue, View
 from .wan.upload import upload
 
-__all__ = ["Cut", "Flush", "Progress", "PromptSwitch", "Rollout", "Sampler", "add_noise", "predict_x0"]
+__all__ = [
+    "Cut",
+    "Flush",
+    "Progress",
+    "PromptSwitch",
+    "Rollout",
+    "Sampler",
+    "add_noise",
+    "predict_x0",
+]
 
 
 class Memory(Protocol):
@@ -60,8 +70,9 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
 class Rollout:
     """A video in the making: the network, its prompt, its memory of the past and its noise path.
 
-    Latents are [B, C, F, h, w], normalised, in `dtype`; the network runs in `network_dtype`. Iterate over a rollout for
-    its chunks: a timeline's events happen before the chunk that they precede.
+    Latents are [B, C, F, h, w], normalised, in `dtype`; the network runs in `network_dtype`.
+    Iterate over a rollout for its chunks: a timeline's events happen before the chunk that they
+    precede.
     """
 
     network: CausalWan
@@ -74,15 +85,21 @@ class Rollout:
     network_dtype: torch.dtype
     dtype: torch.dtype = torch.float32
     callback: Callable[[Progress], None] | None = None
-    given: Sequence[tuple[Tensor, Chunk]] = ()  # clean latents [B, C, F, h, w] that the new chunks follow
+    given: Sequence[
+        tuple[Tensor, Chunk]
+    ] = ()  # clean latents [B, C, F, h, w] that the new chunks follow
     candidate: int = 0
     refiner: Refiner | None = None
     refiner_text: list[KeyValue] | None = None
     timeline: Timeline[Tensor] | None = None
-    caches: Mapping[Hashable, Memory] = field(default_factory=dict)  # more memories than `memory`, by name
+    caches: Mapping[Hashable, Memory] = field(
+        default_factory=dict
+    )  # more memories than `memory`, by name
     last: Chunk | None = None  # known once the iteration has reached it: it is not committed
     before: Chunk | None = None  # the chunk that was entered last
-    recent: deque[tuple[Tensor, Chunk]] = field(default_factory=deque)  # committed x0s that a recache may need
+    recent: deque[tuple[Tensor, Chunk]] = field(
+        default_factory=deque
+    )  # committed x0s that a recache may need
 
     @classmethod
     def of(
@@ -102,8 +119,9 @@ class Rollout:
     ) -> "Rollout":
         """Make a rollout of a plan.
 
-        `context` is [1 or B, L, text_dim]; `initial` holds the plan's given clean latents. Device and dtype of a pass
-        are those of the weights, unless a host that keeps them elsewhere says where and in what it computes.
+        `context` is [1 or B, L, text_dim]; `initial` holds the plan's given clean latents. Device
+        and dtype of a pass are those of the weights, unless a host that keeps them elsewhere says
+        where and in what it computes.
         """
         parameter = next(network.model.parameters())
         device, dtype = device or parameter.device, dtype or parameter.dtype
@@ -121,7 +139,12 @@ class Rollout:
             network_dtype=dtype,
             callback=callback,
             given=[
-                (initial[:, :, chunk.start : chunk.start + chunk.length].to(device, torch.float32), chunk)
+                (
+                    initial[:, :, chunk.start : chunk.start + chunk.length].to(
+                        device, torch.float32
+                    ),
+                    chunk,
+                )
                 for chunk in plan.given_chunks
             ],
             refiner=refiner,
@@ -160,11 +183,18 @@ class Rollout:
         return self.memory if name is None else self.caches[name]
 
     def draw(
-        self, chunk: Chunk, level: Level, repeat: int = 0, x0: Tensor | None = None, cache: Hashable = None
+        self,
+        chunk: Chunk,
+        level: Level,
+        repeat: int = 0,
+        x0: Tensor | None = None,
+        cache: Hashable = None,
     ) -> Tensor:
-        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts from).
+        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts
+        from).
 
-        It is the source's, plus the refiner's residual where the level is refined; `x0` is the prediction before it.
+        It is the source's, plus the refiner's residual where the level is refined; `x0` is the
+        prediction before it.
         """
         batch, channels, height, width = self.frame_shape
         draw = Draw(level.step, repeat, self.candidate)
@@ -187,7 +217,12 @@ class Rollout:
         return self.refiner is not None and self.refiner.cache.previous == "pending"
 
     def predict(
-        self, x: Tensor, level: Level, chunk: Chunk, keep_pending: Tensor | None = None, cache: Hashable = None
+        self,
+        x: Tensor,
+        level: Level,
+        chunk: Chunk,
+        keep_pending: Tensor | None = None,
+        cache: Hashable = None,
     ) -> Tensor:
         """x0 of the chunk at this level; its keys and values stand in memory as pending.
 
@@ -224,7 +259,8 @@ class Rollout:
         return add_noise(x0, self.draw(chunk, level, repeat, x0, cache), level.sigma)
 
     def commit(self, x: Tensor, chunk: Chunk, t: float = 0.0, cache: Hashable = None) -> None:
-        """Make the chunk history: one pass over its latents at timestep t that writes their keys and values.
+        """Make the chunk history: one pass over its latents at timestep t that writes their keys
+        and values.
 
         Not for the last chunk of the run: nothing would read it.
         """
@@ -236,11 +272,13 @@ class Rollout:
             self._remember(x, chunk)
 
     def commit_pending(self) -> None:
-        """Make the chunk history as the last prediction left it in memory, without a pass (diagonal forcing)."""
+        """Make the chunk history as the last prediction left it in memory, without a pass (diagonal
+        forcing)."""
         self.memory.commit()
 
     def fork(self, n: int) -> "list[Rollout]":
-        """`n` candidates that share this memory and draw their own noise; candidate 0 draws the run's own.
+        """`n` candidates that share this memory and draw their own noise; candidate 0 draws the
+        run's own.
 
         Each prediction overwrites the chunk's place in memory, so commit the one that is chosen.
         """
@@ -254,12 +292,15 @@ class Rollout:
                 f" {self.frame_shape[0]} samples]: score every candidate of every sample"
             )
         if not scores.isfinite().all():
-            raise ValueError("a score is NaN or infinite, so candidates cannot be compared: check the reward's model")
+            raise ValueError(
+                "a score is NaN or infinite, so candidates cannot be compared: check the reward's model"
+            )
         best = scores.argmax(0)
         return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
 
     def event(self, event: Event) -> None:
-        """Something that happens between two chunks: a prompt switch, a flush of the past, a cut."""
+        """Something that happens between two chunks: a prompt switch, a flush of the past, a
+        cut."""
         memories = (self.memory, *self.caches.values())
         match event:
             case PromptSwitch(context, recache):
@@ -293,7 +334,8 @@ class Rollout:
             frames -= self.recent.popleft()[1].length
 
     def _recache(self, frames: int) -> None:
-        """Write the last chunks into memory anew, as many as hold `frames`; the sink stays unless they reach it."""
+        """Write the last chunks into memory anew, as many as hold `frames`; the sink stays unless
+        they reach it."""
         chunks, count = [], 0
         for x0, chunk in reversed(self.recent):
             if count >= frames:
@@ -314,7 +356,9 @@ class Rollout:
     ) -> Tensor | None:  # fmt: skip
         timestep = torch.full((1, 1), t, dtype=torch.float64)
         view = self.cache(cache).view(chunk.frames, keep_pending)
-        return self.network(x.to(self.network_dtype), timestep, self.text, view, keys_only=keys_only)
+        return self.network(
+            x.to(self.network_dtype), timestep, self.text, view, keys_only=keys_only
+        )
 
 
 Sampler = Callable[[Rollout], Iterator[Tensor]]

@@ -15,7 +15,8 @@ from .wan.transformer import WanConfig
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """`frames` new latent frames of `height` x `width` (latent, even) that follow `given` clean ones.
+    """`frames` new latent frames of `height` x `width` (latent, even) that follow `given` clean
+    ones.
 
     `given_chunks` and `chunks` are those frames as the sampler takes them.
     """
@@ -49,7 +50,8 @@ class RunPlan:
         return tuple(chunk.length for chunk in (*self.given_chunks, *self.chunks))
 
     def memory(self, config: WanConfig, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
-        """Plan the K/V memory of a network of these sizes. A refiner needs room for a chunk more."""
+        """Plan the K/V memory of a network of these sizes. A refiner needs room for a chunk
+        more."""
         plan = MemoryPlan.of(
             config,
             (self.batch, config.in_dim, self.given + self.frames, self.height, self.width),
@@ -65,7 +67,11 @@ class RunPlan:
         return plan
 
     def memory_bytes(
-        self, config: WanConfig, dtype: torch.dtype, refined: bool = False, caches: Collection[Hashable] = ()
+        self,
+        config: WanConfig,
+        dtype: torch.dtype,
+        refined: bool = False,
+        caches: Collection[Hashable] = (),
     ) -> int:
         """Bytes of the run's memory, and of as many more as its method has named caches."""
         return self.memory(config, dtype, refined).nbytes * (1 + len(caches))

@@ -33,16 +33,19 @@ def sample(
 ) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
 
-    `context` is [1 or B, L, text_dim], or a timeline of such; `initial` holds the `plan.given` clean latents
-    [B, C, given, h, w] to go on from; `noise` replaces the seed's white noise; `method` is Self-Forcing unless
-    given; `refiner` works on whatever noise that is. Device and dtype of a pass are those of the weights, unless a
-    host that keeps its weights elsewhere (offloaded, quantised) says where and in what it computes. Closing the
-    iterator frees the memory. Raises ValueError when `initial`, `context` or the method do not fit the plan. No
-    chunk is checked here, which would wait for the device: see `finite`.
+    `context` is [1 or B, L, text_dim], or a timeline of such; `initial` holds the `plan.given`
+    clean latents [B, C, given, h, w] to go on from; `noise` replaces the seed's white noise;
+    `method` is Self-Forcing unless given; `refiner` works on whatever noise that is. Device and
+    dtype of a pass are those of the weights, unless a host that keeps its weights elsewhere
+    (offloaded, quantised) says where and in what it computes. Closing the iterator frees the
+    memory. Raises ValueError when `initial`, `context` or the method do not fit the plan. No chunk
+    is checked here, which would wait for the device: see `finite`.
     """
     method = method or self_forcing()
     if not isinstance(method, Method):
-        raise ValueError(f"method {method!r} is no Method: give one, like self_forcing(), or Method(name, run)")
+        raise ValueError(
+            f"method {method!r} is no Method: give one, like self_forcing(), or Method(name, run)"
+        )
     method.check(plan.preset, refiner.cache if refiner else None)
     shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
     if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):
@@ -70,7 +73,8 @@ def sample(
 
 
 def finite(chunks: Iterable[Tensor], given: int = 0) -> Iterator[Tensor]:
-    """Pass chunks on, each once its device has made it; ValueError at the first one that is not finite.
+    """Pass chunks on, each once its device has made it; ValueError at the first one that is not
+    finite.
 
     `given` chunks came before them.
     """

@@ -13,7 +13,8 @@ STEPS = 1000  # of the training schedule; a timestep is 1000 · sigma
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One noise level: its nominal step, by which it is named, the timestep for the network, and sigma in [0, 1]."""
+    """One noise level: its nominal step, by which it is named, the timestep for the network, and
+    sigma in [0, 1]."""
 
     step: int
     t: float
@@ -37,13 +38,15 @@ class Chunk:
 
 @lru_cache(maxsize=8)
 def sigma_table(shift: float) -> Tensor:
-    """The 1000 sigmas of Wan's flow-matching schedule, falling from 1, shifted: s·u / (1 + (s − 1)·u), fp32."""
+    """The 1000 sigmas of Wan's flow-matching schedule, falling from 1, shifted: s·u / (1 + (s −
+    1)·u), fp32."""
     u = torch.linspace(1, 0, STEPS + 1)[:-1]
     return shift * u / (1 + (shift - 1) * u)
 
 
 def make_level(step: int, shift: float, warp: bool) -> Level:
-    """A level from its nominal step: with `warp` the step is an index into the shifted table, else a timestep.
+    """A level from its nominal step: with `warp` the step is an index into the shifted table, else
+    a timestep.
 
     Sigma is always the table's nearest entry, as the reference looks it up.
     """
@@ -55,7 +58,8 @@ def make_level(step: int, shift: float, warp: bool) -> Level:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How a published model is sampled. Levels are nominal; frames are latent; window −1 is full history."""
+    """How a published model is sampled. Levels are nominal; frames are latent; window −1 is full
+    history."""
 
     levels: tuple[int, ...]
     warp: bool
@@ -76,7 +80,9 @@ class Preset:
         if self.chunk < 1:
             raise ValueError(f"{self.chunk} frames a chunk: give at least 1")
         if self.sink < 0 or self.window < -1:
-            raise ValueError(f"window {self.window}, sink {self.sink}: frames are not negative, a window of -1 is all")
+            raise ValueError(
+                f"window {self.window}, sink {self.sink}: frames are not negative, a window of -1 is all"
+            )
         if self.window >= 0 and self.window < self.sink + self.chunk:
             raise ValueError(
                 f"window of {self.window} frames is smaller than sink {self.sink} + chunk {self.chunk}: use a window of"
@@ -95,7 +101,9 @@ class Preset:
 
     def changed(self, **changes) -> "Preset":
         """This preset with the options that are not None in place of its own."""
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+        return replace(
+            self, **{name: value for name, value in changes.items() if value is not None}
+        )
 
 
 def check_levels(levels: Sequence[int]) -> None:
@@ -103,7 +111,9 @@ def check_levels(levels: Sequence[int]) -> None:
     falling = all(above > below for above, below in pairwise(levels))
     if not levels or not falling or levels[0] > STEPS or levels[-1] < 1:
         listed = ",".join(map(str, levels)) or "nothing"
-        raise ValueError(f"levels {listed}: give levels that fall strictly within 1000..1, like 1000,750,500,250")
+        raise ValueError(
+            f"levels {listed}: give levels that fall strictly within 1000..1, like 1000,750,500,250"
+        )
 
 
 FOUR = (1000, 750, 500, 250)
@@ -165,10 +175,11 @@ def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:
 
 
 def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk], list[Chunk]]:
-    """Chunks of `given` clean latent frames (without levels) and of the `frames` new ones that follow.
+    """Chunks of `given` clean latent frames (without levels) and of the `frames` new ones that
+    follow.
 
-    Given frames are 1, k·chunk or 1 + k·chunk, else ValueError; their first frame stands alone in the last case.
-    Without new frames there may be any number of them.
+    Given frames are 1, k·chunk or 1 + k·chunk, else ValueError; their first frame stands alone in
+    the last case. Without new frames there may be any number of them.
     """
     if frames < (0 if given else 1):
         raise ValueError(f"{frames} new latent frames: ask for at least 1")

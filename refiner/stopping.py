@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: each ends a command with KeyboardInterrupt, at any moment, and is never lost."""
+"""Ctrl-C and SIGTERM: each ends a command with KeyboardInterrupt, at any moment, and is never
+lost."""
 
 import signal
 import threading
@@ -36,7 +37,11 @@ def handle(handler: Handler, instead_of: tuple[object, ...] | None = None) -> di
     replaced = {
         number: current
         for number, current in before.items()
-        if (current in instead_of if instead_of else (number, current) != (signal.SIGINT, signal.SIG_IGN))
+        if (
+            current in instead_of
+            if instead_of
+            else (number, current) != (signal.SIGINT, signal.SIG_IGN)
+        )
     }
     for number in replaced:
         signal.signal(number, handler)
@@ -45,9 +50,11 @@ def handle(handler: Handler, instead_of: tuple[object, ...] | None = None) -> di
 
 @contextmanager
 def handling(handler: Handler, instead_of: tuple[object, ...] | None = None) -> Iterator[None]:
-    """Handle the signals that end a command by `handler`; only where their handler is one of `instead_of`, if given.
+    """Handle the signals that end a command by `handler`; only where their handler is one of
+    `instead_of`, if given.
 
-    An ignored Ctrl-C, as of a job in the background, stays ignored. Only the main thread is told of signals.
+    An ignored Ctrl-C, as of a job in the background, stays ignored. Only the main thread is told of
+    signals.
     """
     before = handle(handler, instead_of)
     try:

@@ -8,7 +8,8 @@ LONGEST = 4000  # characters of a line
 
 
 def printable(text: str) -> str:
-    """Escape what is not seen: control characters, line and paragraph separators, directional overrides, surrogates.
+    """Escape what is not seen: control characters, line and paragraph separators, directional
+    overrides, surrogates.
 
     Turn tabs into spaces, cut text that is too long, and leave everything else as it is.
     """

@@ -20,7 +20,8 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Recache:
-    """Write the last `frames` into memory anew under the new prompt; forget the rest but the sink (LongLive)."""
+    """Write the last `frames` into memory anew under the new prompt; forget the rest but the sink
+    (LongLive)."""
 
     frames: int
 
@@ -37,7 +38,8 @@ Transition = Keep | Recache | Flush | Cut
 
 @dataclass(frozen=True, slots=True)
 class PromptSwitch:
-    """From the next pass on, another context [B, L, text_dim]; the last `recache` frames are written anew."""
+    """From the next pass on, another context [B, L, text_dim]; the last `recache` frames are
+    written anew."""
 
     context: Tensor
     recache: int = 0
@@ -64,7 +66,9 @@ class Timeline(Generic[Prompt]):
     def __post_init__(self) -> None:
         starts = [scene.start for scene in self.scenes]
         if not starts or starts[0] != 0 or any(late <= early for early, late in pairwise(starts)):
-            raise ValueError(f"scenes start at frames {starts}: the first starts at 0, each later one behind it")
+            raise ValueError(
+                f"scenes start at frames {starts}: the first starts at 0, each later one behind it"
+            )
 
     @classmethod
     def of(cls, prompt: Prompt) -> "Timeline[Prompt]":
@@ -74,7 +78,11 @@ class Timeline(Generic[Prompt]):
     @property
     def recached(self) -> int:
         """Most latent frames that a transition writes anew."""
-        frames = (scene.transition.frames for scene in self.scenes if isinstance(scene.transition, Recache))
+        frames = (
+            scene.transition.frames
+            for scene in self.scenes
+            if isinstance(scene.transition, Recache)
+        )
         return max(frames, default=0)
 
     def map(self, encode: Callable[[Prompt], Tensor]) -> "Timeline[Tensor]":
@@ -82,7 +90,8 @@ class Timeline(Generic[Prompt]):
         return Timeline(tuple(replace(scene, prompt=encode(scene.prompt)) for scene in self.scenes))
 
     def events(self, chunk: Chunk, before: Chunk | None) -> Sequence[Event]:
-        """What happens before a chunk; nothing at the first one, whose prompt is that of the run's start.
+        """What happens before a chunk; nothing at the first one, whose prompt is that of the run's
+        start.
 
         Of several scenes that begin within a chunk the last one counts.
         """

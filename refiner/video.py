@@ -22,27 +22,31 @@ from .reading import check_regular
 FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
 FINISHED = "faststart+use_metadata_tags"
 CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder"}  # the muxer's own
-# The first of these that this PyAV was built with. No scene cuts: they would start a group of pictures within a chunk.
+# The first of these that this PyAV was built with. No scene cuts: they would start a group of
+# pictures within a chunk.
 ENCODERS = {
     "libx264": {"preset": "medium", "crf": "16", "tune": "zerolatency", "sc_threshold": "0"},
     "mpeg4": {"qmin": "2", "qmax": "4", "sc_threshold": "1000000000"},
 }
-# Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may depend on a
-# chunk's length. This is the longest group of pictures that mpeg4 takes.
+# Every chunk has an encoder of its own and all share the first one's parameter sets, so nothing may
+# depend on a chunk's length. This is the longest group of pictures that mpeg4 takes.
 GROUP = 600
 LONGEST_SIDE = 16384  # that libx264 takes
 MPEG4_RATE = 65535  # its largest numerator
-# What a video may be: containers of their own data. A playlist (HLS, DASH, concat, SDP) reads other files and hosts.
+# What a video may be: containers of their own data. A playlist (HLS, DASH, concat, SDP) reads other
+# files and hosts.
 READABLE = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng",
     "protocol_whitelist": "file",
 }
 MOST_PIXELS = 1 << 26  # of a frame
-BT709 = 1  # of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 says it in the container alone
+# of primaries, transfer and matrix alike, in H.273's numbers; mpeg4 says it in the container alone
+BT709 = 1
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """Frames a second as the fraction that is meant: 23.976 is 2997/125, 24000/1001 as a float is itself."""
+    """Frames a second as the fraction that is meant: 23.976 is 2997/125, 24000/1001 as a float is
+    itself."""
     given = fps if isinstance(fps, Fraction) else float(fps)  # also of numpy
     rate = Fraction(given).limit_denominator(1001) if 0 < given < math.inf else 0
     if not rate:
@@ -63,7 +67,9 @@ def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
 def check_pixels(pixels: Tensor) -> None:
     """Raise ValueError for NaN and infinite values, which would be black."""
     if not pixels.isfinite().all():
-        raise ValueError("the VAE gave NaN or infinite pixels: decode in bf16 or fp32, or download its file again")
+        raise ValueError(
+            "the VAE gave NaN or infinite pixels: decode in bf16 or fp32, or download its file again"
+        )
 
 
 def as_bytes(images_FHWC: Tensor) -> np.ndarray:
@@ -72,13 +78,14 @@ def as_bytes(images_FHWC: Tensor) -> np.ndarray:
 
 
 class VideoWriter:
-    """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end makes NAME of it.
+    """Writes chunks of frames to NAME.partial.mp4, each one playable at once; a good end makes NAME
+    of it.
 
-    Whatever stood at NAME stays until then. Left by an exception, or killed at any moment, the partial file holds
-    every chunk that was written. A partial file of an earlier run is replaced by the first chunk; where this run
-    `extends` that one, as soon as this one holds as many frames. Pixels are BT.709 in limited range, and say so.
-    Raises ValueError or OSError when the output cannot be written, ValueError for a size, rate or name that .mp4
-    does not take.
+    Whatever stood at NAME stays until then. Left by an exception, or killed at any moment, the
+    partial file holds every chunk that was written. A partial file of an earlier run is replaced by
+    the first chunk; where this run `extends` that one, as soon as this one holds as many frames.
+    Pixels are BT.709 in limited range, and say so. Raises ValueError or OSError when the output
+    cannot be written, ValueError for a size, rate or name that .mp4 does not take.
     """
 
     def __init__(
@@ -86,8 +93,12 @@ class VideoWriter:
         metadata: dict[str, str] | None = None, *, extends: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.partial = Path(path), partial_path(Path(path))
-        self.hidden = self.partial.with_name(f".{self.partial.name}")  # until it takes the partial file's name
-        self.remuxed = self.path.with_name(f".{self.path.stem}.finished.mp4")  # until it takes the name
+        self.hidden = self.partial.with_name(
+            f".{self.partial.name}"
+        )  # until it takes the partial file's name
+        self.remuxed = self.path.with_name(
+            f".{self.path.stem}.finished.mp4"
+        )  # until it takes the name
         self.size, self.rate, self.metadata = (width, height), exact_rate(fps), metadata or {}
         self.frames = self.chunks = self.finished = 0  # the last one in bytes
         self.parameters: bytes | None = None  # of the first chunk's encoder
@@ -95,12 +106,18 @@ class VideoWriter:
         if self.path.suffix != ".mp4":
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
         if width % 2 or height % 2 or width < 2 or height < 2:
-            raise ValueError(f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides")
+            raise ValueError(
+                f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even sides"
+            )
         if max(width, height) > LONGEST_SIDE:
-            raise ValueError(f"video size {width}x{height}: H.264 takes sides of at most {LONGEST_SIDE}, scale it down")
+            raise ValueError(
+                f"video size {width}x{height}: H.264 takes sides of at most {LONGEST_SIDE}, scale it down"
+            )
         self.codec = next(name for name in ENCODERS if name in av.codecs_available)
         if self.codec == "mpeg4" and self.rate.numerator > MPEG4_RATE:
-            raise ValueError(f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number")
+            raise ValueError(
+                f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number"
+            )
         self.shown = False  # whether this run's file has the partial file's name
         self.file = self._open()
         self.enough = max(1, playable_frames(self.partial)) if extends else 1
@@ -122,9 +139,14 @@ class VideoWriter:
         return file
 
     def write(self, frames: np.ndarray | Tensor) -> None:
-        """Append a chunk of frames [F, H, W, 3], uint8 on the CPU, as one group of pictures, and flush it to disk."""
+        """Append a chunk of frames [F, H, W, 3], uint8 on the CPU, as one group of pictures, and
+        flush it to disk."""
         frames = np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.shape[1:] != (self.size[1], self.size[0], 3) or not len(frames):
+        if (
+            frames.dtype != np.uint8
+            or frames.shape[1:] != (self.size[1], self.size[0], 3)
+            or not len(frames)
+        ):
             raise ValueError(
                 f"frames are {frames.dtype} of {frames.shape}, this video takes uint8 of"
                 f" ({self.size[1]}, {self.size[0]}, 3), one frame or more"
@@ -138,12 +160,17 @@ class VideoWriter:
             self._show()
 
     def _append(self, head: bytes, fragment: bytes) -> None:
-        """Put a fragment on disk. It counts as free space until it is whole, so a kill leaves no damaged file."""
+        """Put a fragment on disk. It counts as free space until it is whole, so a kill leaves no
+        damaged file."""
         length, kind, rest = fragment[:4], fragment[4:8], fragment[8:]
         data = head + length + b"free" + rest
         self.file.seek(self.finished)
         if self.file.write(data) < len(data):
-            left = f"{self.partial} has {self.frames} frames" if self.shown else f"nothing of {self.path} is written"
+            left = (
+                f"{self.partial} has {self.frames} frames"
+                if self.shown
+                else f"nothing of {self.path} is written"
+            )
             raise OSError(errno.ENOSPC, f"the disk is full, {left}")
         os.fsync(self.file.fileno())
         self.file.seek(self.finished + len(head) + len(length))
@@ -212,7 +239,9 @@ class VideoWriter:
             encoder.color_range = ColorRange.MPEG
             for index, pixels in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
                 )
                 frame.pts = self.frames + index
                 frame.time_base = 1 / self.rate
@@ -221,13 +250,18 @@ class VideoWriter:
             parameters = bytes(encoder.extradata or b"")
         self.parameters = self.parameters or parameters
         if parameters != self.parameters:
-            raise RuntimeError(f"{self.codec} encodes chunk {self.chunks + 1} with other parameters than the first")
+            raise RuntimeError(
+                f"{self.codec} encodes chunk {self.chunks + 1} with other parameters than the first"
+            )
         return buffer.getvalue()
 
 
 def remux(source: Path, target: Path, metadata: dict[str, str]) -> None:
     """Copy the packets of a video into a plain .mp4 whose index comes first."""
-    with av.open(str(source)) as container, av.open(str(target), "w", options={"movflags": FINISHED}) as copy:
+    with (
+        av.open(str(source)) as container,
+        av.open(str(target), "w", options={"movflags": FINISHED}) as copy,
+    ):
         copy.metadata.update(metadata)
         stream = container.streams.video[0]
         copied = copy.add_stream_from_template(stream)
@@ -258,7 +292,9 @@ def _open_video(path: Path) -> av.container.InputContainer:
         check_regular(path)
         container = av.open(str(path.absolute()), options=READABLE, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{path} is not a readable video ({error.strerror}): give an .mp4, .webm or .mkv") from error
+        raise ValueError(
+            f"{path} is not a readable video ({error.strerror}): give an .mp4, .webm or .mkv"
+        ) from error
     try:
         _check_streams(container, path)
     except ValueError:
@@ -268,20 +304,26 @@ def _open_video(path: Path) -> av.container.InputContainer:
 
 
 def _check_streams(container: av.container.InputContainer, path: Path) -> None:
-    """Raise ValueError unless there is a video stream that can be decoded, of a size that videos have."""
+    """Raise ValueError unless there is a video stream that can be decoded, of a size that videos
+    have."""
     if not container.streams.video:
         raise ValueError(f"{path} holds no video")
     codec = container.streams.video[0].codec_context
     if codec is None:
         raise ValueError(f"{path} holds a video of an unknown codec: convert it to H.264")
     if not 0 < codec.width * codec.height <= MOST_PIXELS:
-        raise ValueError(f"{path} holds a video of {codec.width}x{codec.height} pixels: scale it down first")
+        raise ValueError(
+            f"{path} holds a video of {codec.width}x{codec.height} pixels: scale it down first"
+        )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a video file says of itself: prompt, seed, preset, model and more, as `VideoWriter` was given them."""
+    """What a video file says of itself: prompt, seed, preset, model and more, as `VideoWriter` was
+    given them."""
     with _open_video(path) as container:
-        return {name: value for name, value in container.metadata.items() if name not in CONTAINER_KEYS}
+        return {
+            name: value for name, value in container.metadata.items() if name not in CONTAINER_KEYS
+        }
 
 
 def count_frames(path: Path) -> int:
@@ -298,13 +340,20 @@ def playable_frames(path: Path) -> int:
 
 
 def video_size(path: Path) -> tuple[int, int, int]:
-    """(frames, width, height) of a video, without decoding it; ValueError for a file that is damaged."""
+    """(frames, width, height) of a video, without decoding it; ValueError for a file that is
+    damaged."""
     with _open_video(path) as container:
         stream = container.streams.video[0]
         try:
-            return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
+            return (
+                sum(1 for packet in container.demux(stream) if packet.size),
+                stream.width,
+                stream.height,
+            )
         except av.FFmpegError as error:
-            raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
+            raise ValueError(
+                f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy"
+            ) from error
 
 
 def video_rate(path: Path) -> Fraction:
@@ -323,24 +372,33 @@ def read_frames(path: Path, every: int = 1) -> np.ndarray:
     ValueError for a file that is damaged, or whose frames take more memory than is free.
     """
     count, width, height = video_size(path)
-    nbytes = 2 * 3 * width * height  # of a frame that is read: alone, and then in one array with the others
+    nbytes = (
+        2 * 3 * width * height
+    )  # of a frame that is read: alone, and then in one array with the others
     check_room(nbytes * -(-count // every), f"reading {path.name}", "use a shorter one")
     frames = []
     with _open_video(path) as container:
         try:
             for index, frame in enumerate(container.decode(video=0)):
                 if (frame.width, frame.height) != (width, height):
-                    raise ValueError(f"{path} changes its size in frame {index}: convert it to a plain .mp4")
+                    raise ValueError(
+                        f"{path} changes its size in frame {index}: convert it to a plain .mp4"
+                    )
                 if index % every == 0:
                     frames.append(to_rgb(frame))
         except av.FFmpegError as error:
-            raise ValueError(f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy") from error
+            raise ValueError(
+                f"{path} is damaged ({error.strerror}): its writing was cut off, or the copy"
+            ) from error
     if not frames:
         raise ValueError(f"{path} holds no frames: its writing ended before the first chunk")
     return np.stack(frames)
 
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as RGB [H, W, 3], uint8, by the matrix and range that it is tagged with; BT.601 without a tag."""
+    """A decoded frame as RGB [H, W, 3], uint8, by the matrix and range that it is tagged with;
+    BT.601 without a tag."""
     matrix = frame.colorspace if frame.colorspace in set(Colorspace) else Colorspace.ITU601
-    return frame.to_ndarray(format="rgb24", src_colorspace=matrix, src_color_range=frame.color_range or None)
+    return frame.to_ndarray(
+        format="rgb24", src_colorspace=matrix, src_color_range=frame.color_range or None
+    )

@@ -37,7 +37,8 @@ def node(kind: str, /, **inputs: object) -> dict:
 
 
 def training(**inputs: object) -> dict:
-    """A training of the demo's student by its teacher that takes a second, saved as mine.refiner.safetensors."""
+    """A training of the demo's student by its teacher that takes a second, saved as
+    mine.refiner.safetensors."""
     widgets = {
         "run": "mine", "objective": "dmd", "prompts": "a red star\na blue square that spins", "steps": 4,
         "batch_size": 2, "width": 32, "height": 32, "length": 21, "rank": 2, "learning_rate": 1e-3, "seed": 0,
@@ -45,7 +46,9 @@ def training(**inputs: object) -> dict:
         "precision": "fp32", "checkpointing": False, "save_every": 100,
     }  # fmt: skip
     sockets = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "teacher": ["2", 0]}
-    given = {name: value for name, value in {**sockets, **widgets, **inputs}.items() if value is not None}
+    given = {
+        name: value for name, value in {**sockets, **widgets, **inputs}.items() if value is not None
+    }
     return {
         "1": node("AutoRefinerLoadDemo"),
         "2": node("AutoRefinerLoadDemo", network="teacher"),

@@ -20,7 +20,14 @@ SHOWN = {  # of what the page adds to nodes
 LINE = 66  # of a line of text that a run adds
 TELLING = [
     f"AutoRefiner{name}"
-    for name in ("CompareVideos", "LoadRefiner", "ReflectiveCache", "Sampler", "SaveRefiner", "TrainRefiner")
+    for name in (
+        "CompareVideos",
+        "LoadRefiner",
+        "ReflectiveCache",
+        "Sampler",
+        "SaveRefiner",
+        "TrainRefiner",
+    )
 ]
 
 
@@ -72,14 +79,20 @@ def to_page(graph: dict, info: dict) -> dict:
             sockets.append({"name": name, "type": kind, "link": None})
             if is_link(value):
                 given = info[graph[value[0]]["class_type"]]["output"][value[1]]
-                links.append([len(links) + 1, int(value[0]), value[1], int(key), len(sockets) - 1, given])
+                links.append(
+                    [len(links) + 1, int(value[0]), value[1], int(key), len(sockets) - 1, given]
+                )
                 sockets[-1]["link"] = len(links)
         outputs = [
             {"name": name, "type": kind, "links": [], "slot_index": slot}
-            for slot, (name, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))
+            for slot, (name, kind) in enumerate(
+                zip(definition["output_name"], definition["output"], strict=True)
+            )
         ]
         tall = any(options.get("multiline") for _, _, options, _ in inputs_of(definition))
-        height = HEAD + SOCKET * max(len(sockets), len(outputs)) + WIDGET * len(values) + TEXT * tall
+        height = (
+            HEAD + SOCKET * max(len(sockets), len(outputs)) + WIDGET * len(values) + TEXT * tall
+        )
         height += SHOWN.get(node["class_type"], 0) + LINE * (node["class_type"] in TELLING)
         top = heights.get(columns[key], GAP)
         heights[columns[key]] = top + height + GAP
@@ -95,7 +108,15 @@ def to_page(graph: dict, info: dict) -> dict:
     for number, source, slot, *_ in links:
         by_id[source]["outputs"][slot]["links"].append(number)
     last = {"last_node_id": max(by_id), "last_link_id": len(links)}
-    return {**last, "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+    return {
+        **last,
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
 
 
 def to_api(page: dict, info: dict) -> dict:
@@ -103,7 +124,9 @@ def to_api(page: dict, info: dict) -> dict:
     ends = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
     graph = {}
     for node in sorted(page["nodes"], key=lambda node: node["id"]):
-        sockets = {socket["name"]: ends[socket["link"]] for socket in node["inputs"] if socket["link"]}
+        sockets = {
+            socket["name"]: ends[socket["link"]] for socket in node["inputs"] if socket["link"]
+        }
         values, inputs = list(node["widgets_values"]), {}
         for name, _, options, widget in inputs_of(info[node["type"]]):
             if widget:
@@ -112,7 +135,11 @@ def to_api(page: dict, info: dict) -> dict:
             elif name in sockets:
                 inputs[name] = sockets[name]
         assert not values, f"{node['type']} has widget values too many: {values}"
-        graph[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": node["title"]}}
+        graph[str(node["id"])] = {
+            "inputs": inputs,
+            "class_type": node["type"],
+            "_meta": {"title": node["title"]},
+        }
     return graph
 
 
@@ -120,5 +147,7 @@ if __name__ == "__main__":
     with urllib.request.urlopen(sys.argv[1] + "/object_info") as answer:
         definitions = json.loads(answer.read())
     for path in API.glob("*.json"):
-        text = json.dumps(to_page(json.loads(path.read_text()), definitions), indent=1, ensure_ascii=False)
+        text = json.dumps(
+            to_page(json.loads(path.read_text()), definitions), indent=1, ensure_ascii=False
+        )
         (WORKFLOWS / path.name).write_text(text + "\n")

@@ -17,23 +17,33 @@ import autorefiner
 from autorefiner.refiner.demo import bundle
 
 PACK = Path(autorefiner.__file__).parent
-LEFT_OUT = shutil.ignore_patterns(".*", "tests", "*.egg-info", "__pycache__", "build", "outputs", "benchmarks")
+LEFT_OUT = shutil.ignore_patterns(
+    ".*", "tests", "*.egg-info", "__pycache__", "build", "outputs", "benchmarks"
+)
 START_SECONDS, RUN_SECONDS = 600, 600  # for a slow machine
 
 
 def find_comfyui() -> tuple[Path, Path] | None:
-    """(checkout, interpreter) of the ComfyUI that COMFYUI_PATH and COMFYUI_PYTHON name, or of the usual places."""
+    """(checkout, interpreter) of the ComfyUI that COMFYUI_PATH and COMFYUI_PYTHON name, or of the
+    usual places."""
     named = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
     for path in (*named, Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"):
-        pythons = [os.environ.get("COMFYUI_PYTHON"), path / ".venv/bin/python", path / ".venv/Scripts/python.exe"]
-        python = next((Path(python) for python in pythons if python and Path(python).is_file()), None)
+        pythons = [
+            os.environ.get("COMFYUI_PYTHON"),
+            path / ".venv/bin/python",
+            path / ".venv/Scripts/python.exe",
+        ]
+        python = next(
+            (Path(python) for python in pythons if python and Path(python).is_file()), None
+        )
         if (path / "main.py").is_file() and python is not None:
             return path, python
     return None
 
 
 def install_pack(base: Path, weights: Path) -> None:
-    """A copy of the pack in custom_nodes/, as a clone is, with these files in the place of its bundle."""
+    """A copy of the pack in custom_nodes/, as a clone is, with these files in the place of its
+    bundle."""
     pack = base / "custom_nodes" / "autorefiner"
     shutil.copytree(PACK, pack, ignore=LEFT_OUT)
     own = pack / bundle.WEIGHTS.relative_to(PACK)
@@ -66,9 +76,21 @@ class Server:
             port = free.getsockname()[1]
         for name in ("models", "input", "output", "temp", "user"):
             (base / name).mkdir(exist_ok=True)
-        arguments = ["--cpu", "--disable-api-nodes", "--port", str(port), "--base-directory", str(base)]
+        arguments = [
+            "--cpu",
+            "--disable-api-nodes",
+            "--port",
+            str(port),
+            "--base-directory",
+            str(base),
+        ]
         arguments += ["--database-url", f"sqlite:///{base / 'user.db'}", "--disable-auto-launch"]
-        command = [str(python), str(Path(__file__).with_name("comfy") / "launch.py"), str(comfyui), *arguments]
+        command = [
+            str(python),
+            str(Path(__file__).with_name("comfy") / "launch.py"),
+            str(comfyui),
+            *arguments,
+        ]
         log = open(base / "comfyui.log", "wb")  # noqa: SIM115, the process writes it
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=comfyui)
         server = cls(base, port, process)
@@ -102,7 +124,9 @@ class Server:
     def post(self, path: str, body: dict) -> dict:
         """The JSON answer to a request; Refused when it is an error."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
@@ -120,7 +144,10 @@ class Server:
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             found = self.get(f"/history/{prompt}").get(prompt)
-            if found and found["status"]["messages"][-1][0] not in ("execution_start", "execution_cached"):
+            if found and found["status"]["messages"][-1][0] not in (
+                "execution_start",
+                "execution_cached",
+            ):
                 return found
             if self.process.poll() is not None:
                 break
@@ -136,7 +163,9 @@ class Server:
     def error(self, graph: dict) -> dict:
         """The `execution_error` of a graph that fails while it runs."""
         ended = self.wait(self.queue(graph))
-        return next(data for event, data in ended["status"]["messages"] if event == "execution_error")
+        return next(
+            data for event, data in ended["status"]["messages"] if event == "execution_error"
+        )
 
 
 if __name__ == "__main__":  # a server to look at: python tests/comfy_server.py FOLDER WEIGHTS

@@ -11,7 +11,8 @@ FFMPEG = shutil.which("ffmpeg")
 
 
 def decoded(path: Path) -> np.ndarray:
-    """Every frame of a video [F, H, W, 3]; an assertion where one is damaged, missing, or not at its time."""
+    """Every frame of a video [F, H, W, 3]; an assertion where one is damaged, missing, or not at
+    its time."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = sum(1 for packet in container.demux(stream) if packet.size)
@@ -20,7 +21,9 @@ def decoded(path: Path) -> np.ndarray:
         frames = list(container.decode(video=0))
     assert len(frames) == packets, f"{path}: {len(frames)} of {packets} frames decode"
     assert not any(frame.is_corrupt for frame in frames)
-    assert [frame.pts * frame.time_base for frame in frames] == [index / rate for index in range(len(frames))]
+    assert [frame.pts * frame.time_base for frame in frames] == [
+        index / rate for index in range(len(frames))
+    ]
     if FFMPEG:
         command = [FFMPEG, "-v", "warning", "-xerror", "-i", str(path), "-f", "null", "-"]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,5 @@
-"""Files of the demo bundle's kind, tiny and of random weights, for tests that must not wait for the real ones."""
+"""Files of the demo bundle's kind, tiny and of random weights, for tests that must not wait for the
+real ones."""
 
 import shutil
 from pathlib import Path
@@ -24,15 +25,20 @@ PREVIEW = [[row / 100, 0.0, -row / 100] for row in range(17)]
 
 
 def write_demo_files(folder: Path) -> Path:
-    """sprites_{vae,text,student,teacher,reward}.safetensors and the refiner's in `folder`, which is returned."""
+    """sprites_{vae,text,student,teacher,reward}.safetensors and the refiner's in `folder`, which is
+    returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_model(folder, "vae", WanVAE(VAE_DIM), None, {"preview": PREVIEW})
-        save_model(folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {})
+        save_model(
+            folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {}
+        )
         student = WanTransformer(STAND_IN)
         save_model(folder, "student", student, STAND_IN, {"preset": "self-forcing"})
         save_model(folder, "teacher", WanTransformer(STAND_IN), STAND_IN, {})
-        save_model(folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {})
+        save_model(
+            folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {}
+        )
     write_refiner(folder / REFINERS["sprites"], base=fingerprint(student))
     return folder
 
@@ -44,19 +50,25 @@ def use_demo_files(folder: Path, monkeypatch) -> None:
 
 
 def random_pairs(config: WanConfig = STAND_IN, scale: float = 0.1) -> dict[str, LoraPair]:
-    """Factors of rank 2 for a network of these sizes; at a scale of zero those of a fresh refiner."""
+    """Factors of rank 2 for a network of these sizes; at a scale of zero those of a fresh
+    refiner."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         targets = target_modules(WanTransformer(config))
     shapes = {name: module.weight.shape for name, module in targets.items()}
     made = {}
     for name, (out, into) in shapes.items():
-        down, up = torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator)
+        down, up = (
+            torch.randn(2, into, generator=generator),
+            torch.randn(out, 2, generator=generator),
+        )
         made[name] = LoraPair(0.1 * down, scale * up, 1.0)
     return made
 
 
-def write_refiner(path: Path, config: WanConfig = STAND_IN, scale: float = 0.1, **card: object) -> Path:
+def write_refiner(
+    path: Path, config: WanConfig = STAND_IN, scale: float = 0.1, **card: object
+) -> Path:
     """A refiner's file of random factors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_refiner(path, random_pairs(config, scale), RefinerCard(rank=2, **card))
@@ -64,8 +76,12 @@ def write_refiner(path: Path, config: WanConfig = STAND_IN, scale: float = 0.1, 
 
 
 def write_base(base: Path, weights: Path) -> None:
-    """In `base`, ComfyUI's models/ and input/ with the files that the workflows name, the stand-ins in their place."""
-    named = {"diffusion_models/self_forcing_dmd.pt": "student", "vae/wan_2.1_vae.safetensors": "vae"}
+    """In `base`, ComfyUI's models/ and input/ with the files that the workflows name, the stand-ins
+    in their place."""
+    named = {
+        "diffusion_models/self_forcing_dmd.pt": "student",
+        "vae/wan_2.1_vae.safetensors": "vae",
+    }
     for name, kind in named.items():
         path = base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)

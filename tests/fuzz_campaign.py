@@ -1,8 +1,9 @@
 """Try hostile input on everything that reads some: python tests/fuzz_campaign.py --help.
 
-Every input is made from a seed, in a folder of its own, and run in a fork of this process behind its imports. A run may
-do what it was asked for or refuse in one line. It may not end by a traceback or a signal, take ten seconds of a core or
-a gigabyte, print what steers a terminal, or open a file outside of its folder.
+Every input is made from a seed, in a folder of its own, and run in a fork of this process behind
+its imports. A run may do what it was asked for or refuse in one line. It may not end by a traceback
+or a signal, take ten seconds of a core or a gigabyte, print what steers a terminal, or open a file
+outside of its folder.
 """
 
 import argparse
@@ -41,7 +42,9 @@ from tiny_command import write_files
 SECONDS, WALL = 10, 60  # of a core, and by the clock, until an input hangs
 BLOW_UP = 1 << 30  # bytes
 FREE_BYTES = 1 << 29  # that the machine is said to have free
-KINDS: dict[str, tuple[int, Callable[[Path, random.Random], Attempt]]] = {  # and shares of the inputs
+KINDS: dict[
+    str, tuple[int, Callable[[Path, random.Random], Attempt]]
+] = {  # and shares of the inputs
     "safetensors": (3, weights.safetensors),
     "torch files": (3, weights.torch_files),
     "folders": (1, weights.folders),
@@ -57,8 +60,20 @@ KINDS: dict[str, tuple[int, Callable[[Path, random.Random], Attempt]]] = {  # an
     "videos": (2, media.videos),
     "run folders": (2, runs.run_folders),
 }
-STEERS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
-FREE = ("/proc/", "/sys/", "/dev/", "/usr/", "/lib", "/etc/ld.so", "/etc/localtime", "/etc/ssl", "/etc/mime.types")
+STEERS = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]"
+)
+FREE = (
+    "/proc/",
+    "/sys/",
+    "/dev/",
+    "/usr/",
+    "/lib",
+    "/etc/ld.so",
+    "/etc/localtime",
+    "/etc/ssl",
+    "/etc/mime.types",
+)
 
 
 @dataclass(slots=True)
@@ -71,17 +86,37 @@ class Findings:
 
 
 def prepare(root: Path) -> Path:
-    """Make the files that inputs are made from, a finished first step of a training, and what nobody may read."""
+    """Make the files that inputs are made from, a finished first step of a training, and what
+    nobody may read."""
     pristine = root / "pristine"
-    for name in ("input", "output", "models/diffusion_models", "models/vae", "models/text_encoders", "models/loras"):
+    for name in (
+        "input",
+        "output",
+        "models/diffusion_models",
+        "models/vae",
+        "models/text_encoders",
+        "models/loras",
+    ):
         (pristine / name).mkdir(parents=True)
     write_files(pristine)
     write_tiny_bundle(root / "bundle")
     use_bundle(root / "bundle")
-    estimate.available_bytes = lambda device: FREE_BYTES  # what is checked against free memory is refused
+    estimate.available_bytes = lambda device: (
+        FREE_BYTES
+    )  # what is checked against free memory is refused
     (root / "secret").mkdir()
     Image.new("RGB", (16, 16)).save(root / "secret" / "secret.png")
-    clip = ["generate", "--model", "sprites", "--prompt", "a red star", "--frames", "5", "--device", "cpu"]
+    clip = [
+        "generate",
+        "--model",
+        "sprites",
+        "--prompt",
+        "a red star",
+        "--frames",
+        "5",
+        "--device",
+        "cpu",
+    ]
     main([*clip, "--out", str(pristine / "clip.mp4")])
     shutil.copy(pristine / "clip.mp4", root / "secret" / "secret.mp4")
     Image.new("RGB", (64, 64)).save(pristine / "input" / "example.png")
@@ -96,7 +131,9 @@ def prepare(root: Path) -> Path:
 class Watch:
     """Linux's inotify on a folder that nothing may touch."""
 
-    EVENTS = 0x20 | 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200  # opened, written, changed, moved, made, deleted
+    EVENTS = (
+        0x20 | 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200
+    )  # opened, written, changed, moved, made, deleted
 
     def __init__(self, folder: Path) -> None:
         libc = ctypes.CDLL(None)
@@ -112,9 +149,18 @@ class Watch:
 
 
 def forbid_outside(folder: Path, report: Callable[[str], None]) -> None:
-    """Report every file that Python opens outside of `folder`, but for those of the system and of Python itself."""
+    """Report every file that Python opens outside of `folder`, but for those of the system and of
+    Python itself."""
     pack = Path(__file__).parents[1]
-    allowed = (str(folder.parent / "bundle"), str(folder), str(WEIGHTS), str(pack), sys.prefix, sys.base_prefix, *FREE)
+    allowed = (
+        str(folder.parent / "bundle"),
+        str(folder),
+        str(WEIGHTS),
+        str(pack),
+        sys.prefix,
+        sys.base_prefix,
+        *FREE,
+    )
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir") and isinstance(
@@ -129,7 +175,12 @@ def forbid_outside(folder: Path, report: Callable[[str], None]) -> None:
     sys.addaudithook(hook)
 
 
-def child(make: Callable[[Path, random.Random], Attempt], folder: Path, choose: random.Random, outside: bool) -> int:
+def child(
+    make: Callable[[Path, random.Random], Attempt],
+    folder: Path,
+    choose: random.Random,
+    outside: bool,
+) -> int:
     """Make an input and run it; 0 where it was done, 2 where it was refused in one line, else 1."""
     attempt = make(folder, choose)
     print(f"input: {attempt.name!r}", file=sys.stderr, flush=True)
@@ -160,7 +211,12 @@ def forked(
     if not pid:
         os.setsid()
         for number, name in ((1, "stdout"), (2, "stderr"), (3, "outside")):
-            os.dup2(os.open(folder.with_name(f"{folder.name}.{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(
+                os.open(
+                    folder.with_name(f"{folder.name}.{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                ),
+                number,
+            )
         os.chdir(folder)
         status = 1
         try:
@@ -180,10 +236,13 @@ def forked(
     return ended[1], ended[2], time.perf_counter() - began
 
 
-def judge(status: int, used: resource.struct_rusage, seconds: float, base_kb: int, folder: Path) -> list[str]:
+def judge(
+    status: int, used: resource.struct_rusage, seconds: float, base_kb: int, folder: Path
+) -> list[str]:
     """What was wrong with a run."""
     out, err, outside = (
-        folder.with_name(f"{folder.name}.{name}").read_bytes() for name in ("stdout", "stderr", "outside")
+        folder.with_name(f"{folder.name}.{name}").read_bytes()
+        for name in ("stdout", "stderr", "outside")
     )
     faults = []
     if os.WIFSIGNALED(status):
@@ -212,7 +271,12 @@ def resident_kb() -> int:
 def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -> Findings:
     """Try the inputs of these numbers, one after the other."""
     findings, watch = Findings(), Watch(root / "secret")
-    plan = [kind for kind, (share, _) in KINDS.items() for _ in range(share) if args.only in (None, kind)]
+    plan = [
+        kind
+        for kind, (share, _) in KINDS.items()
+        for _ in range(share)
+        if args.only in (None, kind)
+    ]
     deadline = time.monotonic() + 60 * args.minutes
     for number in numbers:
         if time.monotonic() > deadline:
@@ -231,7 +295,13 @@ def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -
         findings.inputs[kind] += 1
         findings.refused += os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
         if faults:
-            said = folder.with_name(f"{folder.name}.stderr").read_bytes().decode(errors="replace").strip().splitlines()
+            said = (
+                folder.with_name(f"{folder.name}.stderr")
+                .read_bytes()
+                .decode(errors="replace")
+                .strip()
+                .splitlines()
+            )
             text = f"{kind} {number}: {', '.join(faults)}: {said[0] if said else ''!a}: {said[-1] if said else ''!a}"
             findings.faults.append(text)
             print(text[:600], flush=True)
@@ -252,7 +322,9 @@ def campaign(args: argparse.Namespace) -> int:
     for worker in range(1 if args.number is not None else args.workers):
         results = root / f"worker_{worker}.json"
         if not (pid := os.fork()):
-            numbers = range(worker, args.inputs, args.workers) if args.number is None else (args.number,)
+            numbers = (
+                range(worker, args.inputs, args.workers) if args.number is None else (args.number,)
+            )
             findings = work(numbers, args, root, pristine)
             results.write_text(json.dumps([findings.inputs, findings.refused, findings.faults]))
             os._exit(0)
@@ -287,7 +359,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, help="one kind of input")
     parser.add_argument("--number", type=int, help="one input, whose files stay")
-    parser.add_argument("--keep", action="store_true", help="keep the files of inputs that met a fault")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the files of inputs that met a fault"
+    )
     args = parser.parse_args()
     args.keep = args.keep or args.number is not None
     return args

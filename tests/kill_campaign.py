@@ -1,10 +1,12 @@
-"""Kill runs at random moments and check that nothing finished is lost: python tests/kill_campaign.py --help.
+"""Kill runs at random moments and check that nothing finished is lost: python
+tests/kill_campaign.py --help.
 
-Every run is a fork of this process behind its imports, so a kill meets the run and not the loading of libraries. It
-reports what it finished through a pipe; after the kill every file is read back, and the run goes on until it is
-finished, when it must equal one that nobody killed. In the runs of 832x480 the networks are stand-ins that hand out
-latents made before and enlarge them to pixels, because the real ones would take minutes a chunk on a CPU; all that
-writes, reads and resumes is real.
+Every run is a fork of this process behind its imports, so a kill meets the run and not the loading
+of libraries. It reports what it finished through a pipe; after the kill every file is read back,
+and the run goes on until it is finished, when it must equal one that nobody killed. In the runs of
+832x480 the networks are stand-ins that hand out latents made before and enlarge them to pixels,
+because the real ones would take minutes a chunk on a CPU; all that writes, reads and resumes is
+real.
 """
 
 import argparse
@@ -76,7 +78,8 @@ def log_of(folder: Path) -> Path:
 
 
 def forked(run: Run, folder: Path, delay: float | None) -> tuple[int, int, float]:
-    """Run in a child and kill it after `delay` seconds; (exit status, what it reported last, seconds it ran)."""
+    """Run in a child and kill it after `delay` seconds; (exit status, what it reported last,
+    seconds it ran)."""
     reading, writing = os.pipe()
     began = time.perf_counter()
     child = os.fork()
@@ -126,7 +129,9 @@ class Clip:
     def arguments(self, folder: Path) -> list[str]:
         """The command, which extends what a kill left where there is anything."""
         out, sides = folder / "fox.mp4", "x".join(map(str, self.size))
-        run = command(self.files, out, "--save-latents", "--frames", str(self.frames), "--size", sides)
+        run = command(
+            self.files, out, "--save-latents", "--frames", str(self.frames), "--size", sides
+        )
         left = (folder / "fox.latents.safetensors", folder / "fox.latents.partial.safetensors")
         found = next((path for path in left if path.exists()), None)
         return [*run, "--extend", str(found)] if found else run
@@ -152,7 +157,9 @@ class Clip:
         held = 0 if latents is None else 4 * latents.shape[2] - 3
         safe = max(done, before)
         if len(frames) < safe or held < safe:
-            tally.lost.append(f"{folder}: {safe} frames were safe, now {len(frames)} shown, {held} in latents")
+            tally.lost.append(
+                f"{folder}: {safe} frames were safe, now {len(frames)} shown, {held} in latents"
+            )
         if len(frames) and not np.array_equal(frames, whole[: len(frames)]):
             tally.different.append(f"{folder}: pixels")
         if latents is not None and not torch.equal(latents, expected[:, :, : latents.shape[2]]):
@@ -160,7 +167,9 @@ class Clip:
         return safe
 
     def leftovers(self, folder: Path) -> list[str]:
-        return sorted({path.name for path in folder.iterdir()} - {"fox.mp4", "fox.latents.safetensors"})
+        return sorted(
+            {path.name for path in folder.iterdir()} - {"fox.mp4", "fox.latents.safetensors"}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +202,16 @@ class Training:
         return (folder / "small.safetensors").exists()
 
     def check(self, folder: Path, done: int, before: int, reference: Path, tally: Tally) -> int:
-        """Compare the saved step with what was reported; a finished refiner with the reference's."""
+        """Compare the saved step with what was reported; a finished refiner with the
+        reference's."""
         saved = self.saved(folder)
         if saved < max(done, before):
             tally.lost.append(f"{folder}: {done} steps reported, {before} before, {saved} saved")
         if self.finished(folder):
             ours, theirs = (load_file(path / "small.safetensors") for path in (folder, reference))
-            same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            same = ours.keys() == theirs.keys() and all(
+                torch.equal(ours[name], theirs[name]) for name in ours
+            )
             logged = [path / "run" / "log.jsonl" for path in (folder, reference)]
             lengths = [len(path.read_text().splitlines()) for path in logged]
             if not same or lengths != [self.steps] * 2:
@@ -211,9 +223,16 @@ class Training:
 
 
 def large_networks() -> None:
-    """Put stand-ins in the place of the networks, for this process: latents made before, enlarged to pixels."""
+    """Put stand-ins in the place of the networks, for this process: latents made before, enlarged
+    to pixels."""
 
-    def sample(network: object, context: object, plan: RunPlan, initial: torch.Tensor | None = None, **_: object):
+    def sample(
+        network: object,
+        context: object,
+        plan: RunPlan,
+        initial: torch.Tensor | None = None,
+        **_: object,
+    ):
         start = plan.given
         for length in plan.lengths[plan.given_chunks :]:
             generator = torch.Generator().manual_seed(start)
@@ -242,7 +261,11 @@ def campaign(kind: str, kills: int, seed: int, seconds: float, folder: Path, tal
     else:
         files = folder / "files"
         files.mkdir()
-        subject = Clip(write_files(files), (832, 480) if kind == "large" else (48, 32), 61 if kind == "large" else 81)
+        subject = Clip(
+            write_files(files),
+            (832, 480) if kind == "large" else (48, 32),
+            61 if kind == "large" else 81,
+        )
         if kind == "large":
             large_networks()
     reference = folder / "reference"
@@ -253,13 +276,22 @@ def campaign(kind: str, kills: int, seed: int, seconds: float, folder: Path, tal
     number = 0
     while tally.kills[kind] < kills and time.monotonic() < deadline:
         number += 1
-        span = min(span, one_run(subject, kind, folder / f"run_{number:03d}", reference, rng, span, tally))
+        span = min(
+            span, one_run(subject, kind, folder / f"run_{number:03d}", reference, rng, span, tally)
+        )
 
 
 def one_run(
-    subject: Clip | Training, kind: str, folder: Path, reference: Path, rng: random.Random, span: float, tally: Tally
+    subject: Clip | Training,
+    kind: str,
+    folder: Path,
+    reference: Path,
+    rng: random.Random,
+    span: float,
+    tally: Tally,
 ) -> float:
-    """Kill a run at most four times, then let it end; the longest that a part of it was seen to take, in seconds."""
+    """Kill a run at most four times, then let it end; the longest that a part of it was seen to
+    take, in seconds."""
     folder.mkdir()
     safe, longest = 0, 0.0
     for attempt in range(5):
@@ -288,17 +320,23 @@ def one_run(
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=40, help="of each kind of run (default %(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=40, help="of each kind of run (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--minutes", type=float, default=18, help="for all kinds (default %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=18, help="for all kinds (default %(default)s)"
+    )
     return parser.parse_args()
 
 
 def report(tally: Tally, kinds: list[str]) -> None:
     for kind in kinds:
         print(f"{kind}: {tally.kills[kind]} kills, {tally.finished[kind]} runs finished")
-    print(f"lost {len(tally.lost)}, unreadable {len(tally.unreadable)}, different {len(tally.different)}")
+    print(
+        f"lost {len(tally.lost)}, unreadable {len(tally.unreadable)}, different {len(tally.different)}"
+    )
     for fault in tally.faults:
         print(f"  {fault}")
 
@@ -310,6 +348,15 @@ if __name__ == "__main__":
         for name in options.kinds:
             place = Path(scratch) / name
             place.mkdir()
-            campaign(name, options.kills, options.seed, 60 * options.minutes / len(options.kinds), place, counted)
+            campaign(
+                name,
+                options.kills,
+                options.seed,
+                60 * options.minutes / len(options.kinds),
+                place,
+                counted,
+            )
     report(counted, options.kinds)
-    sys.exit(bool(counted.faults) or any(counted.kills[name] < options.kills for name in options.kinds))
+    sys.exit(
+        bool(counted.faults) or any(counted.kills[name] < options.kills for name in options.kinds)
+    )

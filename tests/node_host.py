@@ -26,7 +26,8 @@ def fits(parameters: Iterable[Parameter], expected: Iterable[Parameter]) -> bool
 
 
 def matches(actual: Parameter | None, expected: Parameter | None) -> bool:
-    """Whether a host's parameter takes what nodes give; one beyond the protocol's needs a default."""
+    """Whether a host's parameter takes what nodes give; one beyond the protocol's needs a
+    default."""
     if actual is None or expected is None:
         return actual is not None and actual.default is not Parameter.empty
     same_default = expected.default in (Parameter.empty, actual.default)

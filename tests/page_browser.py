@@ -1,4 +1,5 @@
-"""A headless Chromium on the page of a running ComfyUI. Needs playwright (pip) and a Chromium of the system."""
+"""A headless Chromium on the page of a running ComfyUI. Needs playwright (pip) and a Chromium of
+the system."""
 
 import importlib.util
 import json
@@ -19,8 +20,10 @@ NODES = "[data-node-id]"  # those of the Vue renderer
 STATUS, FINISHED = ".autorefiner-status", ".autorefiner-finished"  # of a strip of chunks
 SIZE = (1600, 1000)
 SECONDS = 300  # for a slow machine: a wait ends as soon as what it waits for is there
-OWN = "/extensions/autorefiner/"  # the pack's modules; before a workflow is loaded, other complaints are the page's own
-# The page asks other hosts for releases and for sizes of models, which the server forbids it, and the browser here.
+# the pack's modules; before a workflow is loaded, other complaints are the page's own
+OWN = "/extensions/autorefiner/"
+# The page asks other hosts for releases and for sizes of models, which the server forbids it, and
+# the browser here.
 FORBIDDEN, REFUSED = "Content Security Policy", "net::ERR_FAILED"
 LOCAL = "http://127.0.0.1:"
 
@@ -37,9 +40,12 @@ def find_chromium() -> str | None:
 
 
 def touch_files(base: Path) -> None:
-    """Empty files by the names that the workflows have: the page looks whether they are there, and none is read."""
+    """Empty files by the names that the workflows have: the page looks whether they are there, and
+    none is read."""
     folders = {"CLIPLoader": "text_encoders", "AutoRefinerLoadRefiner": "loras"}
-    nodes = (node for path in WORKFLOWS.glob("*.json") for node in json.loads(path.read_text())["nodes"])
+    nodes = (
+        node for path in WORKFLOWS.glob("*.json") for node in json.loads(path.read_text())["nodes"]
+    )
     for node in nodes:
         if folder := folders.get(node["type"]):
             path = base / "models" / folder / node["widgets_values"][0]
@@ -69,9 +75,12 @@ class Page:
         """Open a workflow as a user does."""
         graph = json.loads(workflow.read_text(encoding="utf-8"))
         self.tab.evaluate(
-            "([graph, name]) => window.app.loadGraphData(graph, true, true, name)", [graph, workflow.stem]
+            "([graph, name]) => window.app.loadGraphData(graph, true, true, name)",
+            [graph, workflow.stem],
         )
-        self.until(f"!LiteGraph.vueNodesMode || document.querySelectorAll('{NODES}').length === {len(graph['nodes'])}")
+        self.until(
+            f"!LiteGraph.vueNodesMode || document.querySelectorAll('{NODES}').length === {len(graph['nodes'])}"
+        )
         self.settle()
 
     def until(self, expression: str) -> None:
@@ -85,12 +94,15 @@ class Page:
 
     def fit(self) -> None:
         """Look at the whole graph."""
-        self.tab.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.tab.evaluate(
+            "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+        )
         self.tab.wait_for_timeout(500)  # it moves there
         self.settle()
 
     def look_at(self, node: str) -> None:
-        """Look at the whole of the node of a class, as near as the window lets: what is outside cannot be clicked."""
+        """Look at the whole of the node of a class, as near as the window lets: what is outside
+        cannot be clicked."""
         self.tab.evaluate(
             """(kind) => {
                 const canvas = window.app.canvas;
@@ -136,7 +148,8 @@ class Page:
 
 
 def quiet(vue: bool) -> dict[str, object]:
-    """Settings of the page: its renderer, and nothing that stands before a workflow or draws more than it must."""
+    """Settings of the page: its renderer, and nothing that stands before a workflow or draws more
+    than it must."""
     return {
         "Comfy.VueNodes.Enabled": vue,
         "Comfy.TutorialCompleted": True,
@@ -150,7 +163,10 @@ def quiet(vue: bool) -> dict[str, object]:
 
 @contextmanager
 def opened(
-    server: Server, vue: bool, size: tuple[int, int] = SIZE, prepare: Callable[[object], None] = lambda tab: None
+    server: Server,
+    vue: bool,
+    size: tuple[int, int] = SIZE,
+    prepare: Callable[[object], None] = lambda tab: None,
 ) -> Iterator[Page]:
     """The page of a server in the standard renderer, or in that of Vue nodes."""
     for name, value in quiet(vue).items():
@@ -160,8 +176,11 @@ def opened(
 
 
 @contextmanager
-def browsed(address: str, prepare: Callable[[object], None], size: tuple[int, int] = SIZE) -> Iterator[Page]:
-    """The page at an address, which asks no other; `prepare` is given playwright's page before it goes there."""
+def browsed(
+    address: str, prepare: Callable[[object], None], size: tuple[int, int] = SIZE
+) -> Iterator[Page]:
+    """The page at an address, which asks no other; `prepare` is given playwright's page before it
+    goes there."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -170,7 +189,10 @@ def browsed(address: str, prepare: Callable[[object], None], size: tuple[int, in
         tab = browser.new_page(viewport={"width": size[0], "height": size[1]})
         tab.set_default_timeout(1000 * SECONDS)
         page = Page(tab)
-        tab.route(lambda asked: not asked.startswith((address, "data:", "blob:")), lambda route: route.abort())
+        tab.route(
+            lambda asked: not asked.startswith((address, "data:", "blob:")),
+            lambda route: route.abort(),
+        )
         tab.on("console", lambda message: note(page, message))
         tab.on("pageerror", lambda error: page.errors.append(str(error)))
         prepare(tab)
@@ -185,13 +207,16 @@ def browsed(address: str, prepare: Callable[[object], None], size: tuple[int, in
 
 
 def complaints(page: Page, workflow: Path) -> list[str]:
-    """Open a workflow and look at the whole of it: nodes that are missing or have errors, and what the console says."""
+    """Open a workflow and look at the whole of it: nodes that are missing or have errors, and what
+    the console says."""
     page.errors.clear()
     page.load(workflow)
     page.fit()
     kinds = {node["type"] for node in json.loads(workflow.read_text())["nodes"]}
     known = set(page.tab.evaluate("() => Object.keys(LiteGraph.registered_node_types)"))
-    wrong = page.tab.evaluate("() => window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type)")
+    wrong = page.tab.evaluate(
+        "() => window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type)"
+    )
     return [
         *(f"no node {kind}" for kind in sorted(kinds - known)),
         *(f"{kind} has errors" for kind in wrong),
@@ -200,7 +225,8 @@ def complaints(page: Page, workflow: Path) -> list[str]:
 
 
 def note(page: Page, message: object) -> None:
-    """Keep an error of the console: of the pack's own modules any, of the page those that a workflow may cause."""
+    """Keep an error of the console: of the pack's own modules any, of the page those that a
+    workflow may cause."""
     address = message.location.get("url", "")
     where = f"{message.text} ({address})"
     elsewhere = FORBIDDEN in where or (REFUSED in where and not address.startswith(LOCAL))
@@ -208,5 +234,7 @@ def note(page: Page, message: object) -> None:
         page.errors.append(where)
 
 
-if __name__ == "__main__":  # whether there is a browser, for which playwright is worth its installation
+if (
+    __name__ == "__main__"
+):  # whether there is a browser, for which playwright is worth its installation
     raise SystemExit(find_browser() is None)

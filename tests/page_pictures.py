@@ -1,7 +1,8 @@
-"""Pictures of the nodes for their help pages and of a run for the README, taken in a real ComfyUI by Chromium.
+"""Pictures of the nodes for their help pages and of a run for the README, taken in a real ComfyUI
+by Chromium.
 
-python tests/page_pictures.py writes web/docs/pictures/NODE.png and docs/run.webp; with --film only the latter. It needs
-what the tests of the page need. The videos in them are the bundled models'.
+python tests/page_pictures.py writes web/docs/pictures/NODE.png and docs/run.webp; with --film only
+the latter. It needs what the tests of the page need. The videos in them are the bundled models'.
 """
 
 import io
@@ -32,7 +33,11 @@ RUN = {
 OPENED = {"self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo")}
 ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # in no workflow
 LENGTH, STEPS = 81, 6
-SEEN, CORNER, SCALE = "compare_controls", (440, 40), 0.85  # what docs/comfyui.md shows, from where in the graph
+SEEN, CORNER, SCALE = (
+    "compare_controls",
+    (440, 40),
+    0.85,
+)  # what docs/comfyui.md shows, from where in the graph
 FILMED = PACK / "docs" / "run.webp"
 PLACES = {  # of the nodes of quickstart that the film shows, in the graph
     1: (60, 60), 2: (60, 262), 3: (60, 524), 4: (430, 60), 5: (800, 60), 6: (1170, 60), 7: (1170, 222), 8: (1170, 384),
@@ -115,7 +120,9 @@ def take(page: Page, kinds: tuple[str, ...]) -> None:
         keep(page.tab.screenshot(clip=node_box(page, kind)), kind)
 
 
-def look_from(page: Page, corner: tuple[int, int], scale: float, margin: tuple[int, int] = (80, 90)) -> None:
+def look_from(
+    page: Page, corner: tuple[int, int], scale: float, margin: tuple[int, int] = (80, 90)
+) -> None:
     """Show the graph from a corner on, at a distance from the window's own."""
     page.tab.evaluate(
         """([[x, y], scale, [left, top]]) => {
@@ -157,7 +164,15 @@ def film(page: Page, server: Server) -> None:
     played = [played_frame(page, 3 * place) for place in range(PLAYED)]
     frames = [decoded(picture) for picture in (*spread(running, RUNNING), *played)]
     times = [SHOWN_MS] * (len(frames) - PLAYED) + [PLAYED_MS] * (PLAYED - 1) + [LAST_MS]
-    frames[0].save(FILMED, save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True, method=3)
+    frames[0].save(
+        FILMED,
+        save_all=True,
+        append_images=frames[1:],
+        duration=times,
+        loop=0,
+        lossless=True,
+        method=3,
+    )
     print(f"{FILMED.name}: {FILMED.stat().st_size / 1000:.0f} kB, {len(frames)} frames")
 
 
@@ -178,7 +193,9 @@ def played_frame(page: Page, number: int) -> bytes:
         }""",
         number,
     )
-    page.until("[...document.querySelectorAll('.autorefiner-video')].every((video) => !video.seeking)")
+    page.until(
+        "[...document.querySelectorAll('.autorefiner-video')].every((video) => !video.seeking)"
+    )
     page.settle()
     return page.tab.screenshot(clip=CLIP)
 
@@ -194,7 +211,10 @@ def take_all(page: Page, running: Server) -> None:
             keep(overview(page), "page")
     page.load(WORKFLOWS / "text_to_video.json")
     for kind in ALONE:
-        page.tab.evaluate("(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))", f"AutoRefiner{kind}")
+        page.tab.evaluate(
+            "(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))",
+            f"AutoRefiner{kind}",
+        )
     take(page, ALONE)
 
 

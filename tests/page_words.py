@@ -12,7 +12,10 @@ def words() -> dict[str, dict[str, str]]:
     """Of each language, by name."""
     text = (WEB / "words.js").read_text(encoding="utf-8")
     languages = re.findall(r"^  (\w+): \{\n(.*?)^  \},$", text, re.MULTILINE | re.DOTALL)
-    return {name: dict(re.findall(r'^    "?([\w ]+?)"?: "(.*)",$', body, re.MULTILINE)) for name, body in languages}
+    return {
+        name: dict(re.findall(r'^    "?([\w ]+?)"?: "(.*)",$', body, re.MULTILINE))
+        for name, body in languages
+    }
 
 
 def asked() -> set[str]:

@@ -20,11 +20,16 @@ FSDP = "model._fsdp_wrapped_module."
 State = dict[str, Tensor]
 
 
-def make_state(seed: int = 0, config: WanConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> State:
+def make_state(
+    seed: int = 0, config: WanConfig = CONFIG, dtype: torch.dtype = torch.bfloat16
+) -> State:
     with torch.device("meta"):
         shapes = WanTransformer(config).state_dict()
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tensor.shape, generator=generator).to(dtype) for name, tensor in shapes.items()}
+    return {
+        name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for name, tensor in shapes.items()
+    }
 
 
 def prefixed(state: State, prefix: str) -> State:
@@ -33,7 +38,8 @@ def prefixed(state: State, prefix: str) -> State:
 
 def equal_bits(found: State, right: State) -> bool:
     return list(found) == list(right) and all(
-        found[name].dtype == right[name].dtype and torch.equal(found[name], right[name]) for name in right
+        found[name].dtype == right[name].dtype and torch.equal(found[name], right[name])
+        for name in right
     )
 
 
@@ -50,7 +56,9 @@ def message(path: Path | str, **options) -> str:
 def write(path: Path, content, metadata: dict[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, metadata=metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in content.items()}, path, metadata=metadata
+        )
     else:
         torch.save(content, path)
     return path
@@ -71,7 +79,9 @@ def diffusers_name(name: str) -> str:
             name = name.replace(ours, theirs)
         return name
     name = re.sub(r"_attn\.([qkv])\.", r"_attn.to_\1.", name).replace("_attn.o.", "_attn.to_out.0.")
-    name = name.replace("self_attn", "attn1").replace("cross_attn", "attn2").replace("norm3", "norm2")
+    name = (
+        name.replace("self_attn", "attn1").replace("cross_attn", "attn2").replace("norm3", "norm2")
+    )
     name = name.replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
     return name.replace("modulation", "scale_shift_table")
 
@@ -88,7 +98,11 @@ def write_14b(path: Path, prefix: str = "", rename: Callable[[str], str] = str) 
     header, end = {}, 0
     for name, tensor in shapes.items():
         start, end = end, end + 2 * tensor.numel()
-        header[prefix + rename(name)] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[prefix + rename(name)] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     encoded = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
     os.truncate(path, 8 + len(encoded) + end)

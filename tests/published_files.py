@@ -1,4 +1,5 @@
-"""Synthetic files under published and other names: layout, model and stage, and the right answer for each."""
+"""Synthetic files under published and other names: layout, model and stage, and the right answer
+for each."""
 
 import json
 from collections.abc import Callable
@@ -6,12 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published import FSDP, State, diffusers_name, in_diffusers, make_state, prefixed, write, write_14b
+from published import (
+    FSDP,
+    State,
+    diffusers_name,
+    in_diffusers,
+    make_state,
+    prefixed,
+    write,
+    write_14b,
+)
 
 from autorefiner.refiner.wan.transformer import WanConfig
 
 SMALL = WanConfig(dim=128, num_heads=1, ffn_dim=64, num_layers=1, text_dim=8)
-OTHER = {"model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}  # another network in the file, not to be taken
+OTHER = {
+    "model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)
+}  # another network in the file, not to be taken
 Make = Callable[[Path, State], Path]
 
 
@@ -58,7 +70,10 @@ def shards(one: bool, stem: str = "model") -> Make:
     def make(path: Path, state: State) -> Path:
         half = len(state) // 2
         for number, names in enumerate((list(state)[:half], list(state)[half:]), 1):
-            write(path / f"{stem}-{number:05}-of-00002.safetensors", {name: state[name] for name in names})
+            write(
+                path / f"{stem}-{number:05}-of-00002.safetensors",
+                {name: state[name] for name in names},
+            )
         return path / f"{stem}-00001-of-00002.safetensors" if one else path
 
     return make
@@ -72,7 +87,9 @@ def large_expert(path: Path, _: State) -> Path:
     """A pipeline of two 14B networks; its first is asked for."""
     write_14b(path / "transformer_2" / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
     write_14b(path / "transformer" / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
-    (path / "model_index.json").write_text(json.dumps({"transformer_2": ["diffusers", "CausalWan"]}))
+    (path / "model_index.json").write_text(
+        json.dumps({"transformer_2": ["diffusers", "CausalWan"]})
+    )
     return path / "transformer"
 
 
@@ -115,16 +132,28 @@ def peft_wrapped(state: State) -> State:
     stored = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
-        linear = name.startswith("blocks.") and layer + ".weight" in state and state[layer + ".weight"].ndim == 2
+        linear = (
+            name.startswith("blocks.")
+            and layer + ".weight" in state
+            and state[layer + ".weight"].ndim == 2
+        )
         stored[f"base_model.model.{layer}{'.base_layer' * linear}.{part}"] = tensor
         if linear and part == "weight":
-            stored[f"base_model.model.{layer}.lora_A.default.weight"] = torch.ones(2, tensor.shape[1])
-            stored[f"base_model.model.{layer}.lora_B.default.weight"] = torch.zeros(tensor.shape[0], 2)
+            stored[f"base_model.model.{layer}.lora_A.default.weight"] = torch.ones(
+                2, tensor.shape[1]
+            )
+            stored[f"base_model.model.{layer}.lora_B.default.weight"] = torch.zeros(
+                tensor.shape[0], 2
+            )
     return stored
 
 
 def pipeline(state: State) -> State:
-    rest = {"text_encoder.a": torch.zeros(1), "vae.b": torch.zeros(1), "real_score.model.c": torch.zeros(1)}
+    rest = {
+        "text_encoder.a": torch.zeros(1),
+        "vae.b": torch.zeros(1),
+        "real_score.model.c": torch.zeros(1),
+    }
     return prefixed(state, "generator.model.") | rest
 
 

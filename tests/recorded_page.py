@@ -1,6 +1,8 @@
-"""The page without ComfyUI: its frontend package alone, with answers that were recorded from the real server.
+"""The page without ComfyUI: its frontend package alone, with answers that were recorded from the
+real server.
 
-python tests/recorded_page.py writes tests/comfy/recorded.json. It needs what the tests of the page need.
+python tests/recorded_page.py writes tests/comfy/recorded.json. It needs what the tests of the page
+need.
 """
 
 import importlib.util
@@ -21,19 +23,31 @@ RECORDED = Path(__file__).with_name("comfy") / "recorded.json"
 FILES = sorted(WORKFLOWS.glob("*.json"))
 ADDRESS = "http://127.0.0.1:8188"  # nothing need listen there
 OWN, CACHE = "/extensions/autorefiner/", "/autorefiner/cache"
-# What opening a workflow does not need: other templates and translations, folders, and what the package itself has.
-EMPTY = {"/global_subgraphs": {}, "/i18n": {}, "/internal/folder_paths": {}, "/experiment/models": []}
+# What opening a workflow does not need: other templates and translations, folders, and what the
+# package itself has.
+EMPTY = {
+    "/global_subgraphs": {},
+    "/i18n": {},
+    "/internal/folder_paths": {},
+    "/experiment/models": [],
+}
 LEFT_OUT = ("/assets", "/experiment", "/global_subgraphs", "/i18n", "/internal", "/settings")
 PICTURE = PACK / "web" / "docs" / "pictures" / "page.png"  # in the place of any that a node shows
 
 
 def find_frontend() -> Path | None:
-    """The folder that ComfyUI serves its page from, of this environment's package or that of ComfyUI's."""
+    """The folder that ComfyUI serves its page from, of this environment's package or that of
+    ComfyUI's."""
     name = "comfyui_frontend_package"
     if (own := importlib.util.find_spec(name)) is not None:
         return Path(own.origin).parent / "static"
     found, places = find_comfyui(), ("lib/python*/site-packages", "Lib/site-packages")
-    theirs = (path for place in places if found for path in found[1].parent.parent.glob(f"{place}/{name}/static"))
+    theirs = (
+        path
+        for place in places
+        if found
+        for path in found[1].parent.parent.glob(f"{place}/{name}/static")
+    )
     return next(theirs, None)
 
 
@@ -43,19 +57,25 @@ def kinds() -> set[str]:
 
 
 def key_of(address: str) -> str:
-    """A request as answers are kept by: without the host and the prefix that the page may put before a path."""
+    """A request as answers are kept by: without the host and the prefix that the page may put
+    before a path."""
     parts = urlsplit(address)
     return parts.path.removeprefix("/api") + (f"?{parts.query}" if parts.query else "")
 
 
 def record(server: Server) -> dict[str, object]:
-    """The server's answers in JSON to what the page asks while it opens the workflows; of nodes, those they use."""
+    """The server's answers in JSON to what the page asks while it opens the workflows; of nodes,
+    those they use."""
     asked: set[str] = set()
     posted: list[str] = []
 
     def note(request: object) -> None:
         key = key_of(request.url)
-        if request.method == "GET" and request.resource_type in ("fetch", "xhr") and not key.startswith(LEFT_OUT):
+        if (
+            request.method == "GET"
+            and request.resource_type in ("fetch", "xhr")
+            and not key.startswith(LEFT_OUT)
+        ):
             asked.add(key)
         if request.method == "POST" and key == CACHE:
             posted.append(request.post_data)
@@ -72,7 +92,9 @@ def record(server: Server) -> dict[str, object]:
             continue
     known, stats = answers["/object_info"], answers["/system_stats"]
     stats["system"]["argv"] = []
-    return answers | {"/object_info": {kind: known[kind] for kind in sorted(kinds()) if kind in known}}
+    return answers | {
+        "/object_info": {kind: known[kind] for kind in sorted(kinds()) if kind in known}
+    }
 
 
 def answers_to(vue: bool) -> dict[str, object]:
@@ -91,7 +113,11 @@ def replayed(vue: bool) -> Iterator[Page]:
     def answer(route: object) -> None:
         key = key_of(route.request.url)
         path = key.split("?")[0]
-        file = PACK / "web" / path.removeprefix(OWN) if path.startswith(OWN) else static / path.lstrip("/")
+        file = (
+            PACK / "web" / path.removeprefix(OWN)
+            if path.startswith(OWN)
+            else static / path.lstrip("/")
+        )
         if key in answers:
             route.fulfill(json=answers[key])
         elif path == "/view":

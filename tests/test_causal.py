@@ -1,4 +1,5 @@
-"""The causal forward: one pass over many chunks equals many passes over one, and gradients are right."""
+"""The causal forward: one pass over many chunks equals many passes over one, and gradients are
+right."""
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.rollout import predict_x0
 from autorefiner.refiner.wan.causal import CausalWan, Kernels, timestep_features
 from autorefiner.refiner.wan.rope import axis_pairs, rotate, rotation_table
-from autorefiner.refiner.wan.transformer import WAN_1_3B, WAN_14B, RMSNorm, WanConfig, WanTransformer
+from autorefiner.refiner.wan.transformer import (
+    WAN_1_3B,
+    WAN_14B,
+    RMSNorm,
+    WanConfig,
+    WanTransformer,
+)
 
 from tiny import TINY, tiny_network
 
@@ -76,14 +83,19 @@ def test_one_timestep_for_all_equals_one_for_each_frame(network, context) -> Non
 
 @torch.no_grad()
 def test_timesteps_are_per_frame(network, context) -> None:
-    """A frame's own timestep moves its flow; without the past, a later frame in the same call sees it too."""
+    """A frame's own timestep moves its flow; without the past, a later frame in the same call sees
+    it too."""
     text, x = network.text(context), latents((1, 16, 3, 4, 6))
 
     def flow(*t):
         return network(x, torch.tensor([t]), text, GraphMemory(memory_plan()).view(range(3)))
 
     first, second = flow(500.0, 500.0, 500.0), flow(500.0, 500.0, 900.0)
-    assert (first[:, :, 2] - second[:, :, 2]).abs().max() > 10 * (first[:, :, 0] - second[:, :, 0]).abs().max() > 0
+    assert (
+        (first[:, :, 2] - second[:, :, 2]).abs().max()
+        > 10 * (first[:, :, 0] - second[:, :, 0]).abs().max()
+        > 0
+    )
 
 
 @torch.no_grad()
@@ -98,7 +110,8 @@ def test_a_keys_only_pass_writes_what_a_whole_pass_writes(network, context) -> N
 
 
 def two_predicts(network: CausalWan, x: torch.Tensor, text) -> torch.Tensor:
-    """Predict a chunk, commit the result with its graph, predict the next one; a number that depends on all of it."""
+    """Predict a chunk, commit the result with its graph, predict the next one; a number that
+    depends on all of it."""
     memory = GraphMemory(memory_plan((1, 16, 2, 2, 2), network.config))
     first = network(x[:, :, :1], torch.full((1, 1), 800.0), text, memory.view([0]))
     network(first, torch.zeros(1, 1), text, memory.view([0]), keys_only=True)
@@ -108,7 +121,9 @@ def two_predicts(network: CausalWan, x: torch.Tensor, text) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_through_two_predicts_and_a_commit_equal_finite_differences(context, checkpointing) -> None:
+def test_gradients_through_two_predicts_and_a_commit_equal_finite_differences(
+    context, checkpointing
+) -> None:
     network = tiny_network(dtype=torch.float64, checkpointing=checkpointing)
     text = network.text(context.double())
     x = latents((1, 16, 2, 2, 2), dtype=torch.float64).requires_grad_()
@@ -129,7 +144,9 @@ def test_gradients_through_two_predicts_and_a_commit_equal_finite_differences(co
         (0, 5, 1, 0, 1),
     ):  # of the first chunk, which only history carries on, and the second
         assert x.grad[place].item() == pytest.approx(difference(x, place), rel=1e-5, abs=1e-9)
-    assert weight.grad[7, 11].item() == pytest.approx(difference(weight, (7, 11)), rel=1e-5, abs=1e-9)
+    assert weight.grad[7, 11].item() == pytest.approx(
+        difference(weight, (7, 11)), rel=1e-5, abs=1e-9
+    )
 
 
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(context) -> None:

@@ -1,4 +1,5 @@
-"""The command line on real files of a tiny model: what it makes, what a stop leaves, what it says to wrong input."""
+"""The command line on real files of a tiny model: what it makes, what a stop leaves, what it says
+to wrong input."""
 
 import json
 import os
@@ -82,7 +83,9 @@ def test_what_is_asked_for_reaches_the_sampler(files, tmp_path) -> None:
         ["--levels", "1000,500"],
         ["--lora", str(files / "live.safetensors")],
     ):
-        assert not torch.equal(latents_of(files, tmp_path / "b.mp4", "--seed", "3", *extra), base), extra
+        assert not torch.equal(
+            latents_of(files, tmp_path / "b.mp4", "--seed", "3", *extra), base
+        ), extra
 
 
 def test_a_run_opens_each_of_its_files_once(tmp_path, monkeypatch) -> None:
@@ -94,7 +97,17 @@ def test_a_run_opens_each_of_its_files_once(tmp_path, monkeypatch) -> None:
 
     open_file = weight_file._open_file
     monkeypatch.setattr(weight_file, "_open_file", watched)
-    command = ["generate", "--model", "sprites", "--refiner", "sprites", "--frames", "9", "--prompt", "a red star"]
+    command = [
+        "generate",
+        "--model",
+        "sprites",
+        "--refiner",
+        "sprites",
+        "--frames",
+        "9",
+        "--prompt",
+        "a red star",
+    ]
     assert main([*command, "--out", str(tmp_path / "star.mp4")]) == 0
     assert len(opened) == len({*opened}) == 4  # transformer, VAE, text encoder, refiner
 
@@ -102,7 +115,17 @@ def test_a_run_opens_each_of_its_files_once(tmp_path, monkeypatch) -> None:
 def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> None:
     def latents(*more: str) -> torch.Tensor:
         out = tmp_path / "star.mp4"
-        command = ["generate", "--model", "random-tiny", "--size", "32x32", "--frames", "57", "--prompt", "a red star"]
+        command = [
+            "generate",
+            "--model",
+            "random-tiny",
+            "--size",
+            "32x32",
+            "--frames",
+            "57",
+            "--prompt",
+            "a red star",
+        ]
         assert main([*command, "--save-latents", "--overwrite", "--out", str(out), *more]) == 0
         (found,) = load_file(out.with_suffix(".latents.safetensors")).values()
         return found
@@ -114,7 +137,11 @@ def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> N
     assert torch.equal(latents("--method", "hiar", "--levels", "1000"), latents("--steps", "1000"))
     assert not torch.equal(latents("--method", "hiar"), plain)
     capsys.readouterr()
-    for wrong in (("--policy", "top-frames:k=0"), ("--method", "hiar:k=1"), ("--policy", "nothing")):
+    for wrong in (
+        ("--policy", "top-frames:k=0"),
+        ("--method", "hiar:k=1"),
+        ("--policy", "nothing"),
+    ):
         command = ["generate", "--model", "random-tiny", "--out", str(tmp_path / "a.mp4"), *wrong]
         assert main(command) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -150,16 +177,28 @@ def test_a_run_that_goes_on_with_other_options_says_so(files, tmp_path) -> None:
     latents = tmp_path / "first.latents.safetensors"
     again = [*command(files, tmp_path / "rest.mp4"), "--extend", str(latents)]
     assert not notes(prepare(parse(again)))
-    changed = ["--seed", "8", "--method", "ode", "--dtype", "bf16", "--preset", "causal-forcing-framewise"]
+    changed = [
+        "--seed",
+        "8",
+        "--method",
+        "ode",
+        "--dtype",
+        "bf16",
+        "--preset",
+        "causal-forcing-framewise",
+    ]
     (note,) = notes(prepare(parse([*again, *changed, "--prompt", "a cat"])))
     assert "seed 0 (now 8), method self-forcing (now ode), " in note
-    assert "dtype float32 (now bfloat16), preset self-forcing (now causal-forcing-framewise)" in note
+    assert (
+        "dtype float32 (now bfloat16), preset self-forcing (now causal-forcing-framewise)" in note
+    )
     assert "chunks of 3x2 (now 1x6)" in note
     assert "cat" not in note
 
 
 def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -> None:
-    """The given latents stand in the new partial file before anything is made: a second stop loses nothing."""
+    """The given latents stand in the new partial file before anything is made: a second stop loses
+    nothing."""
     out = tmp_path / "fox.mp4"
     job = prepare(parse(command(files, out, "--save-latents")))
     iterator = generate(job)
@@ -170,25 +209,40 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
     with pytest.raises(ValueError, match=r"--extend .*partial.safetensors"):
         prepare(parse(command(files, out, "--save-latents")))
     assert torch.equal(read_latents(partial)[0], kept)
-    iterator = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
+    iterator = generate(
+        prepare(parse(command(files, out, "--save-latents", "--extend", str(partial))))
+    )
     next(iterator)
     assert torch.equal(read_latents(partial)[0], kept)
     assert list(iterator) == [21, FRAMES]
     assert torch.equal(read_latents(tmp_path / "fox.latents.safetensors")[0][:, :, :6], kept)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, tmp_path, sent, code) -> None:
-    out, partial, latents = (tmp_path / f"fox{end}" for end in (".mp4", ".partial.mp4", ".latents.partial.safetensors"))
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
+def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(
+    files, tmp_path, sent, code
+) -> None:
+    out, partial, latents = (
+        tmp_path / f"fox{end}" for end in (".mp4", ".partial.mp4", ".latents.partial.safetensors")
+    )
     out.write_bytes(b"old")
     args = command(files, out, "--save-latents", "--overwrite", "--frames", "4001", "--window", "9")
-    ignored = signal.SIGINT if sent is signal.SIGTERM else signal.SIGUSR1  # as in a job in the background
+    ignored = (
+        signal.SIGINT if sent is signal.SIGTERM else signal.SIGUSR1
+    )  # as in a job in the background
     run = subprocess.Popen(
         [sys.executable, "-m", "autorefiner.refiner.cli", *args],
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(ignored, signal.SIG_IGN)),
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGINT, signal.SIG_DFL),
+            signal.signal(ignored, signal.SIG_IGN),
+        ),
     )
-    three_chunks = HEADER + 9 * 16 * 4 * 6 * 4  # of latents, which are written before the chunk's pixels
+    three_chunks = (
+        HEADER + 9 * 16 * 4 * 6 * 4
+    )  # of latents, which are written before the chunk's pixels
     while not (latents.exists() and latents.stat().st_size > three_chunks) and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(sent)
@@ -196,17 +250,26 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(files, t
     assert run.returncode == code
     frames, kept = len(read_frames(partial)), read_latents(latents)[0]
     assert frames >= 21, "the third chunk's pixels come after its latents"
-    assert kept.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), "a chunk may be cut off between the two files"
+    assert kept.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), (
+        "a chunk may be cut off between the two files"
+    )
     assert out.read_bytes() == b"old"
     if sent is not signal.SIGKILL:
         assert f"{frames} frames are in {partial}" in errors.decode()
     total = 4 * (kept.shape[2] + 3) - 3
     again = tmp_path / "again.mp4"
-    assert main(command(files, again, "--extend", str(latents), "--frames", str(total), "--window", "9")) == 0
+    assert (
+        main(
+            command(files, again, "--extend", str(latents), "--frames", str(total), "--window", "9")
+        )
+        == 0
+    )
     assert len(read_frames(again)) == total
 
 
-def test_a_stop_while_models_load_says_nothing_of_an_earlier_run(files, tmp_path, capsys, monkeypatch) -> None:
+def test_a_stop_while_models_load_says_nothing_of_an_earlier_run(
+    files, tmp_path, capsys, monkeypatch
+) -> None:
     iterator = generate(prepare(parse(command(files, tmp_path / "fox.mp4"))))
     next(iterator)
     iterator.close()
@@ -254,7 +317,16 @@ def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, ca
     ],
 )
 def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, said) -> None:
-    command = ["generate", "--model", "sprites", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "x.mp4")]
+    command = [
+        "generate",
+        "--model",
+        "sprites",
+        "--dry-run",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x.mp4"),
+    ]
     assert main([*command, *extra]) == 0
     told = capsys.readouterr().err
     assert said in told if said else "nothing" not in told
@@ -262,7 +334,22 @@ def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, sai
 
 def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
     out = tmp_path / "noise.mp4"
-    assert main(["generate", "--model", "random-tiny", "--frames", "9", "--size", "32x32", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                "random-tiny",
+                "--frames",
+                "9",
+                "--size",
+                "32x32",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert "random weights" in capsys.readouterr().err
     assert len(read_frames(out)) == 9
 
@@ -290,7 +377,10 @@ WRONG = {
     "output folder": (["--out", "{files}/model.safetensors/fox.mp4"], "cannot be written"),
     "extend": (["--extend", "{files}/model.safetensors"], "latents file"),
     "extend size": (["--extend", "{files}/six.safetensors"], "64x64 pixels"),
-    "extend length": (["--extend", "{files}/six.safetensors", "--frames", "17", "--size", "64x64"], "at least 21"),
+    "extend length": (
+        ["--extend", "{files}/six.safetensors", "--frames", "17", "--size", "64x64"],
+        "at least 21",
+    ),
 }
 
 
@@ -300,7 +390,10 @@ def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, caps
     out = tmp_path / "fox.mp4"
     out.write_bytes(b"old")
     try:
-        assert main(command(files, out, "--overwrite", *(part.format(files=files) for part in extra))) == 2
+        assert (
+            main(command(files, out, "--overwrite", *(part.format(files=files) for part in extra)))
+            == 2
+        )
     except SystemExit as end:  # argparse's own way
         assert end.code == 2
     told = capsys.readouterr().err.splitlines()
@@ -323,7 +416,10 @@ def test_a_pickle_that_runs_code_is_refused(files, tmp_path, capsys) -> None:
 
 def test_a_model_that_does_not_say_its_preset_asks_for_one(files, tmp_path, capsys) -> None:
     save_file(load_file(files / "model.safetensors"), tmp_path / "model.safetensors")
-    assert main(command(files, tmp_path / "fox.mp4", "--model", str(tmp_path / "model.safetensors"))) == 2
+    assert (
+        main(command(files, tmp_path / "fox.mp4", "--model", str(tmp_path / "model.safetensors")))
+        == 2
+    )
     assert "pass --preset" in capsys.readouterr().err
 
 
@@ -333,7 +429,9 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
     projections, attention = 6 * (6 * 256**2 + 2 * 256 * 1024), 6 * 2 * 256 * (384 + 512)
     assert report.pass_gflop == pytest.approx(2 * 192 * (projections + attention) / 1e9)
     assert report.dit_fps == pytest.approx(12 / (report.chunk_ms / 1e3))
-    assert report.peak_share == pytest.approx(report.pass_gflop / report.pass_ms * 1e3 / report.matmul_gflops, rel=1)
+    assert report.peak_share == pytest.approx(
+        report.pass_gflop / report.pass_ms * 1e3 / report.matmul_gflops, rel=1
+    )
     assert main(["bench", "--chunks", "2", "--json", str(tmp_path / "new" / "b.json")]) == 0
     assert json.loads((tmp_path / "new" / "b.json").read_text())["size"] == "tiny"
     assert main(["bench", "--chunks", "1"]) == 2
@@ -341,11 +439,14 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [(["train", "x.toml"], "raise accumulation"), (["bench"], "smaller --size")]
+    ("command", "said"),
+    [(["train", "x.toml"], "raise accumulation"), (["bench"], "smaller --size")],
 )
 def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command, said) -> None:
     def fails(args: object) -> int:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte.\nand more")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte.\nand more"
+        )
 
     monkeypatch.setattr(cli, f"run_{command[0]}", fails)
     assert main(command) == 2
@@ -361,7 +462,9 @@ def test_several_loras_change_the_clip_each_by_its_strength(files, tmp_path, cap
     assert torch.equal(both, latents_of(files, tmp_path / "c.mp4", "--lora", f"{live}:0.5"))
     assert not torch.equal(both, base)
     assert not torch.equal(both, latents_of(files, tmp_path / "d.mp4", "--lora", str(live)))
-    assert torch.equal(base, latents_of(files, tmp_path / "e.mp4", "--lora", f"{live}:0", "--lora", f"{still}:2"))
+    assert torch.equal(
+        base, latents_of(files, tmp_path / "e.mp4", "--lora", f"{live}:0", "--lora", f"{still}:2")
+    )
     with pytest.raises(SystemExit):
         main(command(files, tmp_path / "f.mp4", "--lora", f"{live}:200"))
     assert "live.safetensors" in capsys.readouterr().err.splitlines()[-1]

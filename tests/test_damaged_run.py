@@ -90,7 +90,9 @@ def test_an_optimisers_state_is_of_its_own_parameters_and_brings_no_options() ->
         learner().load_state_dict(state)
 
 
-@pytest.mark.parametrize("half", [{"index": "1", "logged": {}}, {"index": 1, "logged": {"loss": "x"}}, {"index": 1}])
+@pytest.mark.parametrize(
+    "half", [{"index": "1", "logged": {}}, {"index": 1, "logged": {"loss": "x"}}, {"index": 1}]
+)
 def test_a_damaged_half_of_a_step_is_refused(half: dict) -> None:
     with pytest.raises((ValueError, KeyError)):
         FirstHalf().load_state_dict({"first_half": half})
@@ -107,7 +109,9 @@ DAMAGED = [
 @pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_of_a_log_is_left_out_with_a_warning(line: bytes, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_bytes(b'{"step": 0, "loss": 1.5}\n' + line + b'\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    log.write_bytes(
+        b'{"step": 0, "loss": 1.5}\n' + line + b'\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo'
+    )
     with pytest.warns(UserWarning, match="1 damaged"):
         assert read_rows(log) == [{"step": 0, "loss": 1.5}, {"step": 2, "loss": 0.5}]
     with pytest.warns(UserWarning, match="damaged"):
@@ -139,7 +143,9 @@ def test_words_about_a_preset_are_no_option_of_a_run(tmp_path: Path) -> None:
     preset = {"chunk": 3, "source": "one page"}
     begin(tmp_path, {"preset": preset}, ())
     save(Weights(), tmp_path, 1)
-    begin(tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ())  # older notes say less
+    begin(
+        tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ()
+    )  # older notes say less
     with pytest.raises(ValueError, match="preset"):
         begin(tmp_path, {"preset": preset | {"chunk": 1}}, ())
 
@@ -148,6 +154,9 @@ def test_an_older_note_calls_the_levels_of_a_preset_steps(tmp_path: Path) -> Non
     begin(tmp_path, {"preset": {"steps": [1000, 500], "first_steps": []}}, ())
     save(Weights(), tmp_path, 1)
     begin(tmp_path, {"preset": {"levels": [1000, 500], "first_levels": []}}, ())
-    for changed in ({"levels": [1000], "first_levels": []}, {"levels": [1000, 500], "first_levels": [1000]}):
+    for changed in (
+        {"levels": [1000], "first_levels": []},
+        {"levels": [1000, 500], "first_levels": [1000]},
+    ):
         with pytest.raises(ValueError, match="preset"):
             begin(tmp_path, {"preset": changed}, ())

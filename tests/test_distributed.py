@@ -1,4 +1,5 @@
-"""A training in two processes: the losses and the refiner of one, and it goes on from what both have saved."""
+"""A training in two processes: the losses and the refiner of one, and it goes on from what both
+have saved."""
 
 import json
 from pathlib import Path
@@ -41,16 +42,31 @@ def test_an_older_torch_trains_in_one_process_alone() -> None:
 
 
 def rows_of(run: Path) -> list[dict]:
-    """What the steps logged, but for times, the sheet's scores, what compares a step with the one before, and figures
-    of all noises together, which are no means of the processes'."""
+    """What the steps logged, but for times, the sheet's scores, what compares a step with the one
+    before, and figures of all noises together, which are no means of the processes'."""
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    left_out = ("seconds", "signal", "object", "colour", "action", "quality", "total", "distance", "rms", "constant")
-    return [{name: value for name, value in row.items() if name.split()[0] not in left_out} for row in rows]
+    left_out = (
+        "seconds",
+        "signal",
+        "object",
+        "colour",
+        "action",
+        "quality",
+        "total",
+        "distance",
+        "rms",
+        "constant",
+    )
+    return [
+        {name: value for name, value in row.items() if name.split()[0] not in left_out}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with tiny models to train with; processes are started behind the imports from here on."""
+    """A folder with tiny models to train with; processes are started behind the imports from here
+    on."""
     try:
         check_torch(torch.__version__)
     except ValueError as error:
@@ -71,7 +87,9 @@ def test_a_run_goes_on_as_it_was_begun(folder, tmp_path, monkeypatch, capsys) ->
 def train_two(folder: Path, objective: str, steps: int) -> None:
     """Train in two processes up to that step."""
     config = write(folder, f"two_{objective}", steps, objective)
-    assert train_in_processes(folder / "models", [config], 2, folder) == [0, 0], (folder / "err_1").read_text()[-4000:]
+    assert train_in_processes(folder / "models", [config], 2, folder) == [0, 0], (
+        folder / "err_1"
+    ).read_text()[-4000:]
     assert (folder / "out_0").read_text() == f"{folder}/two_{objective}.safetensors\n"
     assert not (folder / "out_1").read_text()  # the first process speaks alone
 
@@ -98,12 +116,16 @@ def objective(begun, request) -> str:
 
 def test_two_processes_train_as_one(begun, monkeypatch, objective) -> None:
     use_bundle(begun / "models", monkeypatch.setattr)
-    assert main(["train", str(write(begun, f"one_{objective}", 2, objective)), "--device", "cpu"]) == 0
+    assert (
+        main(["train", str(write(begun, f"one_{objective}", 2, objective)), "--device", "cpu"]) == 0
+    )
     found, expected = (rows_of(begun / f"{name}_{objective}_run") for name in ("two", "one"))
     found[0].pop("held-out", None)  # of the sheet at the end of the first of two runs
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for left, right in zip(found, expected, strict=True):
-        assert left == {name: pytest.approx(value, rel=2e-4, abs=1e-6) for name, value in right.items()}
+        assert left == {
+            name: pytest.approx(value, rel=2e-4, abs=1e-6) for name, value in right.items()
+        }
     left, right = (load_file(begun / f"{name}_{objective}.safetensors") for name in ("two", "one"))
     assert left.keys() == right.keys()
     assert all(torch.allclose(left[name].float(), right[name].float(), atol=2e-3) for name in left)

@@ -1,4 +1,5 @@
-"""Objective arithmetic against formulas worked by hand, with linear networks whose predictions can be written down."""
+"""Objective arithmetic against formulas worked by hand, with linear networks whose predictions can
+be written down."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +27,8 @@ SIGMA = torch.tensor([0.25, 0.8])
 
 
 class Toy:
-    """A network whose flow is a function of the noisy clip and σ [B, 1, 1, 1, 1]; its text is a number."""
+    """A network whose flow is a function of the noisy clip and σ [B, 1, 1, 1, 1]; its text is a
+    number."""
 
     def __init__(self, flow: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         self.flow, self.calls = flow, []
@@ -59,7 +61,8 @@ def wide(sigma: Tensor) -> Tensor:
 
 
 def test_x0_and_noise_by_hand() -> None:
-    """x_t = (1 − σ) x0 + σ ε and x0 = x_t − σ v: at σ = 0.25, x0 = 2 and ε = −2, x_t = 1 and v = ε − x0 = −4."""
+    """x_t = (1 − σ) x0 + σ ε and x0 = x_t − σ v: at σ = 0.25, x0 = 2 and ε = −2, x_t = 1 and v = ε
+    − x0 = −4."""
     x = add_noise(torch.tensor(2.0), torch.tensor(-2.0), 0.25)
     assert x.item() == 1.0
     assert predict_x0(x, torch.tensor(-4.0), 0.25).item() == 2.0
@@ -77,7 +80,8 @@ def test_x0_is_worked_out_in_double_precision() -> None:
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_the_dmd_gradient_by_hand(guidance: float) -> None:
-    """(x0 of the fake − guided x0 of the real) / mean |x − guided x0|, by sample; a text is added to the flow."""
+    """(x0 of the fake − guided x0 of the real) / mean |x − guided x0|, by sample; a text is added
+    to the flow."""
     clean, noise = draws()
     real, fake, texts = linear(0.5), linear(-0.2), (0.3, -0.1, 0.7)
     noisy = (1 - wide(SIGMA)) * clean + wide(SIGMA) * noise
@@ -87,14 +91,22 @@ def test_the_dmd_gradient_by_hand(guidance: float) -> None:
     of_fake = (1 + 0.2 * wide(SIGMA)) * noisy - 0.7 * wide(SIGMA)
     size = (clean - guided).abs().flatten(1).mean(1)
     expected = (of_fake - guided) / wide(size)
-    torch.testing.assert_close(dmd_gradient(clean, noise, SIGMA, real, fake, texts, guidance), expected)
+    torch.testing.assert_close(
+        dmd_gradient(clean, noise, SIGMA, real, fake, texts, guidance), expected
+    )
 
 
 def test_descending_the_dmd_gradient_leads_to_the_real_score() -> None:
-    """The fake says x0 = x, the real says 2: x − step · g goes to 2 from either side, each sample by its own size."""
-    clean, noise = torch.tensor([3.0, -8.0]).view(2, 1, 1, 1, 1).expand(SHAPE).contiguous(), draws()[1]
+    """The fake says x0 = x, the real says 2: x − step · g goes to 2 from either side, each sample
+    by its own size."""
+    clean, noise = (
+        torch.tensor([3.0, -8.0]).view(2, 1, 1, 1, 1).expand(SHAPE).contiguous(),
+        draws()[1],
+    )
     gradient = dmd_gradient(clean, noise, SIGMA, aiming(2.0), aiming(clean), (0.0, 0.0, 0.0), 0.0)
-    torch.testing.assert_close(gradient, torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1).expand(SHAPE))
+    torch.testing.assert_close(
+        gradient, torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1).expand(SHAPE)
+    )
 
 
 def test_guidance_leads_away_from_what_no_prompt_gives() -> None:
@@ -103,15 +115,22 @@ def test_guidance_leads_away_from_what_no_prompt_gives() -> None:
     real = Toy(lambda x, sigma, text: (x - text) / sigma)
     gradient = dmd_gradient(clean, noise, SIGMA, real, aiming(clean), (1.0, -1.0, 0.0), 3.0)
     torch.testing.assert_close(gradient, torch.full(SHAPE, -1.0))
-    half = dmd_gradient(clean, noise, SIGMA, real, aiming(torch.full(SHAPE, 3.5)), (1.0, -1.0, 0.0), 3.0)
+    half = dmd_gradient(
+        clean, noise, SIGMA, real, aiming(torch.full(SHAPE, 3.5)), (1.0, -1.0, 0.0), 3.0
+    )
     torch.testing.assert_close(half, torch.full(SHAPE, -0.5))
 
 
 def test_the_size_of_a_gradient_is_the_mean_distance_of_its_sample() -> None:
     clean = torch.zeros(SHAPE)
-    clean[0, 0] = 12.0  # a third of the first sample: mean |x| is 4; the second one's is 0, which divides nothing
+    clean[0, 0] = (
+        # a third of the first sample: mean |x| is 4; the second one's is 0, which divides nothing
+        12.0
+    )
     sigma = torch.tensor([0.25, 0.5])  # x0 = x − σ (x / σ) is 0 exactly
-    gradient = dmd_gradient(clean, draws()[1], sigma, aiming(0.0), aiming(1.0), (0.0, 0.0, 0.0), 0.0)
+    gradient = dmd_gradient(
+        clean, draws()[1], sigma, aiming(0.0), aiming(1.0), (0.0, 0.0, 0.0), 0.0
+    )
     torch.testing.assert_close(gradient[0], torch.full(SHAPE[1:], 0.25))
     assert gradient[1].isfinite().all() and gradient[1].min() > 1e6
 
@@ -138,12 +157,15 @@ def test_the_dmd_loss_has_the_gradient_divided_by_the_number_of_values() -> None
 
 
 def test_the_critic_learns_the_flow_from_samples_to_noise() -> None:
-    """mean (v(x_t) − (ε − x0))² with x_t = (1 − σ) x0 + σ ε; it is 0 for the network that says ε − x0."""
+    """mean (v(x_t) − (ε − x0))² with x_t = (1 − σ) x0 + σ ε; it is 0 for the network that says ε −
+    x0."""
     clean, noise = draws()
     toy = linear(0.5)
     noisy = (1 - wide(SIGMA)) * clean + wide(SIGMA) * noise
     expected = (0.5 * noisy + 0.3 - (noise - clean)).square().mean()
-    assert critic_loss(toy, clean, noise, SIGMA, 0.3).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert critic_loss(toy, clean, noise, SIGMA, 0.3).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
     assert toy.calls[0][0].flatten().tolist() == pytest.approx([250.0, 800.0])
     right = Toy(lambda x, sigma, text: noise - clean)
     assert critic_loss(right, clean, noise, SIGMA, 0.0).item() == 0.0
@@ -152,7 +174,9 @@ def test_the_critic_learns_the_flow_from_samples_to_noise() -> None:
 def test_levels_are_drawn_uniformly_shifted_and_kept_inside() -> None:
     options = DmdOptions()
     assert (options.low, options.high, options.shift, options.guidance) == (0.02, 0.98, 5.0, 3.0)
-    assert shifted(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0.0, 2.5 / 3, 1.0])
+    assert shifted(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx(
+        [0.0, 2.5 / 3, 1.0]
+    )
     u = torch.rand(4096, generator=torch.Generator().manual_seed(3))
     sigma = draw_sigma(4096, options, torch.Generator().manual_seed(3))
     torch.testing.assert_close(sigma, (5 * u / (1 + 4 * u)).clamp(0.02, 0.98))
@@ -169,7 +193,8 @@ def layer(values: list[float]) -> nn.Module:
 
 @pytest.mark.parametrize("average", [0.99, 0.05])
 def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
-    """AdamW's first step is the rate times the gradient's sign; after step i the average keeps min(a, (i+1)/(i+10))."""
+    """AdamW's first step is the rate times the gradient's sign; after step i the average keeps
+    min(a, (i+1)/(i+10))."""
     module = layer([1.0, -2.0])
     learner = Learner(module, 0.1, average, betas=(0.0, 0.999))
     kept = torch.tensor([1.0, -2.0])
@@ -188,7 +213,8 @@ def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
 
 
 def test_the_betas_are_those_that_were_given() -> None:
-    """With β1 = 0 a step follows its own gradient: rate · g / √v̂, v̂ = (β2 (1 − β2) g1² + (1 − β2) g2²) / (1 − β2²)."""
+    """With β1 = 0 a step follows its own gradient: rate · g / √v̂, v̂ = (β2 (1 − β2) g1² + (1 − β2)
+    g2²) / (1 − β2²)."""
     module = layer([0.0])
     learner = Learner(module, 0.1, 0.0, betas=(0.0, 0.9))
     learner.step(module.weight.sum() * 3.0, 0, 1.0, clip=100.0)
@@ -202,13 +228,17 @@ def test_rate_factor_decay_and_clip_by_hand() -> None:
     learner = Learner(module, 0.1, 0.0, decay=0.5)
     assert learner.average is module
     learner.step((module.weight * torch.tensor([3.0, 4.0])).sum(), 0, 0.5, clip=1.0)
-    torch.testing.assert_close(module.weight.grad, torch.tensor([0.6, 0.8]), msg="a norm of 5 becomes one of 1")
+    torch.testing.assert_close(
+        module.weight.grad, torch.tensor([0.6, 0.8]), msg="a norm of 5 becomes one of 1"
+    )
     rate = 0.05
     expected = torch.tensor([1.0, -2.0]) * (1 - rate * 0.5) - rate * torch.ones(2)
     torch.testing.assert_close(module.weight.detach(), expected)
     small = layer([1.0])
     Learner(small, 0.1, 0.0).step(small.weight.sum() * 0.2, 0, 1.0, clip=1.0)
-    torch.testing.assert_close(small.weight.grad, torch.tensor([0.2]), msg="a norm below the limit stays")
+    torch.testing.assert_close(
+        small.weight.grad, torch.tensor([0.2]), msg="a norm below the limit stays"
+    )
 
 
 def test_a_gradient_is_clipped_to_4_times_the_median_of_the_norms_before() -> None:
@@ -217,11 +247,15 @@ def test_a_gradient_is_clipped_to_4_times_the_median_of_the_norms_before() -> No
     assert learner.usual_norm() == math.inf
 
     def after(norm: float, index: int) -> float:
-        learner.step((module.weight * torch.tensor([0.6 * norm, 0.8 * norm])).sum(), index, 1.0, clip=None)
+        learner.step(
+            (module.weight * torch.tensor([0.6 * norm, 0.8 * norm])).sum(), index, 1.0, clip=None
+        )
         return module.weight.grad.norm().item()
 
     assert after(1e4, 0) == pytest.approx(1e4)  # nothing is known before the first
-    assert [after(norm, index) for index, norm in ((1, 1.0), (2, 2.0), (3, 3.0))] == pytest.approx([1, 2, 3])
+    assert [after(norm, index) for index, norm in ((1, 1.0), (2, 2.0), (3, 3.0))] == pytest.approx(
+        [1, 2, 3]
+    )
     assert learner.usual_norm() == 2  # of 1, 2, 3, 1e4: the lower middle
     assert after(100.0, 4) == pytest.approx(8)
     assert learner.usual_norm() == 3  # what was clipped counts as it was

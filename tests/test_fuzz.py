@@ -1,4 +1,5 @@
-"""The campaign of hostile input sees every fault that it looks for, and none where there is none."""
+"""The campaign of hostile input sees every fault that it looks for, and none where there is
+none."""
 
 import argparse
 import ctypes
@@ -47,7 +48,10 @@ ACTS = {
     "escapes": (lambda folder: os.write(1, b"\x1b[2J"), "steers"),
     "overrides": (lambda folder: os.write(2, "\u202e".encode()), "steers"),
     "reads": (lambda folder: (folder.parent / "secret" / "x").read_text(), "outside"),
-    "reads behind Python's back": (lambda folder: ctypes.CDLL(None).open(b"../secret/x", 0), "outside"),
+    "reads behind Python's back": (
+        lambda folder: ctypes.CDLL(None).open(b"../secret/x", 0),
+        "outside",
+    ),
     "writes": (lambda folder: write_into(folder.parent / "secret"), "outside"),
     "writes elsewhere": (lambda folder: write_into(folder.parent.parent), "outside"),
     "runs code": (lambda folder: (folder / "ran").touch(), "code"),
@@ -62,7 +66,11 @@ def test_a_fault_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (root / name).mkdir(parents=True)
     (root / "secret" / "x").write_text("x")
     (root / "pristine" / "own").write_text("x")
-    monkeypatch.setattr(fuzz_campaign, "KINDS", {"one": (1, lambda folder, choose: Attempt("x", lambda: act(folder)))})
+    monkeypatch.setattr(
+        fuzz_campaign,
+        "KINDS",
+        {"one": (1, lambda folder, choose: Attempt("x", lambda: act(folder)))},
+    )
     hangs = expected == "hang"
     monkeypatch.setattr(fuzz_campaign, "SECONDS", 1 if hangs else 10)
     monkeypatch.setattr(fuzz_campaign, "WALL", 3 if hangs else 60)

@@ -1,4 +1,5 @@
-"""Recorded tensors of the public Self-Forcing implementation: one test a case, within the recorded tolerances.
+"""Recorded tensors of the public Self-Forcing implementation: one test a case, within the recorded
+tolerances.
 
 Cases lie in tests/golden; a folder of further ones may be named by AUTOREFINER_GOLDEN.
 """
@@ -57,11 +58,16 @@ class Recorder:
 
 
 class Recorded:
-    """The recorded noise: the initial noise of the whole video, then the path's, in the order drawn."""
+    """The recorded noise: the initial noise of the whole video, then the path's, in the order
+    drawn."""
 
     def __init__(self, tensors: dict, given: int) -> None:
         self.initial = tensors["noise"].transpose(1, 2)
-        self.path = iter(tensors[name].transpose(1, 2) for name in sorted(tensors) if name.startswith("path_noise."))
+        self.path = iter(
+            tensors[name].transpose(1, 2)
+            for name in sorted(tensors)
+            if name.startswith("path_noise.")
+        )
         self.given = given
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple) -> torch.Tensor:
@@ -96,12 +102,18 @@ def test_golden_rollout(path: Path) -> None:
         window=config["window_frames"],
         sink=config["sink_frames"],
     )
-    assert [level.t for level in preset.chunk_levels()] == pytest.approx(config["timesteps"], abs=1e-4)
+    assert [level.t for level in preset.chunk_levels()] == pytest.approx(
+        config["timesteps"], abs=1e-4
+    )
     given = config["initial_frames"]
-    plan = RunPlan(preset, config["frames"], config["height"], config["width"], config["batch"], given)
+    plan = RunPlan(
+        preset, config["frames"], config["height"], config["width"], config["batch"], given
+    )
     initial = case["initial"].transpose(1, 2) if given else None
     noise = Recorded(case, given)
-    chunks = list(sample(network_of(path, config), case["context"], plan, noise=noise, initial=initial))
+    chunks = list(
+        sample(network_of(path, config), case["context"], plan, noise=noise, initial=initial)
+    )
     latents = torch.cat(([initial] if given else []) + chunks, dim=2).transpose(1, 2)
     assert next(noise.path, None) is None, "every recorded noise is drawn"
     assert (latents - case["expect.latents"]).abs().max() <= 2e-5
@@ -111,7 +123,11 @@ def test_golden_rollout(path: Path) -> None:
 @torch.no_grad()
 def test_golden_vae(path: Path) -> None:
     config, case = config_of(path), load_file(path)
-    weights = {name: tensor.float() for name, tensor in load_file(path.parent / config["weights"]).items()}
-    vae = WanVAE.from_state_dict(weights, latent_mean=config["latent_mean"], latent_std=config["latent_std"])
+    weights = {
+        name: tensor.float() for name, tensor in load_file(path.parent / config["weights"]).items()
+    }
+    vae = WanVAE.from_state_dict(
+        weights, latent_mean=config["latent_mean"], latent_std=config["latent_std"]
+    )
     assert (vae.decode(case["latents"]) - case["expect.pixels"]).abs().max() <= 1e-4
     assert (vae.encode(case["pixels"]) - case["expect.mean"]).abs().max() <= 1e-4

@@ -1,4 +1,5 @@
-"""What the gradients of independent batches have in common, by hand, and what a training says of it."""
+"""What the gradients of independent batches have in common, by hand, and what a training says of
+it."""
 
 import math
 import warnings
@@ -26,12 +27,15 @@ def test_equal_gradients_are_all_signal_and_opposite_ones_are_none() -> None:
 
 
 def test_agreement_by_hand() -> None:
-    """Cosines of the pairs are 0, 1/sqrt(2) and 1/sqrt(2); the mean gradient is (2/3, 2/3), its power 8/9."""
+    """Cosines of the pairs are 0, 1/sqrt(2) and 1/sqrt(2); the mean gradient is (2/3, 2/3), its
+    power 8/9."""
     found = agreement(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     assert found.cosine == pytest.approx(2 / 3 / math.sqrt(2))
     power = 4 / 3
     assert found.share == pytest.approx((8 / 9 - (power - 8 / 9) / 2) / power)
-    left_out = torch.tensor([1 / math.sqrt(2), 1 / math.sqrt(2), 0.0])  # the pair that is left without each
+    left_out = torch.tensor(
+        [1 / math.sqrt(2), 1 / math.sqrt(2), 0.0]
+    )  # the pair that is left without each
     error = math.sqrt(2 / 3 * ((left_out - left_out.mean()) ** 2).sum())
     assert found.error == pytest.approx(error)
 
@@ -54,7 +58,9 @@ def test_parameters_without_a_gradient_are_left_out() -> None:
 def test_a_training_logs_the_cosine_with_the_update_before() -> None:
     signal = Signal()
     assert signal.compare([torch.tensor([1.0, 0.0])]) == {}
-    assert signal.compare([torch.tensor([1.0, 1.0])])["signal"].item() == pytest.approx(1 / math.sqrt(2))
+    assert signal.compare([torch.tensor([1.0, 1.0])])["signal"].item() == pytest.approx(
+        1 / math.sqrt(2)
+    )
     assert signal.compare([torch.tensor([-2.0, -2.0])])["signal"].item() == pytest.approx(-1)
 
 

@@ -1,4 +1,5 @@
-"""Prompts and paths on the command line that nothing can be made of: one line each, before anything is sampled."""
+"""Prompts and paths on the command line that nothing can be made of: one line each, before anything
+is sampled."""
 
 import os
 from pathlib import Path
@@ -43,7 +44,9 @@ def test_folders_that_people_have_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every, num_read", [(1, 5), (2, 3), (4, 2), (9, 1)])
-def test_the_frames_that_are_read_are_those_that_count(every: int, num_read: int, tmp_path: Path, monkeypatch) -> None:
+def test_the_frames_that_are_read_are_those_that_count(
+    every: int, num_read: int, tmp_path: Path, monkeypatch
+) -> None:
     path = tmp_path / "clip.mp4"
     with VideoWriter(path, 32, 16) as writer:
         writer.write(np.zeros((5, 16, 32, 3), np.uint8))
@@ -56,7 +59,9 @@ def test_the_frames_that_are_read_are_those_that_count(every: int, num_read: int
 
 
 @pytest.mark.parametrize("size", [(16_386, 2), (2, 16_386), (70_000, 2)])
-def test_a_video_that_no_encoder_takes_is_refused_at_once(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_video_that_no_encoder_takes_is_refused_at_once(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="size"):
         VideoWriter(tmp_path / "x.mp4", *size)
     assert not list(tmp_path.iterdir())
@@ -69,7 +74,9 @@ def test_the_largest_video_is_written(size: tuple[int, int], tmp_path: Path) -> 
     assert read_frames(tmp_path / "x.mp4").shape == (1, *size[::-1], 3)
 
 
-def test_latents_that_do_not_fit_in_memory_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_that_do_not_fit_in_memory_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.safetensors"
     with LatentWriter(path, (16, 8, 8), {}) as latents:
         latents.write(torch.zeros(1, 16, 3, 8, 8))

@@ -62,7 +62,11 @@ def killed(path, chunks, metadata, given=None):
 
 
 SAYS = {"seed": "7", "chunk_lengths": "3x2,1"}
-OLD = {"seed": "7", "preset": "self-forcing", "frames": "25"}  # of 0.1: 7 latent frames in chunks of 3
+OLD = {
+    "seed": "7",
+    "preset": "self-forcing",
+    "frames": "25",
+}  # of 0.1: 7 latent frames in chunks of 3
 
 
 @pytest.mark.filterwarnings("ignore:.*unfinished chunk")
@@ -70,7 +74,10 @@ OLD = {"seed": "7", "preset": "self-forcing", "frames": "25"}  # of 0.1: 7 laten
 @pytest.mark.parametrize("given", [0, 1, 2])
 def test_a_file_cut_off_anywhere_gives_its_whole_chunks(tmp_path, chunks, metadata, given) -> None:
     whole, start = torch.cat(chunks, 2), torch.cat(chunks[:given], 2) if given else None
-    data, cut = killed(tmp_path / "a.safetensors", chunks[given:], metadata, start), tmp_path / "cut.safetensors"
+    data, cut = (
+        killed(tmp_path / "a.safetensors", chunks[given:], metadata, start),
+        tmp_path / "cut.safetensors",
+    )
     for frames in range(3 * given, 8):
         for extra in (0, 1, 4 * 16 * 24 - 1):
             body = 8 + HEADER + 4 * 16 * 24 * frames + (extra if frames < 7 else 0)
@@ -112,7 +119,12 @@ def test_a_file_that_was_closed_holds_whole_chunks_whatever_its_preset(tmp_path,
 
 
 def test_chunk_lengths_are_written_as_they_are_read() -> None:
-    for lengths, text in (((3, 3, 3, 1), "3x3,1"), ((1,), "1"), ((1, 3, 3, 2), "1,3x2,2"), ((1, 1, 1), "1x3")):
+    for lengths, text in (
+        ((3, 3, 3, 1), "3x3,1"),
+        ((1,), "1"),
+        ((1, 3, 3, 2), "1,3x2,2"),
+        ((1, 1, 1), "1x3"),
+    ):
         assert format_lengths(lengths) == text
         assert [length for length, count in parse_lengths(text) for _ in range(count)] == [*lengths]
         assert first_lengths(text, sum(lengths)) == [*lengths]
@@ -125,7 +137,11 @@ def test_chunk_lengths_are_written_as_they_are_read() -> None:
 
 def test_lengths_that_are_not_understood_are_refused(tmp_path, chunks) -> None:
     cut = tmp_path / "cut.safetensors"
-    for metadata in ({"chunk_lengths": "3x"}, {"preset": "self-forcing"}, {"preset": "self-forcing", "frames": "x"}):
+    for metadata in (
+        {"chunk_lengths": "3x"},
+        {"preset": "self-forcing"},
+        {"preset": "self-forcing", "frames": "x"},
+    ):
         cut.write_bytes(killed(tmp_path / "a.safetensors", chunks, metadata))
         with pytest.raises(ValueError, match="not a latents file"):
             read_latents(cut)
@@ -145,7 +161,10 @@ def test_a_chunk_is_on_disk_when_it_is_written(tmp_path, chunks, monkeypatch) ->
 
 
 def test_an_interrupted_write_leaves_plain_safetensors(tmp_path, chunks) -> None:
-    with pytest.raises(KeyboardInterrupt), LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), SAYS) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), SAYS) as writer,
+    ):
         writer.write(chunks[0])
         writer.file.write(b"\0" * 1000)
         raise KeyboardInterrupt
@@ -155,7 +174,11 @@ def test_an_interrupted_write_leaves_plain_safetensors(tmp_path, chunks) -> None
 
 
 def test_other_files_are_refused_in_one_line(tmp_path) -> None:
-    other, text, empty = tmp_path / "model.safetensors", tmp_path / "a.txt", tmp_path / "none.safetensors"
+    other, text, empty = (
+        tmp_path / "model.safetensors",
+        tmp_path / "a.txt",
+        tmp_path / "none.safetensors",
+    )
     save_file({"weight": torch.zeros(3)}, other)
     text.write_text("hello")
     for path in (other, text):
@@ -168,7 +191,14 @@ def test_other_files_are_refused_in_one_line(tmp_path) -> None:
         read_latents(tmp_path / "missing.safetensors")
     shaped = b'{"latents": {"shape": [1, 16, 4, 6]}, "__metadata__": %s}'
     untold = [shaped % metadata for metadata in (b"[1]", b'{"seed": 7}')]
-    wrong = (b"[]", b"[" * HEADER, b'{"latents": 3}', b'{"latents": {"shape": [1, 0, 4, 6]}}', b"\xff", *untold)
+    wrong = (
+        b"[]",
+        b"[" * HEADER,
+        b'{"latents": 3}',
+        b'{"latents": {"shape": [1, 0, 4, 6]}}',
+        b"\xff",
+        *untold,
+    )
     for header in wrong:
         text.write_bytes(struct.pack("<Q", HEADER) + header.ljust(HEADER))
         assert not is_latents(text)

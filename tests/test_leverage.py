@@ -24,13 +24,21 @@ PROMPTS = [f"prompt {number}" for number in range(64)]
 
 def encode(prompts: list[str]) -> Tensor:
     generators = [torch.Generator().manual_seed(sum(map(ord, prompt))) for prompt in prompts]
-    return torch.stack([torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators])
+    return torch.stack(
+        [torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators]
+    )
 
 
-@pytest.mark.parametrize(("method", "least", "most"), [("autorefiner", 0.5, 5.0), ("init-noise", 0.0, 0.1)])
-def test_24_updates_raise_the_reward_by_the_paths_noises_alone(method: str, least: float, most: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "least", "most"), [("autorefiner", 0.5, 5.0), ("init-noise", 0.0, 0.1)]
+)
+def test_24_updates_raise_the_reward_by_the_paths_noises_alone(
+    method: str, least: float, most: float
+) -> None:
     options = replace(OPTIONS, method=method)
-    stage = RefinerStage(options, tiny_network(), ChannelMean(), PROMPTS, encode, lambda *_: {}, ["held", "out"])
+    stage = RefinerStage(
+        options, tiny_network(), ChannelMean(), PROMPTS, encode, lambda *_: {}, ["held", "out"]
+    )
     assert stage.compare() == {"held-out": 0.0}
     for index in range(options.steps):
         stage.step(index)

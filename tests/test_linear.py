@@ -8,7 +8,9 @@ from autorefiner.refiner.wan.linear import Linear, onednn_linear
 
 def test_values_and_gradients_equal_torch_linear() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 5, 24), (40, 24), (40,)))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((2, 5, 24), (40, 24), (40,))
+    )
     results = []
     for linear in (F.linear, onednn_linear):
         inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]

@@ -28,7 +28,8 @@ def nothing(index: int) -> None: ...
 
 
 class Line(LearnerStage):
-    """Fits weights to one; `at` is called with each step's number, `behind` after its update, `drawing` by a sheet."""
+    """Fits weights to one; `at` is called with each step's number, `behind` after its update,
+    `drawing` by a sheet."""
 
     def __init__(self, size: int, at=nothing, behind=nothing, drawing=nothing) -> None:
         self.learner = Learner(nn.ParameterList([torch.zeros(size)]), 0.1, 0.0)
@@ -51,7 +52,10 @@ def test_a_run_that_goes_on_never_lacks_a_line_of_its_log(tmp_path) -> None:
     train(Line(2), LoopOptions(tmp_path, 3))
     logged = (tmp_path / "log.jsonl").read_text()
     seen = []
-    train(Line(2, at=lambda index: seen.append((tmp_path / "log.jsonl").read_text())), LoopOptions(tmp_path, 5))
+    train(
+        Line(2, at=lambda index: seen.append((tmp_path / "log.jsonl").read_text())),
+        LoopOptions(tmp_path, 5),
+    )
     assert seen[0] == logged  # before the first new line: what a kill would leave
     assert [json.loads(line)["step"] for line in seen[1].splitlines()] == [0, 1, 2, 3]
 
@@ -75,7 +79,9 @@ def failing_sync(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fail)
 
 
-NO_FULL_DISK = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has one to write to")
+NO_FULL_DISK = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="only Linux has one to write to"
+)
 
 
 @pytest.mark.parametrize("broken", [pytest.param(full_disk, marks=NO_FULL_DISK), failing_sync])
@@ -124,7 +130,9 @@ def test_a_damaged_line_of_a_log_is_dropped(tmp_path, line) -> None:
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write(line + "\n")
     train(Line(2), LoopOptions(tmp_path, 3))
-    assert [json.loads(one)["step"] for one in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert [
+        json.loads(one)["step"] for one in (tmp_path / "log.jsonl").read_text().splitlines()
+    ] == [0, 1, 2]
 
 
 def test_what_a_step_refuses_names_the_step_once(tmp_path) -> None:
@@ -157,9 +165,13 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(tmp_path, capsys) -> None:
+def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(
+    tmp_path, capsys
+) -> None:
     def press(times: int):
-        return lambda index: [os.kill(os.getpid(), signal.SIGINT) for _ in range(times if index == 2 else 0)]
+        return lambda index: [
+            os.kill(os.getpid(), signal.SIGINT) for _ in range(times if index == 2 else 0)
+        ]
 
     for times, done in ((1, 3), (2, 2)):
         run = tmp_path / str(times)
@@ -170,7 +182,10 @@ def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(tmp_p
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(Line(2), LoopOptions(tmp_path / "1", 8))
     train(Line(2), LoopOptions(tmp_path / "whole", 8))
-    rows = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("1", "whole")]
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()]
+        for name in ("1", "whole")
+    ]
     assert rows[0] == rows[1]
 
 
@@ -206,7 +221,8 @@ def sheet_at(step: int):
     return lambda path: stop(int(path.stem.removeprefix("sheet_")))
 
 
-# Where a training of 8 steps that shows a sheet after each fourth one is ended, and the steps that are not lost.
+# Where a training of 8 steps that shows a sheet after each fourth one is ended, and the steps that
+# are not lost.
 ENDS = {
     "report before a step": ({}, {"report": stopping_at(5)}, 5),
     "report before the first step": ({}, {"report": stopping_at(0)}, 0),
@@ -222,7 +238,10 @@ ENDS = {
 @pytest.mark.parametrize("place", ENDS)
 def test_no_step_is_lost_wherever_a_training_is_ended(tmp_path, place) -> None:
     stage, watch, done = ENDS[place]
-    options, whole = LoopOptions(tmp_path / "run", 8, 100, 4), LoopOptions(tmp_path / "whole", 8, 100, 4)
+    options, whole = (
+        LoopOptions(tmp_path / "run", 8, 100, 4),
+        LoopOptions(tmp_path / "whole", 8, 100, 4),
+    )
     with pytest.raises(Stopped):
         train(Line(2, **stage), options, Follower(**watch))
     assert restore(Line(2), options.run) == done
@@ -230,7 +249,9 @@ def test_no_step_is_lost_wherever_a_training_is_ended(tmp_path, place) -> None:
     train(Line(2), options)
     train(Line(2), whole)
     assert rows(options.run) == rows(whole.run)
-    states = [torch.load(each.run / "state.pt", weights_only=True)["stage"] for each in (options, whole)]
+    states = [
+        torch.load(each.run / "state.pt", weights_only=True)["stage"] for each in (options, whole)
+    ]
     assert torch.equal(*(state["model"]["0"] for state in states))
     assert (options.run / "sheet_000008.png").exists()
 
@@ -254,22 +275,33 @@ def figures(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("place", ["drawing", "sheet"])
 @pytest.mark.parametrize("at", [4, 8])
 def test_a_sheet_that_was_interrupted_is_logged_with_its_scores(tmp_path, place, at) -> None:
-    run, whole = LoopOptions(tmp_path / "run", 8, 100, 4), LoopOptions(tmp_path / "whole", 8, 100, 4)
-    drawing, methods = (stopping_at(at), {}) if place == "drawing" else (nothing, {"sheet": sheet_at(at)})
+    run, whole = (
+        LoopOptions(tmp_path / "run", 8, 100, 4),
+        LoopOptions(tmp_path / "whole", 8, 100, 4),
+    )
+    drawing, methods = (
+        (stopping_at(at), {}) if place == "drawing" else (nothing, {"sheet": sheet_at(at)})
+    )
     with pytest.raises(Stopped):
         train(Scored(2, drawing=drawing), run, Follower(**methods))
     for options in (run, whole):
         train(Scored(2), options)
     assert figures(run.run) == figures(whole.run)
-    assert list(map(list, figures(run.run))) == list(map(list, figures(whole.run))), "in the same order"
+    assert list(map(list, figures(run.run))) == list(map(list, figures(whole.run))), (
+        "in the same order"
+    )
 
 
 def pressing_at(line: int) -> tuple[list[int], object]:
-    """How many lines of the loop's own code ran, and a tracer that presses Ctrl-C before one of them."""
+    """How many lines of the loop's own code ran, and a tracer that presses Ctrl-C before one of
+    them."""
     ran = [0]
 
     def trace(frame: FrameType, event: str, _: object) -> object:
-        if frame.f_code.co_filename != loop.__file__ or frame.f_code.co_name.lstrip("_") in ("lines_before", "restore"):
+        if frame.f_code.co_filename != loop.__file__ or frame.f_code.co_name.lstrip("_") in (
+            "lines_before",
+            "restore",
+        ):
             return None
         if event == "line":
             ran[0] += 1
@@ -295,7 +327,9 @@ def traced(options: LoopOptions, line: int) -> int:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_before_any_line_of_the_loop_loses_neither_a_step_nor_its_line(tmp_path, monkeypatch) -> None:
+def test_ctrl_c_before_any_line_of_the_loop_loses_neither_a_step_nor_its_line(
+    tmp_path, monkeypatch
+) -> None:
     for slow in ("draw_curve", "os.fsync"):
         monkeypatch.setattr(f"autorefiner.refiner.training.loop.{slow}", lambda *_: None)
     whole = tmp_path / "whole"
@@ -309,7 +343,8 @@ def test_ctrl_c_before_any_line_of_the_loop_loses_neither_a_step_nor_its_line(tm
 
 
 class TwoUpdates(Line):
-    """A step has an update before `between` and one behind it, as that of a critic and of what it is for."""
+    """A step has an update before `between` and one behind it, as that of a critic and of what it
+    is for."""
 
     def __init__(self, between=nothing) -> None:
         super().__init__(2)
@@ -319,7 +354,9 @@ class TwoUpdates(Line):
         return super().state_dict() | self.first_half.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict({name: part for name, part in state.items() if name != "first_half"})
+        super().load_state_dict(
+            {name: part for name, part in state.items() if name != "first_half"}
+        )
         self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
@@ -401,7 +438,9 @@ def test_an_average_is_read_without_changing_the_factors() -> None:
     pairs = pairs_of(tree, {name: torch.full_like(factor, 2) for name, factor in factors.items()})
     assert all((pair.down == 2).all() and (pair.up == 2).all() for pair in pairs.values())
     assert all(torch.equal(factor, before[name]) for name, factor in factors.items())
-    assert torch.equal(pairs_of(tree)["blocks.0.ffn.0"].down, before["blocks.0.ffn.0.lora_A.default.weight"])
+    assert torch.equal(
+        pairs_of(tree)["blocks.0.ffn.0"].down, before["blocks.0.ffn.0.lora_A.default.weight"]
+    )
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no locks here")

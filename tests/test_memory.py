@@ -16,12 +16,15 @@ CHUNKS = [(start, min(3, FRAMES - start)) for start in range(0, FRAMES, 3)]
 
 
 def make(kind, *, window=-1, sink=0, **options):
-    plan = MemoryPlan.of(TINY, (2, 16, FRAMES, 4, 6), window_frames=window, sink_frames=sink, **options)
+    plan = MemoryPlan.of(
+        TINY, (2, 16, FRAMES, 4, 6), window_frames=window, sink_frames=sink, **options
+    )
     return kind(plan)
 
 
 def feed(memory, events=None) -> list[dict[int, torch.Tensor]]:
-    """Write fixed keys and values chunk by chunk, twice each (a noisy pass, then a clean one); what each chunk saw.
+    """Write fixed keys and values chunk by chunk, twice each (a noisy pass, then a clean one); what
+    each chunk saw.
 
     Returned by temporal position: the rotated key and value of every token of that frame.
     """
@@ -45,14 +48,18 @@ def feed(memory, events=None) -> list[dict[int, torch.Tensor]]:
 @pytest.mark.parametrize("keys", ["rotated", "raw"])
 @pytest.mark.parametrize(("window", "sink"), [(-1, 0), (6, 0), (9, 3), (7, 1), (8, 4), (5, 2)])
 def test_ring_and_graph_memory_show_the_same(window, sink, keys) -> None:
-    ring, graph = (feed(make(kind, window=window, sink=sink, keys=keys)) for kind in (RingMemory, GraphMemory))
+    ring, graph = (
+        feed(make(kind, window=window, sink=sink, keys=keys)) for kind in (RingMemory, GraphMemory)
+    )
     assert [a.shape for a in ring] == [b.shape for b in graph]
     assert all(torch.equal(a, b) for a, b in zip(ring, graph, strict=True))
 
 
 @pytest.mark.parametrize(("window", "sink"), [(-1, 0), (9, 3), (7, 1)])
 def test_raw_keys_rotated_on_read_equal_rotated_keys(window, sink) -> None:
-    raw, rotated = (feed(make(RingMemory, window=window, sink=sink, keys=keys)) for keys in ("raw", "rotated"))
+    raw, rotated = (
+        feed(make(RingMemory, window=window, sink=sink, keys=keys)) for keys in ("raw", "rotated")
+    )
     assert all(torch.equal(a, b) for a, b in zip(raw, rotated, strict=True))
 
 
@@ -127,9 +134,13 @@ def test_a_flush_of_the_whole_window_changes_nothing() -> None:
 @pytest.mark.parametrize("keys", ["rotated", "raw"])
 def test_a_flush_keeps_the_sink_and_the_last_frames(keys) -> None:
     events = {12: lambda memory: memory.flush(keep_last=1)}
-    ring, graph = (feed(make(kind, window=9, sink=3, keys=keys), events) for kind in (RingMemory, GraphMemory))
+    ring, graph = (
+        feed(make(kind, window=9, sink=3, keys=keys), events) for kind in (RingMemory, GraphMemory)
+    )
     assert all(torch.equal(a, b) for a, b in zip(ring, graph, strict=True))
-    assert ring[-1].shape[1] == (3 + 1 + 2) * 6, "sink, one past frame and the two of the last chunk"
+    assert ring[-1].shape[1] == (3 + 1 + 2) * 6, (
+        "sink, one past frame and the two of the last chunk"
+    )
 
 
 def test_a_cut_moves_the_next_chunk_alone() -> None:
@@ -139,7 +150,9 @@ def test_a_cut_moves_the_next_chunk_alone() -> None:
     memory.commit()
     assert memory.view(span(3, 3)).positions == (3, 4, 5)
     memory.ledger.cut(Cut(45))
-    assert memory.view(span(3, 3)).positions == (45, 46, 47), "also of a chunk that was already begun"
+    assert memory.view(span(3, 3)).positions == (45, 46, 47), (
+        "also of a chunk that was already begun"
+    )
     with pytest.raises(ValueError, match="relative positions"):
         make(RingMemory).ledger.cut(Cut(45))
 

@@ -13,7 +13,10 @@ from autorefiner.refiner.training.learner import Learner
 
 def matrices() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 24), (24, 8), (8, 24), (5, 5))]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator))
+        for shape in ((8, 24), (24, 8), (8, 24), (5, 5))
+    ]
 
 
 def gradients(index: int) -> list[torch.Tensor]:
@@ -23,7 +26,8 @@ def gradients(index: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_steps_equal_those_of_torch(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of matrices of several shapes, over three steps; torch's products are in bf16, hence the tolerance."""
+    """Of matrices of several shapes, over three steps; torch's products are in bf16, hence the
+    tolerance."""
     monkeypatch.setattr(muon, "multiplies_bf16", lambda device: bf16)
     ours, reference = matrices(), matrices()
     options = dict(lr=0.02, weight_decay=0.1)
@@ -40,13 +44,17 @@ def test_steps_equal_those_of_torch(bf16: bool, monkeypatch: pytest.MonkeyPatch)
 
 def test_singular_values_come_near_one() -> None:
     stack = torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(0))
-    found = torch.linalg.svdvals(muon.orthogonalised(stack, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
+    found = torch.linalg.svdvals(
+        muon.orthogonalised(stack, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    )
     assert found.min() > 0.5 and found.max() < 1.4
 
 
 @pytest.mark.parametrize("asked", ["bf16", "fp32"])
 @pytest.mark.parametrize("supported", [True, False])
-def test_products_are_cast_only_where_the_device_has_them(asked, supported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_cast_only_where_the_device_has_them(
+    asked, supported, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: supported)
     layer = nn.Linear(4, 4)
     with precision.mixed_precision(torch.device("cpu"), asked):
@@ -66,7 +74,9 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 def test_spared_matrices_are_not_muons() -> None:
     model = nn.ModuleDict({"v": nn.Linear(6, 6), "k": nn.Linear(6, 6)})
     learner = Learner(model, 1e-3, 0.0, muon=1e-2, spared=("v.",))
-    assert [parameter.data_ptr() for parameter in learner.optimizer.matrices] == [model["k"].weight.data_ptr()]
+    assert [parameter.data_ptr() for parameter in learner.optimizer.matrices] == [
+        model["k"].weight.data_ptr()
+    ]
     model["v"](torch.ones(2, 6)).sum().backward()
     before = model["v"].weight.clone()
     learner.update(0, 1.0)

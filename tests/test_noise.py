@@ -21,7 +21,9 @@ def test_the_same_place_draws_the_same_noise_whatever_else_is_drawn() -> None:
     torch.randn(5)
     source = WhiteNoise(7)
     source(chunk(0), Draw(1000), SHAPE)
-    assert torch.equal(source(chunk(index=9), Draw(750), SHAPE), first), "a run that starts later draws the same"
+    assert torch.equal(source(chunk(index=9), Draw(750), SHAPE), first), (
+        "a run that starts later draws the same"
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,8 @@ def test_a_sample_of_a_batch_draws_what_it_draws_alone() -> None:
 
 
 def test_the_key_of_a_stream_is_the_documented_one() -> None:
-    """blake2b over seed, sample, first latent frame, nominal step, repeat and candidate as little-endian 64-bit."""
+    """blake2b over seed, sample, first latent frame, nominal step, repeat and candidate as
+    little-endian 64-bit."""
     digest = hashlib.blake2b(struct.pack("<6q", 7, 2, 3, 750, 1, 4), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
     drawn = WhiteNoise(7, first=2)(chunk(), Draw(750, repeat=1, candidate=4), SHAPE)
@@ -63,7 +66,9 @@ def test_precomputed_noise_is_found_by_its_step_whatever_levels_a_chunk_has() ->
         for level in each.levels:
             draw, shape = Draw(level.step), (1, 16, each.length, 4, 4)
             assert torch.equal(given(each, draw, shape), white(each, draw, shape))
-    assert given(chunks[1], Draw(750), (1, 16, 1, 4, 4)).abs().max() == 0, "that chunk lacks the level"
+    assert given(chunks[1], Draw(750), (1, 16, 1, 4, 4)).abs().max() == 0, (
+        "that chunk lacks the level"
+    )
     assert GivenNoise.of(white, chunks, (1, 16, 4, 4), last=500).steps == (1000, 750, 500)
     with pytest.raises(ValueError, match="steps"):
         GivenNoise(given.noise, given.steps[:2])

@@ -1,4 +1,5 @@
-"""What a refiner is trained for: rewards and their penalty, distribution matching, and that parts make a whole."""
+"""What a refiner is trained for: rewards and their penalty, distribution matching, and that parts
+make a whole."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,9 @@ BRIGHT = Mixture(((Brightness(), 2.0),))
 def encode(prompts: list[str]) -> Tensor:
     """A context of its own for each prompt."""
     generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
-    return torch.stack([torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators])
+    return torch.stack(
+        [torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators]
+    )
 
 
 def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective:
@@ -49,19 +52,29 @@ def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective
     return RewardObjective(options, rewards, tiny_vae())
 
 
-def stage_of(options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()) -> RefinerStage:
+def stage_of(
+    options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()
+) -> RefinerStage:
     objective = objective_of(options, rewards)
-    return RefinerStage(options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out)
+    return RefinerStage(
+        options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out
+    )
 
 
 def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
     residuals, level = Residuals(), make_level(750, 5.0, True)
     noise = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for size, graph in ((0.2, True), (0.4, True), (3.0, False)):  # what has no graph is measured, not penalised
+    for size, graph in (
+        (0.2, True),
+        (0.4, True),
+        (3.0, False),
+    ):  # what has no graph is measured, not penalised
         frames = 3 if size < 0.3 else 1
         residual = torch.full((1, 16, frames, 8, 8), size, requires_grad=graph)
         residuals(noise[:, :, :frames], residual, level)
-    assert residuals.penalty(noise.device).item() == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.4**2) / 2)
+    assert residuals.penalty(noise.device).item() == pytest.approx(
+        (0.5 * 0.2**2 + 0.5 * 0.4**2) / 2
+    )
     figures = residuals.figures()
     assert set(figures) == {f"{name} 750" for name in ("rms", "constant", "shrink", "distance")}
     assert figures["rms 750"].item() == pytest.approx((0.2 + 0.4 + 3) / 3)
@@ -84,15 +97,21 @@ def test_figures_of_a_residual_by_hand() -> None:
     shrunk = describe(noise, -0.2 * noise)
     assert shrunk["shrink"].item() == pytest.approx(-0.2 * noise.square().mean().item(), rel=1e-5)
     assert shrunk["constant"].item() < 0.02
-    assert shrunk["rms"].item() == pytest.approx(0.2 * noise.square().mean().sqrt().item(), rel=1e-5)
+    assert shrunk["rms"].item() == pytest.approx(
+        0.2 * noise.square().mean().sqrt().item(), rel=1e-5
+    )
 
 
 def test_the_distance_of_white_noise_is_none_and_that_of_a_shift_is_its_penalty() -> None:
     noise = torch.randn(4, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert normal_distance(noise) < 5e-4
     assert normal_distance(noise + 0.3).item() == pytest.approx(0.5 * 0.3**2, rel=0.05)
-    assert normal_distance(1.5 * noise).item() == pytest.approx(0.5 * (1.5**2 - 1) - 0.4055, rel=0.05)
-    sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None]  # no shift of the whole, one of each channel
+    assert normal_distance(1.5 * noise).item() == pytest.approx(
+        0.5 * (1.5**2 - 1) - 0.4055, rel=0.05
+    )
+    sign = torch.tensor([1.0, -1.0]).repeat(8)[
+        :, None, None, None
+    ]  # no shift of the whole, one of each channel
     assert normal_distance(noise + 0.3 * sign).item() == pytest.approx(0.5 * 0.3**2, rel=0.05)
 
 
@@ -120,7 +139,8 @@ def test_the_penalty_counts_by_its_weight() -> None:
 
 
 def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
-    """AdamW's first step is the rate times the gradient's sign, after a decay of rate · 0.01: β1 = 0, β2 = 0.999."""
+    """AdamW's first step is the rate times the gradient's sign, after a decay of rate · 0.01: β1 =
+    0, β2 = 0.999."""
     stage = stage_of(replace(SMALL, critic_rate=2e-3))
     critic = stage.objective.critic
     before = {name: one.detach().clone() for name, one in critic.model.named_parameters()}
@@ -128,7 +148,11 @@ def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
     (group,) = critic.optimizer.adamw.param_groups
     assert group["betas"] == (0.0, 0.999)
     (own,) = stage.learner.optimizer.adamw.param_groups
-    assert (own["betas"], own["weight_decay"], own["lr"]) == ((0.9, 0.999), 0.0, SMALL.learning_rate)
+    assert (own["betas"], own["weight_decay"], own["lr"]) == (
+        (0.9, 0.999),
+        0.0,
+        SMALL.learning_rate,
+    )
     for name, parameter in critic.model.named_parameters():
         clear = parameter.grad.abs() > 1e-4  # beside Adam's epsilon of 1e-8
         expected = before[name] * (1 - 2e-3 * 0.01) - 2e-3 * parameter.grad.sign()
@@ -138,17 +162,26 @@ def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
 
 def test_the_critic_begins_as_the_teacher_and_the_teacher_stays() -> None:
     objective = objective_of(SMALL)
-    teacher = {name: one.detach().clone() for name, one in objective.teacher.model.named_parameters()}
-    assert all(torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())
+    teacher = {
+        name: one.detach().clone() for name, one in objective.teacher.model.named_parameters()
+    }
+    assert all(
+        torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters()
+    )
     stage = RefinerStage(SMALL, tiny_network(), objective, PROMPTS, encode, lambda *_: {})
     stage.step(0)
-    assert all(torch.equal(one, teacher[name]) for name, one in objective.teacher.model.named_parameters())
-    assert any(not torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters())
+    assert all(
+        torch.equal(one, teacher[name]) for name, one in objective.teacher.model.named_parameters()
+    )
+    assert any(
+        not torch.equal(one, teacher[name]) for name, one in objective.fake.model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("method", ["autorefiner", "init-noise", "lora"])
 def test_the_reward_rises_and_only_a_refiner_pays_for_it(method) -> None:
-    """One chunk, all of whose frames are seen: nothing but the gradient's own path changes the reward."""
+    """One chunk, all of whose frames are seen: nothing but the gradient's own path changes the
+    reward."""
     options = replace(REWARD, method=method, frames=3, levels=(750,), learning_rate=3e-3, l2=0.1)
     stage = stage_of(options, Mixture(((Brightness(frames=FrameDraw(9)), 2.0),)))
     logged = [stage.step(0) for _ in range(5)]  # the same prompts and noise
@@ -172,14 +205,24 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
         left, right = whole.step(index), parts.step(index)
         assert left.keys() == right.keys()
         for name in left:
-            if not name.startswith(("distance", "rms", "constant")):  # which are of all noises together, and no means
+            if not name.startswith(
+                ("distance", "rms", "constant")
+            ):  # which are of all noises together, and no means
                 assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
     for name, factor in whole.factors.items():
         assert torch.allclose(factor.grad, parts.factors[name].grad, rtol=1e-3, atol=1e-6), name
     if objective == "dmd":
-        pairs = zip(whole.objective.fake.model.parameters(), parts.objective.fake.model.parameters(), strict=True)
-        assert all(torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5) for one, other in pairs)
-        norm = sum(one.grad.square().sum() for one in whole.objective.fake.model.parameters()) ** 0.5
+        pairs = zip(
+            whole.objective.fake.model.parameters(),
+            parts.objective.fake.model.parameters(),
+            strict=True,
+        )
+        assert all(
+            torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5) for one, other in pairs
+        )
+        norm = (
+            sum(one.grad.square().sum() for one in whole.objective.fake.model.parameters()) ** 0.5
+        )
         assert norm < 9, "a gradient that is cut to a norm of 10 would hide a factor"
 
 
@@ -192,7 +235,8 @@ def test_a_score_is_the_mean_over_its_draws() -> None:
     assert len({*sigma.flatten().tolist()}) > 3
     whole = stage.objective._gradient(clean, part.context, nothing, noise, sigma)
     single = [
-        stage.objective._gradient(clean, part.context, nothing, noise[i : i + 1], sigma[i : i + 1]) for i in range(3)
+        stage.objective._gradient(clean, part.context, nothing, noise[i : i + 1], sigma[i : i + 1])
+        for i in range(3)
     ]
     torch.testing.assert_close(whole, sum(single) / 3)
     losses = [
@@ -210,9 +254,14 @@ def test_an_improvement_is_how_much_less_the_real_network_changes(monkeypatch) -
     objective.given = lambda part: ((encode(["", ""]), noise, torch.ones(2, 2)), {})
     objective.fake.model.head.head.bias.data.fill_(float("nan"))
     monkeypatch.setattr(dmd_objective, "real_prediction", lambda clean, *_: clean / 4)
-    before, after = (torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    before, after = (
+        torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
     found = objective.improvement(before, after, SimpleNamespace(context=encode(["a", "bb"])))
-    assert found == pytest.approx(0.75 * (before.abs().mean() - after.abs().mean()).item(), rel=1e-4)
+    assert found == pytest.approx(
+        0.75 * (before.abs().mean() - after.abs().mean()).item(), rel=1e-4
+    )
 
 
 def test_an_improvement_of_rewards_is_their_difference() -> None:
@@ -298,16 +347,28 @@ def test_options_that_mean_nothing_are_refused(wrong, said) -> None:
 def test_options_are_the_documented_ones_by_default() -> None:
     options = RefineOptions()
     assert (options.rank, options.start, options.l2, options.guidance) == (64, "head", 0.03, 3.0)
-    assert (options.learning_rate, options.betas, options.ema, options.warmup) == (1e-3, (0.9, 0.999), 0.999, 0.05)
+    assert (options.learning_rate, options.betas, options.ema, options.warmup) == (
+        1e-3,
+        (0.9, 0.999),
+        0.999,
+        0.05,
+    )
     assert (options.ratio, options.critic_warmup, options.score_draws) == (2, 150, 1)
     assert options.batch * options.accumulation == 64
-    assert (options.levels, options.history, options.previous) == ((750, 500, 250), "shared", "pending")
+    assert (options.levels, options.history, options.previous) == (
+        (750, 500, 250),
+        "shared",
+        "pending",
+    )
     for method in ("autorefiner", "init-noise", "lora"):
         assert replace(options, method=method).exits == [1, 2, 3]
 
 
 def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:
-    gradients = [stage_of(replace(SMALL, guidance=guidance)).step(0)["gradient"] for guidance in (0.0, 3.0, 3.0)]
+    gradients = [
+        stage_of(replace(SMALL, guidance=guidance)).step(0)["gradient"]
+        for guidance in (0.0, 3.0, 3.0)
+    ]
     assert gradients[1] == gradients[2] != gradients[0]
 
 

@@ -1,4 +1,5 @@
-"""A run never loses what another one made, and a run that was killed goes on to the clip that it would have made."""
+"""A run never loses what another one made, and a run that was killed goes on to the clip that it
+would have made."""
 
 from pathlib import Path
 
@@ -46,46 +47,68 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def leave_killed(whole: Path, folder: Path, frames: float) -> Path:
-    """Partial latents as a kill leaves them: a header without a count, and so many latent frames."""
+    """Partial latents as a kill leaves them: a header without a count, and so many latent
+    frames."""
     source, partial = whole / "fox.latents.safetensors", folder / "fox.latents.partial.safetensors"
     size = 8 + HEADER + int(frames * FRAME_BYTES)
     data = source.read_bytes()
-    header = data[: 8 + HEADER].replace(b'"shape": [9, ', b'"shape": [0, ').replace(b"[0, 13824]", b"[0, 0]")
+    header = (
+        data[: 8 + HEADER]
+        .replace(b'"shape": [9, ', b'"shape": [0, ')
+        .replace(b"[0, 13824]", b"[0, 0]")
+    )
     partial.write_bytes((header + b" " * (8 + HEADER - len(header)) + data[8 + HEADER :])[:size])
     return partial
 
 
 @pytest.mark.filterwarnings("ignore:.*unfinished chunk")
 @pytest.mark.parametrize("frames", [3, 4, 5.5, 6, 8, 9])
-def test_a_killed_run_goes_on_to_the_clip_it_would_have_made(files, tmp_path, whole, frames) -> None:
+def test_a_killed_run_goes_on_to_the_clip_it_would_have_made(
+    files, tmp_path, whole, frames
+) -> None:
     partial = leave_killed(whole, tmp_path, frames)
-    assert main(command(files, tmp_path / "fox.mp4", "--save-latents", "--extend", str(partial))) == 0
+    assert (
+        main(command(files, tmp_path / "fox.mp4", "--save-latents", "--extend", str(partial))) == 0
+    )
     assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize("extends", [False, True])
 @pytest.mark.parametrize("frames", [0, 0.5, 2.9])
-def test_a_kill_before_the_first_chunk_blocks_nothing(files, tmp_path, whole, extends, frames) -> None:
+def test_a_kill_before_the_first_chunk_blocks_nothing(
+    files, tmp_path, whole, extends, frames
+) -> None:
     partial = leave_killed(whole, tmp_path, frames)
     (tmp_path / "fox.partial.mp4").touch()
-    again = command(files, tmp_path / "fox.mp4", "--save-latents", *(["--extend", str(partial)] if extends else []))
+    again = command(
+        files,
+        tmp_path / "fox.mp4",
+        "--save-latents",
+        *(["--extend", str(partial)] if extends else []),
+    )
     assert any("anew" in note for note in notes(prepare(parse(again)))) == extends
     assert main(again) == 0
     assert_same_run(tmp_path, whole)
 
 
-def test_a_run_whose_latents_are_all_there_only_decodes(files, tmp_path, whole, monkeypatch) -> None:
+def test_a_run_whose_latents_are_all_there_only_decodes(
+    files, tmp_path, whole, monkeypatch
+) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("no model is needed")
 
     partial = leave_killed(whole, tmp_path, 9)
     for name in ("load_network", "make_context"):
         monkeypatch.setattr(f"autorefiner.refiner.generate.{name}", fail)
-    assert main(command(files, tmp_path / "fox.mp4", "--save-latents", "--extend", str(partial))) == 0
+    assert (
+        main(command(files, tmp_path / "fox.mp4", "--save-latents", "--extend", str(partial))) == 0
+    )
     assert_same_run(tmp_path, whole)
 
 
-def test_latents_of_a_chunk_are_on_disk_before_the_video_shows_it(files, tmp_path, monkeypatch) -> None:
+def test_latents_of_a_chunk_are_on_disk_before_the_video_shows_it(
+    files, tmp_path, monkeypatch
+) -> None:
     partial, saved = tmp_path / "fox.latents.partial.safetensors", []
     write = VideoWriter.write
 
@@ -98,7 +121,9 @@ def test_latents_of_a_chunk_are_on_disk_before_the_video_shows_it(files, tmp_pat
     assert saved == [3, 6, 9]
 
 
-def test_a_second_stop_while_the_given_part_is_written_again_loses_nothing(files, tmp_path, whole) -> None:
+def test_a_second_stop_while_the_given_part_is_written_again_loses_nothing(
+    files, tmp_path, whole
+) -> None:
     out, partial = tmp_path / "fox.mp4", leave_killed(whole, tmp_path, 6)
     before = read_latents(partial)[0]
     run = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
@@ -110,9 +135,13 @@ def test_a_second_stop_while_the_given_part_is_written_again_loses_nothing(files
 
 
 @pytest.mark.parametrize("name", ["fox.mp4", "fox.latents.safetensors", "fox.png"])
-def test_what_is_there_is_only_replaced_when_that_is_asked_for(files, tmp_path, whole, name, capsys) -> None:
+def test_what_is_there_is_only_replaced_when_that_is_asked_for(
+    files, tmp_path, whole, name, capsys
+) -> None:
     (tmp_path / name).write_bytes(b"old")
-    run = command(files, tmp_path / "fox.mp4", "--save-latents", "--sheet", str(tmp_path / "fox.png"))
+    run = command(
+        files, tmp_path / "fox.mp4", "--save-latents", "--sheet", str(tmp_path / "fox.png")
+    )
     assert main(run) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line
@@ -146,7 +175,8 @@ def test_a_clip_may_be_extended_into_its_own_file(files, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no whole chunk")
 def test_a_last_chunk_that_is_short_is_made_anew_or_said(files, tmp_path, whole) -> None:
-    """Of 29 frames the last chunk has two of three latent frames; of 25 it has one, which the clip keeps."""
+    """Of 29 frames the last chunk has two of three latent frames; of 25 it has one, which the clip
+    keeps."""
     out, latents = tmp_path / "fox.mp4", tmp_path / "fox.latents.safetensors"
     assert main(command(files, out, "--save-latents", "--frames", "29")) == 0
     assert main(command(files, out, "--save-latents", "--extend", str(latents))) == 0
@@ -161,7 +191,9 @@ def test_latents_of_another_version_of_the_noise_are_said(files, tmp_path, whole
     data = (whole / "fox.latents.safetensors").read_bytes()
     old.write_bytes(data.replace(b', "noise": "2"', b"", 1).replace(b"  ", b"  " + b" " * 14, 1))
     assert "noise" not in read_latents(old)[1]
-    (note,) = notes(prepare(parse(command(files, tmp_path / "b.mp4", "--extend", str(old), "--frames", "45"))))
+    (note,) = notes(
+        prepare(parse(command(files, tmp_path / "b.mp4", "--extend", str(old), "--frames", "45")))
+    )
     assert "noise 1 (now 2)" in note
 
 

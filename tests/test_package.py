@@ -17,7 +17,15 @@ from autorefiner.refiner.wan import linear
 ROOT = Path(autorefiner.__file__).parent
 SOURCES = sorted((ROOT / "refiner").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
-COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "server")
+COMFYUI = (
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "folder_paths",
+    "latent_preview",
+    "server",
+)
 FOREIGN = (*COMFYUI, "nodes", "autorefiner", "refiner")
 
 
@@ -46,7 +54,11 @@ NEW_NAMES = {
 def newer_than_promised(source: str) -> list[str]:
     """What a source takes of Python 3.11 and newer, outside of a branch on the version."""
     tree = ast.parse(source)
-    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "version_info" in ast.dump(node.test)]
+    branches = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "version_info" in ast.dump(node.test)
+    ]
     guarded = {id(inner) for branch in branches for inner in ast.walk(branch)}
     found = []
     for node in ast.walk(tree):
@@ -56,7 +68,11 @@ def newer_than_promised(source: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name in NEW_MODULES]
         if isinstance(node, ast.ImportFrom):
             names = NEW_NAMES.get(node.module or "", set())
-            found += [alias.name for alias in node.names if alias.name in names or node.module in NEW_MODULES]
+            found += [
+                alias.name
+                for alias in node.names
+                if alias.name in names or node.module in NEW_MODULES
+            ]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found += [node.attr] if node.attr in NEW_NAMES.get(node.value.id, set()) else []
         if isinstance(node, ast.Name) and node.id in NEW_NAMES["builtins"]:
@@ -66,8 +82,14 @@ def newer_than_promised(source: str) -> list[str]:
 
 def test_nothing_newer_than_the_promised_python_is_used() -> None:
     assert newer_than_promised("import tomllib") == ["tomllib"]
-    assert newer_than_promised("import datetime\ndatetime.UTC\nfrom typing import Self") == ["Self", "UTC"]
-    found = {str(path.relative_to(ROOT)): newer_than_promised(path.read_text()) for path in SOURCES + NODES}
+    assert newer_than_promised("import datetime\ndatetime.UTC\nfrom typing import Self") == [
+        "Self",
+        "UTC",
+    ]
+    found = {
+        str(path.relative_to(ROOT)): newer_than_promised(path.read_text())
+        for path in SOURCES + NODES
+    }
     assert not {path: names for path, names in found.items() if names}
 
 
@@ -94,7 +116,9 @@ except ValueError as error:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch is such an old one")
 def test_an_older_torch_is_enough_for_all_but_what_needs_muon() -> None:
-    ran = subprocess.run([sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", OLD_TORCH], capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
 
 
@@ -119,8 +143,13 @@ def test_a_linear_layer_needs_no_onednn(monkeypatch) -> None:
 def test_every_folder_of_the_package_is_installed() -> None:
     listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     names = set(re.findall(r'"([\w.]+)"', listed[1]))
-    folders = {path.parent.relative_to(ROOT) for path in SOURCES + NODES if path.name == "__init__.py"}
-    assert names == {"autorefiner", *(".".join(("autorefiner", *folder.parts)) for folder in folders)}
+    folders = {
+        path.parent.relative_to(ROOT) for path in SOURCES + NODES if path.name == "__init__.py"
+    }
+    assert names == {
+        "autorefiner",
+        *(".".join(("autorefiner", *folder.parts)) for folder in folders),
+    }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

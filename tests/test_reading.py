@@ -21,7 +21,9 @@ IRREGULAR = ("pipe", "device", "folder", "socket", "link")
 
 
 @pytest.fixture(params=IRREGULAR)
-def irregular(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def irregular(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """What has a name but is no regular file, and a link to one."""
     path = tmp_path / "one"
     if request.param == "pipe":
@@ -51,14 +53,18 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_regular_file_is_refused_before_it_is_opened(reader: str, irregular: Path) -> None:
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(
+    reader: str, irregular: Path
+) -> None:
     with pytest.raises(ValueError, match=r"regular|folder|tokenizer|encoder") as error:
         READERS[reader](irregular)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["train"]])
-def test_commands_say_so_in_one_line(command: list[str], irregular: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_say_so_in_one_line(
+    command: list[str], irregular: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main([*command, str(irregular)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -71,7 +77,9 @@ def test_a_pipe_in_a_models_folder_is_refused(tmp_path: Path) -> None:
         seal(tmp_path / "model.safetensors")
 
 
-def test_a_pipe_that_takes_a_files_place_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_takes_a_files_place_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "one")
     monkeypatch.setattr(reading, "check_regular", lambda path: None)
     with pytest.raises(ValueError, match="regular"):
@@ -95,14 +103,18 @@ def test_no_more_bytes_are_read_than_a_file_may_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("text", ["a red star\nein grüner Kreis\n", "a", "ä 日本 🦊 and more words", ""])
+@pytest.mark.parametrize(
+    "text", ["a red star\nein grüner Kreis\n", "a", "ä 日本 🦊 and more words", ""]
+)
 def test_text_is_read_as_editors_save_it(text: str, encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode(encoding))
     assert read_text(path, 99) == text
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "ä".encode("latin-1"), "a fox".encode("utf-32-le"), b"a\0b" * 9])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", "ä".encode("latin-1"), "a fox".encode("utf-32-le"), b"a\0b" * 9]
+)
 def test_other_text_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
@@ -121,7 +133,12 @@ def test_what_is_no_json_is_one_line(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["a = " + "[" * 5000, "[a" + ".a" * 5000 + "]\nb = 1", "out = " + "{a = " * 3000 + "1" + "}" * 3000, "steps = \0"],
+    [
+        "a = " + "[" * 5000,
+        "[a" + ".a" * 5000 + "]\nb = 1",
+        "out = " + "{a = " * 3000 + "1" + "}" * 3000,
+        "steps = \0",
+    ],
 )
 def test_a_training_that_is_no_toml_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "t.toml"

@@ -22,7 +22,10 @@ def save(path, config=WAN_TINY, base: str = "", **card):
     with torch.device("meta"):
         targets = target_modules(WanTransformer(config))
     pairs = {
-        name: LoraPair(*(0.1 * torch.randn(*shape, generator=generator) for shape in ((2, into), (out, 2))), 1.0)
+        name: LoraPair(
+            *(0.1 * torch.randn(*shape, generator=generator) for shape in ((2, into), (out, 2))),
+            1.0,
+        )
         for name, (out, into) in ((name, module.weight.shape) for name, module in targets.items())
     }
     save_refiner(path, pairs, RefinerCard(rank=2, base=base, **card))
@@ -36,7 +39,16 @@ def refiner(tmp_path):
 
 def made(folder, *more: str) -> torch.Tensor:
     out = folder / "x.mp4"
-    fixed = ["--model", "random-tiny", "--frames", "13", "--size", "32x32", "--save-latents", "--overwrite"]
+    fixed = [
+        "--model",
+        "random-tiny",
+        "--frames",
+        "13",
+        "--size",
+        "32x32",
+        "--save-latents",
+        "--overwrite",
+    ]
     assert main(["generate", *fixed, "--out", str(out), *more]) == 0
     return read_latents(out.with_suffix(".latents.safetensors"))[0]
 
@@ -50,7 +62,9 @@ def test_a_refiner_changes_the_video_and_strength_zero_does_not(tmp_path, refine
     branched = made(tmp_path, "--refiner", str(refiner), "--refiner-form", "branches")
     assert (branched - refined).abs().max() < 1e-3
     assert torch.equal(made(tmp_path, "--refiner", str(refiner), "--refiner-strength", "0"), base)
-    assert not torch.equal(made(tmp_path, "--refiner", str(refiner), "--refined-levels", "250"), refined)
+    assert not torch.equal(
+        made(tmp_path, "--refiner", str(refiner), "--refined-levels", "250"), refined
+    )
 
 
 def test_levels_of_the_first_chunk_alone_are_refined_there(tmp_path, refiner) -> None:
@@ -63,8 +77,24 @@ def test_its_bytes_are_counted_and_another_base_is_told(tmp_path, refiner, capsy
     plan = RefinerPlan.read(refiner, WAN_TINY, STEPS, torch.float32)
     factors = sum(pair.up.numel() + pair.down.numel() for pair in plan.pairs.values())
     assert plan.chosen(merge=False).nbytes == 4 * factors
-    assert plan.chosen(merge=True).nbytes == 4 * sum(len(p.up) * p.down.shape[1] for p in plan.pairs.values())
-    assert main(["generate", "--model", "random-tiny", "--out", "x.mp4", "--refiner", str(refiner), "--dry-run"]) == 0
+    assert plan.chosen(merge=True).nbytes == 4 * sum(
+        len(p.up) * p.down.shape[1] for p in plan.pairs.values()
+    )
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                "random-tiny",
+                "--out",
+                "x.mp4",
+                "--refiner",
+                str(refiner),
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     assert "refiner  " in capsys.readouterr().out
     foreign = save(tmp_path / "b.refiner.safetensors", base="of another")
     made(tmp_path, "--refiner", str(foreign))
@@ -108,6 +138,19 @@ def test_what_does_not_fit_is_one_line(tmp_path, refiner, capsys, arguments, sai
 
 def test_a_refiner_of_another_network_is_refused(tmp_path, capsys) -> None:
     other = save(tmp_path / "o.refiner.safetensors", TINY)
-    assert main(["generate", "--model", "random-tiny", "--out", str(tmp_path / "x.mp4"), "--refiner", str(other)]) == 2
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                "random-tiny",
+                "--out",
+                str(tmp_path / "x.mp4"),
+                "--refiner",
+                str(other),
+            ]
+        )
+        == 2
+    )
     assert "another architecture" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.mp4"))

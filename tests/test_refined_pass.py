@@ -27,7 +27,9 @@ from tiny import TINY, tiny_network
 
 SF = PRESETS["self-forcing"]
 SHAPE = (2, 16, 6, 4, 4)
-CONTEXTS = torch.randn(2, 2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+CONTEXTS = torch.randn(
+    2, 2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0)
+)
 CPU = torch.device("cpu")
 
 
@@ -85,19 +87,28 @@ def test_a_refine_pass_takes_the_noise_at_its_level_behind_x0_at_zero(previous: 
 
 @torch.no_grad()
 def test_joint_is_the_noise_half_of_a_pass_behind_one_that_writes_x0() -> None:
-    """Through the refiner itself: two passes, of x0 at t = 0 and then of the noise at its level, give the same."""
+    """Through the refiner itself: two passes, of x0 at t = 0 and then of the noise at its level,
+    give the same."""
     network = tiny_network()
     tphi = t_phi(network)
     results = []
     for together in (True, False):
-        rollout = rollout_of(network, Refiner(tphi, ReflectiveCache("shared", "joint" if together else "pending")))
+        rollout = rollout_of(
+            network, Refiner(tphi, ReflectiveCache("shared", "joint" if together else "pending"))
+        )
         for chunk in rollout.chunks:
             first, level = chunk.levels[:2]
             x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
             noise = WhiteNoise(3)(chunk, Draw(level.step), (2, 16, 3, 4, 4))
             if not together:  # what pending reads is then the x0's own
                 view = rollout.memory.view(chunk.frames)
-                tphi(x0, torch.zeros(1, 1, dtype=torch.float64), rollout.refiner_text, view, keys_only=True)
+                tphi(
+                    x0,
+                    torch.zeros(1, 1, dtype=torch.float64),
+                    rollout.refiner_text,
+                    view,
+                    keys_only=True,
+                )
             results.append(rollout.residual(noise, x0, level, chunk))
             rollout.commit(x0, chunk)
     for one, other in zip(results[:2], results[2:], strict=True):
@@ -115,7 +126,9 @@ def test_a_refine_pass_needs_its_own_chunks_prediction_and_room_for_what_it_writ
     x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
     with pytest.raises(ValueError, match="predict"):
         rollout.renoise(x0, level, later)
-    narrow = rollout_of(network, refiner, RingMemory(MemoryPlan.of(TINY, SHAPE, spare_frames=chunk.length - 1)))
+    narrow = rollout_of(
+        network, refiner, RingMemory(MemoryPlan.of(TINY, SHAPE, spare_frames=chunk.length - 1))
+    )
     narrow.predict(narrow.draw(chunk, first), first, chunk)
     with pytest.raises(ValueError, match="spare"):
         narrow.renoise(x0, level, chunk)
@@ -124,7 +137,9 @@ def test_a_refine_pass_needs_its_own_chunks_prediction_and_room_for_what_it_writ
 @torch.no_grad()
 def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
     network, seen = tiny_network(), []
-    base = Refiner(t_phi(network), ReflectiveCache("shared", "none"), watch=lambda *told: seen.append(told))
+    base = Refiner(
+        t_phi(network), ReflectiveCache("shared", "none"), watch=lambda *told: seen.append(told)
+    )
     found = []
     for strength in (1.0, -0.5):
         rollout = rollout_of(network, replace(base, strength=strength))
@@ -136,7 +151,8 @@ def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
         drawn = rollout.draw(chunk, level, x0=x0)
         torch.testing.assert_close(drawn, noise + found[-1])
         torch.testing.assert_close(
-            rollout.renoise(x0, level, chunk), (1 - level.sigma) * x0 + level.sigma * (noise + found[-1])
+            rollout.renoise(x0, level, chunk),
+            (1 - level.sigma) * x0 + level.sigma * (noise + found[-1]),
         )
     assert torch.equal(found[1], -0.5 * found[0])
     assert all(torch.equal(residual, found[0]) for _, residual, _ in seen)
@@ -147,7 +163,9 @@ def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
 def test_only_refined_levels_are_refined() -> None:
     network = tiny_network()
     recording = Recording(t_phi(network))
-    rollout = rollout_of(network, Refiner(recording, ReflectiveCache("shared", "none"), frozenset({500})))
+    rollout = rollout_of(
+        network, Refiner(recording, ReflectiveCache("shared", "none"), frozenset({500}))
+    )
     chunk = rollout.chunks[0]
     x0 = rollout.predict(rollout.draw(chunk, chunk.levels[0]), chunk.levels[0], chunk)
     for level in chunk.levels[1:]:
@@ -201,10 +219,14 @@ def test_a_later_chunk_does_not_lead_back_into_an_earlier_one() -> None:
     tree = t_phi(network)
     tree.model.blocks[0].ffn[0].weight.requires_grad_(True)
     refiner = Refiner(tree, watch=lambda noise, residual, level: seen.append(residual))
-    clip = self_rollout(rollout_of(network, refiner, GraphMemory(MemoryPlan.of(TINY, SHAPE))), exit_level=1)
+    clip = self_rollout(
+        rollout_of(network, refiner, GraphMemory(MemoryPlan.of(TINY, SHAPE))), exit_level=1
+    )
     first, second = seen
     for chunk, own, other in ((clip[:, :, :3], first, second), (clip[:, :, 3:], second, first)):
-        of_own, of_other = torch.autograd.grad(chunk.sum(), (own, other), retain_graph=True, allow_unused=True)
+        of_own, of_other = torch.autograd.grad(
+            chunk.sum(), (own, other), retain_graph=True, allow_unused=True
+        )
         assert of_own.any()
         assert not of_other.any()
 
@@ -217,7 +239,9 @@ def test_a_clip_ends_with_the_chunk_after_which_it_is_stopped(monkeypatch) -> No
     context = CONTEXTS[0][:1]
     whole = run.clip(network, context, CPU, torch.float32)
     asked: list[int] = []
-    stopped = run.clip(network, context, CPU, torch.float32, stop=lambda: asked.append(1) or len(asked) == 2)
+    stopped = run.clip(
+        network, context, CPU, torch.float32, stop=lambda: asked.append(1) or len(asked) == 2
+    )
     assert torch.equal(stopped, whole[:, :, :6])
     assert len(freed) == 2, "its memory is free"
     assert len(asked) == 2
@@ -250,8 +274,11 @@ def test_latents_of_nodes_are_raw_and_those_of_the_core_normalised() -> None:
 @pytest.mark.parametrize("keys", ["rotated", "raw"])
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bytes_of_a_memory_are_those_that_it_allocates(batch, window, keys, refined, dtype) -> None:
-    """2 tensors a layer of batch × (window + a chunk where refined) × tokens × width, and one more for raw keys."""
+def test_the_bytes_of_a_memory_are_those_that_it_allocates(
+    batch, window, keys, refined, dtype
+) -> None:
+    """2 tensors a layer of batch × (window + a chunk where refined) × tokens × width, and one more
+    for raw keys."""
     plan = RunPlan(SF.changed(window=window), 9, 4, 6, batch, keys=keys)
     memory = plan.memory(TINY, dtype, refined)
     frames = (9 if window < 0 else window) + (3 if refined else 0)
@@ -269,11 +296,20 @@ def test_estimates_by_hand() -> None:
     assert pass_bytes(TINY, plan, 3) == values + 8 * 3 * 9 * 6 * 128
     assert pass_bytes(TINY, replace(plan, keys="rotated", positions=Absolute()), 3) == values
     wide = replace(TINY, ffn_dim=1024)  # where the feed-forward holds more than the attention
-    assert pass_bytes(wide, MemoryPlan.of(wide, (3, 16, 9, 4, 6)), 3) == tokens * (2 * 1024 + 12 * 128) * 4
+    assert (
+        pass_bytes(wide, MemoryPlan.of(wide, (3, 16, 9, 4, 6)), 3)
+        == tokens * (2 * 1024 + 12 * 128) * 4
+    )
     one, five = (WanVAE.decode_bytes(4, 16, 32, frames, torch.float32) for frames in (1, 5))
-    assert five - one == 4 * (10 * 4 * 16 * 32) * 4 * 4, "10 maps of width 4 in fp32, 4 frames a latent, 4 latents"
-    assert len({WanVAE.decode_bytes(4, 512, 512, frames, torch.float32) for frames in (1, 5)}) == 1, "in pieces"
-    parts = Estimate(weights=100, kv=20, text_kv=3, activations=7, decode=11, refiner=40, text_encoder=50)
+    assert five - one == 4 * (10 * 4 * 16 * 32) * 4 * 4, (
+        "10 maps of width 4 in fp32, 4 frames a latent, 4 latents"
+    )
+    assert (
+        len({WanVAE.decode_bytes(4, 512, 512, frames, torch.float32) for frames in (1, 5)}) == 1
+    ), "in pieces"
+    parts = Estimate(
+        weights=100, kv=20, text_kv=3, activations=7, decode=11, refiner=40, text_encoder=50
+    )
     assert parts.total == 100 + 20 + 3 + 11 + 40, "a pass and the decoder are not alive at once"
     assert replace(parts, activations=30).total == 100 + 20 + 3 + 30 + 40
     assert replace(parts, text_encoder=500).total == 500

@@ -21,7 +21,9 @@ from tiny import TINY, tiny_network
 
 PLAN = RunPlan(PRESETS["self-forcing"], 7, 4, 4, batch=2)
 CACHES = [
-    ReflectiveCache(history, previous) for history in ("shared", "none") for previous in ("pending", "joint", "none")
+    ReflectiveCache(history, previous)
+    for history in ("shared", "none")
+    for previous in ("pending", "joint", "none")
 ]
 RANK = 4
 
@@ -37,7 +39,9 @@ def pairs_for(network: CausalWan, fresh: bool = False, seed: int = 1) -> dict[st
 
 
 def context(seed: int = 0) -> torch.Tensor:
-    return torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def run(network: CausalWan, **options) -> torch.Tensor:
@@ -49,7 +53,9 @@ def counted(network: CausalWan) -> list[int]:
     """Latent frames of every pass through the network's own final layer from now on."""
     calls: list[int] = []
     frame = PLAN.height * PLAN.width // 4  # tokens
-    network.model.head.head.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1] // frame))
+    network.model.head.head.register_forward_hook(
+        lambda _, inputs, __: calls.append(inputs[0].shape[1] // frame)
+    )
     return calls
 
 
@@ -64,7 +70,9 @@ def test_every_linear_of_the_blocks_has_a_branch_and_the_head() -> None:
 def test_a_fresh_refiner_changes_no_bit(cache) -> None:
     network = tiny_network()
     base = run(network)
-    assert torch.equal(run(network, refiner=Refiner(merged(network, pairs_for(network, fresh=True)), cache)), base)
+    assert torch.equal(
+        run(network, refiner=Refiner(merged(network, pairs_for(network, fresh=True)), cache)), base
+    )
     branches = Branches(network.model, pairs_for(network, fresh=True))
     assert torch.equal(run(network, refiner=Refiner(network, cache, on=branches.on)), base)
 
@@ -90,10 +98,16 @@ def test_the_scale_of_a_pair_counts_merged_and_as_a_branch() -> None:
     scaled = {name: dataclasses.replace(pair, scale=0.5) for name, pair in whole.items()}
     halved = {name: LoraPair(pair.down, 0.5 * pair.up, 1.0) for name, pair in whole.items()}
     expected = run(network, refiner=Refiner(merged(network, halved), cache))
-    assert (run(network, refiner=Refiner(merged(network, scaled), cache)) - expected).abs().max() < 1e-4
+    assert (
+        run(network, refiner=Refiner(merged(network, scaled), cache)) - expected
+    ).abs().max() < 1e-4
     branches = Branches(network.model, scaled)
-    assert (run(network, refiner=Refiner(network, cache, on=branches.on)) - expected).abs().max() < 1e-4
-    assert (run(network, refiner=Refiner(merged(network, whole), cache)) - expected).abs().max() > 1e-2
+    assert (
+        run(network, refiner=Refiner(network, cache, on=branches.on)) - expected
+    ).abs().max() < 1e-4
+    assert (
+        run(network, refiner=Refiner(merged(network, whole), cache)) - expected
+    ).abs().max() > 1e-2
 
 
 def test_strength_scales_and_zero_is_the_base_with_no_pass() -> None:
@@ -103,7 +117,8 @@ def test_strength_scales_and_zero_is_the_base_with_no_pass() -> None:
     assert torch.equal(run(network, refiner=dataclasses.replace(refiner, strength=0.0)), base)
     assert not calls
     assert not torch.equal(
-        run(network, refiner=dataclasses.replace(refiner, strength=0.5)), run(network, refiner=refiner)
+        run(network, refiner=dataclasses.replace(refiner, strength=0.5)),
+        run(network, refiner=refiner),
     )
 
 
@@ -117,7 +132,9 @@ def test_strength_scales_and_zero_is_the_base_with_no_pass() -> None:
 )
 def test_passes_of_the_refiner_are_one_a_refined_level_and_chunk(previous, levels, passes) -> None:
     network = tiny_network()
-    refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache("shared", previous), frozenset(levels))
+    refiner = Refiner(
+        merged(network, pairs_for(network)), ReflectiveCache("shared", previous), frozenset(levels)
+    )
     calls = counted(refiner.network)
     run(network, refiner=refiner)
     assert calls == passes
@@ -145,7 +162,12 @@ def test_the_memory_of_sampling_and_of_training_reflect_alike(cache, keys) -> No
             network(x, torch.tensor([[900.0]]), text, memory.view(frames))
             joint = cache.previous == "joint"
             t = torch.tensor([[0.0] * 3 + [700.0] * 3]) if joint else torch.tensor([[700.0]])
-            flow = tphi(torch.cat((x0, noise), 2) if joint else noise, t, text, reflect(memory, frames, cache))
+            flow = tphi(
+                torch.cat((x0, noise), 2) if joint else noise,
+                t,
+                text,
+                reflect(memory, frames, cache),
+            )
             found.append(flow)
             network(x0, torch.tensor([[0.0]]), text, memory.view(frames))
             memory.commit()
@@ -164,9 +186,19 @@ def test_joint_equals_a_pass_that_writes_x0_and_then_one_that_reads_it() -> None
     frames = (3, 4, 5)
     network(x, torch.tensor([[900.0]]), text, memory.view(frames))
     t = torch.tensor([[0.0] * 3 + [700.0] * 3])
-    together = tphi(torch.cat((x0, noise), 2), t, text, reflect(memory, frames, ReflectiveCache("shared", "joint")))
+    together = tphi(
+        torch.cat((x0, noise), 2),
+        t,
+        text,
+        reflect(memory, frames, ReflectiveCache("shared", "joint")),
+    )
     tphi(x0, torch.tensor([[0.0]]), text, memory.view(frames), keys_only=True)
-    apart = tphi(noise, torch.tensor([[700.0]]), text, reflect(memory, frames, ReflectiveCache("shared", "pending")))
+    apart = tphi(
+        noise,
+        torch.tensor([[700.0]]),
+        text,
+        reflect(memory, frames, ReflectiveCache("shared", "pending")),
+    )
     assert (together[:, :, 3:] - apart).abs().max() < 1e-5
 
 
@@ -184,11 +216,15 @@ def test_reflection_sees_what_its_switches_say() -> None:
         memory.commit()
         refiner, chunk = Refiner(tphi, cache), next(iter(chunks()))
         network(x + previous, torch.tensor([[900.0]]), text, memory.view(chunk.frames))
-        return refiner.residual(noise, x0 + previous, chunk.levels[1], chunk, memory, text, torch.float32)
+        return refiner.residual(
+            noise, x0 + previous, chunk.levels[1], chunk, memory, text, torch.float32
+        )
 
     for cache in CACHES:
         same = residual(cache, 0, 0)
-        assert torch.equal(residual(cache, 1, 0), same) == (cache.history == "none" and cache.previous != "pending")
+        assert torch.equal(residual(cache, 1, 0), same) == (
+            cache.history == "none" and cache.previous != "pending"
+        )
         assert torch.equal(residual(cache, 0, 1), same) == (cache.previous == "none")
 
 
@@ -214,4 +250,9 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
     with pytest.raises(ValueError, match="shared"):
         ReflectiveCache(history="some")
     with pytest.raises(ValueError, match="initial noise"):
-        run(network, refiner=Refiner(merged(network, pairs), ReflectiveCache("shared", "joint"), frozenset({1000})))
+        run(
+            network,
+            refiner=Refiner(
+                merged(network, pairs), ReflectiveCache("shared", "joint"), frozenset({1000})
+            ),
+        )

@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autorefiner.refiner.noise.file import RefinerCard, fingerprint, load_refiner, other_base, save_refiner
+from autorefiner.refiner.noise.file import (
+    RefinerCard,
+    fingerprint,
+    load_refiner,
+    other_base,
+    save_refiner,
+)
 from autorefiner.refiner.noise.refiner import HEAD, target_modules
 from autorefiner.refiner.wan.checkpoint import describe, inspect
 from autorefiner.refiner.wan.lora import LoraPair
@@ -41,7 +47,9 @@ def test_a_saved_refiner_comes_back_with_alpha_folded_in(path) -> None:
     assert loaded[HEAD].scale == 1.0
     assert torch.equal(loaded[HEAD].up, torch.ones(TINY.out_dim * 4, 4, dtype=torch.bfloat16))
     assert inspect(path).kind == "refiner"
-    assert '"previous": "joint"' in describe(inspect(path)) and '"steps": ' in describe(inspect(path))
+    assert '"previous": "joint"' in describe(inspect(path)) and '"steps": ' in describe(
+        inspect(path)
+    )
 
 
 def test_the_fingerprint_is_of_the_base_and_survives_a_lora_and_bf16() -> None:
@@ -106,15 +114,25 @@ def test_a_card_of_brackets_is_refused() -> None:
 
 def test_quantised_factors_are_refused(tmp_path) -> None:
     path = tmp_path / "x.refiner.safetensors"
-    card = {"autorefiner": json.dumps({"rank": 4, "levels": [750], "history": "shared", "previous": "none"})}
-    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in PAIR.items()}, path, metadata=card)
+    card = {
+        "autorefiner": json.dumps(
+            {"rank": 4, "levels": [750], "history": "shared", "previous": "none"}
+        )
+    }
+    save_file(
+        {name: tensor.to(torch.float8_e4m3fn) for name, tensor in PAIR.items()}, path, metadata=card
+    )
     with pytest.raises(ValueError, match="quantised"):
         load_refiner(path)
 
 
 def test_half_a_pair_is_refused(tmp_path) -> None:
     path = tmp_path / "x.refiner.safetensors"
-    card = {"autorefiner": json.dumps({"rank": 4, "levels": [750], "history": "shared", "previous": "none"})}
+    card = {
+        "autorefiner": json.dumps(
+            {"rank": 4, "levels": [750], "history": "shared", "previous": "none"}
+        )
+    }
     save_file({f"autorefiner.{HEAD}.lora_A.weight": torch.ones(4, 8)}, path, metadata=card)
     with pytest.raises(ValueError, match="not complete"):
         load_refiner(path)

@@ -1,4 +1,5 @@
-"""What a refiner and a run of a node are planned to take, and how a plan is attached to a network."""
+"""What a refiner and a run of a node are planned to take, and how a plan is attached to a
+network."""
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def plan_of(network: CausalWan, dtype: torch.dtype = torch.float32, **options) -
     pairs = {}
     for name, module in target_modules(network.model).items():
         out, into = module.weight.shape
-        down, up = (0.1 * torch.randn(shape, generator=generator) for shape in ((2, into), (out, 2)))
+        down, up = (
+            0.1 * torch.randn(shape, generator=generator) for shape in ((2, into), (out, 2))
+        )
         pairs[name] = LoraPair(down, up, 1.0)
     return RefinerPlan.of("a", pairs, RefinerCard(rank=2), PRESET.levels, dtype, **options)
 
@@ -35,12 +38,15 @@ def plan_of(network: CausalWan, dtype: torch.dtype = torch.float32, **options) -
 @torch.no_grad()
 def flow_of(network: CausalWan) -> Tensor:
     x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    return network(x, torch.full((1, 1), 500.0), network.text(torch.ones(1, 8, TINY.text_dim)), WholeClip(2))
+    return network(
+        x, torch.full((1, 1), 500.0), network.text(torch.ones(1, 8, TINY.text_dim)), WholeClip(2)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_refiner_takes_its_layers_merged_or_its_factors_as_branches(dtype) -> None:
-    """TINY has 10 square layers of 128 a block and a head of 64 outputs; the factors are of rank 2."""
+    """TINY has 10 square layers of 128 a block and a head of 64 outputs; the factors are of rank
+    2."""
     plan = plan_of(tiny_network(), dtype)
     merged = (2 * 10 * 128 * 128 + 64 * 128) * dtype.itemsize
     branches = 2 * (2 * 10 * (128 + 128) + (64 + 128)) * dtype.itemsize
@@ -52,9 +58,15 @@ def test_a_refiner_takes_its_layers_merged_or_its_factors_as_branches(dtype) -> 
 def test_an_attached_refiner_is_the_planned_one_and_leaves_the_network_as_it_was(form) -> None:
     network = tiny_network()
     before = flow_of(network)
-    plan = plan_of(network, form=form, strength=0.5, levels=(500,), cache=ReflectiveCache("none", "joint"))
+    plan = plan_of(
+        network, form=form, strength=0.5, levels=(500,), cache=ReflectiveCache("none", "joint")
+    )
     with plan.attached(network) as refiner:
-        assert (refiner.strength, refiner.levels, refiner.cache) == (0.5, {500}, ReflectiveCache("none", "joint"))
+        assert (refiner.strength, refiner.levels, refiner.cache) == (
+            0.5,
+            {500},
+            ReflectiveCache("none", "joint"),
+        )
         with refiner.on():
             assert not torch.allclose(flow_of(refiner.network), before, atol=1e-3)
         assert torch.equal(flow_of(network), before)
@@ -81,7 +93,8 @@ class Counted:
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("search", [None, Counted()])
 def test_a_run_of_a_node_holds_keys_its_refiner_and_its_search(dtype, refined, search) -> None:
-    """Keys and values of 9 frames of 6 tokens a video, and of a chunk of 3 more where it is refined."""
+    """Keys and values of 9 frames of 6 tokens a video, and of a chunk of 3 more where it is
+    refined."""
     plan = plan_of(tiny_network(), dtype) if refined else None
     run = Run(plan_run(PRESET, (2, 9, 4, 6), None), 0, "self-forcing", refined=plan, search=search)
     held = 2 * (9 + 3 * refined) * 6 * TINY.dim * 2 * TINY.num_layers * dtype.itemsize

@@ -1,4 +1,5 @@
-"""A refiner's stage: which steps update it and how fast, what its clips are, and what is kept of it."""
+"""A refiner's stage: which steps update it and how fast, what its clips are, and what is kept of
+it."""
 
 import math
 from dataclasses import replace
@@ -57,7 +58,9 @@ def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:
     assert torch.equal(one.path, torch.cat([part.path for part in parts], dim=1))
     with pytest.raises(ValueError, match="even"):
         replace(SMALL, batch=3, antithetic=True)
-    odd = stage_of(replace(SMALL, antithetic=True), held_out=["one", "two", "three"])  # of which none has a pair
+    odd = stage_of(
+        replace(SMALL, antithetic=True), held_out=["one", "two", "three"]
+    )  # of which none has a pair
     assert odd.compare() == {"held-out": pytest.approx(0, abs=1e-6)}
 
 
@@ -81,7 +84,10 @@ def test_critic_and_refiner_see_clips_of_their_own() -> None:
     stage = stage_of(replace(SMALL, batch=8))
     (critic,), (refiner,) = (list(stage._parts(0, use)) for use in (0, 1))
     assert critic.prompts != refiner.prompts
-    assert not any(torch.equal(*pair) for pair in zip(critic.path.unbind(1), refiner.path.unbind(1), strict=True))
+    assert not any(
+        torch.equal(*pair)
+        for pair in zip(critic.path.unbind(1), refiner.path.unbind(1), strict=True)
+    )
     seen: list[int] = []
     parts = stage._parts
     stage._parts = lambda index, use: seen.append(use) or parts(index, use)
@@ -107,15 +113,24 @@ def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
         averages = [average.clone() for average in stage.learner.average.parameters()]
         logged = stage.step(index)
         assert ("gradient" in logged) == learns
-        assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items()) == learns
+        assert (
+            any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items())
+            == learns
+        )
     keep = 2 / 9
-    for old, new, factor in zip(averages, stage.learner.average.parameters(), stage.factors.values(), strict=True):
+    for old, new, factor in zip(
+        averages, stage.learner.average.parameters(), stage.factors.values(), strict=True
+    ):
         torch.testing.assert_close(new, keep * old + (1 - keep) * factor.detach())
 
 
 @pytest.mark.parametrize(
     ("method", "levels", "refined"),
-    [("autorefiner", (500,), {"rms 500"}), ("init-noise", (750, 500), {"rms 1000"}), ("lora", (750, 500), set())],
+    [
+        ("autorefiner", (500,), {"rms 500"}),
+        ("init-noise", (750, 500), {"rms 1000"}),
+        ("lora", (750, 500), set()),
+    ],
 )
 def test_a_training_refines_the_levels_of_its_method_alone(method, levels, refined) -> None:
     logged = stage_of(replace(SMALL, method=method, levels=levels)).step(0)

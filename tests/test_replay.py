@@ -1,4 +1,5 @@
-"""Passes that a GPU replays: that a training makes the same ones again, of nothing but their tensors and parameters."""
+"""Passes that a GPU replays: that a training makes the same ones again, of nothing but their
+tensors and parameters."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,11 +35,15 @@ METHODS = [
 class Repeated(Replay):
     """Replays on the CPU: a graph is the first call's pass, made again on tensors of its own."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, eager: bool = False, adds: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, eager: bool = False, adds: bool = False
+    ) -> None:
         super().__init__(model, device, eager, adds)
         self.replays = not eager
 
-    def _capture(self, run: Callable[..., Outputs], function: Callable, tensors: Sequence[Tensor], fixed) -> Captured:
+    def _capture(
+        self, run: Callable[..., Outputs], function: Callable, tensors: Sequence[Tensor], fixed
+    ) -> Captured:
         inputs = [torch.full_like(tensor, float("nan")) for tensor in tensors]
         self._forget()
         outputs = run(function, tensors, fixed)
@@ -52,7 +57,9 @@ class Repeated(Replay):
             assert len(self.tables) == held
             pairs = [*zip(values(outputs), values(new), strict=True)]
             if gradients:
-                pairs += zip(gradients, (parameter.grad for parameter in self.parameters), strict=True)
+                pairs += zip(
+                    gradients, (parameter.grad for parameter in self.parameters), strict=True
+                )
             for own, result in pairs:
                 if own is not None:
                     own.copy_(result)
@@ -70,9 +77,15 @@ class Alone(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
         made = function(*arguments, **named)
-        came = [each.device.type for each in (*arguments, *named.values()) if isinstance(each, Tensor)]
+        came = [
+            each.device.type for each in (*arguments, *named.values()) if isinstance(each, Tensor)
+        ]
         if isinstance(made, Tensor) and came and made.device.type == "meta":
-            here = [each for each in arguments if isinstance(each, Tensor) and each.device.type == "cpu" and each.ndim]
+            here = [
+                each
+                for each in arguments
+                if isinstance(each, Tensor) and each.device.type == "cpu" and each.ndim
+            ]
             assert not here, f"{function} takes a tensor from the CPU"
         return made
 
@@ -85,12 +98,17 @@ def replaying(monkeypatch: pytest.MonkeyPatch, options: RefineOptions) -> Refine
 
 
 @pytest.mark.parametrize("changes", METHODS)
-def test_replayed_steps_are_the_ordinary_ones(monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+def test_replayed_steps_are_the_ordinary_ones(
+    monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
     options = replace(SMALL, **changes)
     plain, replayed = stage_of(options), replaying(monkeypatch, options)
     for index in range(4):
         assert plain.step(index) == replayed.step(index)
-    for left, right in ((plain.learner, replayed.learner), (plain.objective.critic, replayed.objective.critic)):
+    for left, right in (
+        (plain.learner, replayed.learner),
+        (plain.objective.critic, replayed.objective.critic),
+    ):
         for one, other in zip(left.model.parameters(), right.model.parameters(), strict=True):
             assert torch.equal(one, other)
             assert torch.equal(one.grad, other.grad)
@@ -113,7 +131,9 @@ def test_a_training_goes_on_where_nothing_can_be_captured(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("changes", [METHODS[1], METHODS[2], METHODS[3]])
-def test_a_steps_passes_need_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+def test_a_steps_passes_need_nothing_from_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
     """On a device without numbers, whose values nobody can read."""
     options = replace(SMALL, **changes)
     for module in (refine, dmd_objective):
@@ -127,7 +147,10 @@ def test_a_steps_passes_need_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatc
     chunks = plan_chunks(options.preset, options.frames)[1]
     clip, level = torch.empty(2, 16, options.frames, 4, 4, device="meta"), options.exits[-1]
     path = torch.empty(max(len(chunk.levels) for chunk in chunks), *clip.shape, device="meta")
-    text, sigma = torch.empty(2, TINY.text_len, TINY.text_dim, device="meta"), torch.empty(1, 2, device="meta")
+    text, sigma = (
+        torch.empty(2, TINY.text_len, TINY.text_dim, device="meta"),
+        torch.empty(1, 2, device="meta"),
+    )
     passes = (
         (stage._loss, (path, text, text, clip[None], sigma), dict(exit_level=level, weight=1.0)),
         (stage.objective._critic_loss, (clip, clip[None], sigma, text), dict(weight=1.0)),
@@ -150,7 +173,8 @@ def test_noises_that_were_drawn_before_make_the_same_clips(name: str) -> None:
         assert len(given.noise) == sum(level.step >= step for level in chunks[0].levels)
         with torch.no_grad():
             clips = [
-                self_rollout(stage.rollout(context, noise, stage.refiner()), exit_level) for noise in (white, given)
+                self_rollout(stage.rollout(context, noise, stage.refiner()), exit_level)
+                for noise in (white, given)
             ]
         assert torch.equal(*clips)
     shape, draw = (2, 16, chunks[1].length, 4, 4), Draw(chunks[1].levels[1].step)
@@ -173,7 +197,12 @@ def test_other_trainings_are_not_replayed(changes: dict) -> None:
 
 def test_gradients_of_parts_add_up_and_those_of_whole_steps_do_not() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
-    for kind, adds, times in ((Replay, True, 2), (Repeated, True, 2), (Replay, False, 1), (Repeated, False, 1)):
+    for kind, adds, times in (
+        (Replay, True, 2),
+        (Repeated, True, 2),
+        (Replay, False, 1),
+        (Repeated, False, 1),
+    ):
         layer.weight.grad, replay = None, kind(layer, torch.device("cpu"), adds=adds)
         for _ in range(2):
             outputs = replay(lambda x: {"loss": layer(x).sum(), "twice": 2 * x}, torch.ones(1, 2))

@@ -72,7 +72,9 @@ def test_a_mixture_weighs_and_each_reward_sees_its_own_frames() -> None:
     dark = Brightness("darkness", -1.0, (-1.0, 0.0), FrameDraw(1))
     mixture = Mixture(((Brightness(), 2.0), (dark, 0.5)))
     assert mixture.range == (-0.5, 2.0)
-    assert Mixture(((Brightness(), -2.0), (dark, 0.5))).range == (-2.5, 0.0), "a weight below 0 turns its range"
+    assert Mixture(((Brightness(), -2.0), (dark, 0.5))).range == (-2.5, 0.0), (
+        "a weight below 0 turns its range"
+    )
     frames = torch.tensor([0.0, 0.2, 0.6])[None, :, None, None, None].expand(2, 3, 3, 4, 4)
     total, scores = mixture(frames, [3, 5, 8], [(5, 8), (3,)], PROMPTS)
     assert torch.allclose(scores["brightness"], torch.tensor(0.4))
@@ -88,7 +90,9 @@ def test_single_frames_are_those_of_the_whole_decode(vae, latents) -> None:
     whole = ((vae.decode(latents) + 1) / 2).clamp(0, 1).transpose(1, 2)
     assert [latent_of(frame) for frame in (0, 1, 4, 5, 24)] == [0, 1, 1, 2, 6]
     for numbers in ((0, 1, 24), (3, 4, 5), (0,), (20,)):
-        assert torch.allclose(decode_frames(vae, latents, numbers, context=7), whole[:, list(numbers)], atol=1e-6)
+        assert torch.allclose(
+            decode_frames(vae, latents, numbers, context=7), whole[:, list(numbers)], atol=1e-6
+        )
     near = decode_frames(vae, latents, (24,), context=4)
     later = ((vae.decode(latents[:, :, 2:])[:, :, -1:] + 1) / 2).clamp(0, 1).transpose(1, 2)
     assert torch.allclose(near, later, atol=1e-6)
@@ -102,7 +106,12 @@ def test_only_the_latents_of_the_frames_have_a_gradient(vae, latents) -> None:
 
 
 def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) -> None:
-    rewards = Mixture(((Brightness(frames=FrameDraw(3, 5)), 1.0), (Brightness("single", frames=FrameDraw(2)), 0.5)))
+    rewards = Mixture(
+        (
+            (Brightness(frames=FrameDraw(3, 5)), 1.0),
+            (Brightness("single", frames=FrameDraw(2)), 0.5),
+        )
+    )
     preset = replace(PRESETS["self-forcing"], chunk=2)
     whole = ((vae.decode(latents) + 1) / 2).clamp(0, 1).transpose(1, 2)
     judge, held = RewardVerifier(rewards, vae, PROMPTS).begin(), []
@@ -122,34 +131,52 @@ def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) 
 
 @pytest.mark.parametrize("method", [best_of_n, search_over_path])
 @pytest.mark.parametrize("given", [1, 3, 4])
-def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(vae, method, given) -> None:
+def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(
+    vae, method, given
+) -> None:
     seen: list[tuple[tuple[int, ...], Tensor]] = []
 
     class Told(Brightness):
-        def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        def __call__(
+            self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]
+        ) -> Tensor:
             seen.append((tuple(numbers), frames.clone()))
             return super().__call__(frames, numbers, prompts)
 
-    rewards = Mixture(((Told(frames=FrameDraw(3, 8)), 1.0), (Told("single", frames=FrameDraw(12)), 0.5)))
+    rewards = Mixture(
+        ((Told(frames=FrameDraw(3, 8)), 1.0), (Told("single", frames=FrameDraw(12)), 0.5))
+    )
     initial = torch.randn(1, 16, given, 4, 4, generator=torch.Generator().manual_seed(0))
-    context = torch.randn(1, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(1))
+    context = torch.randn(
+        1, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(1)
+    )
     plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, given=given)
     search = method(RewardVerifier(rewards, vae, PROMPTS[:1]), 2)
     new = list(sample(tiny_network(), context, plan, seed=3, initial=initial, method=search))
     whole = ((vae.decode(torch.cat((initial, *new), 2)) + 1) / 2).clamp(0, 1).transpose(1, 2)
-    numbers = [draw for until in (given + 3, given + 6) for draw in rewards.newest(4 * until - 3, 12)]
+    numbers = [
+        draw for until in (given + 3, given + 6) for draw in rewards.newest(4 * until - 3, 12)
+    ]
     assert {told for told, _ in seen} == set(numbers)
     for wanted in numbers:
         frames = [frames for told, frames in seen if told == wanted]
-        nearest = min((one - whole[:, list(wanted)]).abs().max() for one in frames)  # the chosen candidate's
+        nearest = min(
+            (one - whole[:, list(wanted)]).abs().max() for one in frames
+        )  # the chosen candidate's
         assert nearest < 3e-5
 
 
-def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_follows(vae, monkeypatch) -> None:
+def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_follows(
+    vae, monkeypatch
+) -> None:
     decoded = []
     decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda x, state: decoded.append(x.shape[2]) or decode(x, state))
-    context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        vae, "decode", lambda x, state: decoded.append(x.shape[2]) or decode(x, state)
+    )
+    context = torch.randn(
+        2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0)
+    )
     plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
     verifier = RewardVerifier(Mixture(((Brightness(), 1.0),)), vae, PROMPTS)
     list(sample(tiny_network(), context, plan, method=best_of_n(verifier, 3)))
@@ -159,11 +186,15 @@ def test_a_judge_decodes_each_candidate_once_and_a_chosen_chunk_only_if_one_foll
 @pytest.mark.parametrize("method", [best_of_n, search_over_path])
 def test_a_search_raises_the_reward_that_it_chooses_by(vae, method) -> None:
     network, plan = tiny_network(), RunPlan(PRESETS["self-forcing"], 4, 4, 4, batch=2)
-    context = torch.randn(2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(
+        2, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(0)
+    )
     seen: list[tuple[int, ...]] = []
 
     class Told(Brightness):
-        def __call__(self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        def __call__(
+            self, frames: Tensor, numbers: Sequence[int], prompts: Sequence[str]
+        ) -> Tensor:
             seen.append(tuple(numbers))
             return super().__call__(frames, numbers, prompts)
 

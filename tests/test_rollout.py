@@ -1,4 +1,5 @@
-"""Runs of the whole loop: what must not matter does not, bit for bit where nothing is computed differently."""
+"""Runs of the whole loop: what must not matter does not, bit for bit where nothing is computed
+differently."""
 
 import weakref
 from dataclasses import replace
@@ -25,13 +26,17 @@ METHODS = [self_forcing(), ode(), hiar()]
 FRAMES, HEIGHT, WIDTH = 14, 4, 6
 
 
-def run(network, context, preset=SF, frames=FRAMES, batch=1, keys=None, initial=None, given=0, **options):
+def run(
+    network, context, preset=SF, frames=FRAMES, batch=1, keys=None, initial=None, given=0, **options
+):
     plan = RunPlan(preset, frames, HEIGHT, WIDTH, batch, given, keys)
     return torch.cat(list(sample(network, context, plan, initial=initial, **options)), 2)
 
 
 def rollout(network, context, memory=None, frames=6, preset=SF, **options) -> Rollout:
-    made = Rollout.of(network, context, RunPlan(preset, frames, HEIGHT, WIDTH), WhiteNoise(0), **options)
+    made = Rollout.of(
+        network, context, RunPlan(preset, frames, HEIGHT, WIDTH), WhiteNoise(0), **options
+    )
     return replace(made, memory=memory) if memory else made
 
 
@@ -57,7 +62,9 @@ def test_raw_keys_equal_rotated_keys(network, context, window) -> None:
 
 @pytest.mark.parametrize("window", [-1, 9])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_run_that_was_stopped_and_continued_equals_one_that_was_not(network, context, chunks, window) -> None:
+def test_a_run_that_was_stopped_and_continued_equals_one_that_was_not(
+    network, context, chunks, window
+) -> None:
     preset = SF.changed(window=window)
     whole = run(network, context, preset)
     given = 3 * chunks
@@ -104,7 +111,11 @@ class Uploads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         to = (kwargs or {}).get("device")
-        if function is torch.ops.aten._to_copy.default and to is not None and args[0].device.type != to.type:
+        if (
+            function is torch.ops.aten._to_copy.default
+            and to is not None
+            and args[0].device.type != to.type
+        ):
             self.waits.append(not kwargs.get("non_blocking", False))
         return function(*args, **(kwargs or {}))
 
@@ -115,7 +126,9 @@ def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> No
     """The meta device has no values: a run that reads one fails there."""
     network, frames = tiny_network(), 15
     network.model.to("meta")
-    chunks = sample(network, context.to("meta"), RunPlan(PRESETS[preset], frames, HEIGHT, WIDTH), method=method)
+    chunks = sample(
+        network, context.to("meta"), RunPlan(PRESETS[preset], frames, HEIGHT, WIDTH), method=method
+    )
     next(chunks)
     with Uploads() as uploads:
         assert sum(x0.shape[2] for x0 in chunks) == frames - 3
@@ -125,11 +138,17 @@ def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> No
 
 def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
     stored = tiny_network().model.patch_embedding
-    mixed = tiny_network(dtype=torch.bfloat16, kernels=Kernels(embed=lambda module, x: module(x.float()).to(x.dtype)))
+    mixed = tiny_network(
+        dtype=torch.bfloat16, kernels=Kernels(embed=lambda module, x: module(x.float()).to(x.dtype))
+    )
     mixed.model.patch_embedding = stored  # in fp32, as ComfyUI keeps it
     expected = run(tiny_network(dtype=torch.bfloat16), context)
-    torch.testing.assert_close(run(mixed, context, dtype=torch.bfloat16), expected, atol=0.1, rtol=0.1)
-    widened = run(tiny_network(), context.bfloat16(), device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(
+        run(mixed, context, dtype=torch.bfloat16), expected, atol=0.1, rtol=0.1
+    )
+    widened = run(
+        tiny_network(), context.bfloat16(), device=torch.device("cpu"), dtype=torch.float32
+    )
     assert torch.equal(widened, run(tiny_network(), context.bfloat16().float()))
 
 
@@ -191,8 +210,17 @@ def test_closing_the_iterator_frees_the_memory(network, context) -> None:
 
 def test_progress_tells_every_prediction(network, context) -> None:
     told = []
-    run(network, context, frames=6, given=3, initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH), callback=told.append)
-    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [(i, j, 3) for i in (1, 2) for j in range(4)]
+    run(
+        network,
+        context,
+        frames=6,
+        given=3,
+        initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH),
+        callback=told.append,
+    )
+    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [
+        (i, j, 3) for i in (1, 2) for j in range(4)
+    ]
     assert told[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
 
 
@@ -202,18 +230,24 @@ def test_forks_draw_their_own_noise_and_the_first_is_the_run_itself(network, con
     chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
     draws = [fork.draw(chunk, level) for fork in run_.fork(3)]
     assert torch.equal(draws[0], run_.draw(chunk, level))
-    assert torch.equal(draws[2], WhiteNoise(0)(chunk, Draw(1000, candidate=2), (1, 16, 3, HEIGHT, WIDTH)))
+    assert torch.equal(
+        draws[2], WhiteNoise(0)(chunk, Draw(1000, candidate=2), (1, 16, 3, HEIGHT, WIDTH))
+    )
     assert all(fork.memory is run_.memory for fork in run_.fork(2))
     nested = [second.candidate for first in run_.fork(2) for second in first.fork(2)]
     assert len(set(nested)) == 4, "candidates of candidates draw noise of their own"
 
 
-def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(network, context) -> None:
+def test_runs_with_other_levels_share_the_noise_of_the_levels_that_they_share(
+    network, context
+) -> None:
     drawn: dict[tuple[int, ...], dict[tuple[int, int], torch.Tensor]] = {}
     for steps in ((1000, 750, 500, 250), (1000, 500), (1000, 750, 250)):
         run_ = rollout(network, context, preset=SF.changed(levels=steps))
         drawn[steps] = {
-            (chunk.index, level.step): run_.draw(chunk, level) for chunk in run_.chunks for level in chunk.levels
+            (chunk.index, level.step): run_.draw(chunk, level)
+            for chunk in run_.chunks
+            for level in chunk.levels
         }
     four, *others = drawn.values()
     for other in others:

@@ -64,7 +64,8 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imported(path: Path, statements: list[ast.stmt] | None = None) -> Iterator[tuple[str, ...]]:
-    """The modules of the package that a file imports, wherever in it, or only in these statements."""
+    """The modules of the package that a file imports, wherever in it, or only in these
+    statements."""
     tree = ast.walk(ast.parse(path.read_text())) if statements is None else statements
     package = path.relative_to(ROOT).parent.parts
     for node in tree:

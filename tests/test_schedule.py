@@ -20,12 +20,18 @@ from autorefiner.refiner.schedule import (
 
 @pytest.mark.parametrize(
     ("shift", "timesteps"),
-    [(5.0, [1000.0, 937.5, 833.3333, 625.0]), (8.0, [1000.0, 960.0, 888.8889, 727.2728]), (3.0, [1000, 900, 750, 500])],
+    [
+        (5.0, [1000.0, 937.5, 833.3333, 625.0]),
+        (8.0, [1000.0, 960.0, 888.8889, 727.2728]),
+        (3.0, [1000, 900, 750, 500]),
+    ],
 )
 def test_warped_steps_are_the_published_timesteps(shift, timesteps) -> None:
     levels = Preset((1000, 750, 500, 250), True, shift, 3).chunk_levels()
     assert [level.t for level in levels] == pytest.approx(timesteps, abs=2e-4)
-    assert [level.sigma for level in levels] == pytest.approx([t / 1000 for t in timesteps], abs=2e-7)
+    assert [level.sigma for level in levels] == pytest.approx(
+        [t / 1000 for t in timesteps], abs=2e-7
+    )
     assert [level.step for level in levels] == [1000, 750, 500, 250]
 
 
@@ -49,7 +55,9 @@ def test_presets_are_the_published_models() -> None:
         "infinite-forcing": 4, "one-forcing": 1, "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4,
         "streamdiffusion-v2": 4,
     }  # fmt: skip
-    windows = {name: (preset.window, preset.sink, preset.positions) for name, preset in PRESETS.items()}
+    windows = {
+        name: (preset.window, preset.sink, preset.positions) for name, preset in PRESETS.items()
+    }
     assert {name: window for name, window in windows.items() if window != (-1, 0, "absolute")} == {
         "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"), "reward-forcing": (9, 3, "absolute"),
         "infinite-forcing": (6, 1, "relative"), "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
@@ -63,7 +71,14 @@ def test_newer_models_are_sampled_as_their_authors_do() -> None:
     def sigmas(name: str, first: bool = False) -> list[float]:
         return [level.sigma for level in PRESETS[name].chunk_levels(first)]
 
-    for name in ("raven", "reward-forcing", "infinite-forcing", "opsd-v", "self-forcing-14b", "longlive-14b"):
+    for name in (
+        "raven",
+        "reward-forcing",
+        "infinite-forcing",
+        "opsd-v",
+        "self-forcing-14b",
+        "longlive-14b",
+    ):
         assert (sigmas(name), PRESETS[name].chunk) == (sigmas("self-forcing"), 3)
     assert sigmas("one-forcing", first=True) == sigmas("one-forcing") == [1.0]
     assert PRESETS["one-forcing"].chunk == 1
@@ -90,7 +105,10 @@ def test_the_first_chunk_may_have_its_own_levels() -> None:
         [1000, 500],
     ]
     _, continued = plan_chunks(PRESETS["causal-forcing-2step"], 2, given=1)
-    assert [[level.step for level in chunk.levels] for chunk in continued] == [[1000, 500], [1000, 500]]
+    assert [[level.step for level in chunk.levels] for chunk in continued] == [
+        [1000, 500],
+        [1000, 500],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +125,9 @@ def test_chunk_lengths(frames, chunk, first_alone, lengths) -> None:
     assert chunk_lengths(frames, chunk, first_alone) == lengths
 
 
-@pytest.mark.parametrize(("given", "lengths"), [(0, []), (1, [1]), (3, [3]), (6, [3, 3]), (7, [1, 3, 3])])
+@pytest.mark.parametrize(
+    ("given", "lengths"), [(0, []), (1, [1]), (3, [3]), (6, [3, 3]), (7, [1, 3, 3])]
+)
 def test_given_frames_come_before_the_new_ones(given, lengths) -> None:
     past, new = plan_chunks(PRESETS["self-forcing"], 6, given)
     assert [chunk.length for chunk in past] == lengths

@@ -1,4 +1,5 @@
-"""Samplers, memory policies, positions, timelines: each at its neutral value is the run without it, bit for bit."""
+"""Samplers, memory policies, positions, timelines: each at its neutral value is the run without it,
+bit for bit."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -41,7 +42,9 @@ def network():
     return tiny_network(TWO_HEADS)
 
 
-def run(network, policy=None, preset=SF, batch=2, context=CONTEXT, keys=None, frames=FRAMES, **options) -> Tensor:
+def run(
+    network, policy=None, preset=SF, batch=2, context=CONTEXT, keys=None, frames=FRAMES, **options
+) -> Tensor:
     plan = RunPlan(preset, frames, HEIGHT, WIDTH, batch, keys=keys, policy=policy or Window())
     return torch.cat(list(sample(network, context, plan, **options)), 2)
 
@@ -100,7 +103,9 @@ class Witness(Policy):
 def test_as_many_retrieved_frames_as_there_are_is_full_history(network, keys) -> None:
     dense = run(network, keys=keys)
     assert torch.equal(run(network, TopFrames(k=FRAMES), keys=keys), dense)
-    assert torch.equal(run(network, TopFrames(k=8, sink=1, recent=3), keys=keys), dense)  # 12 past frames at most
+    assert torch.equal(
+        run(network, TopFrames(k=8, sink=1, recent=3), keys=keys), dense
+    )  # 12 past frames at most
     fewer = run(network, TopFrames(k=7, sink=1, recent=3), keys=keys)
     assert torch.equal(fewer[:, :, :12], dense[:, :, :12])
     assert not torch.equal(fewer, dense)
@@ -136,7 +141,10 @@ def test_the_best_frames_are_those_whose_mean_key_answers_the_mean_query() -> No
 def test_a_policy_holds_for_refine_passes_and_in_training(network, previous, history, keys) -> None:
     refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache(history, previous))
     ring, graph = (
-        torch.cat(list(self_forcing().run(rollout_of(network, kind, TopFrames(k=2), SF, refiner, keys))), 2)
+        torch.cat(
+            list(self_forcing().run(rollout_of(network, kind, TopFrames(k=2), SF, refiner, keys))),
+            2,
+        )
         for kind in KINDS
     )
     assert (ring - graph).abs().max() < 1e-4
@@ -210,7 +218,8 @@ def test_a_level_of_its_own_cache_is_self_forcing(network) -> None:
 
 @torch.no_grad()
 def test_hiar_sees_each_chunk_as_it_is_one_level_further(network) -> None:
-    """By hand, without caches: chunk 1 at a level sees chunk 0 renoised to the level below, written at its timestep."""
+    """By hand, without caches: chunk 1 at a level sees chunk 0 renoised to the level below, written
+    at its timestep."""
     preset = SF.changed(levels=(1000, 500))
     chunks = plan_chunks(preset, 6)[1]
     high, low = chunks[0].levels
@@ -224,10 +233,17 @@ def test_hiar_sees_each_chunk_as_it_is_one_level_further(network) -> None:
         for place, chunk in enumerate(chunks):
             x0 = rollout.predict(x[place], level, chunk)
             x[place] = rollout.renoise(x0, below, chunk) if below else x0
-            network(x[place], torch.full((1, 1), below.t if below else 0.0), rollout.text, memory.view(chunk.frames))
+            network(
+                x[place],
+                torch.full((1, 1), below.t if below else 0.0),
+                rollout.text,
+                memory.view(chunk.frames),
+            )
             memory.commit()
     expected = torch.cat(x, 2)
-    assert (run(network, preset=preset, frames=6, batch=1, method=hiar()) - expected).abs().max() < 1e-5
+    assert (
+        run(network, preset=preset, frames=6, batch=1, method=hiar()) - expected
+    ).abs().max() < 1e-5
 
 
 def test_hiar_is_refused_where_it_cannot_run(network) -> None:
@@ -255,7 +271,11 @@ def test_one_chunk_predicted_together_is_predicted(network) -> None:
         rollout = rollout_of(network, RingMemory)
         chunk, level = rollout.chunks[0], rollout.chunks[0].levels[1]
         x = rollout.draw(chunk, level)
-        return rollout.predict_together([(x, level, chunk)])[0] if together else rollout.predict(x, level, chunk)
+        return (
+            rollout.predict_together([(x, level, chunk)])[0]
+            if together
+            else rollout.predict(x, level, chunk)
+        )
 
     assert (first(True) - first(False)).abs().max() < 1e-5
 
@@ -300,7 +320,9 @@ def test_chunks_may_come_from_an_iterator_without_a_known_end(network) -> None:
 
 def test_a_timeline_of_one_scene_is_a_prompt(network) -> None:
     assert torch.equal(run(network, context=Timeline.of(CONTEXT)), run(network))
-    assert torch.equal(run(network, context=Timeline((Scene(0, CONTEXT), Scene(FRAMES, -CONTEXT)))), run(network))
+    assert torch.equal(
+        run(network, context=Timeline((Scene(0, CONTEXT), Scene(FRAMES, -CONTEXT)))), run(network)
+    )
 
 
 @pytest.mark.parametrize("transition", [Keep(), Recache(FRAMES), Flush(FRAMES)])
@@ -314,14 +336,22 @@ def test_a_scene_holds_from_the_first_chunk_that_begins_behind_its_start(network
     for start, first in ((3, 3), (4, 6), (6, 6), (7, 9)):
         switched = run(network, context=Timeline((Scene(0, CONTEXT), Scene(start, -CONTEXT))))
         assert torch.equal(switched[:, :, :first], plain[:, :, :first])
-        assert (switched[:, :, first : first + 3] - plain[:, :, first : first + 3]).abs().max() > 1e-3
+        assert (
+            switched[:, :, first : first + 3] - plain[:, :, first : first + 3]
+        ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("window", "sink"), [(-1, 0), (9, 3), (7, 1)])
-def test_a_recache_is_the_run_whose_history_was_written_under_the_new_prompt(network, window, sink) -> None:
+def test_a_recache_is_the_run_whose_history_was_written_under_the_new_prompt(
+    network, window, sink
+) -> None:
     preset = SF.changed(window=window, sink=sink)
     plain, recached = (
-        run(network, preset=preset, context=Timeline((Scene(0, CONTEXT), Scene(9, -CONTEXT, transition))))
+        run(
+            network,
+            preset=preset,
+            context=Timeline((Scene(0, CONTEXT), Scene(9, -CONTEXT, transition))),
+        )
         for transition in (Keep(), Recache(FRAMES))
     )
     assert torch.equal(plain[:, :, :9], recached[:, :, :9])
@@ -345,7 +375,9 @@ def test_a_recache_of_a_few_frames_leaves_the_sink_and_forgets_the_rest(network)
         sink = [rollout.memory.store.prefix(layer, 3).key.clone() for layer in range(2)]
         next(chunks)
     assert [held.frame for held in rollout.memory.ledger.held] == [0, 1, 2, 6, 7, 8, 9, 10, 11]
-    assert all(torch.equal(rollout.memory.store.prefix(layer, 3).key, sink[layer]) for layer in range(2))
+    assert all(
+        torch.equal(rollout.memory.store.prefix(layer, 3).key, sink[layer]) for layer in range(2)
+    )
     assert sum(chunk.length for _, chunk in rollout.recent) == 3
 
 
@@ -387,4 +419,6 @@ def test_moving_positions_equal_absolute_ones_until_the_window_is_full(network) 
     assert torch.equal(relative[:, :, :9], absolute[:, :, :9])
     assert torch.equal(adjacent[:, :, :9], absolute[:, :, :9])
     assert (adjacent[:, :, 9:] - absolute[:, :, 9:]).abs().max() > 1e-4
-    assert (relative - adjacent).abs().max() < 1e-3  # RoPE sees distances alone, and these are the same
+    assert (
+        relative - adjacent
+    ).abs().max() < 1e-3  # RoPE sees distances alone, and these are the same

@@ -1,4 +1,5 @@
-"""Search and self-refinement: the base where they change nothing, the better one where they choose."""
+"""Search and self-refinement: the base where they change nothing, the better one where they
+choose."""
 
 from dataclasses import replace
 from itertools import combinations, product
@@ -43,7 +44,9 @@ brightness = Scored(mean)
 def counted(network: CausalWan) -> list[float]:
     """The timestep of every pass from now on."""
     calls: list[float] = []
-    network.model.time_embedding.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    network.model.time_embedding.register_forward_hook(
+        lambda module, inputs, output: calls.append(1)
+    )
     return calls
 
 
@@ -52,7 +55,9 @@ def refiner_of(network: CausalWan, previous: str = "pending") -> Refiner:
     pairs = {}
     for name, module in target_modules(network.model).items():
         out, into = module.weight.shape
-        down, up = (0.1 * torch.randn(*shape, generator=generator) for shape in ((4, into), (out, 4)))
+        down, up = (
+            0.1 * torch.randn(*shape, generator=generator) for shape in ((4, into), (out, 4))
+        )
         pairs[name] = LoraPair(down, up, 1.0)
     return Refiner(merged(network, pairs), ReflectiveCache("shared", previous))
 
@@ -79,7 +84,9 @@ def test_passes_are_what_the_method_says() -> None:
 
     commits, chunks, levels = 2, 3, 4
     assert passes(self_refine({750: 2, 500: 1}, threshold=0.0)) == chunks * (levels + 3) + commits
-    assert passes(self_refine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits  # certain at once
+    assert (
+        passes(self_refine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits
+    )  # certain at once
     assert passes(best_of_n(brightness, 5)) == chunks * levels * 5 + commits
     assert passes(search_over_path(brightness, 5)) == chunks * levels * 5 + commits
 
@@ -87,8 +94,11 @@ def test_passes_are_what_the_method_says() -> None:
 @pytest.mark.parametrize(
     ("previous", "threshold", "seed"), [(None, 0.4, 1), ("none", 0.7, 12), ("pending", 0.7, 12)]
 )
-def test_a_sample_stops_repeating_by_itself(previous: str | None, threshold: float, seed: int) -> None:
-    """Of these two, the first is certain before the second is, and its pending keys stay those of that answer."""
+def test_a_sample_stops_repeating_by_itself(
+    previous: str | None, threshold: float, seed: int
+) -> None:
+    """Of these two, the first is certain before the second is, and its pending keys stay those of
+    that answer."""
     network, method = tiny_network(), self_refine({750: 3, 500: 3, 250: 3}, threshold, enough=0.05)
     refiner = refiner_of(network, previous) if previous else None
     calls = counted(network)
@@ -96,7 +106,9 @@ def test_a_sample_stops_repeating_by_itself(previous: str | None, threshold: flo
     def first_chunk(batch: int) -> tuple[Tensor, int]:
         calls.clear()
         plan = RunPlan(PRESET, 3, 4, 4, batch=batch)
-        x0 = next(iter(sample(network, CONTEXT[:batch], plan, seed=seed, method=method, refiner=refiner)))
+        x0 = next(
+            iter(sample(network, CONTEXT[:batch], plan, seed=seed, method=method, refiner=refiner))
+        )
         return x0, len(calls)
 
     (both, passes), (alone, fewer) = first_chunk(2), first_chunk(1)
@@ -137,7 +149,9 @@ def test_the_best_candidate_of_each_sample_is_taken(kind) -> None:
     plan = RunPlan(PRESET, 3, 4, 4, batch=2)
 
     def first_chunk(method=None) -> Tensor:
-        return next(iter(sample(network, CONTEXT, plan, seed=3, **({"method": method} if method else {}))))
+        return next(
+            iter(sample(network, CONTEXT, plan, seed=3, **({"method": method} if method else {})))
+        )
 
     best = mean(first_chunk(kind(brightness, 4)))
     worst = mean(first_chunk(kind(Scored(lambda x0: -mean(x0)), 4)))
@@ -165,7 +179,13 @@ def test_every_candidate_has_noise_of_its_own_at_every_level(kind) -> None:
 
 def test_self_refinement_repeats_the_second_and_third_level_by_default() -> None:
     chunk, network = plan_chunks(PRESET, 3)[1][0], tiny_network()
-    assert [self_refine().passes(replace(chunk, levels=chunk.levels[:n])) for n in range(5)] == [0, 1, 4, 6, 7]
+    assert [self_refine().passes(replace(chunk, levels=chunk.levels[:n])) for n in range(5)] == [
+        0,
+        1,
+        4,
+        6,
+        7,
+    ]
     told = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
     assert torch.equal(run(network, method=self_refine()), run(network, method=told))
 
@@ -217,7 +237,9 @@ def test_the_host_waits_for_the_device_only_where_a_repeat_may_be_saved() -> Non
 
 def test_a_place_that_is_certain_keeps_its_first_answer() -> None:
     network = tiny_network()
-    base, some, none = (run(network, method=self_refine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0))
+    base, some, none = (
+        run(network, method=self_refine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0)
+    )
     first = slice(0, 3)  # later chunks have another history
     kept = (some == base)[:, :, first].all(dim=1)
     assert 0 < kept.float().mean() < 1
@@ -231,7 +253,9 @@ def test_self_refinement_goes_on_top_of_a_refiner_and_search_says_where_it_does_
     both = run(network, refiner=refiner_of(network), method=self_refine(threshold=0.0))
     assert not torch.equal(both, refined)
     assert torch.equal(run(network, refiner=refiner_of(network), method=self_refine({})), refined)
-    assert torch.equal(run(network, refiner=refiner_of(network), method=best_of_n(indifferent, 2)), refined)
+    assert torch.equal(
+        run(network, refiner=refiner_of(network), method=best_of_n(indifferent, 2)), refined
+    )
     joint = refiner_of(network, "joint")
     method = search_over_path(indifferent, 2)
     assert torch.equal(run(network, refiner=joint, method=method), run(network, refiner=joint))

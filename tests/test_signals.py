@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM end a command at any moment: one line, exit status 130, never a traceback, never ignored."""
+"""Ctrl-C and SIGTERM end a command at any moment: one line, exit status 130, never a traceback,
+never ignored."""
 
 import os
 import signal
@@ -13,7 +14,8 @@ from autorefiner.refiner import stopping
 from autorefiner.refiner.stopping import INTERRUPTED, handling, interrupt
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-# Sends this process a signal as soon as a module is imported, or at its end, put on the path as a sitecustomize.
+# Sends this process a signal as soon as a module is imported, or at its end, put on the path as a
+# sitecustomize.
 AT_END = "the end"
 SENDER = """
 import atexit, os, signal, sys, time
@@ -32,8 +34,11 @@ sys.meta_path.insert(0, Finder())
 
 
 def ended(command: list[str], folder: Path, module: str, number: int) -> tuple[int, list[str]]:
-    """Exit status and lines on stderr of a command that is sent a signal while it imports a module."""
-    (folder / "sitecustomize.py").write_text(SENDER.format(module=module, number=int(number), at_end=AT_END))
+    """Exit status and lines on stderr of a command that is sent a signal while it imports a
+    module."""
+    (folder / "sitecustomize.py").write_text(
+        SENDER.format(module=module, number=int(number), at_end=AT_END)
+    )
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -43,7 +48,9 @@ def ended(command: list[str], folder: Path, module: str, number: int) -> tuple[i
 
 
 @BOTH
-@pytest.mark.parametrize("module", ["torch", "av", "autorefiner.refiner.cli", "torch._dynamo", "numpy"])
+@pytest.mark.parametrize(
+    "module", ["torch", "av", "autorefiner.refiner.cli", "torch._dynamo", "numpy"]
+)
 def test_a_signal_while_libraries_load_is_one_line(tmp_path, module, number) -> None:
     command = [sys.executable, "-m", "autorefiner", "bench", "--chunks", "2"]
     status, lines = ended(command, tmp_path, module, number)
@@ -56,7 +63,10 @@ def test_a_signal_while_libraries_load_is_one_line(tmp_path, module, number) -> 
 @pytest.mark.parametrize("command", ["autorefiner", "autorefiner.nodes.cli"])
 @pytest.mark.parametrize("module", ["torch", AT_END])
 def test_a_signal_at_either_end_of_a_command_is_one_line(tmp_path, command, module, number) -> None:
-    assert ended([sys.executable, "-m", command, "--help"], tmp_path, module, number) == (INTERRUPTED, ["stopped"])
+    assert ended([sys.executable, "-m", command, "--help"], tmp_path, module, number) == (
+        INTERRUPTED,
+        ["stopped"],
+    )
 
 
 @BOTH
@@ -68,8 +78,15 @@ def test_the_installed_command_is_the_one_that_is_tried_here(tmp_path, number) -
 
 
 def test_nothing_heavy_is_imported_before_signals_are_handled() -> None:
-    code = "import sys, autorefiner.__main__; print(sorted({'torch', 'numpy', 'av'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, autorefiner.__main__; print(sorted({'torch', 'numpy', 'av'} & {*sys.modules}))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @BOTH

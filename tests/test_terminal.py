@@ -23,7 +23,14 @@ def test_ordinary_text_stays_as_it_is() -> None:
 
 
 def test_every_character_that_steers_is_escaped() -> None:
-    for code in (*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFE00, 0x10100), 0x1F98A, 0xE0001, 0x10FFFF):
+    for code in (
+        *range(0x3000),
+        *range(0xD7F0, 0xE010),
+        *range(0xFE00, 0x10100),
+        0x1F98A,
+        0xE0001,
+        0x10FFFF,
+    ):
         shown = printable(chr(code))
         assert not STEERS.search(shown)
         if unicodedata.category(chr(code))[0] in "LMNPS":
@@ -41,15 +48,21 @@ def test_a_line_stays_one_line(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == "one\\nautorefiner: error: two\nthree\n"
 
 
-def test_nothing_in_a_file_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_in_a_file_steers_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tensors = {f"blocks.0.{HOSTILE}": torch.zeros(1)}
-    save_file(tensors, tmp_path / "a.safetensors", metadata={HOSTILE: HOSTILE, "autorefiner": HOSTILE})
+    save_file(
+        tensors, tmp_path / "a.safetensors", metadata={HOSTILE: HOSTILE, "autorefiner": HOSTILE}
+    )
     torch.save({f"{HOSTILE}generator": tensors, HOSTILE: 1}, tmp_path / "a.pt")
     torch.save({HOSTILE: HOSTILE}, tmp_path / "b.pt")
     lora = {f"blocks.0.{HOSTILE}.lora_A.weight": torch.zeros(4, 4)}
     save_file(lora, tmp_path / "l.safetensors")
     (tmp_path / "t.toml").write_text(f'out = "a"\n"{json.dumps(HOSTILE)[1:-1]}" = 1\n')
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": HOSTILE}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": HOSTILE}})
+    )
     for name in ("a.safetensors", "a.pt", "b.pt", "l.safetensors", "."):
         main(["inspect", str(tmp_path / name)])
     main(["train", str(tmp_path / "t.toml")])

@@ -1,4 +1,5 @@
-"""`autorefiner train`: what a file may say, and that a killed training goes on as if it had not been."""
+"""`autorefiner train`: what a file may say, and that a killed training goes on as if it had not
+been."""
 
 import json
 import struct
@@ -33,7 +34,8 @@ def few_held_out(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def bundle(tmp_path, monkeypatch):
-    """Tiny random models in the bundle's place: what is tried here is the training, not what it learns."""
+    """Tiny random models in the bundle's place: what is tried here is the training, not what it
+    learns."""
     models = tmp_path / "models"
     write_tiny_bundle(models)
     use_bundle(models, monkeypatch.setattr)
@@ -50,9 +52,13 @@ def write(folder, more: str = "", inner: str = ""):
 
 
 def rows_of(run) -> list[dict]:
-    """What was logged, without the time it took, and without what compares a step with the one before."""
+    """What was logged, without the time it took, and without what compares a step with the one
+    before."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "signal")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "signal")}
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("previous", ["pending", "joint", "none"])
@@ -60,13 +66,22 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     path = write(tmp_path, inner=f'previous = "{previous}"\nlevels = [750, 250]')
     assert main(["train", str(path), "--device", "cpu"]) == 0
     pairs, card = load_refiner(tmp_path / "small.safetensors")
-    assert (card.rank, card.levels, card.previous, card.steps, card.objective) == (2, (750, 250), previous, 4, "dmd")
+    assert (card.rank, card.levels, card.previous, card.steps, card.objective) == (
+        2,
+        (750, 250),
+        previous,
+        4,
+        "dmd",
+    )
     assert card.base == fingerprint(load_sprite_network("student", bundle).model)
     assert any(pair.up.any() for pair in pairs.values())
     logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
     assert {"loss", "gradient", "rms 750", "distance 750", "held-out"} <= logged
     header = (tmp_path / "small_run" / "sheet_000004.png").read_bytes()[16:24]
-    assert struct.unpack(">II", header) == (8 * 66 + 2, 2 * 66 + 2)  # one caption: before it and now
+    assert struct.unpack(">II", header) == (
+        8 * 66 + 2,
+        2 * 66 + 2,
+    )  # one caption: before it and now
 
 
 @pytest.mark.parametrize("preset", ["self-forcing", "causal-forcing-1step"])
@@ -90,7 +105,17 @@ SPRITES = 'objective = "reward"\n[[rewards]]\nkind = "sprites"\nweight = 0.5'
 
 
 def test_a_refiner_is_trained_by_rewards(tmp_path) -> None:
-    assert main(["train", str(write(tmp_path, inner=SPRITES + "\nframes = 3\ninterval = 2")), "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(write(tmp_path, inner=SPRITES + "\nframes = 3\ninterval = 2")),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     _, card = load_refiner(tmp_path / "small.safetensors")
     assert card.objective == "reward"
     for row in rows_of(tmp_path / "small_run"):
@@ -99,21 +124,45 @@ def test_a_refiner_is_trained_by_rewards(tmp_path) -> None:
     assert (tmp_path / "small_run" / "loss.png").exists()
 
 
-def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(tmp_path, bundle, capsys) -> None:
+def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(
+    tmp_path, bundle, capsys
+) -> None:
     probed, plain = tmp_path / "probed", tmp_path / "plain"
     for folder in (probed, plain):
         folder.mkdir()
         write(folder, inner="levels = [750]")
     for _ in range(2):
-        assert main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "3"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    str(probed / "small.toml"),
+                    "--device",
+                    "cpu",
+                    "--probe",
+                    "--batches",
+                    "3",
+                ]
+            )
+            == 0
+        )
         told = capsys.readouterr().out
-        assert "3 batches of 2 clips" in told and "Δ at 750" in told and "gain over the base +0.00000" in told
+        assert (
+            "3 batches of 2 clips" in told
+            and "Δ at 750" in told
+            and "gain over the base +0.00000" in told
+        )
         assert len(rows_of(probed / "small_run")) == 1
-        assert not (probed / "small.safetensors").exists() and not [*(probed / "small_run").glob("sheet*")]
+        assert not (probed / "small.safetensors").exists() and not [
+            *(probed / "small_run").glob("sheet*")
+        ]
     for folder in (probed, plain):
         assert main(["train", str(folder / "small.toml"), "--device", "cpu"]) == 0
     assert rows_of(probed / "small_run") == rows_of(plain / "small_run")
-    assert main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "2"]) == 2
+    assert (
+        main(["train", str(probed / "small.toml"), "--device", "cpu", "--probe", "--batches", "2"])
+        == 2
+    )
     assert "at least 3" in capsys.readouterr().err
 
 
@@ -122,11 +171,16 @@ def test_a_tenth_of_the_prompts_is_held_out() -> None:
     assert training.hold_out(prompts) == (prompts[:23], prompts[23:])
     assert training.hold_out(prompts[:15]) == (prompts[:14], prompts[14:15])
     assert training.hold_out(prompts[:9]) == (prompts[:9], [])
-    assert training.hold_out(10 * prompts) == ((10 * prompts)[:-2], prompts[-2:])  # as many as are compared at most
+    assert training.hold_out(10 * prompts) == (
+        (10 * prompts)[:-2],
+        prompts[-2:],
+    )  # as many as are compared at most
 
 
 @pytest.mark.parametrize("inner", ["", SPRITES], ids=["dmd", "reward"])
-def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monkeypatch, bundle, inner) -> None:
+def test_a_training_that_was_stopped_goes_on_with_the_same_losses(
+    tmp_path, monkeypatch, bundle, inner
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
@@ -148,7 +202,9 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_losses(tmp_path, monk
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, capsys, bundle) -> None:
+def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(
+    tmp_path, capsys, bundle
+) -> None:
     assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 0
     rows = rows_of(tmp_path / "small_run")
     changes = {
@@ -168,7 +224,9 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path, ca
     assert "another teacher" in capsys.readouterr().err
     teacher.write_bytes(own)
     assert rows_of(tmp_path / "small_run") == rows
-    (tmp_path / "small.toml").write_text(write(tmp_path).read_text().replace("steps = 4", "steps = 5"))
+    (tmp_path / "small.toml").write_text(
+        write(tmp_path).read_text().replace("steps = 4", "steps = 5")
+    )
     assert main(["train", str(tmp_path / "small.toml"), "--device", "cpu"]) == 0
     assert rows_of(tmp_path / "small_run")[:4] == rows and len(rows_of(tmp_path / "small_run")) == 5
 
@@ -253,12 +311,17 @@ def test_a_number_that_trains_nothing_is_refused(name, values, said) -> None:
 
 
 def test_the_ends_of_what_may_be_told() -> None:
-    least = dict(rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1)
+    least = dict(
+        rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1
+    )
     for told in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
         options = RefineOptions(**told)
         assert {name: getattr(options, name) for name in told} == told
     for method in ("init-noise", "lora"):
-        assert RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"]).levels == ()
+        assert (
+            RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"]).levels
+            == ()
+        )
 
 
 def test_the_sprites_reward_sees_frames_of_its_size() -> None:
@@ -271,7 +334,9 @@ def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
     assert read(write(tmp_path)).refiner.levels == (750, 500, 250)
     assert read(write(tmp_path, 'preset = "causvid"')).refiner.levels == (757, 522)
     assert read(write(tmp_path, inner="levels = [500]")).refiner.levels == (500,)
-    own = read(write(tmp_path, more="sampler_levels = [1000, 750]", inner="betas = [0.0, 0.99]")).refiner
+    own = read(
+        write(tmp_path, more="sampler_levels = [1000, 750]", inner="betas = [0.0, 0.99]")
+    ).refiner
     assert (own.preset.levels, own.levels, own.betas) == ((1000, 750), (750,), (0.0, 0.99))
 
 
@@ -325,7 +390,9 @@ def test_the_preset_is_the_bases_unless_told(tmp_path) -> None:
 def test_a_teacher_may_be_a_folder_and_each_of_its_files_tells_it(tmp_path, bundle) -> None:
     folder = tmp_path / "teacher"
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes((bundle / "sprites_teacher.safetensors").read_bytes())
+    (folder / "model.safetensors").write_bytes(
+        (bundle / "sprites_teacher.safetensors").read_bytes()
+    )
     assert main(["train", str(write(tmp_path, 'teacher = "teacher"')), "--device", "cpu"]) == 0
     before = training.seal(folder)
     (folder / "config.json").write_text("{}")

@@ -1,4 +1,5 @@
-"""Training a refiner: what gets gradients, what is retained, and that training samples as sampling does."""
+"""Training a refiner: what gets gradients, what is retained, and that training samples as sampling
+does."""
 
 import gc
 from dataclasses import replace
@@ -15,7 +16,12 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
-from autorefiner.refiner.training.adapters import attach_branches, branch_parameters, load_pairs, pairs_of
+from autorefiner.refiner.training.adapters import (
+    attach_branches,
+    branch_parameters,
+    load_pairs,
+    pairs_of,
+)
 from autorefiner.refiner.training.precision import for_training, mixed_precision
 from autorefiner.refiner.training.self_rollout import self_rollout
 from autorefiner.refiner.wan.causal import CausalWan, attention
@@ -37,7 +43,12 @@ def rollout_of(base: CausalWan, refiner: Refiner | None, seed: int = 3) -> Rollo
 
 
 def sampled(base: CausalWan, refiner: Refiner | None = None) -> Tensor:
-    return torch.cat(list(sample(base, CONTEXT, RunPlan(PRESET, FRAMES, 4, 4, batch=2), seed=3, refiner=refiner)), 2)
+    return torch.cat(
+        list(
+            sample(base, CONTEXT, RunPlan(PRESET, FRAMES, 4, 4, batch=2), seed=3, refiner=refiner)
+        ),
+        2,
+    )
 
 
 def shaken(network: CausalWan) -> CausalWan:
@@ -55,15 +66,20 @@ def test_training_samples_what_sampling_samples(previous) -> None:
     tree = shaken(attach_branches(base, RANK, silent_head=True))
     made = self_rollout(rollout_of(base, Refiner(tree, cache)), exit_level=3)
     assert (made - sampled(base, Refiner(merged(base, pairs_of(tree)), cache))).abs().max() < 1e-4
-    assert torch.allclose(self_rollout(rollout_of(base, None), exit_level=3), sampled(base), atol=1e-5)
+    assert torch.allclose(
+        self_rollout(rollout_of(base, None), exit_level=3), sampled(base), atol=1e-5
+    )
 
 
 def test_every_chunk_ends_at_the_same_step() -> None:
-    """Also a first one that has more levels than the others, as of Causal-Forcing++'s 2-step model."""
+    """Also a first one that has more levels than the others, as of Causal-Forcing++'s 2-step
+    model."""
     ends: dict[int, int] = {}
     rollout = rollout_of(tiny_network(), None)
     rollout.chunks = plan_chunks(PRESETS["causal-forcing-2step"], 3)[1]
-    rollout.callback = lambda told: ends.update({told.chunk.index: told.chunk.levels[told.level].step})
+    rollout.callback = lambda told: ends.update(
+        {told.chunk.index: told.chunk.levels[told.level].step}
+    )
     with torch.no_grad():
         self_rollout(rollout, exit_level=1)
     assert ends == {0: 500, 1: 500, 2: 500}
@@ -91,29 +107,38 @@ def test_after_a_step_gradients_reach_every_factor_and_nothing_else(cache, check
 
     def step() -> set[str]:
         optimizer.zero_grad()
-        self_rollout(rollout_of(base, Refiner(tree, cache)), exit_level=2).square().mean().backward()
+        self_rollout(
+            rollout_of(base, Refiner(tree, cache)), exit_level=2
+        ).square().mean().backward()
         assert all(factor.grad is not None for factor in factors.values())
         return {name for name, factor in factors.items() if factor.grad.any()}
 
     assert step() == {f"{HEAD}.lora_B.default.weight"}
     optimizer.step()
-    assert step() == {name for name in factors if "lora_B" in name or HEAD in name}  # an A speaks through its B
+    assert step() == {
+        name for name in factors if "lora_B" in name or HEAD in name
+    }  # an A speaks through its B
     optimizer.step()
     assert step() == set(factors)
     assert all(parameter.grad is None for parameter in base.model.parameters())
 
 
 def test_factors_that_were_used_without_gradients_get_theirs_in_bf16() -> None:
-    """The levels before the trained one use the same factors: a cast of them that is kept would have no gradient."""
+    """The levels before the trained one use the same factors: a cast of them that is kept would
+    have no gradient."""
     found = []
     for precision in ("fp32", "bf16"):
         base = tiny_network()
         tree = shaken(attach_branches(base, RANK, silent_head=True))
         with mixed_precision(torch.device("cpu"), precision):
-            assert precision == "fp32" or not torch.is_autocast_cache_enabled()  # newer torch casts right in any case
+            assert (
+                precision == "fp32" or not torch.is_autocast_cache_enabled()
+            )  # newer torch casts right in any case
             made = self_rollout(rollout_of(base, Refiner(tree)), exit_level=3)
         made.float().square().mean().backward()
-        found.append({name: factor.grad.flatten() for name, factor in branch_parameters(tree).items()})
+        found.append(
+            {name: factor.grad.flatten() for name, factor in branch_parameters(tree).items()}
+        )
     for name, gradient in found[0].items():
         assert torch.cosine_similarity(gradient, found[1][name], dim=0) > 0.99, name
 
@@ -123,7 +148,9 @@ def test_checkpointing_changes_no_gradient() -> None:
     for checkpointing in (False, True):
         base = tiny_network(checkpointing=checkpointing)
         tree = shaken(attach_branches(base, RANK, silent_head=True))
-        self_rollout(rollout_of(base, Refiner(tree, JOINT)), exit_level=1).square().mean().backward()
+        self_rollout(
+            rollout_of(base, Refiner(tree, JOINT)), exit_level=1
+        ).square().mean().backward()
         found.append({name: factor.grad for name, factor in branch_parameters(tree).items()})
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-7), name
@@ -136,7 +163,9 @@ def test_nothing_of_the_graph_is_retained_over_fifty_steps() -> None:
     alive = []
     for index in range(50):
         optimizer.zero_grad(set_to_none=True)
-        self_rollout(rollout_of(base, Refiner(tree), seed=index), exit_level=1).square().mean().backward()
+        self_rollout(
+            rollout_of(base, Refiner(tree), seed=index), exit_level=1
+        ).square().mean().backward()
         optimizer.step()
         if index in (4, 49):
             gc.collect()
@@ -165,22 +194,31 @@ def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
         own, pair = base.model.get_submodule(name), pairs_of(tree)[name]
         assert (pair.scale, pair.down.shape[0]) == (1, RANK)
         before = torch.zeros(()) if name == HEAD else own(x)
-        torch.testing.assert_close(tree.model.get_submodule(name)(x), before + x @ pair.down.T @ pair.up.T)
+        torch.testing.assert_close(
+            tree.model.get_submodule(name)(x), before + x @ pair.down.T @ pair.up.T
+        )
         scaled = attach_branches(base, RANK, silent_head=True)
-        load_pairs(scaled, {each: replace(one, scale=3.0) for each, one in pairs_of(tree).items()}, base)
-        torch.testing.assert_close(scaled.model.get_submodule(name)(x), before + 3 * (x @ pair.down.T @ pair.up.T))
+        load_pairs(
+            scaled, {each: replace(one, scale=3.0) for each, one in pairs_of(tree).items()}, base
+        )
+        torch.testing.assert_close(
+            scaled.model.get_submodule(name)(x), before + 3 * (x @ pair.down.T @ pair.up.T)
+        )
 
 
 @pytest.mark.parametrize("cache", [ReflectiveCache(), JOINT], ids=str)
 def test_from_the_head_a_residual_is_the_bases_flow_times_what_b_says(cache) -> None:
-    """A = W of the head and B = -c I: Δ = -c (v - bias), in the refined pass's own place; at B = 0 it is nothing."""
+    """A = W of the head and B = -c I: Δ = -c (v - bias), in the refined pass's own place; at B = 0
+    it is nothing."""
     base = tiny_network()
     tree = attach_branches(base, 4, silent_head=True, start="head")
     head = pairs_of(tree)[HEAD]
     assert torch.equal(head.down, base.model.head.head.weight)
     assert head.up.shape == (64, 64) and head.scale == 1 and not head.up.any()
     assert torch.equal(sampled(base, Refiner(tree, cache)), sampled(base))
-    loud = attach_branches(base, 4, silent_head=False)  # the base's own tree: its flow where T_φ is asked
+    loud = attach_branches(
+        base, 4, silent_head=False
+    )  # the base's own tree: its flow where T_φ is asked
     with torch.no_grad():
         tree.model.get_submodule(HEAD).lora_B["default"].weight.copy_(-0.1 * torch.eye(64))
         loud.model.get_submodule(HEAD).base_layer.bias.zero_()
@@ -195,19 +233,34 @@ def test_from_the_head_a_residual_is_the_bases_flow_times_what_b_says(cache) -> 
 def test_only_a_refiner_starts_from_the_head() -> None:
     base = tiny_network()
     ranks = {
-        (silent, start): pairs_of(attach_branches(base, 4, silent_head=silent, start=start))[HEAD].rank
+        (silent, start): pairs_of(attach_branches(base, 4, silent_head=silent, start=start))[
+            HEAD
+        ].rank
         for silent in (True, False)
         for start in ("head", "random")
     }
-    assert ranks == {(True, "head"): 64, (True, "random"): 4, (False, "head"): 4, (False, "random"): 4}
-    names = {name for name, one in branch_parameters(attach_branches(base, 4, silent_head=True, start="head")).items()}
+    assert ranks == {
+        (True, "head"): 64,
+        (True, "random"): 4,
+        (False, "head"): 4,
+        (False, "random"): 4,
+    }
+    names = {
+        name
+        for name, one in branch_parameters(
+            attach_branches(base, 4, silent_head=True, start="head")
+        ).items()
+    }
     assert f"{HEAD}.lora_A.default.weight" in names  # trainable, as all others
 
 
 def test_the_rank_of_the_head_is_at_most_its_64_outputs() -> None:
     for rank in (64, 65):
         pairs = pairs_of(attach_branches(tiny_network(), rank, silent_head=True))
-        assert {name: pair.rank for name, pair in pairs.items()} == {**dict.fromkeys(pairs, rank), HEAD: 64}
+        assert {name: pair.rank for name, pair in pairs.items()} == {
+            **dict.fromkeys(pairs, rank),
+            HEAD: 64,
+        }
         assert {pair.scale for pair in pairs.values()} == {1}
 
 
@@ -215,7 +268,9 @@ def test_a_residual_is_watched_with_its_graph() -> None:
     base = tiny_network()
     tree = shaken(attach_branches(base, RANK, silent_head=True))
     seen: list[tuple[bool, int]] = []
-    refiner = Refiner(tree, watch=lambda noise, residual, level: seen.append((residual.requires_grad, level.step)))
+    refiner = Refiner(
+        tree, watch=lambda noise, residual, level: seen.append((residual.requires_grad, level.step))
+    )
     self_rollout(rollout_of(base, refiner), exit_level=2)
     assert seen == [(False, 750), (True, 500)] * 3
 

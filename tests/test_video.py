@@ -1,4 +1,5 @@
-"""Streaming video: every chunk is on disk and playable as soon as it is written, and nothing good is overwritten."""
+"""Streaming video: every chunk is on disk and playable as soon as it is written, and nothing good
+is overwritten."""
 
 import subprocess
 import sys
@@ -40,8 +41,12 @@ def test_frames_and_times_are_those_written(tmp_path) -> None:
         assert container.duration == pytest.approx(33 / 16 * 1e6)
         packets = [packet for packet in container.demux(video=0) if packet.size]
     with av.open(str(path)) as container:
-        assert [frame.time for frame in container.decode(video=0)] == [index / 16 for index in range(33)]
-    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21], "one GOP a chunk"
+        assert [frame.time for frame in container.decode(video=0)] == [
+            index / 16 for index in range(33)
+        ]
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 9, 21], (
+        "one GOP a chunk"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
@@ -93,7 +98,11 @@ def test_tensors_are_frames_too(tmp_path) -> None:
 
 
 def test_metadata_comes_back_as_it_was(tmp_path) -> None:
-    metadata = {"prompt": 'a "red" fox; 狐狸\nin the snow = cold', "seed": "7", "preset": "self-forcing"}
+    metadata = {
+        "prompt": 'a "red" fox; 狐狸\nin the snow = cold',
+        "seed": "7",
+        "preset": "self-forcing",
+    }
     write(tmp_path / "a.mp4", metadata=metadata)
     assert read_metadata(tmp_path / "a.mp4") == metadata
 
@@ -205,7 +214,10 @@ def test_a_contact_sheet_shows_the_frames_in_reading_order(tmp_path) -> None:
 
 
 def test_a_contact_sheet_marks_its_rows(tmp_path) -> None:
-    frames, marks = smooth(6), [np.full((32, 9, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))]
+    frames, marks = (
+        smooth(6),
+        [np.full((32, 9, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))],
+    )
     contact_sheet(frames, tmp_path / "sheet.png", columns=2, gap=2, marks=marks)
     sheet = decoded_picture(tmp_path / "sheet.png")
     assert sheet.shape == (3 * 34 + 2, 2 * 50 + 2 + 9 + 2, 3)

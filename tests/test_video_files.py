@@ -1,4 +1,5 @@
-"""What other programs find in a written file: every frame at its time, right colours, a length, one lock."""
+"""What other programs find in a written file: every frame at its time, right colours, a length, one
+lock."""
 
 import errno
 import os
@@ -15,7 +16,14 @@ import pytest
 
 from autorefiner.refiner import files, video
 from autorefiner.refiner.files import open_exclusive, partial_path
-from autorefiner.refiner.video import VideoWriter, boxes, exact_rate, playable_frames, read_frames, video_rate
+from autorefiner.refiner.video import (
+    VideoWriter,
+    boxes,
+    exact_rate,
+    playable_frames,
+    read_frames,
+    video_rate,
+)
 
 from decoding import decoded
 
@@ -35,7 +43,9 @@ def moving(frames: int, width: int, height: int, start: int = 0) -> np.ndarray:
     return image
 
 
-def write(path: Path, pattern: tuple[int, ...], width: int = 48, height: int = 32, **options) -> np.ndarray:
+def write(
+    path: Path, pattern: tuple[int, ...], width: int = 48, height: int = 32, **options
+) -> np.ndarray:
     """Write a pattern of chunks; what was written."""
     whole = moving(sum(pattern), width, height)
     with VideoWriter(path, width, height, **options) as writer:
@@ -50,7 +60,10 @@ def test_every_pattern_of_chunks_decodes_whole(tmp_path, pattern) -> None:
     frames = decoded(tmp_path / "a.mp4")
     assert frames.shape == whole.shape
     assert np.abs(frames.astype(int) - whole).mean() < 8
-    order = [int(np.abs(whole.astype(int) - frame).mean((1, 2, 3)).argmin()) % 16 for frame in frames[:32]]
+    order = [
+        int(np.abs(whole.astype(int) - frame).mean((1, 2, 3)).argmin()) % 16
+        for frame in frames[:32]
+    ]
     assert order == [index % 16 for index in range(len(order))]
 
 
@@ -88,8 +101,12 @@ def test_what_a_kill_left_of_a_remuxed_file_goes_with_the_next_run(tmp_path) -> 
 
 
 def test_parameters_that_change_between_chunks_are_no_video(tmp_path, monkeypatch) -> None:
-    """As where an encoder is opened by a chunk's length: all chunks are decoded by the first one's."""
-    with pytest.raises(RuntimeError, match="parameters"), VideoWriter(tmp_path / "a.mp4", 48, 32) as writer:
+    """As where an encoder is opened by a chunk's length: all chunks are decoded by the first
+    one's."""
+    with (
+        pytest.raises(RuntimeError, match="parameters"),
+        VideoWriter(tmp_path / "a.mp4", 48, 32) as writer,
+    ):
         monkeypatch.setattr(video, "GROUP", 1)
         writer.write(moving(1, 48, 32))
         monkeypatch.setattr(video, "GROUP", 600)
@@ -107,7 +124,15 @@ def test_a_fragment_that_a_kill_cut_off_hides_no_chunk(tmp_path) -> None:
         data = bytearray(partial_path(path).read_bytes())
     start = data.index(b"moof", whole)
     data[start : start + 4] = b"free"  # as it is until all of it is on disk
-    for end in (whole + 1, whole + 7, whole + 9, start + 60, (whole + len(data)) // 2, len(data) - 1, len(data)):
+    for end in (
+        whole + 1,
+        whole + 7,
+        whole + 9,
+        start + 60,
+        (whole + len(data)) // 2,
+        len(data) - 1,
+        len(data),
+    ):
         torn.write_bytes(data[:end])
         assert playable_frames(torn) == len(read_frames(torn)) == 4
     assert len(decoded(torn)) == 4
@@ -119,7 +144,10 @@ def test_a_prompt_may_say_what_boxes_are_called(tmp_path) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.metadata["prompt"] == said["prompt"]
     assert len(decoded(tmp_path / "a.mp4")) == len(whole)
-    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "b.mp4", 48, 32, metadata=said) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(tmp_path / "b.mp4", 48, 32, metadata=said) as writer,
+    ):
         for start in (0, 4):
             writer.write(moving(4, 48, 32, start))
         raise KeyboardInterrupt
@@ -138,9 +166,12 @@ def luma_and_chroma(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("size", [(64, 64), (832, 480), (1280, 720)], ids=str)
 def test_colours_are_bt709_in_limited_range_and_say_so(tmp_path, size) -> None:
-    """Y = 16 + 219 y with y = 0.2126 R + 0.7152 G + 0.0722 B, Cb = 128 + 224 (B - y) / 1.8556, Cr by R and 1.5748."""
+    """Y = 16 + 219 y with y = 0.2126 R + 0.7152 G + 0.0722 B, Cb = 128 + 224 (B - y) / 1.8556, Cr
+    by R and 1.5748."""
     width, height = size
-    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 60, 30)], np.uint8)
+    colours = np.array(
+        [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 60, 30)], np.uint8
+    )
     image = colours[np.arange(width) * len(colours) // width][None].repeat(height, 0)
     with VideoWriter(tmp_path / "a.mp4", width, height) as writer:
         writer.write(image[None].repeat(2, 0))
@@ -159,7 +190,10 @@ def test_colours_are_bt709_in_limited_range_and_say_so(tmp_path, size) -> None:
     assert tags == (1, 1, 1, 1)
     assert b"colrnclx\0\1\0\1\0\1" in (tmp_path / "a.mp4").read_bytes()
     places = [(2 * index + 1) * width // (2 * len(colours)) for index in range(len(colours))]
-    assert np.abs(read_frames(tmp_path / "a.mp4")[0, height // 2, places].astype(int) - colours).max() <= 6
+    assert (
+        np.abs(read_frames(tmp_path / "a.mp4")[0, height // 2, places].astype(int) - colours).max()
+        <= 6
+    )
 
 
 def test_the_stream_itself_says_its_colours(tmp_path) -> None:
@@ -178,7 +212,9 @@ def test_a_file_without_tags_is_read_as_bt601(tmp_path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=16, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), (200, 60, 30), np.uint8), format="rgb24")
+        picture = av.VideoFrame.from_ndarray(
+            np.full((64, 64, 3), (200, 60, 30), np.uint8), format="rgb24"
+        )
         container.mux(stream.encode(picture))
         container.mux(stream.encode())
     assert np.abs(read_frames(path)[0, 32, 32].astype(int) - (200, 60, 30)).max() <= 3
@@ -276,7 +312,8 @@ STEPS = ("os.fsync", "os.replace", "av.open")
 @pytest.mark.parametrize("number", range(1, 4))
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_loses_no_chunk_that_was_written(tmp_path, step, number) -> None:
-    """The process kills itself at its n-th call of a step after the first chunk; the next run finishes the file."""
+    """The process kills itself at its n-th call of a step after the first chunk; the next run
+    finishes the file."""
     path = tmp_path / "a.mp4"
     script = (
         "import os, signal, sys, av, numpy as np\n"

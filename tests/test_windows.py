@@ -18,7 +18,9 @@ from decoding import decoded
 
 
 def test_the_command_line_needs_no_module_of_unix_alone() -> None:
-    code = "import sys; sys.modules |= dict(fcntl=None, resource=None); import autorefiner.refiner.cli"
+    code = (
+        "import sys; sys.modules |= dict(fcntl=None, resource=None); import autorefiner.refiner.cli"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
 
@@ -42,7 +44,10 @@ def closed(monkeypatch) -> None:
 
     def refusing(act):
         def run(path, *more) -> None:
-            held = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+            held = [
+                os.path.realpath(f"/proc/self/fd/{number}")
+                for number in os.listdir("/proc/self/fd")
+            ]
             assert os.path.realpath(path) not in held, f"{path} is open"
             return act(path, *more)
 

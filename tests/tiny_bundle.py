@@ -1,4 +1,5 @@
-"""Tiny random models in the place of the demo's, for tests of training, in one process or several."""
+"""Tiny random models in the place of the demo's, for tests of training, in one process or
+several."""
 
 import os
 import socket
@@ -45,27 +46,39 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
 
 
 def start_forkserver() -> BaseContext:
-    """Start the process that others are forked from, if it is not there, and let it import what they need."""
+    """Start the process that others are forked from, if it is not there, and let it import what
+    they need."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=os.getpid)
-    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # the server has no other path to it
+    with patch.dict(
+        os.environ, PYTHONPATH=str(Path(__file__).parent)
+    ):  # the server has no other path to it
         process.start()
     process.join()
     return context
 
 
-def train_in_processes(models: Path, configs: Sequence[Path], count: int, folder: Path) -> list[int]:
+def train_in_processes(
+    models: Path, configs: Sequence[Path], count: int, folder: Path
+) -> list[int]:
     """Train in `count` processes, one file's training after the other; returns the exit statuses.
 
-    The processes are as torchrun makes them, but forked behind the imports. What each prints is in the folder: `out_0`,
-    `err_0` and so on.
+    The processes are as torchrun makes them, but forked behind the imports. What each prints is in
+    the folder: `out_0`, `err_0` and so on.
     """
     context = start_forkserver()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    processes = [context.Process(target=_train, args=(models, configs, folder, environment, i)) for i in range(count)]
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": str(count),
+        }
+    processes = [
+        context.Process(target=_train, args=(models, configs, folder, environment, i))
+        for i in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -73,7 +86,9 @@ def train_in_processes(models: Path, configs: Sequence[Path], count: int, folder
     return [process.exitcode for process in processes]
 
 
-def _train(models: Path, configs: Sequence[Path], folder: Path, environment: dict[str, str], rank: int) -> None:
+def _train(
+    models: Path, configs: Sequence[Path], folder: Path, environment: dict[str, str], rank: int
+) -> None:
     """Train as one of several processes, and end it."""
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for number, name in ((1, "out"), (2, "err")):

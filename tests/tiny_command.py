@@ -29,7 +29,9 @@ def write_files(folder: Path) -> Path:
         save_file(WanVAE(4).state_dict(), folder / "vae.safetensors")
         save_file({"context": torch.randn(5, TINY.text_dim)}, folder / "context.safetensors")
     shapes = {"A": (2, 128), "B": (128, 2)}
-    lora = {f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(shape) for part, shape in shapes.items()}
+    lora = {
+        f"blocks.0.ffn.0.lora_{part}.weight": torch.zeros(shape) for part, shape in shapes.items()
+    }
     save_file(lora, folder / "lora.safetensors")
     save_file({name: tensor + 0.1 for name, tensor in lora.items()}, folder / "live.safetensors")
     save_file({"prompt_embeds": torch.zeros(2, 5, TINY.text_dim)}, folder / "two.safetensors")
@@ -41,7 +43,11 @@ def write_files(folder: Path) -> Path:
 def command(files: Path, out: Path, *extra: str) -> list[str]:
     """The arguments of `generate` for 33 frames of 48x32, and `extra` ones."""
     base = {"model": "model", "vae": "vae", "context": "context"}
-    given = [part for name, stem in base.items() for part in (f"--{name}", str(files / f"{stem}.safetensors"))]
+    given = [
+        part
+        for name, stem in base.items()
+        for part in (f"--{name}", str(files / f"{stem}.safetensors"))
+    ]
     size = ["--frames", str(FRAMES), "--size", "48x32", "--out", str(out), "--device", "cpu"]
     return ["generate", *given, "--prompt", "a fox", *size, *extra]
 

@@ -1,4 +1,5 @@
-"""A reward and a verifier that need no model, a tiny CLIP for those that do, and a tiny VAE to see by, for tests."""
+"""A reward and a verifier that need no model, a tiny CLIP for those that do, and a tiny VAE to see
+by, for tests."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -63,15 +64,21 @@ def write_clip(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "vocab.json").write_text(
+        json.dumps({word: number for number, word in enumerate(words)})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
     told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
     told |= dict(
-        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>"
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     config = transformers.CLIPConfig(
-        text_config=TOWER | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
+        text_config=TOWER
+        | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
         vision_config=TOWER | dict(image_size=16, patch_size=8),
         projection_dim=8,
     )

@@ -1,4 +1,5 @@
-"""A small random umT5 as a Hugging Face folder, tokenizers for it, and what transformers makes of them."""
+"""A small random umT5 as a Hugging Face folder, tokenizers for it, and what transformers makes of
+them."""
 
 import io
 from pathlib import Path
@@ -10,9 +11,15 @@ from torch import Tensor
 from autorefiner.refiner.wan.text import load_text_encoder
 from autorefiner.refiner.wan.tokenizer import PIP_LINE
 
-transformers = pytest.importorskip("transformers", reason=f"the text encoder needs transformers: {PIP_LINE}")
-tokenizers = pytest.importorskip("tokenizers", reason=f"the text encoder needs tokenizers: {PIP_LINE}")
-sentencepiece = pytest.importorskip("sentencepiece", reason=f"the text encoder needs sentencepiece: {PIP_LINE}")
+transformers = pytest.importorskip(
+    "transformers", reason=f"the text encoder needs transformers: {PIP_LINE}"
+)
+tokenizers = pytest.importorskip(
+    "tokenizers", reason=f"the text encoder needs tokenizers: {PIP_LINE}"
+)
+sentencepiece = pytest.importorskip(
+    "sentencepiece", reason=f"the text encoder needs sentencepiece: {PIP_LINE}"
+)
 
 WORDS = ["a", "red", "circle", "moves", "to", "the", "left", "slowly", "&"]
 VOCABULARY = 64
@@ -53,11 +60,16 @@ def expected(folder: Path, prompts: list[str], text_len: int = TEXT_LEN) -> Tens
     """The context as transformers' own classes make it."""
     model = transformers.UMT5EncoderModel.from_pretrained(folder).eval()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_file=str(folder / "tokenizer.json"),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     rows = []
     for prompt in prompts:
-        batch = tokenizer(prompt, padding="max_length", max_length=text_len, truncation=True, return_tensors="pt")
+        batch = tokenizer(
+            prompt, padding="max_length", max_length=text_len, truncation=True, return_tensors="pt"
+        )
         with torch.no_grad():
             output = model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         rows.append(output * batch.attention_mask[..., None])

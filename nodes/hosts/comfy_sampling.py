@@ -1,4 +1,5 @@
-"""Sampling in ComfyUI: a run inside a guider, with its memory, previews, progress and interrupts."""
+"""Sampling in ComfyUI: a run inside a guider, with its memory, previews, progress and
+interrupts."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""What a caption says of a clip, and the grammar with synonyms that says it. The words are a closed vocabulary."""
+"""What a caption says of a clip, and the grammar with synonyms that says it. The words are a closed
+vocabulary."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,13 +10,21 @@ from numpy.random import Generator
 
 from .palette import GROUND_COLOURS
 
-RELATIONS = ("left", "right", "above", "below", "behind", "front")  # of the first object to the second
+RELATIONS = (
+    "left",
+    "right",
+    "above",
+    "below",
+    "behind",
+    "front",
+)  # of the first object to the second
 MOST_WORDS = 32  # that the sprites' text encoder reads
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What is said of one object; None is what is not said. Names are those of the world, not the synonyms."""
+    """What is said of one object; None is what is not said. Names are those of the world, not the
+    synonyms."""
 
     shape: str
     colour: str
@@ -27,7 +36,8 @@ class Stated:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A text, and the attributes that it states: the objects in its order, and how the first lies to the second."""
+    """A text, and the attributes that it states: the objects in its order, and how the first lies
+    to the second."""
 
     text: str
     objects: tuple[Stated, ...]
@@ -36,8 +46,14 @@ class Caption:
 
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise"), "grey": ("grey", "gray")}
-COLOUR_WORDS |= {name: (name,) for name in ("red", "yellow", "green", "blue", "white", "black", "navy", "brown")}
+COLOUR_WORDS = {
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "grey": ("grey", "gray"),
+}
+COLOUR_WORDS |= {
+    name: (name,) for name in ("red", "yellow", "green", "blue", "white", "black", "navy", "brown")
+}
 COLOUR_WORDS |= {"olive": ("olive",)}
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "ball"),
@@ -57,7 +73,10 @@ DIRECTION_WORDS = {
 VERBS = {
     "bounce": (("moves {} and bounces", "travels {} and bounces"), ("bounces", "bounces around")),
     "pass": (("moves {} and passes", "travels {} and passes"), ("passes", "goes")),
-    "orbit": (("circles {}", "orbits {}", "moves {} in a circle"), ("circles", "orbits", "moves in a circle")),
+    "orbit": (
+        ("circles {}", "orbits {}", "moves {} in a circle"),
+        ("circles", "orbits", "moves in a circle"),
+    ),
     "swing": ((), ("swings", "moves back and forth")),
     "pulse": ((), ("pulsates", "grows and shrinks", "swells and shrinks")),
     "spin": (("spins {}", "rotates {}", "turns {}"), ("spins", "rotates", "turns")),
@@ -77,7 +96,16 @@ RELATION_WORDS = {
 }
 GROUND_WORDS = ("ground", "background", "backdrop")
 GLUE = ("a", "an", "on", "of", "over", "that", "and", "while")
-TABLES = (SIZE_WORDS, COLOUR_WORDS, SHAPE_WORDS, SPEED_WORDS, DIRECTION_WORDS, VERBS, SWING_VERBS, RELATION_WORDS)
+TABLES = (
+    SIZE_WORDS,
+    COLOUR_WORDS,
+    SHAPE_WORDS,
+    SPEED_WORDS,
+    DIRECTION_WORDS,
+    VERBS,
+    SWING_VERBS,
+    RELATION_WORDS,
+)
 
 
 def words(text: str) -> list[str]:
@@ -97,7 +125,9 @@ def _phrases(entry: object) -> Iterator[str]:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can have, sorted."""
-    return sorted({word for phrase in _phrases((*TABLES, GROUND_WORDS, GLUE)) for word in words(phrase)})
+    return sorted(
+        {word for phrase in _phrases((*TABLES, GROUND_WORDS, GLUE)) for word in words(phrase)}
+    )
 
 
 def unknown_words(text: str) -> list[str]:
@@ -152,7 +182,12 @@ def _pick(rng: Generator, options: tuple[str, ...]) -> str:
 
 def _noun(stated: Stated, rng: Generator) -> str:
     size = [_pick(rng, SIZE_WORDS[stated.size])] if stated.size else []
-    parts = ["a", *size, _pick(rng, COLOUR_WORDS[stated.colour]), _pick(rng, SHAPE_WORDS[stated.shape])]
+    parts = [
+        "a",
+        *size,
+        _pick(rng, COLOUR_WORDS[stated.colour]),
+        _pick(rng, SHAPE_WORDS[stated.shape]),
+    ]
     return " ".join(parts)
 
 
@@ -178,7 +213,9 @@ def _ground(name: str, rng: Generator) -> str:
     return f"on {'an' if tones[0][0] in 'aeiou' else 'a'} {tones[0]} {noun}"
 
 
-def write(objects: tuple[Stated, ...], relation: str | None, ground: str | None, rng: Generator) -> Caption:
+def write(
+    objects: tuple[Stated, ...], relation: str | None, ground: str | None, rng: Generator
+) -> Caption:
     """A caption that states exactly this, in words drawn from `rng`."""
     passing = relation in ("behind", "front")
     text = f"{_noun(objects[0], rng)} {_verb(objects[0], rng, passing)}"

@@ -1,4 +1,5 @@
-"""Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and back."""
+"""Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and
+back."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -73,8 +74,8 @@ def student_clips(
     method_of: Callable[[list[str]], Method] = lambda texts: self_forcing(), preset: Preset = PRESET,
     frames: int = LATENT_FRAMES, refiner: Refiner | None = None,
 ) -> Iterator[ndarray]:  # fmt: skip
-    """A clip of each caption, by the method for its batch of texts. The same captions, seed and lengths have the same
-    noise whatever the method."""
+    """A clip of each caption, by the method for its batch of texts. The same captions, seed and
+    lengths have the same noise whatever the method."""
     for number, texts in enumerate(batched(captions)):
         plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))
         method, noise = method_of(texts), seed * 1_000_003 + number
@@ -92,12 +93,20 @@ def teacher_clips(
     for number, texts in enumerate(batched(captions)):
         with mixed_precision(device):
             latents = sample_teacher(
-                teacher, text, texts, LATENT_FRAMES, steps=steps, seed=seed * 1_000_003 + number, size=(SIDE, SIDE)
+                teacher,
+                text,
+                texts,
+                LATENT_FRAMES,
+                steps=steps,
+                seed=seed * 1_000_003 + number,
+                size=(SIDE, SIDE),
             )
         yield from decoded(vae, latents.float())
 
 
-def truth_clips(captions: Sequence[Caption], frames: int = 81, split: str = "test") -> Iterator[ndarray]:
+def truth_clips(
+    captions: Sequence[Caption], frames: int = 81, split: str = "test"
+) -> Iterator[ndarray]:
     """What the world itself shows of the first scenes of a split."""
     return (render(sample_scene(seed, split), frames) for seed in range(len(captions)))
 
@@ -128,17 +137,28 @@ def score(
 
 
 def show_clips(
-    clips: Iterable[ndarray], captions: Sequence[Caption], folder: Path, index: int, before: Sequence[ndarray] = ()
+    clips: Iterable[ndarray],
+    captions: Sequence[Caption],
+    folder: Path,
+    index: int,
+    before: Sequence[ndarray] = (),
 ) -> dict[str, float]:
-    """Score clips, and write a sheet of the first four, eight frames each, with their captions beside it.
+    """Score clips, and write a sheet of the first four, eight frames each, with their captions
+    beside it.
 
     With clips `before`, each of those has its row above the clip's.
     """
     clips = list(clips)
-    rows = [row for pair in zip(before, clips[:SHOWN], strict=False) for row in pair] if before else clips[:SHOWN]
+    rows = (
+        [row for pair in zip(before, clips[:SHOWN], strict=False) for row in pair]
+        if before
+        else clips[:SHOWN]
+    )
     frames = [frame for clip in rows for frame in clip[:: len(clip) // 8][:8]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png")
-    (folder / f"sheet_{index:06d}.txt").write_text("\n".join(caption.text for caption in captions[:SHOWN]) + "\n")
+    (folder / f"sheet_{index:06d}.txt").write_text(
+        "\n".join(caption.text for caption in captions[:SHOWN]) + "\n"
+    )
     summary = summarise(score(clips, captions))
     return {name: summary[name].mean for name in ("object", "colour", "action", "quality", "total")}
 
@@ -148,10 +168,13 @@ def sample_teacher(
     network: CausalWan, text: Encode, prompts: Sequence[str], frames: int, *, steps: int = 50,
     guidance: float = 1.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
 ) -> Tensor:  # fmt: skip
-    """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond − uncond)`."""
+    """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond −
+    uncond)`."""
     device = next(network.model.parameters()).device
     generator = noise_stream(device, seed)
-    x = torch.randn(len(prompts), network.config.in_dim, frames, *size, generator=generator, device=device)
+    x = torch.randn(
+        len(prompts), network.config.in_dim, frames, *size, generator=generator, device=device
+    )
     texts = [network.text(text([*prompts])), network.text(text([""] * len(prompts)))]
     sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
     for sigma, below in pairwise(sigmas):

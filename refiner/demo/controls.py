@@ -1,4 +1,5 @@
-"""Untrained residuals to compare a refiner with: noise that is only shrunk, and the base's own flow."""
+"""Untrained residuals to compare a refiner with: noise that is only shrunk, and the base's own
+flow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ Kind = Literal["shrunk", "towards x0", "hand-made"]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A residual that nothing was trained for: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v."""
+    """A residual that nothing was trained for: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the
+    base's flow v."""
 
     kind: Kind
     c: float
@@ -63,4 +65,6 @@ def hand_made(base: CausalWan, c: float, levels: Sequence[int]) -> Refiner:
     with torch.no_grad():
         head = tree.model.get_submodule(HEAD).lora_B["default"].weight
         head.copy_(-c * torch.eye(len(head)))
-    return Refiner(merged(base, pairs_of(tree)), ReflectiveCache("shared", "joint"), frozenset(levels))
+    return Refiner(
+        merged(base, pairs_of(tree)), ReflectiveCache("shared", "joint"), frozenset(levels)
+    )

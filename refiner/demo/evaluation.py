@@ -13,7 +13,16 @@ from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
 from .bundle import load_sprite_network, load_sprite_text, load_sprite_vae, recipe_of
 from .captions import Caption
-from .clips import LATENT_FRAMES, PRESET, held_out, returned_clips, score, student_clips, teacher_clips, truth_clips
+from .clips import (
+    LATENT_FRAMES,
+    PRESET,
+    held_out,
+    returned_clips,
+    score,
+    student_clips,
+    teacher_clips,
+    truth_clips,
+)
 from .metrics.diversity import diversity
 from .metrics.evaluate import ClipScores
 from .metrics.table import format_table, paired_difference, summarise
@@ -136,7 +145,8 @@ def list_totals(folder: Path) -> list[str]:
 
 
 def write_section(path: Path, title: str, body: str) -> None:
-    """Put a `## title` section into a Markdown file: in the place of the one it had, else at the end."""
+    """Put a `## title` section into a Markdown file: in the place of the one it had, else at the
+    end."""
     text = path.read_text() if path.exists() else "# Results\n"
     head, *sections = text.split("\n## ")
     by_title = {section.split("\n", 1)[0]: section for section in sections}

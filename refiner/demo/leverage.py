@@ -1,4 +1,5 @@
-"""Measure which noises can move a clip: train for the mean of one latent channel (AutoRefiner, section 3.3)."""
+"""Measure which noises can move a clip: train for the mean of one latent channel (AutoRefiner,
+section 3.3)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,9 @@ class ChannelMean:
     def given(self, part: Part) -> tuple[tuple, dict]:
         return (), {}
 
-    def loss(self, clean: Tensor, context: Tensor, residuals: Residuals) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, clean: Tensor, context: Tensor, residuals: Residuals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         reward = clean[:, 0].float().mean()
         return -reward, {"loss": -reward, "reward": reward}
 

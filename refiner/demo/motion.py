@@ -1,6 +1,7 @@
 """How the objects of the world move: closed forms of the time, so that a clip can be of any length.
 
-Lengths are in frame sides, times in seconds, angles in radians and growing clockwise as seen; y points down.
+Lengths are in frame sides, times in seconds, angles in radians and growing clockwise as seen; y
+points down.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
     "pulse": {"slow": (0.27, 0.33), "fast": (0.62, 0.75)},
     "spin": {"slow": (0.11, 0.15), "fast": (0.34, 0.42)},
 }
-REACH: dict[str, tuple[float, float]] = {"orbit": (0.13, 0.20), "swing": (0.13, 0.20), "pulse": (0.28, 0.34)}
+REACH: dict[str, tuple[float, float]] = {
+    "orbit": (0.13, 0.20),
+    "swing": (0.13, 0.20),
+    "pulse": (0.28, 0.34),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,12 @@ class Motion:
     direction: str | None = None
     speed: str | None = None
     rate: float = 0.0  # frame sides a second for bounce, else periods or turns a second
-    reach: float = 0.0  # radius of an orbit, amplitude of a swing, growth of a pulse relative to the radius
-    phase: float = 0.0  # of orbit, swing and pulse at time 0; for bounce what is added to the heading
+    reach: float = (
+        0.0  # radius of an orbit, amplitude of a swing, growth of a pulse relative to the radius
+    )
+    phase: float = (
+        0.0  # of orbit, swing and pulse at time 0; for bounce what is added to the heading
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +77,24 @@ def _bounce(motion: Motion, centre: tuple[float, float], reach: float, time: nda
     angle = np.arctan2(dy, dx) + motion.phase
     speeds = motion.rate * np.cos(angle) * (dx != 0), motion.rate * np.sin(angle) * (dy != 0)
     low = reach + WALL
-    return np.stack([_fold(c + v * time, low, 1 - low) for c, v in zip(centre, speeds, strict=True)], axis=1)
+    return np.stack(
+        [_fold(c + v * time, low, 1 - low) for c, v in zip(centre, speeds, strict=True)], axis=1
+    )
 
 
-def follow(motion: Motion, centre: tuple[float, float], reach: float, angle: float, time: ndarray) -> Path:
+def follow(
+    motion: Motion, centre: tuple[float, float], reach: float, angle: float, time: ndarray
+) -> Path:
     """The path of an object at the times [F].
 
-    `centre` is where a bounce starts and what any other motion goes about, `reach` the object's circumradius and
-    `angle` its angle at time 0.
+    `centre` is where a bounce starts and what any other motion goes about, `reach` the object's
+    circumradius and `angle` its angle at time 0.
     """
     position = np.broadcast_to(np.array(centre), (len(time), 2)).copy()
     scale, angles = np.ones(len(time)), np.full(len(time), angle)
-    turn = motion.phase + 2 * np.pi * motion.rate * time * (-1 if motion.direction == "counterclockwise" else 1)
+    turn = motion.phase + 2 * np.pi * motion.rate * time * (
+        -1 if motion.direction == "counterclockwise" else 1
+    )
     if motion.kind == "bounce":
         position = _bounce(motion, centre, reach, time)
     elif motion.kind == "orbit":
@@ -93,14 +108,18 @@ def follow(motion: Motion, centre: tuple[float, float], reach: float, angle: flo
     return Path(position, scale, angles)
 
 
-def extent(motion: Motion, centre: tuple[float, float], reach: float) -> tuple[tuple[float, float], ...]:
+def extent(
+    motion: Motion, centre: tuple[float, float], reach: float
+) -> tuple[tuple[float, float], ...]:
     """What the object ever covers: (from, to) along x and along y."""
     spans = []
     for axis, place in enumerate(centre):
         low, high = place - reach, place + reach
         if motion.kind == "bounce" and heading(motion.direction or "right")[axis]:
             low, high = WALL, 1 - WALL
-        elif motion.kind == "orbit" or (motion.kind == "swing" and (motion.direction == "vertical") == bool(axis)):
+        elif motion.kind == "orbit" or (
+            motion.kind == "swing" and (motion.direction == "vertical") == bool(axis)
+        ):
             low, high = low - motion.reach, high + motion.reach
         elif motion.kind == "pulse":
             low, high = place - reach * (1 + motion.reach), place + reach * (1 + motion.reach)

@@ -1,4 +1,5 @@
-"""The colours of the world: those of its objects, and those of its grounds, which are darker and never the same."""
+"""The colours of the world: those of its objects, and those of its grounds, which are darker and
+never the same."""
 
 import numpy as np
 

@@ -27,7 +27,8 @@ class Layer:
 
 
 def lower_share(split: float, size: int) -> ndarray:
-    """How much of each row of pixels, [size, 1] in 0–1, has the ground's lower tone; its edge is soft."""
+    """How much of each row of pixels, [size, 1] in 0–1, has the ground's lower tone; its edge is
+    soft."""
     share = np.clip(0.5 + (np.arange(size) + 0.5 - split * size) / (2 * EDGE), 0, 1)[:, None]
     return share * share * (3 - 2 * share)
 
@@ -43,15 +44,22 @@ def patches(layers: Sequence[Layer], size: int) -> list[Cover]:
     return [cover(layer.shape, layer.position, layer.radius, layer.angle, size) for layer in layers]
 
 
-def draw(ground: ndarray, layers: Sequence[Layer], frames: int, covered: Sequence[Cover] | None = None) -> ndarray:
-    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]. `covered` are their patches, where known."""
+def draw(
+    ground: ndarray, layers: Sequence[Layer], frames: int, covered: Sequence[Cover] | None = None
+) -> ndarray:
+    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]. `covered` are their
+    patches, where known."""
     size = len(ground)
     rows = np.round(ground).astype(np.uint8)
     video = np.ascontiguousarray(np.broadcast_to(rows[None, :, None, :], (frames, size, size, 3)))
-    for layer, patch in zip(layers, patches(layers, size) if covered is None else covered, strict=True):
+    for layer, patch in zip(
+        layers, patches(layers, size) if covered is None else covered, strict=True
+    ):
         under = video[patch.index].astype(np.float32)
         colour = np.asarray(layer.colour, dtype=np.float32)
-        video[patch.index] = (under + patch.alpha[..., None] * (colour - under) + 0.5).astype(np.uint8)
+        video[patch.index] = (under + patch.alpha[..., None] * (colour - under) + 0.5).astype(
+            np.uint8
+        )
     return video
 
 
@@ -61,12 +69,15 @@ def layers(scene: Scene, time: ndarray) -> list[Layer]:
     for body in sorted(scene.bodies, key=lambda body: -body.depth):
         path = body.path(time)
         colour = OBJECT_COLOURS[body.stated.colour]
-        drawn.append(Layer(body.stated.shape, colour, path.position, body.radius * path.scale, path.angle))
+        drawn.append(
+            Layer(body.stated.shape, colour, path.position, body.radius * path.scale, path.angle)
+        )
     return drawn
 
 
 def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
-    """The first `frames` frames of a scene: uint8 [F, H, W, 3] at `size`, else at the scene's own."""
+    """The first `frames` frames of a scene: uint8 [F, H, W, 3] at `size`, else at the scene's
+    own."""
     if frames < 1:
         raise ValueError(f"{frames} frames: ask for at least 1")
     size = size or scene.size
@@ -84,8 +95,11 @@ class Parts:
     """What a video of a scene is made of; S is its side."""
 
     video: ndarray  # uint8 [F, S, S, 3]
-    shapes: ndarray  # float32 [6, F, S, S], how much of each pixel shows each shape, in the order of SHAPES
-    colour: ndarray  # float32 [3, F, S, S] in 0–255, of the objects alone, times how much they cover
+    # float32 [6, F, S, S], how much of each pixel shows each shape, in the order of SHAPES
+    shapes: ndarray
+    colour: (
+        ndarray  # float32 [3, F, S, S] in 0–255, of the objects alone, times how much they cover
+    )
     ground: ndarray  # float32 [3, F, S, S] in 0–255, behind them too
 
 
@@ -120,4 +134,6 @@ def clip_batch(
 ) -> tuple[Tensor, list[Caption]]:
     """Rendered clips of the seeds, float32 [B, 3, F, H, W] in [-1, 1], and their captions."""
     scenes = [sample_scene(seed, split, size) for seed in seeds]
-    return torch.stack([to_pixels(render(scene, frames)) for scene in scenes]), [scene.caption for scene in scenes]
+    return torch.stack([to_pixels(render(scene, frames)) for scene in scenes]), [
+        scene.caption for scene in scenes
+    ]

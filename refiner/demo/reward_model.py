@@ -1,4 +1,5 @@
-"""The sprite world's own text-video model: a clip of 64x64 frames and a caption as vectors in one space."""
+"""The sprite world's own text-video model: a clip of 64x64 frames and a caption as vectors in one
+space."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from ..training.rewards.reward import FrameDraw
 from .motion import FPS
 from .text_encoder import SpriteTextEncoder
 
-# Dense enough that the fastest spin of a square keeps its direction, long enough for a third of the slowest swing.
+# Dense enough that the fastest spin of a square keeps its direction, long enough for a third of the
+# slowest swing.
 FRAMES = FrameDraw(8, interval=3, opening=0.25)
 PERIODS = (0.5, 1, 2, 4, 8, 16)  # seconds, of the waves that tell a frame's time
 SIDE = 4  # places a frame's side after the convolutions
@@ -19,7 +21,8 @@ PIXELS = SIDE << 4  # a frame's side; four stages halve it
 
 
 class SpriteVideoText(nn.Module):
-    """Convolutions a frame, one of them over three neighbouring frames; a transformer over places and frames."""
+    """Convolutions a frame, one of them over three neighbouring frames; a transformer over places
+    and frames."""
 
     def __init__(self, dim: int = 128, text_dim: int = 96, text_len: int = 32) -> None:
         super().__init__()
@@ -37,7 +40,9 @@ class SpriteVideoText(nn.Module):
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(dim)
         self.from_video = nn.Linear(dim, dim)
-        self.sharpness = nn.Parameter(torch.tensor(math.log(10.0)))  # of the softmax over cosines in training
+        self.sharpness = nn.Parameter(
+            torch.tensor(math.log(10.0))
+        )  # of the softmax over cosines in training
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [B, D] of captions."""
@@ -46,7 +51,8 @@ class SpriteVideoText(nn.Module):
         return F.normalize(self.from_text(context.sum(1) / words).float(), dim=-1)
 
     def embed_video(self, frames_BFCHW: Tensor, numbers: Tensor) -> Tensor:
-        """Unit vectors [B, D] of frames [B, F, 3, 64, 64] in 0–1; `numbers` [F] or [B, F] are their places in time.
+        """Unit vectors [B, D] of frames [B, F, 3, 64, 64] in 0–1; `numbers` [F] or [B, F] are their
+        places in time.
 
         ValueError for frames of other sides.
         """
@@ -77,4 +83,6 @@ class SpriteVideoText(nn.Module):
 
 def _stage(into: int, out: int, taps: int) -> nn.Sequential:
     """Half the side."""
-    return nn.Sequential(nn.Conv2d(into, out, taps, stride=2, padding=taps // 2), nn.GroupNorm(8, out), nn.GELU())
+    return nn.Sequential(
+        nn.Conv2d(into, out, taps, stride=2, padding=taps // 2), nn.GroupNorm(8, out), nn.GELU()
+    )

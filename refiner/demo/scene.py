@@ -1,6 +1,8 @@
-"""A scene of the synthetic world: its objects, its ground, its caption, and the truth of every frame.
+"""A scene of the synthetic world: its objects, its ground, its caption, and the truth of every
+frame.
 
-A scene is a closed form of the time: it has no length, and its truth can be asked for any number of frames.
+A scene is a closed form of the time: it has no length, and its truth can be asked for any number of
+frames.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ def check_size(size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One object: what it is, its numbers (in frame sides, radians), and its depth (0 is in front)."""
+    """One object: what it is, its numbers (in frame sides, radians), and its depth (0 is in
+    front)."""
 
     stated: Stated  # everything that can be seen of it, said in the caption or not
     radius: float
@@ -71,7 +74,8 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene: its objects, ground and caption. `size` is the frame side it is rendered at unless told otherwise."""
+    """A scene: its objects, ground and caption. `size` is the frame side it is rendered at unless
+    told otherwise."""
 
     seed: int
     split: str
@@ -107,7 +111,9 @@ class Scene:
         layers = {}
         for i in (index, *hiding):
             body, path = self.bodies[i], paths[i]
-            patch = cover(body.stated.shape, path.position, body.radius * path.scale, path.angle, size)
+            patch = cover(
+                body.stated.shape, path.position, body.radius * path.scale, path.angle, size
+            )
             layers[i] = np.zeros((len(path.scale), size, size), dtype=np.float32)
             layers[i][patch.index] = patch.alpha
         left = np.prod([1 - layers[i] for i in hiding], axis=0)

@@ -1,7 +1,7 @@
 """The shapes of the world as signed distance functions, and how much of each pixel they cover.
 
-F frames, P side of the patch around a shape in pixels. Positions are in frame sides (0–1, x right, y down), and an
-angle that grows turns clockwise as seen.
+F frames, P side of the patch around a shape in pixels. Positions are in frame sides (0–1, x right,
+y down), and an angle that grows turns clockwise as seen.
 """
 
 from collections.abc import Callable
@@ -52,10 +52,13 @@ def _star(x: ndarray, y: ndarray) -> ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A shape: its distance function at circumradius 1, its circumradius at radius 1, and how it looks when turned."""
+    """A shape: its distance function at circumradius 1, its circumradius at radius 1, and how it
+    looks when turned."""
 
     distance: Callable[[ndarray, ndarray], ndarray]
-    reach: float  # circumradius / radius; chosen so that shapes of one radius look about equally large
+    reach: (
+        float  # circumradius / radius; chosen so that shapes of one radius look about equally large
+    )
     symmetry: int  # turns by 360° / symmetry look the same; 0: every turn does
     area: float  # at radius 1
 
@@ -90,7 +93,8 @@ class Cover:
 
 
 def cover(shape: str, position: ndarray, radius: ndarray, angle: ndarray, size: int) -> Cover:
-    """Coverage of a shape by frame: `position` [F, 2] and `radius` [F] in frame sides, `angle` [F] in radians."""
+    """Coverage of a shape by frame: `position` [F, 2] and `radius` [F] in frame sides, `angle` [F]
+    in radians."""
     kind = SHAPES[shape]
     reach = np.maximum(radius * kind.reach * size, 1e-3).astype(np.float32)[:, None, None]
     side = min(size, 2 * int(np.ceil(reach.max() + EDGE)) + 2)

@@ -1,4 +1,5 @@
-"""What a person looks at first: a few prompts by the bundled models, base and refined side by side."""
+"""What a person looks at first: a few prompts by the bundled models, base and refined side by
+side."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,11 @@ FRAMES_PER_ROW = 8
 ENLARGED = 4  # a pixel of the sprite world to this many, squared, in a video
 ON_SHEET = 2  # and on the sheet
 SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
-COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230), "rewarded": (200, 105, 0)}  # of what is behind a name
+COLOURS = {
+    "base": (110, 110, 110),
+    "refined": (30, 100, 230),
+    "rewarded": (200, 105, 0),
+}  # of what is behind a name
 NAME_SIZE, NAME_MARGIN = 20, 6  # pixels: height of the letters, and space beside the longest name
 SCORES = ("object", "colour", "action", "quality", "total")
 
@@ -44,7 +49,8 @@ def enlarged(pictures: ndarray, times: int) -> ndarray:
 
 
 def name_plate(name: str, height: int) -> ndarray:
-    """Write a name of COLOURS in white on a picture [height, W, 3], whose width fits each of them."""
+    """Write a name of COLOURS in white on a picture [height, W, 3], whose width fits each of
+    them."""
     font = ImageFont.load_default(NAME_SIZE)
     width = 2 * NAME_MARGIN + round(max(map(font.getlength, COLOURS)))
     plate = Image.new("RGB", (width, height), COLOURS[name])
@@ -53,11 +59,12 @@ def name_plate(name: str, height: int) -> ndarray:
 
 
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
-    """Write a video of each of the first held-out captions and one sheet of all; yields lines to print.
+    """Write a video of each of the first held-out captions and one sheet of all; yields lines to
+    print.
 
-    Each video has the base on the left and to its right what the bundle's refiners make of the same noise: refined by
-    the one that was trained by distribution matching, rewarded by the other. The sheet has them below each other, each
-    row with its name.
+    Each video has the base on the left and to its right what the bundle's refiners make of the same
+    noise: refined by the one that was trained by distribution matching, rewarded by the other. The
+    sheet has them below each other, each row with its name.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
@@ -71,12 +78,19 @@ def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str
     for number, caption in enumerate(captions):
         path = out / f"sprites_{number + 1}.mp4"
         told = {"prompt": caption.text, "shown": ", ".join(made)}
-        frames = enlarged(np.concatenate([clips[number] for clips in made.values()], axis=2), ENLARGED)
+        frames = enlarged(
+            np.concatenate([clips[number] for clips in made.values()], axis=2), ENLARGED
+        )
         with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=told) as writer:
             writer.write(frames)
         yield f"{path}: {caption.text}"
     yield from told_scores(made, captions)
-    frames = [frame for clips in zip(*made.values(), strict=True) for clip in clips for frame in eight(clip)]
+    frames = [
+        frame
+        for clips in zip(*made.values(), strict=True)
+        for clip in clips
+        for frame in eight(clip)
+    ]
     frames = [enlarged(frame, ON_SHEET) for frame in frames]
     plates = [name_plate(name, len(frames[0])) for name in made]
     contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW, marks=plates)

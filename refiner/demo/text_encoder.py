@@ -9,9 +9,12 @@ UNKNOWN = "?"
 
 
 class SpriteTextEncoder(nn.Module):
-    """Captions to context [B, text_len, dim], zeros behind each caption's end, as umT5's output is for Wan2.1."""
+    """Captions to context [B, text_len, dim], zeros behind each caption's end, as umT5's output is
+    for Wan2.1."""
 
-    def __init__(self, dim: int = 128, text_len: int = MOST_WORDS, layers: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self, dim: int = 128, text_len: int = MOST_WORDS, layers: int = 2, heads: int = 4
+    ) -> None:
         super().__init__()
         self.text_len, self.text_dim = text_len, dim
         self.words = (UNKNOWN, *vocabulary())
@@ -25,7 +28,8 @@ class SpriteTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Word numbers [B, text_len] and which of them are words; words beyond text_len are cut off."""
+        """Word numbers [B, text_len] and which of them are words; words beyond text_len are cut
+        off."""
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.long)
         real = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):

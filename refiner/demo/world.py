@@ -1,4 +1,5 @@
-"""The synthetic world: one integer gives a scene, one or two shapes that move over a ground, and a caption of it."""
+"""The synthetic world: one integer gives a scene, one or two shapes that move over a ground, and a
+caption of it."""
 
 import zlib
 from dataclasses import replace
@@ -15,27 +16,47 @@ from .shapes import SHAPES
 SPLITS = ("train", "test", "composition")
 # Pairs that no clip of train or test has, and every clip of composition has at least one of.
 HELD_OUT_LOOKS = frozenset(
-    {("star", "purple"), ("circle", "cyan"), ("square", "yellow"), ("ring", "green"), ("triangle", "white")}
+    {
+        ("star", "purple"),
+        ("circle", "cyan"),
+        ("square", "yellow"),
+        ("ring", "green"),
+        ("triangle", "white"),
+    }
 )
-HELD_OUT_ACTS = frozenset({("yellow", "spin"), ("blue", "orbit"), ("green", "pulse"), ("white", "swing")})
+HELD_OUT_ACTS = frozenset(
+    {("yellow", "spin"), ("blue", "orbit"), ("green", "pulse"), ("white", "swing")}
+)
 
-SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.145, 0.160)}  # radii, in frame sides
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (0.095, 0.108),
+    "large": (0.145, 0.160),
+}  # radii, in frame sides
 TILT = 0.1  # radians off upright that a spin starts at, up to
 PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
-TURN_GAP = 7 / 64  # what swings and orbits stays at least this far from the edges, so that it is no bounce
+TURN_GAP = (
+    7 / 64
+)  # what swings and orbits stays at least this far from the edges, so that it is no bounce
 OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
-RUN = 10 / 64  # a bounce goes at least this far before it first turns, so that its direction is seen
+RUN = (
+    10 / 64
+)  # a bounce goes at least this far before it first turns, so that its direction is seen
 PASS_GAP = 4 / 64  # between an object that passes another and that one, at the ends of its way
 TRIES = 80
 # Drawn unevenly, because what needs more room is refused more often beside another object.
 SHARES = {"bounce": 0.13, "orbit": 0.26, "swing": 0.18, "pulse": 0.17, "spin": 0.26}
-TWO, PASSING, LARGE = 0.62, 0.22, 0.7  # shares of two objects, of those that pass each other, of large ones
+TWO, PASSING, LARGE = (
+    0.62,
+    0.22,
+    0.7,
+)  # shares of two objects, of those that pass each other, of large ones
 
 
 def held_out(objects: tuple[Stated, ...]) -> bool:
     """Whether any of the objects has a pair that is held out of training."""
     return any(
-        (one.shape, one.colour) in HELD_OUT_LOOKS or (one.colour, one.motion) in HELD_OUT_ACTS for one in objects
+        (one.shape, one.colour) in HELD_OUT_LOOKS or (one.colour, one.motion) in HELD_OUT_ACTS
+        for one in objects
     )
 
 
@@ -60,12 +81,14 @@ def _complete(stated: Stated, rng: Generator, alone: bool) -> Stated:
         stated,
         size=stated.size or size,
         direction=stated.direction or (_choose(rng, directions) if directions else None),
-        speed=stated.speed or (_choose(rng, RATES[stated.motion]) if stated.motion in RATES else None),
+        speed=stated.speed
+        or (_choose(rng, RATES[stated.motion]) if stated.motion in RATES else None),
     )
 
 
 def _draw_objects(rng: Generator) -> tuple[tuple[Stated, ...], str | None]:
-    """Shapes, colours and motions of one or two objects, and behind or front where the first passes the second."""
+    """Shapes, colours and motions of one or two objects, and behind or front where the first passes
+    the second."""
     count = 1 + int(rng.random() < TWO)
     shapes = [_choose(rng, SHAPES) for _ in range(count)]
     colours = [str(name) for name in rng.choice(list(OBJECT_COLOURS), count, replace=False)]
@@ -95,7 +118,9 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
         phase = float(rng.uniform(-0.12, 0.12))
     motion = Motion(stated.motion, stated.direction, stated.speed, rate, amplitude, phase)
     centre, ahead = [], heading(stated.direction) if stated.motion == "bounce" else (0, 0)
-    limited = replace(motion, kind="still") if stated.motion == "bounce" else motion  # a bounce may start anywhere
+    limited = (
+        replace(motion, kind="still") if stated.motion == "bounce" else motion
+    )  # a bounce may start anywhere
     for (side_low, side_high), way in zip(extent(limited, (0, 0), reach), ahead, strict=True):
         gap = TURN_GAP if turns and side_high > reach else WALL
         if side_high - side_low > 1 - 2 * gap:
@@ -108,17 +133,24 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
 
 
 def _passing(objects: tuple[Stated, ...], passing: str, rng: Generator) -> tuple[Body, Body] | None:
-    """The first object crosses the second, which stays still, and comes clear of it on both sides."""
+    """The first object crosses the second, which stays still, and comes clear of it on both
+    sides."""
     mover, other = (_body(stated, rng) for stated in objects)
     if mover is None or other is None:
         return None
     along = int(objects[0].direction in ("up", "down"))
     clear = WALL + 2 * mover.reach + other.reach + PASS_GAP
-    low, high = max(mover.reach, other.reach) + WALL + 2 / 64, 1 - max(mover.reach, other.reach) - WALL - 2 / 64
+    low, high = (
+        max(mover.reach, other.reach) + WALL + 2 / 64,
+        1 - max(mover.reach, other.reach) - WALL - 2 / 64,
+    )
     if clear > 0.5:
         return None
     centre, start = [0.0, 0.0], [0.0, 0.0]
-    centre[along], centre[1 - along] = float(rng.uniform(clear, 1 - clear)), float(rng.uniform(low, high))
+    centre[along], centre[1 - along] = (
+        float(rng.uniform(clear, 1 - clear)),
+        float(rng.uniform(low, high)),
+    )
     room = centre[along] if objects[0].direction in ("right", "down") else 1 - centre[along]
     place = float(rng.uniform(mover.reach + WALL, room - other.reach - mover.reach - PASS_GAP))
     start[along] = place if objects[0].direction in ("right", "down") else 1 - place
@@ -140,8 +172,11 @@ def relation_of(first: Body, second: Body) -> tuple[str | None, float]:
     return name, gaps[name]
 
 
-def _place(objects: tuple[Stated, ...], relation: str | None, rng: Generator) -> tuple[Body, ...] | None:
-    """The objects in the frame so that the relation holds and none touches another unless it passes it."""
+def _place(
+    objects: tuple[Stated, ...], relation: str | None, rng: Generator
+) -> tuple[Body, ...] | None:
+    """The objects in the frame so that the relation holds and none touches another unless it passes
+    it."""
     if relation in ("behind", "front"):
         return _passing(objects, relation, rng)
     bodies = [_body(stated, rng) for stated in objects]
@@ -177,10 +212,11 @@ def _stream(seed: int, *labels: str) -> Generator:
 
 
 def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:
-    """The scene of a seed, the same on every machine; ValueError for an unknown split, a negative seed, a bad size.
+    """The scene of a seed, the same on every machine; ValueError for an unknown split, a negative
+    seed, a bad size.
 
-    train and test are disjoint streams of one distribution; every scene of composition has a pair of attributes that
-    the others never have.
+    train and test are disjoint streams of one distribution; every scene of composition has a pair
+    of attributes that the others never have.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known: use one of {', '.join(SPLITS)}")
@@ -201,22 +237,31 @@ def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:
                 return Scene(seed, split, size, bodies, ground, caption)
 
 
-def _caption(bodies: tuple[Body, ...], passing: str | None, ground: Ground, rng: Generator) -> Caption:
-    relation = passing or (relation_of(*bodies)[0] if len(bodies) == 2 and rng.random() < 0.85 else None)
+def _caption(
+    bodies: tuple[Body, ...], passing: str | None, ground: Ground, rng: Generator
+) -> Caption:
+    relation = passing or (
+        relation_of(*bodies)[0] if len(bodies) == 2 and rng.random() < 0.85 else None
+    )
     said = _leave_out(tuple(body.stated for body in bodies), rng)
     return write(said, relation, ground.name if rng.random() < 0.75 else None, rng)
 
 
 def realise(caption: Caption, seed: int, size: int = 64) -> Scene:
-    """Another scene that the caption is true of; what the caption leaves open is drawn from the seed.
+    """Another scene that the caption is true of; what the caption leaves open is drawn from the
+    seed.
 
     ValueError where no scene was found that has it all.
     """
     check_size(size)
     rng = _stream(seed, "caption", repr(caption))
     for _ in range(200 * TRIES):
-        full = tuple(_complete(stated, rng, alone=len(caption.objects) == 1) for stated in caption.objects)
+        full = tuple(
+            _complete(stated, rng, alone=len(caption.objects) == 1) for stated in caption.objects
+        )
         bodies = _place(full, caption.relation, rng)
         if bodies:
             return Scene(seed, "caption", size, bodies, _draw_ground(rng, caption.ground), caption)
-    raise ValueError(f"no scene found for {caption.text!r}: its objects do not fit beside each other")
+    raise ValueError(
+        f"no scene found for {caption.text!r}: its objects do not fit beside each other"
+    )

@@ -8,19 +8,24 @@ from .positions import Cut, Placement, Relative
 
 
 class FrameLedger:
-    """Bookkeeping of a window: the sink, then the most recent frames, each in a slot of a ring behind the sink.
+    """Bookkeeping of a window: the sink, then the most recent frames, each in a slot of a ring
+    behind the sink.
 
-    Pure Python: slots and positions are known without touching a tensor, and nothing here grows with the video.
+    Pure Python: slots and positions are known without touching a tensor, and nothing here grows
+    with the video.
     """
 
     def __init__(self, plan: MemoryPlan) -> None:
         self.plan = plan
         self.held: list[Held] = []
         self.arrived = 0
-        self.next_cut: Cut | None = None  # places the next chunk, then positions are the plan's again
+        self.next_cut: Cut | None = (
+            None  # places the next chunk, then positions are the plan's again
+        )
 
     def slot(self, order: int) -> int:
-        """Slot of the frame that arrived as number `order`: the sink first, then a ring over the oldest."""
+        """Slot of the frame that arrived as number `order`: the sink first, then a ring over the
+        oldest."""
         sink = self.plan.sink_frames
         return order if order < sink else sink + (order - sink) % self.plan.recent_frames
 
@@ -30,7 +35,8 @@ class FrameLedger:
         return self._sink_and_last(self.plan.recent_frames - new)
 
     def place(self, frames: Sequence[int]) -> Placement:
-        """Temporal positions of the past that a chunk of these absolute indices sees, and of the chunk."""
+        """Temporal positions of the past that a chunk of these absolute indices sees, and of the
+        chunk."""
         past = self.visible(len(frames))
         sink = min(self.plan.sink_frames, len(past))
         positions = self.next_cut or self.plan.positions
@@ -55,14 +61,20 @@ class FrameLedger:
         return evicted
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> list[Held]:
-        """Keep the sink and the last `keep_last` frames, renumbered from 0; return them as numbered before."""
-        remaining = self._sink_and_last(keep_last) if keep_sink else self.held[max(0, len(self.held) - keep_last) :]
+        """Keep the sink and the last `keep_last` frames, renumbered from 0; return them as numbered
+        before."""
+        remaining = (
+            self._sink_and_last(keep_last)
+            if keep_sink
+            else self.held[max(0, len(self.held) - keep_last) :]
+        )
         self.held = [Held(order, held.frame) for order, held in enumerate(remaining)]
         self.arrived = len(remaining)
         return remaining
 
     def cut(self, cut: Cut) -> None:
-        """Place the next chunk by a cut, far from its history; ValueError unless positions are relative."""
+        """Place the next chunk by a cut, far from its history; ValueError unless positions are
+        relative."""
         if not isinstance(self.plan.positions, Relative):
             raise ValueError(
                 "a cut moves the next chunk away from its history: it needs relative positions, this"

@@ -14,23 +14,30 @@ from .ring import mixed
 
 
 class GraphMemory:
-    """K/V of a window as immutable tensors, past frames oldest first; the same policies as `RingMemory`.
+    """K/V of a window as immutable tensors, past frames oldest first; the same policies as
+    `RingMemory`.
 
-    Gradients flow into history when it was committed with a graph, and do not when it was committed under no_grad.
+    Gradients flow into history when it was committed with a graph, and do not when it was committed
+    under no_grad.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | None = None) -> None:
-        """Tensors lie where they are written: `device` is there for the signature of `RingMemory`."""
+        """Tensors lie where they are written: `device` is there for the signature of
+        `RingMemory`."""
         self.plan = plan
         self.ledger = FrameLedger(plan)
         self.past: list[KeyValue] = []  # by layer: stored keys and values of the ledger's frames
-        self.means: list[Tensor] = []  # by layer: mean raw key of each [B, F, H, D], where the policy reads it
+        self.means: list[
+            Tensor
+        ] = []  # by layer: mean raw key of each [B, F, H, D], where the policy reads it
         self.current: GraphView | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes now held as history."""
-        return sum(part.nbytes for layer in self.past for part in layer) + sum(mean.nbytes for mean in self.means)
+        return sum(part.nbytes for layer in self.past for part in layer) + sum(
+            mean.nbytes for mean in self.means
+        )
 
     def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "GraphView":
         """A fresh view for one pass over a chunk of these absolute latent frames.
@@ -77,7 +84,8 @@ class GraphMemory:
 
 
 def ranks_of(wanted: Sequence[Held], stored: Sequence[int]) -> list[int] | None:
-    """Where the wanted frames lie among those with the absolute indices `stored`; None for all of them."""
+    """Where the wanted frames lie among those with the absolute indices `stored`; None for all of
+    them."""
     return None if len(wanted) == len(stored) else [stored.index(held.frame) for held in wanted]
 
 
@@ -103,11 +111,14 @@ def join(old: KeyValue, new: KeyValue) -> KeyValue:
 
 
 class HistoryFrames:
-    """Past frames of a GraphMemory without a chunk (`refiner.memory.policy.Frames`); keys as they are stored."""
+    """Past frames of a GraphMemory without a chunk (`refiner.memory.policy.Frames`); keys as they
+    are stored."""
 
     chunk = 0
 
-    def __init__(self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None
+    ) -> None:
         """`stored` are the absolute indices of the frames in memory, the ledger's unless given."""
         self.past = past
         stored = [held.frame for held in memory.ledger.held] if stored is None else stored
@@ -130,14 +141,19 @@ class HistoryFrames:
 
 
 class GraphView:
-    """One pass over one chunk: what it sees is fixed when the view is made, what it wrote may be committed."""
+    """One pass over one chunk: what it sees is fixed when the view is made, what it wrote may be
+    committed."""
 
     first = 0
 
-    def __init__(self, memory: GraphMemory, frames: tuple[int, ...], keep_pending: Tensor | None) -> None:
+    def __init__(
+        self, memory: GraphMemory, frames: tuple[int, ...], keep_pending: Tensor | None
+    ) -> None:
         self.plan = memory.plan
         self.keep_pending = keep_pending
-        self.before = None if keep_pending is None else (memory.current.new, memory.current.new_means)
+        self.before = (
+            None if keep_pending is None else (memory.current.new, memory.current.new_means)
+        )
         self.frames, self.chunk = frames, len(frames)
         self.past_positions, self.positions = memory.ledger.place(frames)
         self.history = HistoryFrames(memory, memory.ledger.visible(len(frames)))
@@ -145,13 +161,19 @@ class GraphView:
         self.new_means: dict[int, Tensor] = {}
 
     def extend(
-        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+        self,
+        layer: int,
+        raw_key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
         own = KeyValue(raw_key if self.plan.keys == "raw" else rotate(raw_key, table), value)
         if self.keep_pending is not None:
             own = mixed(self.keep_pending, self.before[0][layer], own)
-        # Recomputation calls extend() again; keep the tensors of the first run, which autograd knows.
+        # Recomputation calls extend() again; keep the tensors of the first run, which autograd
+        # knows.
         self.new.setdefault(layer, own)
         if self.plan.policy.means:
             self._summarise(layer, raw_key)
@@ -159,7 +181,9 @@ class GraphView:
             return None
         return self.plan.policy.read(layer, raw_query, self.reading(own, self.positions))
 
-    def reading(self, current: KeyValue, positions: Sequence[int], history: bool = True) -> "GraphFrames":
+    def reading(
+        self, current: KeyValue, positions: Sequence[int], history: bool = True
+    ) -> "GraphFrames":
         """What a policy reads of: the visible past and these tokens at these positions."""
         past = self.history if history and self.past_positions else None
         return GraphFrames(self.plan, past, self.past_positions if past else (), current, positions)
@@ -194,7 +218,9 @@ class GraphFrames:
         if self.plan.keys == "rotated":
             return seen
         plan = self.plan
-        table = rotation_table(self.positions, plan.height, plan.width, plan.head_dim, like=seen.key)
+        table = rotation_table(
+            self.positions, plan.height, plan.width, plan.head_dim, like=seen.key
+        )
         return KeyValue(rotate(seen.key, table), seen.value)
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:

@@ -17,9 +17,10 @@ Keys = Literal["rotated", "raw"]
 class MemoryPlan:
     """Sizes of a K/V memory, and how it is read.
 
-    `window_frames` latent frames are held: the sink (the first `sink_frames` of the video), the most recent past and
-    the current chunk. A window as long as the video is full history. Keys lie in memory rotated by RoPE (as in the
-    reference), or raw and are rotated on every read, which moving positions need.
+    `window_frames` latent frames are held: the sink (the first `sink_frames` of the video), the
+    most recent past and the current chunk. A window as long as the video is full history. Keys lie
+    in memory rotated by RoPE (as in the reference), or raw and are rotated on every read, which
+    moving positions need.
     """
 
     layers: int
@@ -33,7 +34,9 @@ class MemoryPlan:
     keys: Keys = "rotated"
     positions: Positions = field(default_factory=Absolute)
     dtype: torch.dtype = torch.float32
-    spare_frames: int = 0  # slots behind the window for the tokens of a refine pass, which nothing reads later
+    spare_frames: int = (
+        0  # slots behind the window for the tokens of a refine pass, which nothing reads later
+    )
     policy: Policy = field(default_factory=Window)
 
     def __post_init__(self) -> None:
@@ -45,7 +48,9 @@ class MemoryPlan:
         if self.keys not in ("rotated", "raw"):
             raise ValueError(f"keys {self.keys!r}: expected rotated or raw")
         if self.positions.moving and self.keys == "rotated":
-            raise ValueError(f"{self.positions.name} positions move with the window: they need keys='raw'")
+            raise ValueError(
+                f"{self.positions.name} positions move with the window: they need keys='raw'"
+            )
 
     @classmethod
     def of(
@@ -61,7 +66,8 @@ class MemoryPlan:
         spare_frames: int = 0,
         policy: Policy | None = None,
     ) -> "MemoryPlan":
-        """Plan for latents [B, C, F, h, w], F counting given and new frames; a window of -1 is full history.
+        """Plan for latents [B, C, F, h, w], F counting given and new frames; a window of -1 is full
+        history.
 
         Keys are raw where positions move, unless given.
         """
@@ -92,11 +98,19 @@ class MemoryPlan:
     @property
     def layer_bytes(self) -> int:
         """Of the keys (or values) of one layer."""
-        return self.batch * self.held_frames * self.frame_tokens * self.heads * self.head_dim * self.dtype.itemsize
+        return (
+            self.batch
+            * self.held_frames
+            * self.frame_tokens
+            * self.heads
+            * self.head_dim
+            * self.dtype.itemsize
+        )
 
     @property
     def nbytes(self) -> int:
-        """Of all keys and values, one layer's rotated keys where they lie raw, and the means of a policy."""
+        """Of all keys and values, one layer's rotated keys where they lie raw, and the means of a
+        policy."""
         means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
         return self.layer_bytes * (2 * self.layers + (self.keys == "raw")) + means
 
@@ -106,7 +120,8 @@ class MemoryPlan:
         return 0 if isinstance(self.policy, Window) else 2 * self.layer_bytes
 
     def check_chunk(self, frames: int) -> None:
-        """Raise ValueError when the sink and a chunk of `frames` do not fit in the window together."""
+        """Raise ValueError when the sink and a chunk of `frames` do not fit in the window
+        together."""
         if frames > self.recent_frames:
             raise ValueError(
                 f"window of {self.window_frames} frames is smaller than sink {self.sink_frames} + chunk {frames}: use a"

@@ -9,14 +9,16 @@ from ..wan.causal import KeyValue, Seen
 
 
 class Held(NamedTuple):
-    """A committed frame: its number in the order of arrival, and its absolute latent index in the video."""
+    """A committed frame: its number in the order of arrival, and its absolute latent index in the
+    video."""
 
     order: int
     frame: int
 
 
 class Frames(Protocol):
-    """The visible past and the current chunk, as a policy reads them. Shape suffixes as in `refiner.wan.causal`."""
+    """The visible past and the current chunk, as a policy reads them. Shape suffixes as in
+    `refiner.wan.causal`."""
 
     past: Sequence[Held]  # visible frames, oldest first
     chunk: int  # frames of the current chunk
@@ -37,8 +39,8 @@ class Frames(Protocol):
 class Policy:
     """Chooses what each head of a layer attends to.
 
-    Subclasses are frozen dataclasses whose fields are their knobs. At its neutral value a policy returns
-    `frames.all(layer)`, and the run equals that of the window bit for bit.
+    Subclasses are frozen dataclasses whose fields are their knobs. At its neutral value a policy
+    returns `frames.all(layer)`, and the run equals that of the window bit for bit.
     """
 
     name: ClassVar[str]
@@ -49,4 +51,5 @@ class Policy:
         raise NotImplementedError
 
     def evicting(self, frames: Frames) -> None:
-        """Look at the frames in `frames.past` before they leave the memory; each frame is shown once."""
+        """Look at the frames in `frames.past` before they leave the memory; each frame is shown
+        once."""

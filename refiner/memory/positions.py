@@ -1,4 +1,5 @@
-"""Temporal RoPE positions: at which index a stored frame is read, and where the current chunk stands."""
+"""Temporal RoPE positions: at which index a stored frame is read, and where the current chunk
+stands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ class Placement(NamedTuple):
 
 
 class Positions(Protocol):
-    """How frames are placed. `moving` positions change from chunk to chunk, so keys are stored before RoPE."""
+    """How frames are placed. `moving` positions change from chunk to chunk, so keys are stored
+    before RoPE."""
 
     name: ClassVar[str]
     moving: ClassVar[bool]
 
     def place(self, past: Sequence[int], chunk: Sequence[int], sink: int) -> Placement:
-        """Place visible frames and a chunk, given by absolute latent index; the first `sink` of the past are sink."""
+        """Place visible frames and a chunk, given by absolute latent index; the first `sink` of the
+        past are sink."""
         ...
 
 
@@ -38,7 +41,8 @@ class Absolute:
 
 @dataclass(frozen=True, slots=True)
 class Relative:
-    """A frame stands at its rank in the window, so distances stay in the training range at any length.
+    """A frame stands at its rank in the window, so distances stay in the training range at any
+    length.
 
     LongLive's infinite variant; the block-relativistic RoPE of Infinity-RoPE.
     """
@@ -52,7 +56,8 @@ class Relative:
 
 @dataclass(frozen=True, slots=True)
 class SinkAdjacent:
-    """Absolute positions, but the sink stands right before the oldest recent frame (Rolling Forcing)."""
+    """Absolute positions, but the sink stands right before the oldest recent frame (Rolling
+    Forcing)."""
 
     name: ClassVar[str] = "sink-adjacent"
     moving: ClassVar[bool] = True
@@ -65,7 +70,8 @@ class SinkAdjacent:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Relative positions whose chunk jumps to `position`, away from its history (RoPE cut of Infinity-RoPE)."""
+    """Relative positions whose chunk jumps to `position`, away from its history (RoPE cut of
+    Infinity-RoPE)."""
 
     name: ClassVar[str] = "cut"
     moving: ClassVar[bool] = True
@@ -76,7 +82,9 @@ class Cut:
         return Placement(span(0, len(past)), span(self.position, len(chunk)))
 
 
-POSITIONS: dict[str, Positions] = {kind.name: kind for kind in (Absolute(), Relative(), SinkAdjacent())}
+POSITIONS: dict[str, Positions] = {
+    kind.name: kind for kind in (Absolute(), Relative(), SinkAdjacent())
+}
 
 
 def get_positions(name: str) -> Positions:

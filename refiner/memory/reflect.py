@@ -1,6 +1,8 @@
-"""The reflective K/V cache: what a refine pass sees besides its own tokens (AutoRefiner, section 3.4).
+"""The reflective K/V cache: what a refine pass sees besides its own tokens (AutoRefiner, section
+3.4).
 
-It attends to [history ‖ previous x0 ‖ its own]. Tokens of the previous x0 and of the noise have the same positions.
+It attends to [history ‖ previous x0 ‖ its own]. Tokens of the previous x0 and of the noise have the
+same positions.
 """
 
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ Previous = Literal["pending", "joint", "none"]
 class ReflectiveCache:
     """Table 4 of the paper as two switches.
 
-    `history`: the base network's committed keys and values (`shared`), or `none`. `previous`, of the x0 that the level
-    before predicted: `pending`, the keys and values that the base network wrote in predicting it; `joint`, those of
-    the x0 itself, which goes through the refiner in the same call; or `none`.
+    `history`: the base network's committed keys and values (`shared`), or `none`. `previous`, of
+    the x0 that the level before predicted: `pending`, the keys and values that the base network
+    wrote in predicting it; `joint`, those of the x0 itself, which goes through the refiner in the
+    same call; or `none`.
     """
 
     history: History = "shared"
@@ -32,18 +35,25 @@ class ReflectiveCache:
     def __post_init__(self) -> None:
         for name, allowed in (("history", get_args(History)), ("previous", get_args(Previous))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {' or '.join(allowed)}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is not known: use {' or '.join(allowed)}"
+                )
 
 
-def reflect(memory: RingMemory | GraphMemory, frames: tuple[int, ...], cache: ReflectiveCache) -> View:
-    """A view for a refine pass over the noise of the chunk `frames`, which was predicted once at least.
+def reflect(
+    memory: RingMemory | GraphMemory, frames: tuple[int, ...], cache: ReflectiveCache
+) -> View:
+    """A view for a refine pass over the noise of the chunk `frames`, which was predicted once at
+    least.
 
-    With `joint` the pass takes [x0 ‖ noise] along the frames. It changes nothing that a later pass reads. A RingMemory
-    needs spare frames in its plan.
+    With `joint` the pass takes [x0 ‖ noise] along the frames. It changes nothing that a later pass
+    reads. A RingMemory needs spare frames in its plan.
     """
     view = memory.current
     if cache.previous == "pending" and (view is None or view.frames != frames):
-        raise ValueError("a refine pass reads what the prediction before it wrote: predict this chunk first")
+        raise ValueError(
+            "a refine pass reads what the prediction before it wrote: predict this chunk first"
+        )
     if isinstance(memory, GraphMemory):
         return GraphReflection(view or memory.view(frames), cache)
     return RingReflection(memory, memory.view(frames), cache)
@@ -59,7 +69,12 @@ class GraphReflection:
         self.first = len(view.positions) * view.plan.frame_tokens if joint else 0
 
     def extend(
-        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+        self,
+        layer: int,
+        raw_key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
         view, positions = self.view, self.positions
@@ -71,7 +86,8 @@ class GraphReflection:
 
 
 class RingReflection(SlotFrames):
-    """For sampling: the tokens of the pass go into the spare slots right behind the current chunk's."""
+    """For sampling: the tokens of the pass go into the spare slots right behind the current
+    chunk's."""
 
     def __init__(self, memory: RingMemory, view: RingView, cache: ReflectiveCache) -> None:
         chunk, spare = len(view.positions), memory.plan.spare_frames
@@ -80,21 +96,29 @@ class RingReflection(SlotFrames):
                 f"memory has {spare} spare frames and a refine pass over this chunk writes {chunk}: plan the memory"
                 " with them"
             )
-        super().__init__(memory, view.past, (*view.chunk_slots, *range(view.used, view.used + chunk)))
+        super().__init__(
+            memory, view.past, (*view.chunk_slots, *range(view.used, view.used + chunk))
+        )
         self.view, self.cache = view, cache
         self.joint = cache.previous == "joint"
         self.positions = view.positions * 2 if self.joint else view.positions
         self.first = chunk * memory.plan.frame_tokens if self.joint else 0
 
     def extend(
-        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+        self,
+        layer: int,
+        raw_key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
         view, first, cache = self.view, self.first, self.cache
         if cache.previous == "none":
             if cache.history == "none":
                 return KeyValue(rotate(raw_key, table), value)
-            # Over the pending K/V, which nothing reads before the next prediction writes them again.
+            # Over the pending K/V, which nothing reads before the next prediction writes them
+            # again.
             return view.extend(layer, raw_key, value, table, raw_query)
         stored = view.stored(raw_key, table)
         if self.joint:

@@ -35,8 +35,9 @@ def mixed(keep_pending: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
 class RingMemory:
     """K/V of a window in place: sink slots, then a ring by frame.
 
-    The current chunk is written over the frames that it evicts, so past and present are one contiguous read with no
-    copy. Attention does not care in which order keys lie; positions are tracked by slot.
+    The current chunk is written over the frames that it evicts, so past and present are one
+    contiguous read with no copy. Attention does not care in which order keys lie; positions are
+    tracked by slot.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
@@ -45,11 +46,15 @@ class RingMemory:
         heads = (plan.heads, plan.head_dim)
         shape = (plan.batch, plan.held_frames * plan.frame_tokens, *heads)
         self.store: Store = PlainStore(plan.layers, shape, plan.frame_tokens, plan.dtype, device)
-        self.rotated = torch.empty(shape, dtype=plan.dtype, device=device) if plan.keys == "raw" else None
+        self.rotated = (
+            torch.empty(shape, dtype=plan.dtype, device=device) if plan.keys == "raw" else None
+        )
         self.means: list[Tensor] = []  # of a layer's raw keys, by slot [B, F, H, D]
         if plan.policy.means:
             shape = (plan.batch, plan.held_frames, *heads)
-            self.means = [torch.empty(shape, dtype=plan.dtype, device=device) for _ in range(plan.layers)]
+            self.means = [
+                torch.empty(shape, dtype=plan.dtype, device=device) for _ in range(plan.layers)
+            ]
         self.device = torch.device(device)
         self.current: RingView | None = None
 
@@ -97,7 +102,9 @@ class RingMemory:
 class SlotFrames:
     """Frames in slots of a RingMemory, as a policy reads them (`refiner.memory.policy.Frames`)."""
 
-    def __init__(self, memory: RingMemory, past: Sequence[Held], chunk_slots: Sequence[int]) -> None:
+    def __init__(
+        self, memory: RingMemory, past: Sequence[Held], chunk_slots: Sequence[int]
+    ) -> None:
         self.memory, self.past, self.chunk = memory, past, len(chunk_slots)
         self.past_slots = [memory.ledger.slot(held.order) for held in past]
         self.chunk_slots = list(chunk_slots)
@@ -142,7 +149,8 @@ class Leaving(SlotFrames):
 
 
 class RingView(SlotFrames):
-    """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one before."""
+    """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one
+    before."""
 
     first = 0
     keep_pending: Tensor | None = None  # [B]
@@ -160,7 +168,12 @@ class RingView(SlotFrames):
         self.slot_positions = tuple(by_slot[slot] for slot in sorted(by_slot))
 
     def extend(
-        self, layer: int, raw_key: Tensor, value: Tensor, table: Tensor, raw_query: Tensor | None = None
+        self,
+        layer: int,
+        raw_key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`. Writes in place: not for passes whose graph is kept."""
         self.write(layer, self.stored(raw_key, table), value)
@@ -198,10 +211,15 @@ class RingView(SlotFrames):
         keys, values = self.memory.store.prefix(layer, last)
         places = [slice(slot * size, (slot + length) * size) for slot, _, length in self.pieces]
         pieces = [KeyValue(keys[:, place], values[:, place]) for place in places]
-        return pieces[0] if len(pieces) == 1 else KeyValue(*(torch.cat(part, 1) for part in zip(*pieces, strict=True)))
+        return (
+            pieces[0]
+            if len(pieces) == 1
+            else KeyValue(*(torch.cat(part, 1) for part in zip(*pieces, strict=True)))
+        )
 
     def read(self, layer: int, frames: int, positions: Sequence[int]) -> KeyValue:
-        """The first `frames` slots of a layer, keys rotated; `positions` are theirs, for raw keys."""
+        """The first `frames` slots of a layer, keys rotated; `positions` are theirs, for raw
+        keys."""
         memory, plan = self.memory, self.memory.plan
         seen = memory.store.prefix(layer, frames)
         if memory.rotated is None:

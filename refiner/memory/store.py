@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..wan.causal import KeyValue
 
-Runs = Sequence[tuple[int, int, int]]  # contiguous pieces: (first slot, first frame of the source, frames)
+Runs = Sequence[
+    tuple[int, int, int]
+]  # contiguous pieces: (first slot, first frame of the source, frames)
 
 
 class Store(Protocol):

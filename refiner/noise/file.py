@@ -1,4 +1,5 @@
-"""A refiner as a file: NAME.refiner.safetensors, whose keys no LoRA loader matches, and what it says of itself."""
+"""A refiner as a file: NAME.refiner.safetensors, whose keys no LoRA loader matches, and what it
+says of itself."""
 
 import hashlib
 import json
@@ -21,8 +22,14 @@ from .refiner import HEAD
 KEY = "autorefiner"  # of the metadata
 VERSION = 1
 LONGEST_OBJECTIVE = 60  # characters
-# Small, never quantised, and touched by no LoRA: an fp8 copy of a base, or one with LoRAs merged, has the same.
-FINGERPRINTED = ("patch_embedding.bias", "blocks.0.modulation", "head.modulation", "time_embedding.0.bias")
+# Small, never quantised, and touched by no LoRA: an fp8 copy of a base, or one with LoRAs merged,
+# has the same.
+FINGERPRINTED = (
+    "patch_embedding.bias",
+    "blocks.0.modulation",
+    "head.modulation",
+    "time_embedding.0.bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,8 @@ class RefinerCard:
 
     @classmethod
     def parse(cls, text: str) -> "RefinerCard":
-        """From a file's metadata, which is not trusted; ValueError (without the file's name) for what is no card."""
+        """From a file's metadata, which is not trusted; ValueError (without the file's name) for
+        what is no card."""
         try:
             told: Any = json.loads(text)
             card = cls(
@@ -54,9 +62,13 @@ class RefinerCard:
             )  # fmt: skip
             card.cache  # noqa: B018, it checks the two modes
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"does not say how it was trained ({error}): it is no refiner of this pack") from error
+            raise ValueError(
+                f"does not say how it was trained ({error}): it is no refiner of this pack"
+            ) from error
         if card.version > VERSION or not card.levels:
-            raise ValueError(f"is of version {card.version} with levels {list(card.levels)}: update AutoRefiner")
+            raise ValueError(
+                f"is of version {card.version} with levels {list(card.levels)}: update AutoRefiner"
+            )
         return card
 
 
@@ -81,7 +93,8 @@ def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_refiner(path: Path | str, pairs: Mapping[str, LoraPair], card: RefinerCard) -> None:
-    """Write the factors in bf16, alpha folded into B; whatever stood at `path` stays until the new file is complete."""
+    """Write the factors in bf16, alpha folded into B; whatever stood at `path` stays until the new
+    file is complete."""
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"{REFINER_PREFIX}{name}.lora_A.weight"] = pair.down.bfloat16()
@@ -95,11 +108,14 @@ def largest(card: RefinerCard, name: str, up: Tensor) -> int:
 
 
 def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
-    """Factors by layer, mapped from the file, and the card. ValueError in one line for anything that is no refiner."""
+    """Factors by layer, mapped from the file, and the card. ValueError in one line for anything
+    that is no refiner."""
     checkpoint = open_checkpoint(path)
     kind, file = checkpoint.info.kind, checkpoint.file
     if kind != "refiner":
-        raise ValueError(f"{path} is {INSTEAD.get(kind, 'no model that is known')}; a refiner was asked for")
+        raise ValueError(
+            f"{path} is {INSTEAD.get(kind, 'no model that is known')}; a refiner was asked for"
+        )
     pairs: dict[str, LoraPair] = {}
     try:
         card = RefinerCard.parse(file.metadata.get(KEY, "null"))
@@ -109,21 +125,31 @@ def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
             if other not in file.groups[FLAT]:
                 raise ValueError(f"has {name} without {other}: it is not complete")
             down, up = file.read(FLAT, name), file.read(FLAT, other)
-            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or len(down) > largest(card, other, up):
+            if (
+                down.ndim != 2
+                or up.ndim != 2
+                or down.shape[0] != up.shape[1]
+                or len(down) > largest(card, other, up)
+            ):
                 raise ValueError(
                     f"has factors of {list(up.shape)} and {list(down.shape)} for {name} and says rank {card.rank}: its"
                     " ranks do not match"
                 )
             if min(down.dtype.itemsize, up.dtype.itemsize) < 2:
-                raise ValueError(f"has {name} in {down.dtype}, so it is quantised: pass the bf16 file")
-            pairs[name.removeprefix(REFINER_PREFIX).removesuffix(".lora_A.weight")] = LoraPair(down, up, 1.0)
+                raise ValueError(
+                    f"has {name} in {down.dtype}, so it is quantised: pass the bf16 file"
+                )
+            pairs[name.removeprefix(REFINER_PREFIX).removesuffix(".lora_A.weight")] = LoraPair(
+                down, up, 1.0
+            )
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return pairs, card
 
 
 def other_base(card: RefinerCard, own: str | None) -> str | None:
-    """A line of warning where a refiner was trained on another network than one of this fingerprint (if known)."""
+    """A line of warning where a refiner was trained on another network than one of this fingerprint
+    (if known)."""
     if not card.base or not own or card.base == own:
         return None
     return "this refiner was trained on another base model: it may do nothing good here, compare with strength 0"

@@ -16,7 +16,8 @@ VERSION = 2  # of the key of WhiteNoise's streams; 1 counted a chunk's levels in
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which noise of a chunk: the nominal step of the level it leads to, a repeat of it, a search candidate."""
+    """Which noise of a chunk: the nominal step of the level it leads to, a repeat of it, a search
+    candidate."""
 
     step: int
     repeat: int = 0
@@ -33,11 +34,13 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WhiteNoise:
-    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, nominal step, repeat, candidate).
+    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, nominal step,
+    repeat, candidate).
 
-    The same seed gives the same noise on every device, at every batch size, in a resumed run, and at the levels that
-    two level lists share; the global generator is never touched. `first` is the number of the batch's first sample.
-    Raises ValueError for a seed of more than 64 bits, sign included.
+    The same seed gives the same noise on every device, at every batch size, in a resumed run, and
+    at the levels that two level lists share; the global generator is never touched. `first` is the
+    number of the batch's first sample. Raises ValueError for a seed of more than 64 bits, sign
+    included.
     """
 
     seed: int
@@ -59,7 +62,8 @@ class WhiteNoise:
 
 @dataclass(frozen=True, slots=True)
 class AntitheticNoise:
-    """Noise in pairs of opposite signs: samples 2i and 2i + 1 are ε and -ε of the source's sample i."""
+    """Noise in pairs of opposite signs: samples 2i and 2i + 1 are ε and -ε of the source's sample
+    i."""
 
     source: NoiseSource
 
@@ -70,7 +74,8 @@ class AntitheticNoise:
 
 @dataclass(frozen=True, slots=True)
 class GivenNoise:
-    """Precomputed noise [levels, B, C, F, h, w] of whole clips, on any device; ignores Draw.repeat and Draw.candidate.
+    """Precomputed noise [levels, B, C, F, h, w] of whole clips, on any device; ignores Draw.repeat
+    and Draw.candidate.
 
     `steps` are the nominal steps of its levels. Raises ValueError where they are not as many.
     """
@@ -80,11 +85,17 @@ class GivenNoise:
 
     def __post_init__(self) -> None:
         if len(self.noise) != len(self.steps):
-            raise ValueError(f"noise of {len(self.noise)} levels for steps {self.steps}: give one for each step")
+            raise ValueError(
+                f"noise of {len(self.noise)} levels for steps {self.steps}: give one for each step"
+            )
 
     @classmethod
     def of(
-        cls, source: NoiseSource, chunks: Sequence[Chunk], frame_shape: tuple[int, int, int, int], last: int = 0
+        cls,
+        source: NoiseSource,
+        chunks: Sequence[Chunk],
+        frame_shape: tuple[int, int, int, int],
+        last: int = 0,
     ) -> "GivenNoise":
         """Draw every chunk's levels down to the nominal step `last` from a source, on the CPU.
 

@@ -1,4 +1,5 @@
-"""Sampling methods, one a file: a short generator over the verbs of a rollout, and a function that sets its knobs."""
+"""Sampling methods, one a file: a short generator over the verbs of a rollout, and a function that
+sets its knobs."""
 
 from collections.abc import Callable
 

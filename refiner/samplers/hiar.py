@@ -1,7 +1,9 @@
-"""HiAR: levels outside, chunks inside. Each level has a history of its own, one level cleaner than what it predicts.
+"""HiAR: levels outside, chunks inside. Each level has a history of its own, one level cleaner than
+what it predicts.
 
-Chunk i at level j sees every earlier chunk as it is at level j + 1, so errors of clean predictions do not pile
-up. A pass and a commit for each level and chunk; the latents of all chunks are held until the last level.
+Chunk i at level j sees every earlier chunk as it is at level j + 1, so errors of clean predictions
+do not pile up. A pass and a commit for each level and chunk; the latents of all chunks are held
+until the last level.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -27,13 +29,17 @@ def caches(levels: Sequence[Level]) -> tuple[Hashable, ...]:
 def check(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Raise ValueError where the first chunk has levels of its own."""
     if preset.first_levels and preset.first_levels != preset.levels:
-        raise ValueError("hiar goes through the same levels in every chunk, this preset's first chunk has its own")
+        raise ValueError(
+            "hiar goes through the same levels in every chunk, this preset's first chunk has its own"
+        )
 
 
 def run(rollout: Rollout) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] of each chunk, all of them at the last level."""
     if rollout.timeline is not None and len(rollout.timeline.scenes) > 1:
-        raise ValueError("hiar goes through all chunks at once and cannot change its prompt: use another method")
+        raise ValueError(
+            "hiar goes through all chunks at once and cannot change its prompt: use another method"
+        )
     chunks = list(rollout)
     levels = chunks[-1].levels
     latents = [rollout.draw(chunk, levels[0]) for chunk in chunks]

@@ -33,10 +33,11 @@ def no_note(levels: Sequence[int], refined: Collection[int]) -> str | None:
 class Method:
     """A sampling method with its knobs set; made by the functions in `METHODS`.
 
-    `run` yields the x0 [B, C, F, h, w] of each chunk. `passes` is the number of predictions of a chunk, at most;
-    without `exact` there may be fewer. `caches` names memories besides the one that there always is. `check` raises
-    ValueError for a preset or a refiner's cache that the method cannot run with. `note` is a line where the method,
-    or a refiner, has nothing to do in a run of these nominal levels, of which some are refined.
+    `run` yields the x0 [B, C, F, h, w] of each chunk. `passes` is the number of predictions of a
+    chunk, at most; without `exact` there may be fewer. `caches` names memories besides the one that
+    there always is. `check` raises ValueError for a preset or a refiner's cache that the method
+    cannot run with. `note` is a line where the method, or a refiner, has nothing to do in a run of
+    these nominal levels, of which some are refined.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""The deterministic control of AutoRefiner's Fig. 3: Euler steps along the flow instead of fresh noise (eq. 19)."""
+"""The deterministic control of AutoRefiner's Fig. 3: Euler steps along the flow instead of fresh
+noise (eq. 19)."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -7,7 +8,8 @@ from torch import Tensor
 from ..rollout import Rollout, add_noise
 from .method import Method
 
-IDLE = "ode draws no noise between levels, so the refiner has nothing to refine"  # but an initial noise
+# but an initial noise
+IDLE = "ode draws no noise between levels, so the refiner has nothing to refine"
 
 
 def ode() -> Method:
@@ -23,7 +25,8 @@ def note(levels: Sequence[int], refined: Collection[int]) -> str | None:
 def run(rollout: Rollout) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] of each chunk.
 
-    An Euler step x + (σ' − σ) v is renoising with the noise that the prediction implies, ε = (x − (1 − σ) x0) / σ.
+    An Euler step x + (σ' − σ) v is renoising with the noise that the prediction implies, ε = (x −
+    (1 − σ) x0) / σ.
     """
     for chunk in rollout:
         level, *rest = chunk.levels

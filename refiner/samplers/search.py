@@ -1,4 +1,5 @@
-"""Search for good noise with a verifier: the controls that spend passes instead of learning (AutoRefiner, Table 2)."""
+"""Search for good noise with a verifier: the controls that spend passes instead of learning
+(AutoRefiner, Table 2)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -17,11 +18,13 @@ class Judge(Protocol):
     """Follows one run and scores the candidates for its next chunk; it may decode them."""
 
     def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
-        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind the chunks chosen so far."""
+        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind the
+        chunks chosen so far."""
         ...
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
-        """These latents [B, C, F, h, w] are the chunk that was chosen or given: what comes next goes on from them."""
+        """These latents [B, C, F, h, w] are the chunk that was chosen or given: what comes next
+        goes on from them."""
         ...
 
 
@@ -49,7 +52,8 @@ def check_cache(preset: Preset, cache: ReflectiveCache | None) -> None:
 
 
 def judge_of(verifier: Verifier, rollout: Rollout) -> Judge:
-    """A judge that stands behind the chunks that were given: a clip that is extended is judged as one video."""
+    """A judge that stands behind the chunks that were given: a clip that is extended is judged as
+    one video."""
     judge = verifier.begin()
     for latents, chunk in rollout.given:
         judge.keep(latents, chunk)
@@ -62,7 +66,8 @@ def score_all(judge: Judge, candidates: Sequence[Tensor], chunk: Chunk) -> Tenso
 
 
 def best_of_n(verifier: Verifier, candidates: int = 5) -> Method:
-    """Sample every chunk N times from noise of its own; the best one becomes history (Best-of-N)."""
+    """Sample every chunk N times from noise of its own; the best one becomes history
+    (Best-of-N)."""
     check_candidates(candidates)
 
     def run(rollout: Rollout) -> Iterator[Tensor]:
@@ -78,16 +83,21 @@ def best_of_n(verifier: Verifier, candidates: int = 5) -> Method:
 
 
 def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
-    """Try several noises at every level; the best prediction goes on (Search over Path; Ma et al. 2025).
+    """Try several noises at every level; the best prediction goes on (Search over Path; Ma et al.
+    2025).
 
-    It does not go together with a refiner that reads pending keys: those in memory are the last candidate's.
+    It does not go together with a refiner that reads pending keys: those in memory are the last
+    candidate's.
     """
     check_candidates(candidates)
 
     def run(rollout: Rollout) -> Iterator[Tensor]:
         judge = judge_of(verifier, rollout)
         for chunk in rollout:
-            forks, x0 = rollout.fork(candidates), None  # anew, as an event may have changed the prompt
+            forks, x0 = (
+                rollout.fork(candidates),
+                None,
+            )  # anew, as an event may have changed the prompt
             for level in chunk.levels:
                 predictions = []
                 for fork in forks:
@@ -99,5 +109,8 @@ def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
             yield x0
 
     return Method(
-        "search-over-path", run, passes=lambda chunk: candidates * len(chunk.levels), check=check_cache
+        "search-over-path",
+        run,
+        passes=lambda chunk: candidates * len(chunk.levels),
+        check=check_cache,
     )

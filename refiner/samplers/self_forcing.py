@@ -1,4 +1,5 @@
-"""Self-Forcing's stochastic few-step sampler (AutoRefiner eqs. 2-4): predict, renoise with fresh noise, repeat."""
+"""Self-Forcing's stochastic few-step sampler (AutoRefiner eqs. 2-4): predict, renoise with fresh
+noise, repeat."""
 
 from collections.abc import Iterator
 

@@ -1,11 +1,13 @@
-"""Predict and perturb (P&P, Self-Refining Video Sampling): repeat a level with fresh noise where it is unsure.
+"""Predict and perturb (P&P, Self-Refining Video Sampling): repeat a level with fresh noise where it
+is unsure.
 
-It learns nothing: AutoRefiner's loop with "draw again" in the place of the refiner, and so its natural control. On
-top of a refiner every repeated noise is refined, too.
+It learns nothing: AutoRefiner's loop with "draw again" in the place of the refiner, and so its
+natural control. On top of a refiner every repeated noise is refined, too.
 
-Whether a further repeat is needed is read from the device, the one place in the samplers where the host waits for it:
-a pass over a chunk that is saved costs far more than the wait, and one that would change nothing still would overwrite
-the pending keys that a refiner reads. Behind the last repeat nothing is read.
+Whether a further repeat is needed is read from the device, the one place in the samplers where the
+host waits for it: a pass over a chunk that is saved costs far more than the wait, and one that
+would change nothing still would overwrite the pending keys that a refiner reads. Behind the last
+repeat nothing is read.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,10 +27,12 @@ Repeat = Callable[[Rollout, Tensor, Level, Chunk], Tensor]
 def self_refine(
     repeats: Mapping[int, int] = REPEATS, threshold: float = 0.25, enough: float = 0.999
 ) -> Method:
-    """Repeat levels, by nominal step; the first one is pure noise, where there is nothing to repeat.
+    """Repeat levels, by nominal step; the first one is pure noise, where there is nothing to
+    repeat.
 
-    A place whose prediction changes by less than `threshold`, the mean |change| over channels in units of the latents,
-    stays as it is. Repeating stops once more than the share `enough` of a sample is certain.
+    A place whose prediction changes by less than `threshold`, the mean |change| over channels in
+    units of the latents, stays as it is. Repeating stops once more than the share `enough` of a
+    sample is certain.
     """
     if any(count < 0 for count in repeats.values()) or threshold < 0 or not 0 < enough <= 1:
         raise ValueError(
@@ -47,9 +51,13 @@ def self_refine(
         if {*repeated_levels} & {*levels}:
             return None
         listed = ",".join(map(str, repeated_levels)) or "none"
-        return f"self-refine repeats levels {listed}, of which this run has none: it changes nothing"
+        return (
+            f"self-refine repeats levels {listed}, of which this run has none: it changes nothing"
+        )
 
-    return Method("self-refine", lambda rollout: run(rollout, repeat), passes, exact=False, note=note)
+    return Method(
+        "self-refine", lambda rollout: run(rollout, repeat), passes, exact=False, note=note
+    )
 
 
 def run(rollout: Rollout, repeat: Repeat) -> Iterator[Tensor]:
@@ -65,12 +73,19 @@ def run(rollout: Rollout, repeat: Repeat) -> Iterator[Tensor]:
 
 
 def repeated(
-    rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk, repeats: int, threshold: float, enough: float
+    rollout: Rollout,
+    x0: Tensor,
+    level: Level,
+    chunk: Chunk,
+    repeats: int,
+    threshold: float,
+    enough: float,
 ) -> Tensor:
-    """x0 after a level's repeats: a place that was certain once stays as it is, and so does a whole sample.
+    """x0 after a level's repeats: a place that was certain once stays as it is, and so does a whole
+    sample.
 
-    A sample stops by its own share and leaves the pending keys that a refiner reads of it, so what it becomes does not
-    depend on the others in the batch.
+    A sample stops by its own share and leaves the pending keys that a refiner reads of it, so what
+    it becomes does not depend on the others in the batch.
     """
     certain, finished = torch.zeros_like(x0[:, :1], dtype=torch.bool), None
     for count in range(1, repeats + 1):

@@ -1,7 +1,8 @@
-"""Trainable LoRA branches, by peft: a refiner's, whose final layer is silenced, and the plain LoRA that is its control.
+"""Trainable LoRA branches, by peft: a refiner's, whose final layer is silenced, and the plain LoRA
+that is its control.
 
-Both are a second tree of modules over the base's own parameters, so the base never knows, no pass has to switch
-anything on or off, and a checkpointed region recomputes what it computed.
+Both are a second tree of modules over the base's own parameters, so the base never knows, no pass
+has to switch anything on or off, and a checkpointed region recomputes what it computed.
 """
 
 from collections.abc import Mapping
@@ -23,11 +24,12 @@ PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
 def attach_branches(
     base: CausalWan, rank: int, *, silent_head: bool, start: Start = "random", seed: int = 0
 ) -> CausalWan:
-    """A tree over the base's frozen parameters with fresh LoRA branches (rank = alpha, B zero), which are trainable.
+    """A tree over the base's frozen parameters with fresh LoRA branches (rank = alpha, B zero),
+    which are trainable.
 
-    With `silent_head` it is T_φ: the final layer's base weight and bias count as zero. `start` "head" then gives that
-    layer a branch of rank 64, whatever `rank` is, whose A is the base's weight: B = -c I is Δ = -c v, within reach of
-    the first update. ValueError without peft.
+    With `silent_head` it is T_φ: the final layer's base weight and bias count as zero. `start`
+    "head" then gives that layer a branch of rank 64, whatever `rank` is, whose A is the base's
+    weight: B = -c I is Δ = -c v, within reach of the first update. ValueError without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -60,11 +62,18 @@ def attach_branches(
 
 def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:
     """The trainable factors by name."""
-    return {name: parameter for name, parameter in network.model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter
+        for name, parameter in network.model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def pairs_of(network: CausalWan, factors: Mapping[str, Tensor] | None = None) -> dict[str, LoraPair]:
-    """The factors by layer with their scale, detached and whole: as they stand, or others by parameter name."""
+def pairs_of(
+    network: CausalWan, factors: Mapping[str, Tensor] | None = None
+) -> dict[str, LoraPair]:
+    """The factors by layer with their scale, detached and whole: as they stand, or others by
+    parameter name."""
     factors = branch_parameters(network) if factors is None else factors
     pairs = {}
     for name, module in network.model.named_modules():
@@ -81,8 +90,13 @@ def load_pairs(network: CausalWan, pairs: Mapping[str, LoraPair], base: CausalWa
     check_pairs(pairs, base.model)
     for name, module in network.model.named_modules():
         if hasattr(module, "lora_A"):
-            for part, tensor in (("lora_A", pairs[name].down), ("lora_B", pairs[name].up * pairs[name].scale)):
+            for part, tensor in (
+                ("lora_A", pairs[name].down),
+                ("lora_B", pairs[name].up * pairs[name].scale),
+            ):
                 own = getattr(module, part)["default"].weight
                 if own.shape != tensor.shape:
-                    raise ValueError(f"{name} has rank {len(pairs[name].down)}, not {own.shape}: use its own rank")
+                    raise ValueError(
+                        f"{name} has rank {len(pairs[name].down)}, not {own.shape}: use its own rank"
+                    )
                 own.copy_(tensor / (module.scaling["default"] if part == "lora_B" else 1))

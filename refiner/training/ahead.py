@@ -15,15 +15,18 @@ EACH = 2  # batches that each of them is ahead
 
 
 def helpers(device: torch.device) -> int:
-    """Processes that make batches for a model on this device: none where it needs the cores itself."""
+    """Processes that make batches for a model on this device: none where it needs the cores
+    itself."""
     return 0 if device.type == "cpu" else min(MOST, os.cpu_count() or 1)
 
 
 class Ahead(Generic[T]):
-    """`make(index)` for rising indices below `end`, made by `workers` processes before it is asked for.
+    """`make(index)` for rising indices below `end`, made by `workers` processes before it is asked
+    for.
 
-    Without workers it is made when asked. `make` is a module's function, or a partial one, and what it gives depends on
-    the index alone; so it is the same with any number of workers, and from any index on.
+    Without workers it is made when asked. `make` is a module's function, or a partial one, and what
+    it gives depends on the index alone; so it is the same with any number of workers, and from any
+    index on.
     """
 
     def __init__(self, make: Callable[[int], T], end: int, workers: int = 0) -> None:
@@ -32,7 +35,8 @@ class Ahead(Generic[T]):
         self.made: Iterator[T] = iter(())
 
     def __call__(self, index: int) -> T:
-        """What belongs to `index`; after another one than the last and one the processes begin anew."""
+        """What belongs to `index`; after another one than the last and one the processes begin
+        anew."""
         if not self.workers or index >= self.end:
             return self.make(index)
         if index != self.next:

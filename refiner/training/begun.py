@@ -1,4 +1,5 @@
-"""What a run was begun with, noted in its folder, so that a training with other options does not go on with it."""
+"""What a run was begun with, noted in its folder, so that a training with other options does not go
+on with it."""
 
 import hashlib
 import json
@@ -16,11 +17,14 @@ PROSE = "source"  # of a preset: words about it, which change nothing
 FORMER = {"levels": "steps", "first_levels": "first_steps"}  # of a preset, in older notes
 
 
-def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, first: bool = True) -> None:
-    """Check that a run goes on as it was begun; one that has taken no step yet notes what it is `told` now.
+def begin(
+    run: Path, told: Mapping[str, Any], may_change: Collection[str], *, first: bool = True
+) -> None:
+    """Check that a run goes on as it was begun; one that has taken no step yet notes what it is
+    `told` now.
 
-    `told` is JSON by name. Of several processes only the `first` one notes it. Raises ValueError where a name outside
-    of `may_change` differs, or the note is damaged.
+    `told` is JSON by name. Of several processes only the `first` one notes it. Raises ValueError
+    where a name outside of `may_change` differs, or the note is damaged.
     """
     now = json.loads(json.dumps(told))
     note = run / NOTE
@@ -33,15 +37,21 @@ def begin(run: Path, told: Mapping[str, Any], may_change: Collection[str], *, fi
         return
     try:
         before = dict(read_json(note, CONFIG_BYTES))
-        fixed = [name for name in now if name not in may_change and name in before]  # older notes say less
+        fixed = [
+            name for name in now if name not in may_change and name in before
+        ]  # older notes say less
         other = next((name for name in fixed if not _agree(before[name], now[name])), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
     if other is not None:
         pair = before[other], now[other]
-        shown = all(isinstance(value, (int, float, str)) and len(str(value)) <= SHORT for value in pair)
+        shown = all(
+            isinstance(value, (int, float, str)) and len(str(value)) <= SHORT for value in pair
+        )
         values = f" {pair[0]} and is {pair[1]} now" if shown else ""
-        raise ValueError(f"run {run.name} was begun with another {other}{values}: give the run another name")
+        raise ValueError(
+            f"run {run.name} was begun with another {other}{values}: give the run another name"
+        )
 
 
 def _agree(before: object, now: object) -> bool:
@@ -58,6 +68,11 @@ def digest(words: Sequence[str]) -> str:
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a step of a run is saved or logged. Until then, as when its device was too small, it may be changed."""
+    """Whether a step of a run is saved or logged. Until then, as when its device was too small, it
+    may be changed."""
     log = run / "log.jsonl"
-    return (run / "state.pt").exists() or bool(saved_shards(run)) or (log.exists() and log.stat().st_size > 0)
+    return (
+        (run / "state.pt").exists()
+        or bool(saved_shards(run))
+        or (log.exists() and log.stat().st_size > 0)
+    )

@@ -1,4 +1,5 @@
-"""One training in several processes, as torchrun starts them: FSDP2's shards, checkpoints that each writes a part of.
+"""One training in several processes, as torchrun starts them: FSDP2's shards, checkpoints that each
+writes a part of.
 
 Each process makes its own rows of every step's clips. With one process nothing here does anything.
 """
@@ -28,7 +29,8 @@ PATIENCE = timedelta(hours=2)  # of the other processes, while the first draws a
 
 @contextmanager
 def distributed(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, for the time of a training; yields this one's device.
+    """Join the processes that torchrun started, for the time of a training; yields this one's
+    device.
 
     Where they are joined already they stay so: gloo does not join twice in one process.
     """
@@ -42,7 +44,9 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
     if world() > 1:
         yield device
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+    )
     try:
         yield device
         dist.barrier()  # the others wait for what the first one writes
@@ -58,8 +62,9 @@ def is_one_of_several() -> bool:
 def end_process(status: int) -> NoReturn:
     """End one of several processes with this exit status, without taking the interpreter down.
 
-    Gloo's threads outlive their group (seen with torch 2.13), and one that asks for the interpreter's lock while it is
-    taken down aborts the process: "terminate called without an active exception".
+    Gloo's threads outlive their group (seen with torch 2.13), and one that asks for the
+    interpreter's lock while it is taken down aborts the process: "terminate called without an
+    active exception".
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,9 +72,12 @@ def end_process(status: int) -> NoReturn:
 
 
 def check_torch(version: str) -> None:
-    """Raise ValueError for a torch whose sharded trainings differ from those of one process, as the critic's of 2.7."""
+    """Raise ValueError for a torch whose sharded trainings differ from those of one process, as the
+    critic's of 2.7."""
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        raise ValueError(f"training in several processes needs torch 2.9 or newer, and torch is {version}")
+        raise ValueError(
+            f"training in several processes needs torch 2.9 or newer, and torch is {version}"
+        )
 
 
 def world() -> int:
@@ -101,19 +109,28 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded(network: CausalWan) -> CausalWan:
-    """The network with every parameter split among the processes, and gathered while its module runs."""
+    """The network with every parameter split among the processes, and gathered while its module
+    runs."""
     if world() == 1:
         return network
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes in place
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view"
+    )  # nothing here writes in place
     model = shared_copy(network.model)
     mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
     units = [*model.blocks, model.head]
     for unit in units:
         unit.forward = MethodType(_forward, unit)
-    for part in (*units, model.patch_embedding, model.text_embedding, model.time_embedding, model.time_projection):
+    for part in (
+        *units,
+        model.patch_embedding,
+        model.text_embedding,
+        model.time_embedding,
+        model.time_projection,
+    ):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return replace(network, model=model, apply=gathered)
 
@@ -123,13 +140,14 @@ def _forward(module: nn.Module, function: Callable, *arguments: object) -> objec
 
 
 def gathered(function: Callable, module: nn.Module, *arguments: object) -> object:
-    """A function of a sharded module, run as its forward: FSDP gathers the parameters before it and lets go after."""
+    """A function of a sharded module, run as its forward: FSDP gathers the parameters before it and
+    lets go after."""
     return module(function, *arguments)
 
 
 def save_shards(state: dict, run: Path, done: int) -> None:
-    """Write the state after `done` steps into the run's folder, each process its shards; the state before stays until
-    the new one is complete."""
+    """Write the state after `done` steps into the run's folder, each process its shards; the state
+    before stays until the new one is complete."""
     import torch.distributed.checkpoint as checkpoint
 
     folder, partial = run / f"state_{done:08d}", run / ".state.partial"
@@ -155,8 +173,8 @@ def saved_shards(run: Path) -> list[Path]:
 
 
 def load_shards(state: dict, run: Path) -> int:
-    """Read the newest state into `state`, whose tensors are all there; returns its number of steps. ValueError where it
-    is damaged, or of other tensors."""
+    """Read the newest state into `state`, whose tensors are all there; returns its number of steps.
+    ValueError where it is damaged, or of other tensors."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -164,6 +182,10 @@ def load_shards(state: dict, run: Path) -> int:
     try:
         checkpoint.load(state, checkpoint_id=folder)
     except CheckpointException as error:  # of every process; not an Exception
-        reasons = [str(one[0] if isinstance(one, tuple) else one) for one in error.failures.values()]
-        raise ValueError(f"{folder.name} cannot be read: {(reasons or ['no reason is told'])[0]}") from error
+        reasons = [
+            str(one[0] if isinstance(one, tuple) else one) for one in error.failures.values()
+        ]
+        raise ValueError(
+            f"{folder.name} cannot be read: {(reasons or ['no reason is told'])[0]}"
+        ) from error
     return int(folder.name.removeprefix("state_"))

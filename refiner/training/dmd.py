@@ -1,7 +1,8 @@
-"""Distribution matching distillation: the gradient of KL(q_t || p_t) as a loss (AutoRefiner eq. 5; Yin et al. 2024).
+"""Distribution matching distillation: the gradient of KL(q_t || p_t) as a loss (AutoRefiner eq. 5;
+Yin et al. 2024).
 
-Two bidirectional networks score noised samples: a frozen real one, with classifier-free guidance, and a fake one that
-is trained online on the generator's own samples. Clips are [B, C, F, h, w].
+Two bidirectional networks score noised samples: a frozen real one, with classifier-free guidance,
+and a fake one that is trained online on the generator's own samples. Clips are [B, C, F, h, w].
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from ..rollout import add_noise, predict_x0
 from ..wan.causal import CausalWan, KeyValue
 
 Text = list[KeyValue]
-SMALLEST = 1e-8  # distance of samples from what the real network makes of them, where they are the same
+SMALLEST = (
+    1e-8  # distance of samples from what the real network makes of them, where they are the same
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DmdOptions:
-    """As in Self-Forcing's training: timesteps are drawn uniformly, shifted, and kept inside (low, high)."""
+    """As in Self-Forcing's training: timesteps are drawn uniformly, shifted, and kept inside (low,
+    high)."""
 
-    guidance: float = 3.0  # w of real + w · (real − real without a prompt): the usual scale is 1 + w
+    guidance: float = (
+        3.0  # w of real + w · (real − real without a prompt): the usual scale is 1 + w
+    )
     shift: float = 5.0
     low: float = 0.02
     high: float = 0.98
@@ -40,7 +46,8 @@ def draw_sigma(batch: int, options: DmdOptions, generator: torch.Generator) -> T
 
 
 def whole_flow(network: CausalWan, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
-    """The flow of whole clips [B, C, F, h, w] at one level a sample [B], every frame seeing every other."""
+    """The flow of whole clips [B, C, F, h, w] at one level a sample [B], every frame seeing every
+    other."""
     t = 1000 * sigma[:, None]
     dtype = network.model.patch_embedding.weight.dtype
     return network(noisy.to(dtype), t, text, WholeClip(noisy.shape[2])).to(noisy.dtype)
@@ -53,11 +60,18 @@ def column(sigma: Tensor) -> Tensor:
 
 @torch.no_grad()
 def real_prediction(
-    clean: Tensor, noise: Tensor, sigma: Tensor, real: CausalWan, texts: tuple[Text, Text], guidance: float
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    real: CausalWan,
+    texts: tuple[Text, Text],
+    guidance: float,
 ) -> Tensor:
     """x0 of noised clips by the real network, guided; `texts` are the prompt and no prompt."""
     noisy = add_noise(clean, noise, column(sigma))
-    predictions = [predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma)) for text in texts]
+    predictions = [
+        predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma)) for text in texts
+    ]
     return predictions[0] + guidance * (predictions[0] - predictions[1])
 
 
@@ -68,7 +82,8 @@ def dmd_gradient(
 ) -> Tensor:  # fmt: skip
     """(fake − real) / mean |clean − real|, per sample: where the samples should not go.
 
-    `texts` are the prompt for the real network, no prompt for it, and the prompt for the fake network.
+    `texts` are the prompt for the real network, no prompt for it, and the prompt for the fake
+    network.
     """
     with_prompt, without, for_fake = texts
     guided = real_prediction(clean, noise, sigma, real, (with_prompt, without), guidance)
@@ -79,7 +94,8 @@ def dmd_gradient(
 
 
 def dmd_loss(clean: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to `clean` is the given one, up to a constant: ½ mean (x − sg(x − g))²."""
+    """A loss whose gradient with respect to `clean` is the given one, up to a constant: ½ mean (x −
+    sg(x − g))²."""
     target = (clean - gradient).detach()
     return 0.5 * F.mse_loss(clean.double(), target.double())
 

@@ -1,5 +1,5 @@
-"""Distribution matching as an objective: the frozen real network, and the fake one that learns along (AutoRefiner,
-eq. 5; refiner/training/dmd.py has the arithmetic)."""
+"""Distribution matching as an objective: the frozen real network, and the fake one that learns
+along (AutoRefiner, eq. 5; refiner/training/dmd.py has the arithmetic)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,10 +37,14 @@ class DmdObjective:
         fake = WanTransformer(teacher.config)
         fake.load_state_dict(teacher.model.state_dict())
         self.teacher = sharded(for_training(teacher, self.device, options.compiled))
-        self.fake = sharded(replace(self.teacher, model=fake.to(self.device), checkpointing=options.checkpointing))
+        self.fake = sharded(
+            replace(self.teacher, model=fake.to(self.device), checkpointing=options.checkpointing)
+        )
         self.critic = Learner(self.fake.model, options.critic_rate, 0.0, BETAS, decay=0.01)
         self.learners = [self.critic]
-        self.replay = Replay(self.fake.model, self.device, eager=not replayable(options, self.fake), adds=True)
+        self.replay = Replay(
+            self.fake.model, self.device, eager=not replayable(options, self.fake), adds=True
+        )
 
     def state_dict(self) -> dict:
         return {"critic": self.critic.state_dict()}
@@ -66,7 +70,10 @@ class DmdObjective:
         """A part's loss, a mean over draws: weighted, and as it is."""
         with mixed_precision(self.device, self.options.precision):
             text = self.fake.text(context)
-            losses = [critic_loss(self.fake, clean, *draw, text) for draw in zip(noise, sigma, strict=True)]
+            losses = [
+                critic_loss(self.fake, clean, *draw, text)
+                for draw in zip(noise, sigma, strict=True)
+            ]
         loss = torch.stack(losses).mean()
         return weight * loss, loss
 
@@ -77,7 +84,13 @@ class DmdObjective:
         return (nothing, *self._noised(part)), {}
 
     def loss(
-        self, clean: Tensor, context: Tensor, residuals: Residuals, nothing: Tensor, noise: Tensor, sigma: Tensor
+        self,
+        clean: Tensor,
+        context: Tensor,
+        residuals: Residuals,
+        nothing: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See dmd_loss; logged is the size of the gradient."""
         gradient = self._gradient(clean, context, nothing, noise, sigma)
@@ -85,21 +98,26 @@ class DmdObjective:
 
     @torch.no_grad()
     def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """How much less the real network changes clips `after` than `before` when it denoises them: the difference of
-        mean |clip - prediction|. The fake network has no say: it follows the refined clips."""
+        """How much less the real network changes clips `after` than `before` when it denoises them:
+        the difference of mean |clip - prediction|. The fake network has no say: it follows the
+        refined clips."""
         (nothing, noise, sigma), _ = self.given(part)
         distances = []
         with mixed_precision(self.device, self.options.precision):
             texts = self.teacher.text(part.context), self.teacher.text(nothing)
             for clean in (before, after):
                 for draw in zip(noise, sigma, strict=True):
-                    prediction = real_prediction(clean, *draw, self.teacher, texts, self.options.dmd.guidance)
+                    prediction = real_prediction(
+                        clean, *draw, self.teacher, texts, self.options.dmd.guidance
+                    )
                     distances.append((clean - prediction).abs().mean())
         half = len(distances) // 2
         return (torch.stack(distances[:half]).mean() - torch.stack(distances[half:]).mean()).item()
 
     @torch.no_grad()
-    def _gradient(self, clean: Tensor, context: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    def _gradient(
+        self, clean: Tensor, context: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor
+    ) -> Tensor:
         """The mean of dmd_gradient over draws of noise [N, B, C, F, h, w] and sigma [N, B]."""
         clean, guidance = clean.detach(), self.options.dmd.guidance
         with mixed_precision(self.device, self.options.precision):

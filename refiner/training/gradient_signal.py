@@ -33,8 +33,8 @@ class Agreement:
 def agreement(gradients_KN: Tensor) -> Agreement:
     """Compare K ≥ 3 flat gradients.
 
-    Pairs share gradients, so the standard error is a jackknife's over gradients. The share is unbiased: with m their
-    mean, p = mean |g|² and s = |m|² - (p - |m|²) / (K - 1), it is s / p.
+    Pairs share gradients, so the standard error is a jackknife's over gradients. The share is
+    unbiased: with m their mean, p = mean |g|² and s = |m|² - (p - |m|²) / (K - 1), it is s / p.
     """
     gradients = gradients_KN.double()
     count = len(gradients)
@@ -56,7 +56,8 @@ def flat(gradients: Iterable[Tensor | None]) -> Tensor:
 
 
 class Signal:
-    """Watches a training: the cosine between the gradients of successive updates, whose clips are independent.
+    """Watches a training: the cosine between the gradients of successive updates, whose clips are
+    independent.
 
     It warns, once, of a training whose first updates have nothing in common.
     """

@@ -12,10 +12,11 @@ Row = dict[str, float]  # figures of a step by name, with `step` and `seconds`
 
 
 def read_rows(log: Path, before: float = math.inf) -> list[Row]:
-    """Read the rows of the steps before `before`, in the order of the file; none where there is no file.
+    """Read the rows of the steps before `before`, in the order of the file; none where there is no
+    file.
 
-    Warns of damaged lines, which are left out; a last line without its end is one that a kill cut off, and is left out
-    silently. ValueError for what is no regular file or longer than any log.
+    Warns of damaged lines, which are left out; a last line without its end is one that a kill cut
+    off, and is left out silently. ValueError for what is no regular file or longer than any log.
     """
     if not log.exists():
         return []

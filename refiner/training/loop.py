@@ -1,4 +1,5 @@
-"""The training loop of every stage: seeded, logged, and continued by the same command after any kind of end."""
+"""The training loop of every stage: seeded, logged, and continued by the same command after any
+kind of end."""
 
 import ctypes
 import os
@@ -29,7 +30,8 @@ RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 def keep_freed_memory() -> None:
     """Have glibc reuse big blocks of this process instead of returning each to the kernel.
 
-    Fetching them anew, page by page, takes up to half of the time of a CPU training. Nothing is done elsewhere.
+    Fetching them anew, page by page, takes up to half of the time of a CPU training. Nothing is
+    done elsewhere.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -70,7 +72,9 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.save_every, self.show_every) < 1:
-            raise ValueError(f"steps {self.steps}, save {self.save_every}, show {self.show_every}: give at least 1")
+            raise ValueError(
+                f"steps {self.steps}, save {self.save_every}, show {self.show_every}: give at least 1"
+            )
 
     def saves(self, done: int) -> bool:
         """Whether the state is saved after `done` steps."""
@@ -110,11 +114,11 @@ class Unwatched:
 def train(stage: Stage, options: LoopOptions, watch: Watch | None = None) -> None:
     """Train to `options.steps`, from where the run in `options.run` stands.
 
-    The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of several processes
-    the first one writes the latter. Whatever ends it, steps that were taken are saved first, and the same call goes on
-    behind them. Raises ValueError at the first loss that is not finite, what was saved before
-    stays; for what a step refuses, with its number; and for a folder that another training writes. OSError where the
-    disk is full.
+    The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of
+    several processes the first one writes the latter. Whatever ends it, steps that were taken are
+    saved first, and the same call goes on behind them. Raises ValueError at the first loss that is
+    not finite, what was saved before stays; for what a step refuses, with its number; and for a
+    folder that another training writes. OSError where the disk is full.
     """
     options.run.mkdir(parents=True, exist_ok=True)
     watch = watch or Unwatched()
@@ -156,7 +160,8 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -
 
 
 def show(stage: Stage, run: Path, done: int, watch: Watch, logged: dict[str, float]) -> None:
-    """Draw the sample sheet after `done` steps and log its scores. One that is not scored is not left behind."""
+    """Draw the sample sheet after `done` steps and log its scores. One that is not scored is not
+    left behind."""
     path = sheet_path(run, done)
     try:
         logged |= stage.show(run, done)
@@ -182,10 +187,11 @@ def sheet_path(run: Path, done: int) -> Path:
 
 
 class _Steps:
-    """The steps that a stage has taken. Whatever ends the training between two updates, none of them is lost.
+    """The steps that a stage has taken. Whatever ends the training between two updates, none of
+    them is lost.
 
-    Ctrl-C and SIGTERM end it after the step that is being taken, the second one at once. Of several processes, in a
-    thread, or where somebody else handles the signals, they stay what they are.
+    Ctrl-C and SIGTERM end it after the step that is being taken, the second one at once. Of several
+    processes, in a thread, or where somebody else handles the signals, they stay what they are.
     """
 
     def __init__(self, stage: Stage, run: Path, taken: int) -> None:
@@ -230,7 +236,8 @@ class _Steps:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Take a step. One that ends by an error does not count; what its updates changed is not saved."""
+        """Take a step. One that ends by an error does not count; what its updates changed is not
+        saved."""
         mark_whole()
         with self.waiting():
             yield
@@ -244,13 +251,16 @@ class _Steps:
 
 
 def _step(stage: Stage, index: int) -> dict[str, float]:
-    """What the step logs. What it refuses, as a reward out of its range, names the step: the log ends before it."""
+    """What the step logs. What it refuses, as a reward out of its range, names the step: the log
+    ends before it."""
     try:
         logged = stage.step(index)
     except ValueError as error:
         raise ValueError(f"step {index}: {error}") from error
     if not all(map(_finite, logged.values())):
-        raise ValueError(f"step {index} gave {logged}: lower the learning rate; the state before is kept")
+        raise ValueError(
+            f"step {index} gave {logged}: lower the learning rate; the state before is kept"
+        )
     return logged
 
 
@@ -259,7 +269,9 @@ class _Log:
 
     def __init__(self, path: Path | None, start: int, steps: int) -> None:
         self.path = path
-        self.pending: tuple[int, dict[str, float], float] | None = None  # step, figures, when it began
+        self.pending: tuple[int, dict[str, float], float] | None = (
+            None  # step, figures, when it began
+        )
         if path is not None:
             self._begin(read_rows(path, start))
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
@@ -331,13 +343,15 @@ def save(stage: Stage, run: Path, done: int) -> None:
 def restore(stage: Stage, run: Path) -> int:
     """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run.
 
-    ValueError for a run of one process that several go on with, and the other way round, for a state that is damaged,
-    and for one that is not of this stage's tensors.
+    ValueError for a run of one process that several go on with, and the other way round, for a
+    state that is damaged, and for one that is not of this stage's tensors.
     """
     path, shards = run / "state.pt", saved_shards(run)
     if shards if world() == 1 else path.exists():
         begun, now = ("several processes", "one") if world() == 1 else ("one process", "several")
-        raise ValueError(f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder")
+        raise ValueError(
+            f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder"
+        )
     if not shards and not path.exists():
         return 0
     state = None if world() > 1 else _read(path)

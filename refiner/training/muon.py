@@ -1,4 +1,5 @@
-"""Muon whose products are in the dtype that the machine multiplies: torch's own always takes bf16."""
+"""Muon whose products are in the dtype that the machine multiplies: torch's own always takes
+bf16."""
 
 import math
 from collections import defaultdict
@@ -9,10 +10,14 @@ from torch import Tensor
 from .precision import multiplies_bf16
 
 
-def orthogonalised(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices [N, A, B] with singular values near 1, by Newton-Schulz iteration (Jordan et al. 2024).
+def orthogonalised(
+    stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Matrices [N, A, B] with singular values near 1, by Newton-Schulz iteration (Jordan et al.
+    2024).
 
-    In bf16, or in fp32 where the device has no bf16 products: there they take a hundred times as long as fp32.
+    In bf16, or in fp32 where the device has no bf16 products: there they take a hundred times as
+    long as fp32.
     """
     a, b, c = coefficients
     x = stack.to(torch.bfloat16 if multiplies_bf16(stack.device) else torch.float32)
@@ -26,8 +31,8 @@ def orthogonalised(stack: Tensor, coefficients: tuple[float, float, float], step
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon and its state, always with Nesterov's momentum and rates scaled as in the original; matrices of
-    one shape go through their products together."""
+    """torch.optim.Muon and its state, always with Nesterov's momentum and rates scaled as in the
+    original; matrices of one shape go through their products together."""
 
     @torch.no_grad()
     def step(self) -> None:  # no closure: nothing here has one
@@ -42,7 +47,9 @@ class Muon(torch.optim.Muon):
                     torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
                 ).unbind()
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+                torch._foreach_add_(
+                    same, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / columns))
+                )
 
     def _momentum(self, parameter: Tensor, group: dict) -> Tensor:
         """Nesterov's update of a matrix."""

@@ -35,23 +35,30 @@ class Objective(Protocol):
     learners: Sequence[Learner]  # of what the objective itself has to learn
 
     def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """Learn what the objective itself has to; returns what is logged. `samples`, parts and their clips
-        [B, C, F, h, w], are made as taken and have no graph."""
+        """Learn what the objective itself has to; returns what is logged. `samples`, parts and
+        their clips [B, C, F, h, w], are made as taken and have no graph."""
         ...
 
     def given(self, part: Part) -> tuple[Sequence[Tensor], dict[str, Hashable]]:
-        """What `loss` takes besides clips: tensors, as of random numbers, and other things by name."""
+        """What `loss` takes besides clips: tensors, as of random numbers, and other things by
+        name."""
         ...
 
     def loss(
-        self, clean: Tensor, context: Tensor, residuals: Residuals, *tensors: Tensor, **others: Hashable
+        self,
+        clean: Tensor,
+        context: Tensor,
+        residuals: Residuals,
+        *tensors: Tensor,
+        **others: Hashable,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss of clips [B, C, F, h, w] that have a graph, and what is logged; a function as Replay asks for, unless
-        its training is not replayed."""
+        """A loss of clips [B, C, F, h, w] that have a graph, and what is logged; a function as
+        Replay asks for, unless its training is not replayed."""
         ...
 
     def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """How much better clips `after` [B, C, F, h, w] are than `before`, of the same prompts and noises."""
+        """How much better clips `after` [B, C, F, h, w] are than `before`, of the same prompts and
+        noises."""
         ...
 
     def state_dict(self) -> dict: ...
@@ -75,4 +82,6 @@ class Means:
         """By name, in the order of their first appearance; over all processes."""
         if not self.sums:
             return {}
-        return dict(zip(self.sums, averaged(torch.stack([*self.sums.values()])).tolist(), strict=True))
+        return dict(
+            zip(self.sums, averaged(torch.stack([*self.sums.values()])).tolist(), strict=True)
+        )

@@ -21,9 +21,9 @@ LARGEST = 3e38  # of fp32
 class RefineOptions:
     """Training options. Frames are latent; a step samples `batch` · `accumulation` clips.
 
-    With objective `dmd` the critic learns at every step and the refiner at every `ratio`-th after the critic's warm-up;
-    with `reward` the refiner learns at every step. The refiner's rate rises over `warmup` of its updates and falls to 0
-    along a cosine.
+    With objective `dmd` the critic learns at every step and the refiner at every `ratio`-th after
+    the critic's warm-up; with `reward` the refiner learns at every step. The refiner's rate rises
+    over `warmup` of its updates and falls to 0 along a cosine.
     """
 
     method: Method = "autorefiner"
@@ -66,27 +66,48 @@ class RefineOptions:
         named = (("method", Method), ("objective", Aim), ("start", Start), ("precision", Precision))
         for name, allowed in named:
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {', '.join(get_args(allowed))}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is not known: use {', '.join(get_args(allowed))}"
+                )
         ReflectiveCache(self.history, self.previous)
 
     def _check_numbers(self) -> None:
-        for name in ("rank", "steps", "batch", "accumulation", "frames", "ratio", "shown", "score_draws"):
+        for name in (
+            "rank",
+            "steps",
+            "batch",
+            "accumulation",
+            "frames",
+            "ratio",
+            "shown",
+            "score_draws",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
         if self.rank > MOST_RANK:
             raise ValueError(f"rank {self.rank}: give at most {MOST_RANK}, the paper's is 128")
         for name in ("height", "width"):
             if getattr(self, name) < 2 or getattr(self, name) % 2:
-                raise ValueError(f"{name} {getattr(self, name)}: give an even number from 2 on, of latents (8 pixels)")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: give an even number from 2 on, of latents (8 pixels)"
+                )
         for name in ("learning_rate", "critic_rate"):
             if not 0 < getattr(self, name) <= 1:  # no NaN is
-                raise ValueError(f"{name} {getattr(self, name)}: give one above 0 and at most 1, like 1e-4")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: give one above 0 and at most 1, like 1e-4"
+                )
         if self.critic_warmup < 0:
-            raise ValueError(f"critic_warmup {self.critic_warmup}: give a number of steps, 0 is none")
+            raise ValueError(
+                f"critic_warmup {self.critic_warmup}: give a number of steps, 0 is none"
+            )
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup {self.warmup}: give a share of the updates, from 0 to below 1")
+            raise ValueError(
+                f"warmup {self.warmup}: give a share of the updates, from 0 to below 1"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {[*self.betas]}: give two from 0 to below 1, like [0.9, 0.999]")
+            raise ValueError(
+                f"betas {[*self.betas]}: give two from 0 to below 1, like [0.9, 0.999]"
+            )
         if self.antithetic and self.batch % 2:
             raise ValueError(f"batch {self.batch} with antithetic pairs: give an even number")
         if not 0 <= self.ema < 1:
@@ -101,10 +122,18 @@ class RefineOptions:
     def _check_levels(self) -> None:
         offered = self.preset.levels[1:]
         if unknown := set(self.levels) - set(offered):
-            raise ValueError(f"levels {sorted(unknown)} are none that the preset renoises to: {offered}")
+            raise ValueError(
+                f"levels {sorted(unknown)} are none that the preset renoises to: {offered}"
+            )
         if self.method == "autorefiner" and not self.levels:
-            instead = f"give some of {offered}" if offered else "the preset renoises to none, so use another method"
-            raise ValueError(f"levels {[*self.levels]}: method autorefiner refines at least one, {instead}")
+            instead = (
+                f"give some of {offered}"
+                if offered
+                else "the preset renoises to none, so use another method"
+            )
+            raise ValueError(
+                f"levels {[*self.levels]}: method autorefiner refines at least one, {instead}"
+            )
 
     @property
     def dmd(self) -> DmdOptions:
@@ -113,11 +142,14 @@ class RefineOptions:
     @property
     def cache(self) -> ReflectiveCache:
         """What T_φ sees; the initial noise comes before any prediction."""
-        return ReflectiveCache(self.history, "none" if self.method == "init-noise" else self.previous)
+        return ReflectiveCache(
+            self.history, "none" if self.method == "init-noise" else self.previous
+        )
 
     @property
     def exits(self) -> list[int]:
-        """Indices of the levels that a training rollout may end at, the same for every method: the refined ones."""
+        """Indices of the levels that a training rollout may end at, the same for every method: the
+        refined ones."""
         levels = range(len(self.preset.levels))
         return [i for i in levels if self.preset.levels[i] in self.levels] or [*levels]
 
@@ -139,4 +171,6 @@ class RefineOptions:
 
     def rate_factor(self, update: int) -> float:
         """Factor on the learning rate at one of the updates."""
-        return warm_cosine(update, self.updates, warm=max(1, round(self.warmup * self.updates)), floor=0.0)
+        return warm_cosine(
+            update, self.updates, warm=max(1, round(self.warmup * self.updates)), floor=0.0
+        )

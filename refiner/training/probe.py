@@ -1,4 +1,5 @@
-"""Probe a training before it takes hours: does its gradient hold a signal? (`autorefiner train --probe`)"""
+"""Probe a training before it takes hours: does its gradient hold a signal? (`autorefiner train
+--probe`)"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ class Probe:
         ]
         steps = [name.partition(" ")[2] for name in self.figures if name.startswith("rms ")]
         for step in steps:
-            row = (f"{name} {self.figures[f'{name} {step}']:+.4f}" for name in ("rms", "constant", "shrink"))
+            row = (
+                f"{name} {self.figures[f'{name} {step}']:+.4f}"
+                for name in ("rms", "constant", "shrink")
+            )
             rows.append(f"Δ at {step:<6} {', '.join(row)}")
         if self.held_out is None:
             rows.append("held-out    no prompts are held out: give at least 10")
@@ -44,7 +48,8 @@ class Probe:
 
 
 def probe(stage: RefinerStage, batches: int) -> Probe:
-    """Compare the gradients of independent batches at the stage's factors; nothing of the stage changes.
+    """Compare the gradients of independent batches at the stage's factors; nothing of the stage
+    changes.
 
     ValueError for fewer than 3 batches.
     """
@@ -55,7 +60,9 @@ def probe(stage: RefinerStage, batches: int) -> Probe:
         figures.append(stage.gradient(APART + number).floats())
         gradients.append(flat(factor.grad for factor in stage.factors.values()))
     stage.learner.zero_grad()
-    names = dict.fromkeys(name for each in figures for name in each)  # each batch ends at a level of its own
+    names = dict.fromkeys(
+        name for each in figures for name in each
+    )  # each batch ends at a level of its own
     means = {name: fmean(each[name] for each in figures if name in each) for name in names}
     clips = stage.options.batch * stage.options.accumulation
     signal = agreement(torch.stack(gradients))

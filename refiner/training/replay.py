@@ -1,4 +1,5 @@
-"""A step's forward and backward pass as a CUDA graph: what holds small networks up is the launching of kernels."""
+"""A step's forward and backward pass as a CUDA graph: what holds small networks up is the launching
+of kernels."""
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -13,7 +14,8 @@ from .distributed import world
 from .options import RefineOptions
 
 WARM = 2  # ordinary passes before the one that is captured: they fill tables and choose kernels
-SMALL = 100_000_000  # parameters: of larger networks kernels take longer than launches, and activations much memory
+# parameters: of larger networks kernels take longer than launches, and activations much memory
+SMALL = 100_000_000
 
 Outputs = Sequence[Tensor] | dict[str, Tensor]
 Function = Callable[..., Outputs]
@@ -29,29 +31,36 @@ class Captured(NamedTuple):
 
 
 class Replay:
-    """Gradients of a model's parameters by a function of tensors: computed as usual on the CPU, replayed on a GPU.
+    """Gradients of a model's parameters by a function of tensors: computed as usual on the CPU,
+    replayed on a GPU.
 
-    The function must make the same passes for the same shapes and `fixed` arguments, draw no random numbers, and read
-    nothing that changes but its tensors and parameters: a replay repeats the kernels of the first call. Each kind of
-    call keeps the memory of its activations. An `eager` one replays nothing and asks nothing of the function. With
-    `adds`, gradients add up until someone sets them to None, as those of a step's parts.
+    The function must make the same passes for the same shapes and `fixed` arguments, draw no random
+    numbers, and read nothing that changes but its tensors and parameters: a replay repeats the
+    kernels of the first call. Each kind of call keeps the memory of its activations. An `eager` one
+    replays nothing and asks nothing of the function. With `adds`, gradients add up until someone
+    sets them to None, as those of a step's parts.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, eager: bool = False, adds: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, eager: bool = False, adds: bool = False
+    ) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.adds, self.replays = adds, device.type == "cuda" and not eager
         self.captured: dict[Hashable, Captured] = {}
         self.tables: Tables = {}  # on the device; captured passes read them in place
 
     def __call__(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
-        """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in the parameters."""
+        """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in
+        the parameters."""
         before = [parameter.grad if self.adds else None for parameter in self.parameters]
         found = self._replay(self._learn, function, tensors, fixed)
         if found is None:
             for parameter, sum_before in zip(self.parameters, before, strict=True):
                 parameter.grad = sum_before
             return self._learn(function, tensors, fixed)
-        for parameter, sum_before, gradient in zip(self.parameters, before, found.gradients, strict=True):
+        for parameter, sum_before, gradient in zip(
+            self.parameters, before, found.gradients, strict=True
+        ):
             parameter.grad = self._sum(sum_before, gradient)
         return found.outputs
 
@@ -66,7 +75,9 @@ class Replay:
         found = self._replay(self._look, function, tensors, fixed)
         return self._look(function, tensors, fixed) if found is None else found.outputs
 
-    def _learn(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
+    def _learn(
+        self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+    ) -> Outputs:
         outputs = function(*tensors, **fixed)
         if isinstance(outputs, dict):
             next(iter(outputs.values())).backward()
@@ -75,7 +86,9 @@ class Replay:
         return [output.detach() for output in outputs]
 
     @torch.no_grad()
-    def _look(self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]) -> Outputs:
+    def _look(
+        self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+    ) -> Outputs:
         return function(*tensors, **fixed)
 
     def _forget(self) -> None:
@@ -83,10 +96,14 @@ class Replay:
             parameter.grad = None
 
     def _replay(
-        self, run: Callable[..., Outputs], function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+        self,
+        run: Callable[..., Outputs],
+        function: Function,
+        tensors: Sequence[Tensor],
+        fixed: dict[str, Hashable],
     ) -> Captured | None:
-        """The pass of this kind, after it was run on these tensors; what it wrote stands until its next run. None where
-        nothing is replayed, as after a capture that failed."""
+        """The pass of this kind, after it was run on these tensors; what it wrote stands until its
+        next run. None where nothing is replayed, as after a capture that failed."""
         if not self.replays:
             return None
         shapes = ((tensor.shape, tensor.dtype) for tensor in tensors)
@@ -95,10 +112,13 @@ class Replay:
             try:
                 with holding(self.tables):
                     self.captured[kind] = self._capture(run, function, tensors, fixed)
-            except RuntimeError as error:  # of CUDA, or of an allocator that cannot; the function's own comes again
+            except (
+                RuntimeError
+            ) as error:  # of CUDA, or of an allocator that cannot; the function's own comes again
                 self.replays = False
                 warnings.warn(
-                    f"passes are not replayed, which is slower: {str(error).partition(chr(10))[0]}", stacklevel=2
+                    f"passes are not replayed, which is slower: {str(error).partition(chr(10))[0]}",
+                    stacklevel=2,
                 )
                 return None
         found = self.captured[kind]
@@ -108,7 +128,11 @@ class Replay:
         return found
 
     def _capture(
-        self, run: Callable[..., Outputs], function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
+        self,
+        run: Callable[..., Outputs],
+        function: Function,
+        tensors: Sequence[Tensor],
+        fixed: dict[str, Hashable],
     ) -> Captured:
         inputs = [tensor.clone() for tensor in tensors]
         learns = run == self._learn
@@ -124,14 +148,20 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = run(function, inputs, fixed)
-        return Captured(graph, inputs, outputs, [parameter.grad for parameter in self.parameters] if learns else [])
+        return Captured(
+            graph,
+            inputs,
+            outputs,
+            [parameter.grad for parameter in self.parameters] if learns else [],
+        )
 
 
 def replayable(options: RefineOptions, network: CausalWan) -> bool:
-    """Whether a refiner's training makes the same passes at every step, and whether they are worth replaying.
+    """Whether a refiner's training makes the same passes at every step, and whether they are worth
+    replaying.
 
-    A reward draws its frames; a window that forgets frames makes indices on the device; several processes, and what is
-    compiled or recomputed in the backward pass, were not tried.
+    A reward draws its frames; a window that forgets frames makes indices on the device; several
+    processes, and what is compiled or recomputed in the backward pass, were not tried.
     """
     whole = world() == 1
     remembers = options.preset.window < 0 or options.preset.window >= options.frames

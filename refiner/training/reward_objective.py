@@ -1,4 +1,5 @@
-"""Rewards as an objective (AutoRefiner, eq. 9 and Algorithm 1): −Σ weight · reward + l2 · ½ mean(Δ²)."""
+"""Rewards as an objective (AutoRefiner, eq. 9 and Algorithm 1): −Σ weight · reward + l2 · ½
+mean(Δ²)."""
 
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -19,7 +20,8 @@ DRAWS = 4  # of the frames that two clips are compared by
 
 
 class RewardObjective:
-    """Draws frames of the step's clips, decodes those alone, and raises what the rewards say of them."""
+    """Draws frames of the step's clips, decodes those alone, and raises what the rewards say of
+    them."""
 
     ratio = 1
     learners = ()
@@ -41,7 +43,13 @@ class RewardObjective:
         return (), {"prompts": part.prompts, "index": part.index}
 
     def loss(
-        self, clean: Tensor, context: Tensor, residuals: Residuals, *, prompts: tuple[str, ...], index: int
+        self,
+        clean: Tensor,
+        context: Tensor,
+        residuals: Residuals,
+        *,
+        prompts: tuple[str, ...],
+        index: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logged are the loss, the weighted reward, each reward's own mean, and the penalty."""
         rewards, scores = self._rewards(clean, prompts, stream(self.options.seed, index, 2))
@@ -52,7 +60,8 @@ class RewardObjective:
 
     @torch.no_grad()
     def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """The mean weighted reward of `after` less that of `before`, over several draws of frames."""
+        """The mean weighted reward of `after` less that of `before`, over several draws of
+        frames."""
         gains = []
         for number in range(DRAWS):
             rewards = [

@@ -1,10 +1,11 @@
 """The causal forward of Wan2.1, over any module tree with its layout.
 
-It calls the tree's own submodules, so whatever sits in them (quantised weights, offloading, LoRA branches) keeps
-working. Timesteps and positions come from the caller, frame by frame; the keys and values of the past from a `View`.
+It calls the tree's own submodules, so whatever sits in them (quantised weights, offloading, LoRA
+branches) keeps working. Timesteps and positions come from the caller, frame by frame; the keys and
+values of the past from a `View`.
 
-Shape suffixes: B batch, F latent frames, C channels, h w latent size, S tokens of a frame, N = F·S tokens of the call,
-T keys, L text tokens, H heads, D head size, M width.
+Shape suffixes: B batch, F latent frames, C channels, h w latent size, S tokens of a frame, N = F·S
+tokens of the call, T keys, L text tokens, H heads, D head size, M width.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,19 +46,25 @@ class View(Protocol):
     first: int  # tokens at the call's start that do not see the rest of it; 0 where all see all
 
     def extend(
-        self, layer: int, raw_key_BNHD: Tensor, value_BNHD: Tensor, table: Tensor, raw_query_BNHD: Tensor | None = None
+        self,
+        layer: int,
+        raw_key_BNHD: Tensor,
+        value_BNHD: Tensor,
+        table: Tensor,
+        raw_query_BNHD: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """Take the call's keys and values; return what its queries attend to, keys rotated.
 
-        Keys and queries come before RoPE; `table` [N, D/2] holds the rotations of the call's own tokens. Without a
-        query nothing is read and None returned. Called once a layer and pass, and once more for each recomputation
-        of a checkpointed layer.
+        Keys and queries come before RoPE; `table` [N, D/2] holds the rotations of the call's own
+        tokens. Without a query nothing is read and None returned. Called once a layer and pass, and
+        once more for each recomputation of a checkpointed layer.
         """
         ...
 
 
 def attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention [B, N, H·D], scale D^-½, by torch's fused kernel; `bias` is added to the scores."""
+    """Softmax attention [B, N, H·D], scale D^-½, by torch's fused kernel; `bias` is added to the
+    scores."""
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
     return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
@@ -81,7 +88,8 @@ class Modulation(NamedTuple):
 
 
 def modulated_norm(x_BNM: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) · (1 + scale) + shift, per frame; one fused kernel when every frame has the same timestep."""
+    """LayerNorm(x) · (1 + scale) + shift, per frame; one fused kernel when every frame has the same
+    timestep."""
     width = x_BNM.shape[-1]
     if shift.shape[:2] == (1, 1):
         return F.layer_norm(x_BNM, (width,), 1 + scale[0, 0], shift[0, 0], EPS)
@@ -106,9 +114,14 @@ def timestep_features(t: Tensor, freq_dim: int) -> Tensor:
 
 
 @remembered(64)
-def known_features(t: tuple[float, ...], freq_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`timestep_features` [1, F, freq_dim] of these timesteps, on the device: sampling has few, again and again."""
-    return upload(timestep_features(torch.tensor([t], dtype=torch.float64), freq_dim), device, dtype)
+def known_features(
+    t: tuple[float, ...], freq_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`timestep_features` [1, F, freq_dim] of these timesteps, on the device: sampling has few,
+    again and again."""
+    return upload(
+        timestep_features(torch.tensor([t], dtype=torch.float64), freq_dim), device, dtype
+    )
 
 
 def features_of(t: Tensor, freq_dim: int, like: Tensor) -> Tensor:
@@ -118,25 +131,37 @@ def features_of(t: Tensor, freq_dim: int, like: Tensor) -> Tensor:
     return upload(timestep_features(t, freq_dim), like.device, like.dtype)
 
 
-def block_modulation(block: nn.Module, e0: Tensor, kernels: "Kernels") -> tuple[Modulation, Modulation]:
-    """Of the self-attention and the feed-forward branch, from the projected time embedding [B, F, 6, M]."""
+def block_modulation(
+    block: nn.Module, e0: Tensor, kernels: "Kernels"
+) -> tuple[Modulation, Modulation]:
+    """Of the self-attention and the feed-forward branch, from the projected time embedding [B, F,
+    6, M]."""
     rows = (kernels.cast(block.modulation, e0)[:, None] + e0).unbind(2)
     return Modulation(*rows[:3]), Modulation(*rows[3:])
 
 
-def attend(query_BNHD: Tensor, seen: KeyValue | list[Seen], first: int, kernels: "Kernels") -> Tensor:
+def attend(
+    query_BNHD: Tensor, seen: KeyValue | list[Seen], first: int, kernels: "Kernels"
+) -> Tensor:
     """Self-attention of a call [B, N, H·D], by groups of heads where `seen` is a list of them."""
     if isinstance(seen, KeyValue):
         return attend_group(query_BNHD, *seen, None, first, kernels)
     groups = (
-        attend_group(query_BNHD[:, :, group.heads], group.key, group.value, group.bias, first, kernels)
+        attend_group(
+            query_BNHD[:, :, group.heads], group.key, group.value, group.bias, first, kernels
+        )
         for group in seen
     )
     return torch.cat(list(groups), dim=-1)
 
 
 def attend_group(
-    query_BNHD: Tensor, key_BTHD: Tensor, value_BTHD: Tensor, bias: Tensor | None, first: int, kernels: "Kernels"
+    query_BNHD: Tensor,
+    key_BTHD: Tensor,
+    value_BTHD: Tensor,
+    bias: Tensor | None,
+    first: int,
+    kernels: "Kernels",
 ) -> Tensor:
     """Attention whose `first` tokens do not see those behind them: two calls, no mask."""
     biases = () if bias is None else (bias,)
@@ -144,8 +169,12 @@ def attend_group(
         return kernels.attention(query_BNHD, key_BTHD, value_BTHD, *biases)
     visible = key_BTHD.shape[1] - (query_BNHD.shape[1] - first)
     key, value = key_BTHD[:, :visible], value_BTHD[:, :visible]
-    before = kernels.attention(query_BNHD[:, :first], key, value, *(each[..., :visible] for each in biases))
-    return torch.cat((before, kernels.attention(query_BNHD[:, first:], key_BTHD, value_BTHD, *biases)), dim=1)
+    before = kernels.attention(
+        query_BNHD[:, :first], key, value, *(each[..., :visible] for each in biases)
+    )
+    return torch.cat(
+        (before, kernels.attention(query_BNHD[:, first:], key_BTHD, value_BTHD, *biases)), dim=1
+    )
 
 
 class Projected(NamedTuple):
@@ -158,13 +187,16 @@ class Projected(NamedTuple):
     ffn: Modulation
 
 
-def before_attention(block: nn.Module, x_BNM: Tensor, e0: Tensor, heads: int, kernels: "Kernels") -> Projected:
+def before_attention(
+    block: nn.Module, x_BNM: Tensor, e0: Tensor, heads: int, kernels: "Kernels"
+) -> Projected:
     """A block's tokens [B, N, M] as queries, keys and values of its modulated self-attention."""
     attn_mod, ffn_mod = block_modulation(block, e0, kernels)
     h = modulated_norm(x_BNM, attn_mod.shift, attn_mod.scale)
     attn = block.self_attn
     query, key, value = (
-        part.unflatten(-1, (heads, -1)) for part in (attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h))
+        part.unflatten(-1, (heads, -1))
+        for part in (attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h))
     )
     return Projected(query, key, value, attn_mod.gate, ffn_mod)
 
@@ -173,7 +205,8 @@ def after_attention(
     block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, gate: Tensor, ffn_mod: Modulation, text: KeyValue,
     heads: int, kernels: "Kernels",
 ) -> Tensor:  # fmt: skip
-    """The rest of a block: the gated self-attention, cross-attention, modulated feed-forward (reference order)."""
+    """The rest of a block: the gated self-attention, cross-attention, modulated feed-forward
+    (reference order)."""
     x = gated_add(x_BNM, block.self_attn.o(attended_BNM), gate)
 
     cross = block.cross_attn
@@ -186,7 +219,12 @@ def after_attention(
 def text_keys(block: nn.Module, context_BLM: Tensor, heads: int) -> KeyValue:
     """A block's cross-attention keys and values of an embedded prompt."""
     cross = block.cross_attn
-    return KeyValue(*(x.unflatten(-1, (heads, -1)) for x in (cross.norm_k(cross.k(context_BLM)), cross.v(context_BLM))))
+    return KeyValue(
+        *(
+            x.unflatten(-1, (heads, -1))
+            for x in (cross.norm_k(cross.k(context_BLM)), cross.v(context_BLM))
+        )
+    )
 
 
 def project(head: nn.Module, tokens_BNM: Tensor, e: Tensor, kernels: "Kernels") -> Tensor:
@@ -233,7 +271,13 @@ def run_block(
 
 
 def write_block(
-    block: nn.Module, x_BNM: Tensor, e0: Tensor, table: Tensor, layer: int, view: View, network: "CausalWan"
+    block: nn.Module,
+    x_BNM: Tensor,
+    e0: Tensor,
+    table: Tensor,
+    layer: int,
+    view: View,
+    network: "CausalWan",
 ) -> None:
     """As far as a block's keys and values: the last one of a pass that only writes memory."""
     own = network.halves.before(block, x_BNM, e0, network.config.num_heads, network.kernels)
@@ -244,8 +288,9 @@ def write_block(
 class CausalWan:
     """A loaded Wan2.1 module tree and how to run it.
 
-    `checkpointing` recomputes each block in the backward pass instead of keeping its activations. `apply` runs a
-    function of a module; where several processes share the parameters, it gathers them first.
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    `apply` runs a function of a module; where several processes share the parameters, it gathers
+    them first.
     """
 
     model: nn.Module
@@ -256,10 +301,12 @@ class CausalWan:
     apply: Callable[..., Any] = call
 
     def text(self, context_BLE: Tensor, batch: int | None = None) -> list[KeyValue]:
-        """Cross-attention keys and values of a prompt, per layer: computed once and used by every pass.
+        """Cross-attention keys and values of a prompt, per layer: computed once and used by every
+        pass.
 
-        `context_BLE` [B, L, text_dim] is the text encoder's output as the model was trained on it: zeros after the
-        prompt, up to text_len, and no mask. One prompt is expanded to `batch` samples, without a copy.
+        `context_BLE` [B, L, text_dim] is the text encoder's output as the model was trained on it:
+        zeros after the prompt, up to text_len, and no mask. One prompt is expanded to `batch`
+        samples, without a copy.
         """
         if context_BLE.ndim != 3 or context_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(
@@ -275,11 +322,12 @@ class CausalWan:
     def __call__(
         self, x: Tensor, t: Tensor, text: list[KeyValue], view: View, keys_only: bool = False
     ) -> Tensor | None:
-        """The flow v = ε − x0 [B, C, F, h, w] of latents x [B, C, F, h, w]; the new K/V go into `view`.
+        """The flow v = ε − x0 [B, C, F, h, w] of latents x [B, C, F, h, w]; the new K/V go into
+        `view`.
 
-        `t` is the timestep (0-1000) of each frame: [B, F], or [1, 1] when all are the same, which is faster. `text`
-        is of as many samples as x. With `keys_only` nothing is returned and the last block stops after its keys: a
-        pass that only writes memory.
+        `t` is the timestep (0-1000) of each frame: [B, F], or [1, 1] when all are the same, which
+        is faster. `text` is of as many samples as x. With `keys_only` nothing is returned and the
+        last block stops after its keys: a pass that only writes memory.
         """
         _, channels, frames, height, width = x.shape
         if channels != self.config.in_dim or height % PATCH[1] or width % PATCH[2]:
@@ -288,7 +336,9 @@ class CausalWan:
                 " with even height and width: pixel sizes are multiples of 16"
             )
         if len(view.positions) != frames:
-            raise ValueError(f"{frames} latent frames came with {len(view.positions)} positions: give one for each")
+            raise ValueError(
+                f"{frames} latent frames came with {len(view.positions)} positions: give one for each"
+            )
         model = self.model
         grid = (height // PATCH[1], width // PATCH[2])
         tokens = self.kernels.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
@@ -307,4 +357,11 @@ class CausalWan:
             else:
                 tokens = self.apply(*arguments)
         out = self.apply(project, model.head, tokens, e, self.kernels)
-        return rearrange(out, "b (f h w) (p q c) -> b c f (h p) (w q)", h=grid[0], w=grid[1], p=PATCH[1], q=PATCH[2])
+        return rearrange(
+            out,
+            "b (f h w) (p q c) -> b c f (h p) (w q)",
+            h=grid[0],
+            w=grid[1],
+            p=PATCH[1],
+            q=PATCH[2],
+        )

@@ -45,11 +45,12 @@ LORA_GROUP = "generator_lora"
 class CheckpointInfo:
     """What a file is, as far as its names, shapes and metadata tell.
 
-    `kind` is transformer, lora, refiner, vae, text encoder or unknown; `container` pt, safetensors or "N shards".
-    `top_key` is the group used ("flat" when there is none). `tensors`, `nbytes` (as stored) and `dtypes` (by bytes,
-    most first) are of that group. `config` is None unless a transformer's sizes could be read. `preset` is None unless
-    it is proven; `likely` are the ones to ask for then, and `preset_reason` says why. `refused` is a prefix of its
-    names that is not removed. `merged_lora` counts the weights a LoRA was merged into.
+    `kind` is transformer, lora, refiner, vae, text encoder or unknown; `container` pt, safetensors
+    or "N shards". `top_key` is the group used ("flat" when there is none). `tensors`, `nbytes` (as
+    stored) and `dtypes` (by bytes, most first) are of that group. `config` is None unless a
+    transformer's sizes could be read. `preset` is None unless it is proven; `likely` are the ones
+    to ask for then, and `preset_reason` says why. `refused` is a prefix of its names that is not
+    removed. `merged_lora` counts the weights a LoRA was merged into.
     """
 
     path: Path
@@ -88,9 +89,10 @@ class Checkpoint:
     ) -> tuple[WanTransformer, CheckpointInfo]:
         """Load the network, frozen and in eval mode, and say what was merged into it.
 
-        LoRAs are merged in fp32, one after the other; one of strength 0 changes nothing. `dtype` None keeps the stored
-        one (of most bytes, where mixed; fp8 becomes bf16). On the CPU, unconverted weights stay mapped from the file.
-        Raises ValueError in one line when the file is something else.
+        LoRAs are merged in fp32, one after the other; one of strength 0 changes nothing. `dtype`
+        None keeps the stored one (of most bytes, where mixed; fp8 becomes bf16). On the CPU,
+        unconverted weights stay mapped from the file. Raises ValueError in one line when the file
+        is something else.
         """
         config, path = require_transformer(self.info), self.info.path
         stored = stored_weights(self.file, self.info.top_key, self.layout)
@@ -117,8 +119,8 @@ class Checkpoint:
     def stored_transformer(self) -> dict[str, Tensor]:
         """Weights as stored, mapped, in Wan's names, for a host with modules of its own.
 
-        Quantised ones too, where ComfyUI reads them; other scaled fp8 becomes bf16. Raises ValueError in one line when
-        the file is something else or not complete.
+        Quantised ones too, where ComfyUI reads them; other scaled fp8 becomes bf16. Raises
+        ValueError in one line when the file is something else or not complete.
         """
         config, info = require_transformer(self.info), self.info
         with torch.device("meta"):
@@ -130,16 +132,22 @@ class Checkpoint:
             stored = stored_weights(self.file, info.top_key, self.layout)
             dtype = choose_dtype(None, stored.headers, info.path)
             return {name: _as_one_dtype(stored, name, dtype) for name in stored.names}
-        return {name: self.file.read(info.top_key, stored) for name, stored in self.layout.names.items()}
+        return {
+            name: self.file.read(info.top_key, stored) for name, stored in self.layout.names.items()
+        }
 
     def vae_width(self) -> int:
         """Base width of a Wan2.1 VAE; ValueError when the file is something else."""
         return len(self._vae_headers()["decoder.head.0.gamma"])
 
     def vae_state(self) -> dict[str, Tensor]:
-        """State dict of a Wan2.1 VAE under its original names, on the CPU, as stored; ValueError as `vae_width`."""
+        """State dict of a Wan2.1 VAE under its original names, on the CPU, as stored; ValueError as
+        `vae_width`."""
         self._vae_headers()
-        return {name: self.file.read(self.info.top_key, stored) for name, stored in self.layout.names.items()}
+        return {
+            name: self.file.read(self.info.top_key, stored)
+            for name, stored in self.layout.names.items()
+        }
 
     def _vae_headers(self) -> dict[str, Tensor]:
         path, wanted = self.info.path, "Wan2.1_VAE.pth or ComfyUI's wan_2.1_vae.safetensors"
@@ -166,16 +174,21 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open and identify a file without reading its tensors.
 
-    `weights` is auto, ema (averaged) or raw, where a file has both. LoRAs are read; here they decide the preset alone.
-    Raises ValueError in one line when a file cannot be opened safely or holds no tensors.
+    `weights` is auto, ema (averaged) or raw, where a file has both. LoRAs are read; here they
+    decide the preset alone. Raises ValueError in one line when a file cannot be opened safely or
+    holds no tensors.
     """
     file = open_weights(path)
     info, layout = _survey(file, weights)
     pairs = [read_lora(each.path) for each in lora]
-    return Checkpoint(_with_loras(info, lora, pairs), file, layout, tuple(zip(lora, pairs, strict=True)))
+    return Checkpoint(
+        _with_loras(info, lora, pairs), file, layout, tuple(zip(lora, pairs, strict=True))
+    )
 
 
-def inspect(path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()) -> CheckpointInfo:
+def inspect(
+    path: Path | str, *, weights: str = "auto", lora: Sequence[LoraFile] = ()
+) -> CheckpointInfo:
     """Identify a file, as `open_checkpoint`."""
     return open_checkpoint(path, weights=weights, lora=lora).info
 
@@ -190,10 +203,14 @@ def load_transformer(
 ) -> tuple[WanTransformer, CheckpointInfo]:
     """Load the network of a file, as `Checkpoint.transformer`."""
     files = [LoraFile(Path(lora))] if isinstance(lora, (str, Path)) else [*(lora or ())]
-    return open_checkpoint(path, weights=weights, lora=files).transformer(dtype=dtype, device=device)
+    return open_checkpoint(path, weights=weights, lora=files).transformer(
+        dtype=dtype, device=device
+    )
 
 
-def read_transformer(path: Path | str, *, weights: str = "auto") -> tuple[dict[str, Tensor], CheckpointInfo]:
+def read_transformer(
+    path: Path | str, *, weights: str = "auto"
+) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Read the weights of a file, as `Checkpoint.stored_transformer`."""
     checkpoint = open_checkpoint(path, weights=weights)
     return checkpoint.stored_transformer(), checkpoint.info
@@ -211,7 +228,10 @@ def _as_one_dtype(stored: StoredWeights, name: str, dtype: torch.dtype) -> Tenso
 
 
 def _placed(
-    tensor: Tensor, loras: Sequence[tuple[LoraPair, float]], dtype: torch.dtype, device: torch.device | str
+    tensor: Tensor,
+    loras: Sequence[tuple[LoraPair, float]],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Tensor:
     if not loras:
         return tensor.to(device=device, dtype=dtype)
@@ -267,7 +287,10 @@ def _survey(file: WeightFile, weights: str) -> tuple[CheckpointInfo, Layout]:
         refused=layout.refused,
     )
     if layout.refused:
-        info = _noted(info, f"its names begin with {layout.refused[:80]!r}, which is no prefix that is removed")
+        info = _noted(
+            info,
+            f"its names begin with {layout.refused[:80]!r}, which is no prefix that is removed",
+        )
     if layout.kind == "transformer":
         info = _noted(info, *_choices(file, weights, top_key, layout))
         info = _with_config(info, layout, _tensors(file, info, layout))
@@ -285,7 +308,9 @@ def _choices(file: WeightFile, weights: str, top_key: str, layout: Layout) -> It
         yield "PEFT's LoRA lies in it unmerged: it is merged on load, by the scale that is stated, else 1"
 
 
-def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor]) -> CheckpointInfo:
+def _with_config(
+    info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor]
+) -> CheckpointInfo:
     config_json, notes = _json_of(info.metadata, "config")
     own_json, more = _json_of(info.metadata, "autorefiner")
     info = _noted(info, *notes, *more)
@@ -297,14 +322,20 @@ def _with_config(info: CheckpointInfo, layout: Layout, tensors: dict[str, Tensor
         return replace(_noted(info, f"the file {error}"), preset_reason="its sizes cannot be read")
     info = replace(info, config=config)
     if other := _other_model(info, tensors):
-        return replace(info, other=other, preset_reason=f"it looks like {other}, which none of the presets is")
+        return replace(
+            info, other=other, preset_reason=f"it looks like {other}, which none of the presets is"
+        )
     causal = stated.get("causal_ar") is True or class_beside(info.path).startswith("Causal")
     groups = (info.top_key, *info.other_keys)
-    return _with_guess(info, guess_preset(Evidence(info.path, layout, config, groups, own_json.get("preset"), causal)))
+    return _with_guess(
+        info,
+        guess_preset(Evidence(info.path, layout, config, groups, own_json.get("preset"), causal)),
+    )
 
 
 def _other_model(info: CheckpointInfo, names: Collection[str]) -> str | None:
-    """Name the model that a transformer is instead of a whole Wan2.1 text-to-video one; None when it is that."""
+    """Name the model that a transformer is instead of a whole Wan2.1 text-to-video one; None when
+    it is that."""
     if other := other_model(info.config, names):
         return other
     return "one of the two experts of Wan2.2 A14B, half a model" if is_expert(info.path) else None
@@ -319,13 +350,18 @@ def _with_ranks(info: CheckpointInfo, layout: Layout, group: dict[str, Tensor]) 
         modules = lora_modules(layout.names)
     except ValueError as error:
         return _noted(info, f"the file {error}")
-    ranks = sorted({len(down) for pair in modules.values() if (down := group[pair.parts["down"]]).ndim})
+    ranks = sorted(
+        {len(down) for pair in modules.values() if (down := group[pair.parts["down"]]).ndim}
+    )
     info = _noted(info, f"rank {', '.join(map(str, ranks))} on {len(modules)} linear layers")
     try:
         scales = sorted({pair.scale for pair in read_lora(info.path).values()})
     except ValueError as error:
         return _noted(info, str(error).removeprefix(f"{info.path} "))
-    return _noted(info, "scale " + " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1]))))
+    return _noted(
+        info,
+        "scale " + " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1]))),
+    )
 
 
 def _with_loras(
@@ -351,7 +387,11 @@ def _json_of(metadata: dict[str, str], key: str) -> tuple[dict, tuple[str, ...]]
         value = json.loads(metadata[key])
     except (ValueError, RecursionError):
         value = None
-    return (value, ()) if isinstance(value, dict) else ({}, (f"metadata {key!r} is not a JSON object: ignored",))
+    return (
+        (value, ())
+        if isinstance(value, dict)
+        else ({}, (f"metadata {key!r} is not a JSON object: ignored",))
+    )
 
 
 def require_transformer(info: CheckpointInfo) -> WanConfig:
@@ -362,11 +402,15 @@ def require_transformer(info: CheckpointInfo) -> WanConfig:
             " generator's state dict alone"
         )
     if info.kind != "transformer":
-        raise ValueError(f"{info.path} is {INSTEAD[info.kind]}; a model file holds a Wan2.1 transformer")
+        raise ValueError(
+            f"{info.path} is {INSTEAD[info.kind]}; a model file holds a Wan2.1 transformer"
+        )
     if info.config is None:
         raise ValueError(f"{info.path}: {info.notes[-1]}")
     if info.other:
-        raise ValueError(f"{info.path} looks like {info.other}: pass a Wan2.1 text-to-video model of 16 channels")
+        raise ValueError(
+            f"{info.path} looks like {info.other}: pass a Wan2.1 text-to-video model of 16 channels"
+        )
     return info.config
 
 
@@ -376,9 +420,13 @@ def _require_same(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
     if missing:
         raise ValueError(_incomplete(path, missing))
     if scales := [name for name in extra if "scale" in name or "quant" in name]:
-        raise ValueError(f"{path} has quantised weights in another format ({_few(scales)}): pass the bf16 or fp16 file")
+        raise ValueError(
+            f"{path} has quantised weights in another format ({_few(scales)}): pass the bf16 or fp16 file"
+        )
     if extra:
-        raise ValueError(f"{path} has {len(extra)} tensors that Wan2.1 has not ({_few(extra)}): it is another model")
+        raise ValueError(
+            f"{path} has {len(extra)} tensors that Wan2.1 has not ({_few(extra)}): it is another model"
+        )
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             shape, right = list(found[name].shape), list(tensor.shape)
@@ -397,7 +445,10 @@ def _few(names: list[str]) -> str:
 
 def describe(info: CheckpointInfo) -> str:
     """The lines of `autorefiner inspect`: a word and what there is to say, aligned."""
-    rows = [("file", f"{info.path} ({info.container})"), ("kind", f"{info.kind}, {info.naming} names")]
+    rows = [
+        ("file", f"{info.path} ({info.container})"),
+        ("kind", f"{info.kind}, {info.naming} names"),
+    ]
     also = f" (also in it: {', '.join(info.other_keys)})" if info.other_keys else ""
     rows.append(("weights", info.top_key + also))
     removed = " ".join(part for part in (info.prefix, *info.infixes) if part)

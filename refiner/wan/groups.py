@@ -1,4 +1,5 @@
-"""Groups of tensors in a file: nested dictionaries, and names that a flat file has flattened them to."""
+"""Groups of tensors in a file: nested dictionaries, and names that a flat file has flattened them
+to."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,7 +16,8 @@ OTHER_ROLES = (
     "discriminator", "guidance_model",
 )  # fmt: skip
 SPLIT_ROLES = (*EMA_ROLES, "generator", "student", "generator_lora", *OTHER_ROLES)
-# Attributes that hold the network in trainers, pipelines and other software; they say nothing of what it is.
+# Attributes that hold the network in trainers, pipelines and other software; they say nothing of
+# what it is.
 WRAPPERS = (
     "model", "module", "net", "network", "transformer", "diffusion_model", "base_model", "dit", "unet", "pipe",
     "pipeline", "state_dict", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
@@ -27,7 +29,8 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def group_tensors(content: Mapping) -> tuple[Groups, tuple[str, ...]]:
-    """(groups of tensors by dotted path, top keys that hold none) of a dictionary, which may nest others."""
+    """(groups of tensors by dotted path, top keys that hold none) of a dictionary, which may nest
+    others."""
     groups: Groups = {}
     used = set()
     for path, tensors in _walk(content, (), DEEPEST, {}):
@@ -50,7 +53,9 @@ def _walk(
     again = id(content) in seen
     if not again:
         named = ((name, value) for name, value in content.items() if isinstance(name, str))
-        seen[id(content)] = {name: value.detach() for name, value in named if isinstance(value, Tensor)}
+        seen[id(content)] = {
+            name: value.detach() for name, value in named if isinstance(value, Tensor)
+        }
     if seen[id(content)]:
         yield path, seen[id(content)]
     if again or not depth:
@@ -62,7 +67,8 @@ def _walk(
 
 
 def split_roles(groups: Groups) -> Groups:
-    """Move tensors whose names begin with a role, as `generator_ema.model.`, to a group of that role.
+    """Move tensors whose names begin with a role, as `generator_ema.model.`, to a group of that
+    role.
 
     Names stay as stored.
     """

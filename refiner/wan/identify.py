@@ -1,4 +1,5 @@
-"""Which preset a transformer file is sampled with: what proves it, or which ones are likely and why."""
+"""Which preset a transformer file is sampled with: what proves it, or which ones are likely and
+why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,23 @@ from .transformer import WAN_14B, WanConfig
 
 ONLY_14B = ("krea-14b", "self-forcing-14b", "longlive-14b")
 ANY_SIZE = ("streamdiffusion-v2",)
-OF_14B = {"self-forcing": "self-forcing-14b", "longlive": "longlive-14b"}  # the same method's larger model
+OF_14B = {
+    "self-forcing": "self-forcing-14b",
+    "longlive": "longlive-14b",
+}  # the same method's larger model
 MOST_LIKELY = 3
-LONGLIVE_LORA = ("longlive", "opsd-v")  # whose LoRAs have rank 256 on every linear layer of the blocks
+LONGLIVE_LORA = (
+    "longlive",
+    "opsd-v",
+)  # whose LoRAs have rank 256 on every linear layer of the blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What is known of a transformer file.
 
-    `groups` are its top keys, `stated` the preset that its metadata names, `causal` whether metadata or config.json
-    say that it is autoregressive.
+    `groups` are its top keys, `stated` the preset that its metadata names, `causal` whether
+    metadata or config.json say that it is autoregressive.
     """
 
     path: Path
@@ -47,7 +54,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """The proven preset, or None and the likely ones; `reason` is one sentence, which asks where there is None."""
+    """The proven preset, or None and the likely ones; `reason` is one sentence, which asks where
+    there is None."""
 
     preset: str | None
     reason: str
@@ -88,7 +96,8 @@ def _name(path: Path) -> str:
 
 
 def _likely(evidence: Evidence, usual: Sequence[str]) -> tuple[str, ...]:
-    """Two or three presets of the file's size: those that its name speaks of, then the usual ones."""
+    """Two or three presets of the file's size: those that its name speaks of, then the usual
+    ones."""
     named = fragments_of(evidence.path)
     if evidence.is_14b:
         named = [OF_14B.get(preset, preset) for preset in named]
@@ -113,14 +122,23 @@ def _undecided(evidence: Evidence, row: Published | None) -> tuple[str, tuple[st
 
 def _of_14b(evidence: Evidence) -> tuple[str, tuple[str, ...]]:
     if evidence.causal:
-        return "its metadata says autoregressive but not how it is sampled", ("self-forcing-14b", *ONLY_14B)
+        return "its metadata says autoregressive but not how it is sampled", (
+            "self-forcing-14b",
+            *ONLY_14B,
+        )
     if "generator" in map(role_of, evidence.groups):
         return "its keys cannot tell LongLive's 14B from StreamDiffusionV2's and others", (
             "longlive-14b", "streamdiffusion-v2", "self-forcing-14b",
         )  # fmt: skip
     if evidence.is_wrapped:
-        return "14B in a wrapper's names cannot tell Krea's, Self-Forcing's and LongLive's apart", ONLY_14B
-    return "named as plain Wan2.1 14B, which is not autoregressive, though some that are share its names", ONLY_14B
+        return (
+            "14B in a wrapper's names cannot tell Krea's, Self-Forcing's and LongLive's apart",
+            ONLY_14B,
+        )
+    return (
+        "named as plain Wan2.1 14B, which is not autoregressive, though some that are share its names",
+        ONLY_14B,
+    )
 
 
 def _of_small(evidence: Evidence) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,5 @@
-"""What published files call their tensors: kinds, wrappers' prefixes, diffusers' names, and the sizes behind them."""
+"""What published files call their tensors: kinds, wrappers' prefixes, diffusers' names, and the
+sizes behind them."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +14,8 @@ VAE_WRAPPERS = REMOVED | {"first_stage_model", "vae"}
 TEXT_WRAPPERS = REMOVED | {"text_encoder", "text_encoders", "cond_stage_model", "umt5xxl"}
 ADAPTED = "base_layer."  # PEFT's infix of a layer's own weights, beside which its LoRA lies
 INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", ADAPTED)
-# A tensor that only this kind of model has, under the names of this naming, and what may stand before it.
+# A tensor that only this kind of model has, under the names of this naming, and what may stand
+# before it.
 ANCHORS = (
     ("transformer", "wan", REMOVED, "blocks.0.self_attn.q.weight"),
     ("transformer", "diffusers", REMOVED, "blocks.0.attn1.to_q.weight"),
@@ -24,7 +26,9 @@ ANCHORS = (
 )
 REFINER_PREFIX = "autorefiner."
 LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
-QUANTISED = re.compile(r"(^scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant))$")
+QUANTISED = re.compile(
+    r"(^scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant))$"
+)
 # What to say of a file of this kind where another was wanted.
 INSTEAD = {
     "lora": "a LoRA: pass it as the LoRA beside its base model",
@@ -47,7 +51,8 @@ DIFFUSERS_TOP = {
 DIFFUSERS_BLOCK = {
     "attn1": "self_attn",
     "attn2": "cross_attn",
-    "norm2": "norm3",  # diffusers numbers the norms in the order they run; Wan calls the only affine one norm3
+    # diffusers numbers the norms in the order they run; Wan calls the only affine one norm3
+    "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
@@ -57,10 +62,11 @@ DIFFUSERS_PROJECTIONS = {".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".to
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a group of tensors is named. `names` maps the bare name (Wan's, for a transformer) to the stored one.
+    """How a group of tensors is named. `names` maps the bare name (Wan's, for a transformer) to the
+    stored one.
 
-    `adapter` does so for the LoRA that a PEFT-wrapped transformer carries. `refused` is the prefix of a model of a
-    known kind that is not one to be removed.
+    `adapter` does so for the LoRA that a PEFT-wrapped transformer carries. `refused` is the prefix
+    of a model of a known kind that is not one to be removed.
     """
 
     kind: str
@@ -77,23 +83,35 @@ def read_layout(stored: Collection[str]) -> Layout:
     infixes = tuple(part for part in INFIXES if any(part in name for name in stored))
     clean = {_without(name, infixes): name for name in stored}
     if len(clean) < len(stored):
-        raise ValueError(f"two tensors have the same name once {', '.join(infixes)} is removed: the file is damaged")
-    adapter = {name: full for name, full in clean.items() if any(part in name for part in LORA_PARTS)}
+        raise ValueError(
+            f"two tensors have the same name once {', '.join(infixes)} is removed: the file is damaged"
+        )
+    adapter = {
+        name: full for name, full in clean.items() if any(part in name for part in LORA_PARTS)
+    }
     own = {name: full for name, full in clean.items() if name not in adapter} if adapter else clean
     if adapter and ADAPTED not in infixes:
         kind = "refiner" if any(name.startswith(REFINER_PREFIX) for name in clean) else "lora"
         return Layout(kind, "lora", "", infixes, clean)
     refused = ""
     for kind, naming, wrappers, anchor in ANCHORS:
-        prefixes = [name.removesuffix(anchor) for name in own if name == anchor or name.endswith("." + anchor)]
-        prefix = max((prefix for prefix in prefixes if _all_in(prefix, wrappers)), key=len, default=None)
+        prefixes = [
+            name.removesuffix(anchor)
+            for name in own
+            if name == anchor or name.endswith("." + anchor)
+        ]
+        prefix = max(
+            (prefix for prefix in prefixes if _all_in(prefix, wrappers)), key=len, default=None
+        )
         if prefix is None:
             refused = refused or next(iter(prefixes), "")
             continue
         rename = wan_name if (kind, naming) == ("transformer", "diffusers") else str
         names = {rename(name.removeprefix(prefix)): full for name, full in own.items()}
         if len(names) < len(own):
-            raise ValueError(f"two tensors have the same name once {prefix!r} is removed: the file is damaged")
+            raise ValueError(
+                f"two tensors have the same name once {prefix!r} is removed: the file is damaged"
+            )
         return Layout(kind, naming, prefix, infixes, names, adapter)
     return Layout("unknown", "unknown", "", infixes, clean, refused=refused)
 
@@ -109,7 +127,8 @@ def _without(name: str, parts: tuple[str, ...]) -> str:
 
 
 def wan_name(name: str) -> str:
-    """Wan's name of a tensor that diffusers' WanTransformer3DModel calls `name`; unknown names are kept."""
+    """Wan's name of a tensor that diffusers' WanTransformer3DModel calls `name`; unknown names are
+    kept."""
     block = re.match(r"(blocks\.\d+\.)(.+)", name)
     start, rest = block.groups() if block else ("", name)
     for theirs, ours in (DIFFUSERS_BLOCK if block else DIFFUSERS_TOP).items():
@@ -122,19 +141,28 @@ def wan_name(name: str) -> str:
     return start + rest
 
 
-def choose_top_key(groups: Mapping[str, Collection[str]], weights: str, preferred: str | None) -> str:
+def choose_top_key(
+    groups: Mapping[str, Collection[str]], weights: str, preferred: str | None
+) -> str:
     """Which group of a file to use. `weights` is "auto", "ema" (averaged) or "raw" (as trained).
 
-    "auto" takes the role `preferred` when it is there, then averaged weights, then raw ones, then the only group that
-    may be a generator. Raises ValueError (without the file's name) when nothing fits.
+    "auto" takes the role `preferred` when it is there, then averaged weights, then raw ones, then
+    the only group that may be a generator. Raises ValueError (without the file's name) when nothing
+    fits.
     """
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights {weights!r}: use auto, ema or raw")
-    order = {"ema": EMA_ROLES, "raw": RAW_ROLES, "auto": (preferred, *EMA_ROLES, *RAW_ROLES)}[weights]
-    of_roles = (_only_model([group for group in groups if role_of(group) == role], groups) for role in order)
+    order = {"ema": EMA_ROLES, "raw": RAW_ROLES, "auto": (preferred, *EMA_ROLES, *RAW_ROLES)}[
+        weights
+    ]
+    of_roles = (
+        _only_model([group for group in groups if role_of(group) == role], groups) for role in order
+    )
     fitting = [group for group in of_roles if group is not None]
     if fitting:
-        return next((group for group in fitting if read_layout(groups[group]).kind != "unknown"), fitting[0])
+        return next(
+            (group for group in fitting if read_layout(groups[group]).kind != "unknown"), fitting[0]
+        )
     rest = [group for group in groups if role_of(group) not in OTHER_ROLES]
     if weights == "auto" and (group := _only_model(rest, groups)):
         return group
@@ -162,14 +190,17 @@ def _only_model(candidates: Sequence[str], groups: Mapping[str, Collection[str]]
 def read_config(tensors: Mapping[str, Tensor], stated: Mapping[str, object]) -> WanConfig:
     """Sizes of a transformer from its tensors, by Wan's names.
 
-    Heads are of 128 unless `stated` (metadata `config`'s `transformer`) gives num_heads; it may also give text_len.
-    Raises ValueError (without the file's name) when a tensor that tells a size is missing or odd, or sizes do not fit.
+    Heads are of 128 unless `stated` (metadata `config`'s `transformer`) gives num_heads; it may
+    also give text_len. Raises ValueError (without the file's name) when a tensor that tells a size
+    is missing or odd, or sizes do not fit.
     """
     dim = _size(tensors, "head.modulation", 3, -1)
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     heads = _stated(stated, "num_heads", dim // HEAD_DIM)
     if heads == 0:
-        raise ValueError(f"is {dim} wide, too narrow for heads of {HEAD_DIM}: metadata `config` must give num_heads")
+        raise ValueError(
+            f"is {dim} wide, too narrow for heads of {HEAD_DIM}: metadata `config` must give num_heads"
+        )
     return WanConfig(
         dim=dim,
         num_heads=heads,
@@ -195,11 +226,14 @@ def _size(tensors: Mapping[str, Tensor], name: str, axes: int, axis: int) -> int
 
 def _stated(stated: Mapping[str, object], key: str, default: int) -> int:
     value = stated.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+    return (
+        value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+    )
 
 
 def other_model(config: WanConfig, names: Collection[str]) -> str | None:
-    """What a transformer is when it is not Wan2.1 text-to-video with 16 channels; None when it is."""
+    """What a transformer is when it is not Wan2.1 text-to-video with 16 channels; None when it
+    is."""
     if (config.in_dim, config.out_dim) == (48, 48):
         return "Wan2.2 5B (48 latent channels)"
     if any(name.startswith("vace_") for name in names):

@@ -1,19 +1,25 @@
-"""A linear layer that takes oneDNN's fp32 kernel on the CPU, forward and backward, where torch would take MKL's.
+"""A linear layer that takes oneDNN's fp32 kernel on the CPU, forward and backward, where torch
+would take MKL's.
 
-On two cores of an AMD EPYC (Zen 5) that kernel does 360-430 GFLOP/s and the default 170-200 (`autorefiner bench`
-prints both); the parameters, their names and every other device and dtype are those of `torch.nn.Linear`.
+On two cores of an AMD EPYC (Zen 5) that kernel does 360-430 GFLOP/s and the default 170-200
+(`autorefiner bench` prints both); the parameters, their names and every other device and dtype are
+those of `torch.nn.Linear`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight.contiguous(), bias, "none", [], ""
+    )
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -46,7 +52,9 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, by oneDNN for fp32 on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim > 1
+        plain = (
+            x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim > 1
+        )
         others = (
             torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
         )  # the compiler chooses a kernel itself

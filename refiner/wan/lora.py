@@ -1,4 +1,5 @@
-"""LoRA files of a Wan2.1 transformer: read, checked against the model, and merged into its weights."""
+"""LoRA files of a Wan2.1 transformer: read, checked against the model, and merged into its
+weights."""
 
 import os
 from collections.abc import Mapping
@@ -42,7 +43,9 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         if not -100 <= self.strength <= 100:
-            raise ValueError(f"strength {self.strength} of {self.path}: give a number from -100 to 100, like 0.8")
+            raise ValueError(
+                f"strength {self.strength} of {self.path}: give a number from -100 to 100, like 0.8"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "LoraFile":
@@ -54,7 +57,9 @@ class LoraFile:
             number = float(strength)
         except ValueError as error:
             if strength[:1].isdecimal():
-                raise ValueError(f"LoRA {text!r}: give FILE or FILE:STRENGTH, like style.safetensors:0.8") from error
+                raise ValueError(
+                    f"LoRA {text!r}: give FILE or FILE:STRENGTH, like style.safetensors:0.8"
+                ) from error
             return cls(Path(text))
         return cls(Path(path), number)
 
@@ -66,8 +71,8 @@ class LoraFile:
 def read_lora(path: Path | str) -> dict[str, LoraPair]:
     """{module: pair} of a LoRA file or PEFT folder, in any of the names that lora_names.py knows.
 
-    The scale is alpha / rank where the file has alpha, else what its metadata or the adapter_config.json beside it
-    states, else 1. Data stays mapped. Raises ValueError in one line.
+    The scale is alpha / rank where the file has alpha, else what its metadata or the
+    adapter_config.json beside it states, else 1. Data stays mapped. Raises ValueError in one line.
     """
     file = open_weights(path)
     try:
@@ -76,7 +81,9 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
         if layout.kind == "refiner":
             raise ValueError("is a refiner and not a LoRA: pass it with --refiner")
         if layout.kind != "lora":
-            raise ValueError(f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like")
+            raise ValueError(
+                f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like"
+            )
         stated = stated_scale(Path(path), file.metadata) or StatedScale()
         pairs = read_pairs(file, group, layout.names, stated)
     except ValueError as error:
@@ -84,13 +91,18 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
     return pairs
 
 
-def read_pairs(file: WeightFile, group: str, names: Mapping[str, str], stated: StatedScale) -> dict[str, LoraPair]:
-    """{module: pair} of the LoRA tensors in a group, by bare name; ValueError (without the file's name) for others."""
+def read_pairs(
+    file: WeightFile, group: str, names: Mapping[str, str], stated: StatedScale
+) -> dict[str, LoraPair]:
+    """{module: pair} of the LoRA tensors in a group, by bare name; ValueError (without the file's
+    name) for others."""
     pairs = {}
     for module, stored in lora_modules(names).items():
         down, up = file.read(group, stored.parts["down"]), file.read(group, stored.parts["up"])
         if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
-            raise ValueError(f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply")
+            raise ValueError(
+                f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
+            )
         scale = stated.scale(stored.stem, len(down))
         if "alpha" in stored.parts:
             scale = _alpha(file.read(group, stored.parts["alpha"]), module) / len(down)
@@ -100,20 +112,27 @@ def read_pairs(file: WeightFile, group: str, names: Mapping[str, str], stated: S
 
 def _alpha(stored: Tensor, module: str) -> float:
     if stored.numel() != 1:
-        raise ValueError(f"has an alpha of {list(stored.shape)} for {module}, which is one number: it is damaged")
+        raise ValueError(
+            f"has an alpha of {list(stored.shape)} for {module}, which is one number: it is damaged"
+        )
     return stored.item()
 
 
 def save_lora(path: Path | str, pairs: Mapping[str, LoraPair], told: Mapping[str, str]) -> None:
-    """Write a LoRA that ComfyUI's own loaders read (`diffusion_model.<module>.lora_A.weight`), scale folded into B."""
+    """Write a LoRA that ComfyUI's own loaders read (`diffusion_model.<module>.lora_A.weight`),
+    scale folded into B."""
     tensors = {}
     for module, pair in pairs.items():
         tensors[f"diffusion_model.{module}.lora_A.weight"] = pair.down.bfloat16()
-        tensors[f"diffusion_model.{module}.lora_B.weight"] = (pair.up.float() * pair.scale).bfloat16()
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = (
+            pair.up.float() * pair.scale
+        ).bfloat16()
     save_safetensors(path, tensors, told)
 
 
-def check_targets(lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path | str) -> None:
+def check_targets(
+    lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path | str
+) -> None:
     """Raises ValueError in one line unless every pair has a weight of its shape in the model."""
     lost = [module for module in lora if module + ".weight" not in weights]
     if lost:
@@ -122,7 +141,10 @@ def check_targets(lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], p
             "pass a LoRA made for this model"
         )
     for module, pair in lora.items():
-        shape, made = list(weights[module + ".weight"].shape), [pair.up.shape[0], pair.down.shape[1]]
+        shape, made = (
+            list(weights[module + ".weight"].shape),
+            [pair.up.shape[0], pair.down.shape[1]],
+        )
         if shape != made:
             raise ValueError(
                 f"{path} has a LoRA of {made} for {module}, which is {shape}: pass one made for this model"
@@ -130,7 +152,8 @@ def check_targets(lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], p
 
 
 def looks_like_longlive(lora: Mapping[str, LoraPair], num_layers: int) -> bool:
-    """Whether the LoRA is of LongLive's form: rank 256 on each of the ten linear layers of every block, scale 1."""
+    """Whether the LoRA is of LongLive's form: rank 256 on each of the ten linear layers of every
+    block, scale 1."""
     in_blocks = all(module.startswith("blocks.") for module in lora)
     right = all((pair.rank, pair.scale) == (256, 1.0) for pair in lora.values())
     return in_blocks and right and len(lora) == LINEARS_OF_A_BLOCK * num_layers

@@ -1,4 +1,5 @@
-"""The names that trainers give to a LoRA's tensors: PEFT, ComfyUI, diffusers, kohya, musubi and VideoX-Fun."""
+"""The names that trainers give to a LoRA's tensors: PEFT, ComfyUI, diffusers, kohya, musubi and
+VideoX-Fun."""
 
 import re
 from collections.abc import Mapping
@@ -7,11 +8,19 @@ from dataclasses import dataclass
 from .groups import REMOVED
 from .layouts import DIFFUSERS_BLOCK, DIFFUSERS_PROJECTIONS, DIFFUSERS_TOP, wan_name
 
-# PEFT puts an adapter's name between, `lora_A.default.weight`; diffusers' older names are `lora.down.weight`.
+# PEFT puts an adapter's name between, `lora_A.default.weight`; diffusers' older names are
+# `lora.down.weight`.
 KEY = re.compile(
     r"(?P<stem>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.\w+)??(?:\.weight)?|alpha(?:\.default)?(?:\.weight)?)"
 )
-PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
+PARTS = {
+    "lora_A": "down",
+    "lora_down": "down",
+    "lora.down": "down",
+    "lora_B": "up",
+    "lora_up": "up",
+    "lora.up": "up",
+}
 KOHYA = re.compile(r"lora_(?:unet|transformer)_+(?P<module>.+)")
 LINEARS = (
     *(f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"),
@@ -25,7 +34,8 @@ TOP_LINEARS = (
 
 
 def _underscored() -> dict[str, str]:
-    """Wan's names by what is left of them, or of diffusers' names, when every dot is an underscore."""
+    """Wan's names by what is left of them, or of diffusers' names, when every dot is an
+    underscore."""
     names = {name: name for name in (*LINEARS, *TOP_LINEARS)}
     names |= {theirs: ours for theirs, ours in DIFFUSERS_TOP.items() if ours in TOP_LINEARS}
     for ours in LINEARS:
@@ -43,7 +53,8 @@ UNDERSCORED = _underscored()
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """Stored names of a pair's tensors. `stem` is what they have in common, as patterns in a PEFT config match it."""
+    """Stored names of a pair's tensors. `stem` is what they have in common, as patterns in a PEFT
+    config match it."""
 
     stem: str
     parts: dict[str, str]  # "down", "up" and maybe "alpha"
@@ -58,21 +69,28 @@ def lora_modules(names: Mapping[str, str]) -> dict[str, LoraModule]:
     for name, stored in names.items():
         match = KEY.fullmatch(name)
         if match is None:
-            raise ValueError(f"has {name[:120]}, which is no part of a LoRA pair: only plain LoRA files are read")
+            raise ValueError(
+                f"has {name[:120]}, which is no part of a LoRA pair: only plain LoRA files are read"
+            )
         part = PARTS[match["part"]] if match["part"] else "alpha"
         module = modules.setdefault(module_name(match["stem"]), LoraModule(match["stem"], {}))
         if part in module.parts:
             other = module.parts[part]
-            raise ValueError(f"has {stored[:120]} and {other[:120]}, two of one layer: save one LoRA alone")
+            raise ValueError(
+                f"has {stored[:120]} and {other[:120]}, two of one layer: save one LoRA alone"
+            )
         module.parts[part] = stored
     for module, pair in modules.items():
         if not {"down", "up"} <= set(pair.parts):
-            raise ValueError(f"has half a pair for {module[:120]}: the file is not complete, download it again")
+            raise ValueError(
+                f"has half a pair for {module[:120]}: the file is not complete, download it again"
+            )
     return modules
 
 
 def module_name(stem: str) -> str:
-    """Wan's name of the layer that a LoRA's tensors are for; a name that is not known is returned without prefix."""
+    """Wan's name of the layer that a LoRA's tensors are for; a name that is not known is returned
+    without prefix."""
     if kohya := KOHYA.fullmatch(stem):
         return _without_underscores(kohya["module"])
     parts = stem.split(".")
@@ -82,7 +100,8 @@ def module_name(stem: str) -> str:
 
 
 def _without_underscores(module: str) -> str:
-    """Restore the dots of `blocks_0_self_attn_q` (kohya, musubi) and of the mixture `blocks_0.self_attn.q`."""
+    """Restore the dots of `blocks_0_self_attn_q` (kohya, musubi) and of the mixture
+    `blocks_0.self_attn.q`."""
     plain = module.replace(".", "_")
     block = re.fullmatch(r"(?:transformer_)?blocks_(\d+)_(.+)", plain)
     if block:

@@ -1,4 +1,5 @@
-"""What a LoRA's file says of its scale beside its tensors: PEFT's adapter_config.json, and trainers' metadata."""
+"""What a LoRA's file says of its scale beside its tensors: PEFT's adapter_config.json, and
+trainers' metadata."""
 
 import json
 import math
@@ -13,13 +14,18 @@ from ..reading import CONFIG_BYTES, read_json
 CONFIG = "adapter_config.json"
 LARGEST = 1e30  # of an alpha
 ADAPTER = "adapter_model"  # PEFT's name of the file beside it
-PREFIXES = ("transformer.", "unet.", "")  # of keys in metadata, as diffusers has them for each of its models
+PREFIXES = (
+    "transformer.",
+    "unet.",
+    "",
+)  # of keys in metadata, as diffusers has them for each of its models
 NESTED = "lora_adapter_metadata"  # diffusers' own key, whose value is JSON
 
 
 @dataclass(frozen=True, slots=True)
 class StatedScale:
-    """alpha of all modules and of some, by PEFT's patterns; scale is alpha / rank, or alpha / √rank (rsLoRA)."""
+    """alpha of all modules and of some, by PEFT's patterns; scale is alpha / rank, or alpha / √rank
+    (rsLoRA)."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
@@ -27,7 +33,11 @@ class StatedScale:
 
     def scale(self, module: str, rank: int) -> float:
         """The factor of up · down; 1 where nothing is stated."""
-        matching = (alpha for key, alpha in self.patterns.items() if re.search(rf"(^|\.){re.escape(key)}$", module))
+        matching = (
+            alpha
+            for key, alpha in self.patterns.items()
+            if re.search(rf"(^|\.){re.escape(key)}$", module)
+        )
         alpha = next(matching, self.alpha)
         if alpha is None:
             return 1.0
@@ -35,9 +45,11 @@ class StatedScale:
 
 
 def stated_scale(path: Path, metadata: Mapping[str, str]) -> StatedScale | None:
-    """What is stated of a LoRA file's scale; None where nothing is. `path` is the file, or the folder that holds it.
+    """What is stated of a LoRA file's scale; None where nothing is. `path` is the file, or the
+    folder that holds it.
 
-    Raises ValueError (without the file's name) for what is not understood, or where two places say different things.
+    Raises ValueError (without the file's name) for what is not understood, or where two places say
+    different things.
     """
     places = {CONFIG: _config_beside(path), "its metadata": _of_metadata(metadata)}
     found = {place: _read(said, place) for place, said in places.items() if said is not None}
@@ -67,9 +79,13 @@ def _of_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         try:
             said |= _mapping(json.loads(metadata[NESTED]), NESTED)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"has a metadata {NESTED} that is not a JSON object: its scale is not known") from error
+            raise ValueError(
+                f"has a metadata {NESTED} that is not a JSON object: its scale is not known"
+            ) from error
     for prefix in PREFIXES:
-        options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
+        options = {
+            key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)
+        }
         if "lora_alpha" in options:
             return options
     return {"lora_alpha": said["ss_network_alpha"]} if "ss_network_alpha" in said else None
@@ -98,15 +114,23 @@ def _number(value: Any, place: str) -> float | None:
     parsed = _parsed(value)
     if parsed is None:
         return None
-    if isinstance(parsed, bool) or not isinstance(parsed, (int, float)) or not abs(parsed) <= LARGEST:
-        raise ValueError(f"has an alpha of {str(value)[:40]!r} in {place}, which is no number: correct it")
+    if (
+        isinstance(parsed, bool)
+        or not isinstance(parsed, (int, float))
+        or not abs(parsed) <= LARGEST
+    ):
+        raise ValueError(
+            f"has an alpha of {str(value)[:40]!r} in {place}, which is no number: correct it"
+        )
     return float(parsed)
 
 
 def _flag(value: Any, place: str) -> bool:
     parsed = _parsed(value.lower() if isinstance(value, str) else value)
     if parsed not in (None, True, False):
-        raise ValueError(f"has {str(value)[:40]!r} in {place} where true or false is expected: correct it")
+        raise ValueError(
+            f"has {str(value)[:40]!r} in {place} where true or false is expected: correct it"
+        )
     return bool(parsed)
 
 

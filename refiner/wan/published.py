@@ -15,7 +15,8 @@ DEPTH = 5  # of a path, from the file up
 class Published:
     """A published file. `names` is a pattern of the end of its path as `plain_path` writes it.
 
-    `key` is the group of weights that its authors sample. `stage` says what a file without a preset is.
+    `key` is the group of weights that its authors sample. `stage` says what a file without a preset
+    is.
     """
 
     names: str
@@ -63,7 +64,8 @@ LORAS = (
     Published(r"cmgrpo_raven_lora", "raven"),
 )
 # fmt: on
-# Part of a file's or folder's name, letters and digits only -> preset. It ranks likely presets and chooses none.
+# Part of a file's or folder's name, letters and digits only -> preset. It ranks likely presets and
+# chooses none.
 FRAGMENTS = (
     ("framewise2step", "causal-forcing-2step"),
     ("causalforcing2step", "causal-forcing-2step"),
@@ -85,12 +87,18 @@ FRAGMENTS = (
     ("selfforcing", "self-forcing"),
     ("sfwan", "self-forcing"),
 )
-STAGES = ("odeinit", "causalode", "causalcd", "ardiffusion")  # fragments that no finished model is named with
+STAGES = (
+    "odeinit",
+    "causalode",
+    "causalcd",
+    "ardiffusion",
+)  # fragments that no finished model is named with
 EXPERTS = ("highnoise", "lownoise", "a14b")
 
 
 def plain_path(path: Path) -> str:
-    """The end of a path in lower case, `_` for other signs, without suffixes of format, precision and shards.
+    """The end of a path in lower case, `_` for other signs, without suffixes of format, precision
+    and shards.
 
     Folders of Hugging Face's cache are those of the repository.
     """

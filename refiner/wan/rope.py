@@ -1,4 +1,5 @@
-"""Rotary position embedding of Wan2.1: rotations by (frame, row, column), computed in float64 for any positions."""
+"""Rotary position embedding of Wan2.1: rotations by (frame, row, column), computed in float64 for
+any positions."""
 
 from collections.abc import Sequence
 
@@ -12,19 +13,26 @@ KEPT = 4  # tables; of a large video one takes megabytes
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Complex pairs of a head given to time, height and width: 22, 21 and 21 of the 64 of a 128-wide head."""
+    """Complex pairs of a head given to time, height and width: 22, 21 and 21 of the 64 of a
+    128-wide head."""
     spatial = head_dim // 6
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
 @remembered(KEPT)
 def rotations(
-    frames: tuple[int, ...], height: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    frames: tuple[int, ...],
+    height: int,
+    width: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Unit complex rotations [F·H·W, head_dim/2], frame-major, for the given temporal positions.
 
-    Spatial positions start at 0. `dtype` is the complex type the result is rounded to; the angles are float64, so
-    a position of any size is exact (bf16 positions collapse beyond 256, and published tables end at 1024).
+    Spatial positions start at 0. `dtype` is the complex type the result is rounded to; the angles
+    are float64, so a position of any size is exact (bf16 positions collapse beyond 256, and
+    published tables end at 1024).
     """
     axes = (torch.tensor(frames), torch.arange(height), torch.arange(width))
     grids = torch.meshgrid(*axes, indexing="ij")
@@ -41,14 +49,18 @@ def span(start: int, frames: int) -> tuple[int, ...]:
     return tuple(range(start, start + frames))
 
 
-def rotation_table(positions: Sequence[int], height: int, width: int, head_dim: int, like: Tensor) -> Tensor:
-    """`rotations` for a tensor `like` the one to be rotated; complex128 for float64, else complex64."""
+def rotation_table(
+    positions: Sequence[int], height: int, width: int, head_dim: int, like: Tensor
+) -> Tensor:
+    """`rotations` for a tensor `like` the one to be rotated; complex128 for float64, else
+    complex64."""
     dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
     return rotations(tuple(positions), height, width, head_dim, dtype, like.device)
 
 
 def rotate(x_BNHD: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of every head by `table` [N, D/2]; the result has the dtype of x."""
+    """Turn adjacent channel pairs of every head by `table` [N, D/2]; the result has the dtype of
+    x."""
     wide = x_BNHD if x_BNHD.dtype in (torch.float32, torch.float64) else x_BNHD.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x_BNHD.dtype)

@@ -1,4 +1,5 @@
-"""Folders of weights: an index of shards, shards without one, diffusers' pipelines, and what config.json says."""
+"""Folders of weights: an index of shards, shards without one, diffusers' pipelines, and what
+config.json says."""
 
 import re
 import stat
@@ -21,8 +22,13 @@ KNOWN_IN_FOLDERS = (
     "pytorch_lora_weights.safetensors",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<suffix>\.(?:safetensors|pt|pth|bin))")
-NETWORK, SECOND_NETWORK = "transformer", "transformer_2"  # diffusers' folders of a pipeline's networks
+SHARD = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<suffix>\.(?:safetensors|pt|pth|bin))"
+)
+NETWORK, SECOND_NETWORK = (
+    "transformer",
+    "transformer_2",
+)  # diffusers' folders of a pipeline's networks
 PIPELINE, CONFIG = "model_index.json", "config.json"
 
 
@@ -57,7 +63,11 @@ def shards_in(folder: Path) -> ShardSet | Path:
             f"{folder} is a distributed checkpoint (.distcp): convert it with"
             " `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt`"
         )
-    hint = f"pass one of its files ({', '.join(inside[:3])})" if inside else "pass a .safetensors or .pt file"
+    hint = (
+        f"pass one of its files ({', '.join(inside[:3])})"
+        if inside
+        else "pass a .safetensors or .pt file"
+    )
     raise ValueError(f"{folder} is a folder without an index of shards: {hint}")
 
 
@@ -72,7 +82,8 @@ def shard_set_name(name: str) -> tuple[str, int, str] | None:
 
 
 def siblings(path: Path) -> ShardSet:
-    """All shards of the set that one file belongs to, by their names; ValueError when some are missing."""
+    """All shards of the set that one file belongs to, by their names; ValueError when some are
+    missing."""
     wanted = shard_set_name(path.name)
     names = {}
     for other in path.parent.iterdir():
@@ -82,8 +93,12 @@ def siblings(path: Path) -> ShardSet:
     if len(names) < count:
         missing = next(number for number in range(1, count + 1) if number not in names)
         match = SHARD.fullmatch(path.name)
-        name = path.name.replace(f"-{match['number']}-of-", f"-{missing:0{len(match['number'])}}-of-")
-        raise ValueError(f"{path} is one of {count} shards, and {name} is not beside it: download the others, too")
+        name = path.name.replace(
+            f"-{match['number']}-of-", f"-{missing:0{len(match['number'])}}-of-"
+        )
+        raise ValueError(
+            f"{path} is one of {count} shards, and {name} is not beside it: download the others, too"
+        )
     return ShardSet(path.parent, tuple(names[number] for number in sorted(names)), frozenset())
 
 
@@ -92,20 +107,28 @@ def _read_index(index: Path) -> ShardSet:
         names = read_json(index, JSON_BYTES)["weight_map"]
         shards = sorted(set(names.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards (no `weight_map`): download it again") from error
+        raise ValueError(
+            f"{index} is not an index of shards (no `weight_map`): download it again"
+        ) from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             name = str(shard)[:80]
-            raise ValueError(f"{index} names a shard outside its folder ({name}): refused, download it again")
+            raise ValueError(
+                f"{index} names a shard outside its folder ({name}): refused, download it again"
+            )
         if not is_file(index.parent / shard):
-            raise ValueError(f"{index.parent} lacks {shard[:80]}, one of its {len(shards)} shards: download it")
+            raise ValueError(
+                f"{index.parent} lacks {shard[:80]}, one of its {len(shards)} shards: download it"
+            )
     return ShardSet(index.parent, tuple(shards), frozenset(names))
 
 
 def check_expected(shards: ShardSet, names: Sequence[str]) -> None:
     """Raise ValueError where the index names a tensor that no shard holds."""
     if lost := sorted(shards.expected.difference(names)):
-        raise ValueError(f"{shards.folder} lacks {len(lost)} tensors of its index ({lost[0][:80]}): download it again")
+        raise ValueError(
+            f"{shards.folder} lacks {len(lost)} tensors of its index ({lost[0][:80]}): download it again"
+        )
 
 
 def is_file(path: Path) -> bool:
@@ -135,14 +158,18 @@ def json_beside(path: Path) -> dict[str, Any]:
 
 
 def class_beside(path: Path) -> str:
-    """The class that diffusers' config.json names for the weights of a folder; "" where there is none."""
+    """The class that diffusers' config.json names for the weights of a folder; "" where there is
+    none."""
     folder = network_folder(path)
-    in_folder = path.is_dir() or path.name in KNOWN_IN_FOLDERS or shard_set_name(path.name) is not None
+    in_folder = (
+        path.is_dir() or path.name in KNOWN_IN_FOLDERS or shard_set_name(path.name) is not None
+    )
     return str(json_beside(folder / CONFIG).get("_class_name", "")) if in_folder else ""
 
 
 def is_expert(path: Path) -> bool:
-    """Whether weights are one of the two networks of a diffusers pipeline, as Wan2.2-A14B has them."""
+    """Whether weights are one of the two networks of a diffusers pipeline, as Wan2.2-A14B has
+    them."""
     folder = network_folder(path)
     if folder.name not in (NETWORK, SECOND_NETWORK):
         return False
@@ -150,4 +177,9 @@ def is_expert(path: Path) -> bool:
     index = json_beside(folder.parent / PIPELINE)
     entry = index.get(SECOND_NETWORK)
     named = isinstance(entry, list) and any(entry)
-    return folder.name == SECOND_NETWORK or other.is_dir() or named or index.get("boundary_ratio") is not None
+    return (
+        folder.name == SECOND_NETWORK
+        or other.is_dir()
+        or named
+        or index.get("boundary_ratio") is not None
+    )

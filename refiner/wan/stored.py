@@ -1,4 +1,5 @@
-"""A transformer's weights as they lie in a file: scaled fp8 is multiplied out, and a LoRA inside is merged."""
+"""A transformer's weights as they lie in a file: scaled fp8 is multiplied out, and a LoRA inside is
+merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from .lora_scale import StatedScale, stated_scale
 from .weight_file import WeightFile
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-MARK = "scaled_fp8"  # the tensor by which ComfyUI's older files say that their fp8 weights have scales
+MARK = (
+    "scaled_fp8"  # the tensor by which ComfyUI's older files say that their fp8 weights have scales
+)
 HEADER = "_quantization_metadata"  # where its newer files may say so
 
 
@@ -21,7 +24,8 @@ HEADER = "_quantization_metadata"  # where its newer files may say so
 class StoredWeights:
     """Weights by Wan's names.
 
-    `scales` are stored names of scales by those of their weights; `pairs` is the LoRA of a PEFT-wrapped model.
+    `scales` are stored names of scales by those of their weights; `pairs` is the LoRA of a
+    PEFT-wrapped model.
     """
 
     file: WeightFile
@@ -51,10 +55,13 @@ class StoredWeights:
 
 
 def stored_weights(file: WeightFile, group: str, layout: Layout) -> StoredWeights:
-    """The weights of a transformer's layout; ValueError with the file's name for quantised ones that are not read."""
+    """The weights of a transformer's layout; ValueError with the file's name for quantised ones
+    that are not read."""
     try:
         scales = _scales(file, group)
-        names = {name: stored for name, stored in layout.names.items() if not QUANTISED.search(name)}
+        names = {
+            name: stored for name, stored in layout.names.items() if not QUANTISED.search(name)
+        }
         weights = StoredWeights(file, group, names, scales, embedded_lora(file, group, layout))
     except ValueError as error:
         raise ValueError(f"{file.path} {error}") from error
@@ -63,7 +70,8 @@ def stored_weights(file: WeightFile, group: str, layout: Layout) -> StoredWeight
 
 
 def embedded_lora(file: WeightFile, group: str, layout: Layout) -> dict[str, LoraPair]:
-    """The LoRA that a PEFT-wrapped model carries, by module; its scale is 1 where nothing states it."""
+    """The LoRA that a PEFT-wrapped model carries, by module; its scale is 1 where nothing states
+    it."""
     if not layout.adapter:
         return {}
     stated = stated_scale(file.path, file.metadata) or StatedScale()
@@ -81,13 +89,16 @@ def _scales(file: WeightFile, group: str) -> dict[str, str]:
             )
     mark = next((name for name in stored if name.split(".")[-1] == MARK), None)
     if mark and not scales:
-        raise ValueError(f"has {mark} but no scales of quantised weights: pass the bf16 or fp16 file")
+        raise ValueError(
+            f"has {mark} but no scales of quantised weights: pass the bf16 or fp16 file"
+        )
     check_formats(stored, lambda name: file.read(group, name))
     return scales
 
 
 def as_comfyui_reads(file: WeightFile, group: str) -> bool:
-    """Whether ComfyUI finds every scale in this group by itself: one number each, announced by a mark or a format."""
+    """Whether ComfyUI finds every scale in this group by itself: one number each, announced by a
+    mark or a format."""
     stored = file.groups[group]
     scaled = [name for name in stored if name.rpartition(".")[2] in SCALES]
     if HEADER in file.metadata:

@@ -1,4 +1,5 @@
-"""Prompts to context: the umT5 encoder as Wan2.1 uses it, with a cache on disk so that it need not be loaded twice."""
+"""Prompts to context: the umT5 encoder as Wan2.1 uses it, with a cache on disk so that it need not
+be loaded twice."""
 
 import hashlib
 import json
@@ -20,11 +21,13 @@ def load_text_encoder(
     text_len: int = 512,
     cache_dir: Path | str | None = None,
 ) -> "TextEncoder":
-    """A text encoder from a Hugging Face folder, ComfyUI's umt5_xxl .safetensors or Wan2.1's .pth; nothing is fetched.
+    """A text encoder from a Hugging Face folder, ComfyUI's umt5_xxl .safetensors or Wan2.1's .pth;
+    nothing is fetched.
 
-    The weights (11 GB for umT5-xxl in bf16) are read at the first prompt that is not in `cache_dir`. `tokenizer` is a
-    file or folder; None looks inside the file, then beside it. dtype None runs as stored (fp8: bf16).
-    Raises ValueError in one line when the file is something else or no tokenizer is found.
+    The weights (11 GB for umT5-xxl in bf16) are read at the first prompt that is not in
+    `cache_dir`. `tokenizer` is a file or folder; None looks inside the file, then beside it. dtype
+    None runs as stored (fp8: bf16). Raises ValueError in one line when the file is something else
+    or no tokenizer is found.
     """
     if text_len < 1:
         raise ValueError(f"text_len {text_len}: a context has at least 1 token, Wan2.1 uses 512")
@@ -34,7 +37,8 @@ def load_text_encoder(
 
 
 class TextEncoder:
-    """Encodes prompts to [B, text_len, text_dim], zeros behind each prompt's end; Wan2.1 attends to those too."""
+    """Encodes prompts to [B, text_len, text_dim], zeros behind each prompt's end; Wan2.1 attends to
+    those too."""
 
     def __init__(
         self,
@@ -52,24 +56,34 @@ class TextEncoder:
         self._source = source
         self._tokenizer = tokenizer
         self._cache_dir = Path(cache_dir) if cache_dir is not None else None
-        self._fingerprint = [source.fingerprint(), tokenizer.digest, str(dtype)] if cache_dir is not None else []
+        self._fingerprint = (
+            [source.fingerprint(), tokenizer.digest, str(dtype)] if cache_dir is not None else []
+        )
         self._model: torch.nn.Module | None = None
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """Context [B, text_len, text_dim] in the encoder's dtype and on its device; one prompt never changes another's.
+        """Context [B, text_len, text_dim] in the encoder's dtype and on its device; one prompt
+        never changes another's.
 
         Raises ValueError for no prompts, a bare string, or a tokenizer that does not fit.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        if (
+            isinstance(prompts, str)
+            or not prompts
+            or not all(isinstance(prompt, str) for prompt in prompts)
+        ):
             raise ValueError(f"prompts are {prompts!r:.60}: give a list of at least one string")
-        context = torch.zeros(len(prompts), self.text_len, self.text_dim, dtype=self.dtype, device=self.device)
+        context = torch.zeros(
+            len(prompts), self.text_len, self.text_dim, dtype=self.dtype, device=self.device
+        )
         for row, prompt in zip(context, prompts, strict=True):
             tokens = self._tokens_context(clean(prompt))
             row[: len(tokens)] = tokens
         return context
 
     def release(self) -> None:
-        """Frees the encoder's weights; the next prompt that is not in the cache reads them again."""
+        """Frees the encoder's weights; the next prompt that is not in the cache reads them
+        again."""
         self._model = None
 
     def _tokens_context(self, prompt: str) -> Tensor:
@@ -79,7 +93,9 @@ class TextEncoder:
         key = json.dumps([*self._fingerprint, self.text_len, prompt])
         path = self._cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tokens = self._cached(path)
-        if tokens is not None and len(tokens) == self.text_len:  # of a prompt that may have been cut
+        if (
+            tokens is not None and len(tokens) == self.text_len
+        ):  # of a prompt that may have been cut
             self._tokenizer.warn_if_cut(prompt, self.text_len)
         if tokens is None:
             tokens = self._run(prompt)

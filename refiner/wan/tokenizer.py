@@ -1,4 +1,5 @@
-"""Tokens of a prompt, from a tokenizer.json or a sentencepiece model, found beside the encoder or given."""
+"""Tokens of a prompt, from a tokenizer.json or a sentencepiece model, found beside the encoder or
+given."""
 
 import hashlib
 import html
@@ -12,19 +13,28 @@ from torch import Tensor
 
 from ..reading import TOKENIZER_BYTES, read_bytes
 
-PIP_LINE = 'pip install "transformers>=4.50.3" "sentencepiece>=0.2" (or pip install "autorefiner[umt5]")'
+PIP_LINE = (
+    'pip install "transformers>=4.50.3" "sentencepiece>=0.2" (or pip install "autorefiner[umt5]")'
+)
 FILES = ("tokenizer.json", "spiece.model")
 SHOWN = 40  # characters of a prompt in a message
-FOLDERS = (".", "google/umt5-xxl", "tokenizer", "../tokenizer")  # Hugging Face, Wan2.1's and diffusers' places
+FOLDERS = (
+    ".",
+    "google/umt5-xxl",
+    "tokenizer",
+    "../tokenizer",
+)  # Hugging Face, Wan2.1's and diffusers' places
 
 
 def clean(prompt: str) -> str:
-    """The prompt with HTML entities resolved and white space collapsed, as Wan's own tokenizer does it (less ftfy)."""
+    """The prompt with HTML entities resolved and white space collapsed, as Wan's own tokenizer does
+    it (less ftfy)."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
 class Tokenizer:
-    """A tokenizer as the bytes of its file; the library that runs it is imported when the first prompt comes."""
+    """A tokenizer as the bytes of its file; the library that runs it is imported when the first
+    prompt comes."""
 
     def __init__(self, data: bytes, source: str) -> None:
         self.data = data
@@ -57,11 +67,17 @@ class Tokenizer:
     def _parts(self):
         """(text -> ids, ids -> text, eos id, pad id)."""
         try:
-            parts = self._from_json() if self.data.lstrip()[:1] == b"{" else self._from_sentencepiece()
+            parts = (
+                self._from_json() if self.data.lstrip()[:1] == b"{" else self._from_sentencepiece()
+            )
         except ImportError as error:
-            raise ValueError(f"the tokenizer needs a library that is missing ({error.name}): {PIP_LINE}") from error
+            raise ValueError(
+                f"the tokenizer needs a library that is missing ({error.name}): {PIP_LINE}"
+            ) from error
         except Exception as error:  # both libraries raise bare exceptions
-            raise ValueError(f"{self.source} is not a tokenizer that can be read: pass a tokenizer.json") from error
+            raise ValueError(
+                f"{self.source} is not a tokenizer that can be read: pass a tokenizer.json"
+            ) from error
         if parts[2] is None or parts[2] < 0:
             raise ValueError(
                 f"{self.source} has no </s> token, so it is not umT5's: pass google/umt5-xxl's tokenizer.json"
@@ -78,7 +94,12 @@ class Tokenizer:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        return encode, tokenizer.decode, tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>") or 0
+        return (
+            encode,
+            tokenizer.decode,
+            tokenizer.token_to_id("</s>"),
+            tokenizer.token_to_id("<pad>") or 0,
+        )
 
     def _from_sentencepiece(self):
         from sentencepiece import SentencePieceProcessor

@@ -1,7 +1,8 @@
 """Torch's .pt files, read without running code and within bounds.
 
-`torch.load(weights_only=True)` runs no code but trusts every size: a compressed member or a long pickle costs many
-times its bytes in memory, and a tensor may be sparse, without data, or a view that repeats one number.
+`torch.load(weights_only=True)` runs no code but trusts every size: a compressed member or a long
+pickle costs many times its bytes in memory, and a tensor may be sparse, without data, or a view
+that repeats one number.
 """
 
 import io
@@ -23,10 +24,12 @@ ZIPPED = b"PK\x03\x04"
 
 
 def load_torch(path: Path, *, mmap: bool = False, verify: bool = False) -> object:
-    """Unpickle a .pt of tensors and plain values; with `mmap` their data stays in the file where its format allows it.
+    """Unpickle a .pt of tensors and plain values; with `mmap` their data stays in the file where
+    its format allows it.
 
-    `verify` compares the checksum that torch writes with each tensor; reading does not. Raises ValueError (without
-    the file's name) for a file that could run code, is damaged, or costs more than it should.
+    `verify` compares the checksum that torch writes with each tensor; reading does not. Raises
+    ValueError (without the file's name) for a file that could run code, is damaged, or costs more
+    than it should.
     """
     check_regular(path)
     try:
@@ -48,7 +51,8 @@ class TooMuch(ValueError):
 
 
 def check_archive(file: io.BufferedReader, verify: bool) -> None:
-    """Raise TooMuch unless a zip stores its members as they are, and its pickle is as short as a model's.
+    """Raise TooMuch unless a zip stores its members as they are, and its pickle is as short as a
+    model's.
 
     With `verify` raise ValueError where a member is not what was written.
     """
@@ -61,10 +65,14 @@ def check_archive(file: io.BufferedReader, verify: bool) -> None:
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise TooMuch(f"is a zip with compressed members ({member.filename}), which torch never writes: refused")
+            raise TooMuch(
+                f"is a zip with compressed members ({member.filename}), which torch never writes: refused"
+            )
         if member.filename.endswith(".pkl") and member.file_size > MOST_PICKLE:
             size = member.file_size / 1e6
-            raise TooMuch(f"has a pickle of {size:.1f} MB, and a model's has less than 2: pass a .safetensors")
+            raise TooMuch(
+                f"has a pickle of {size:.1f} MB, and a model's has less than 2: pass a .safetensors"
+            )
 
 
 class _BoundedReads(io.BufferedIOBase):
@@ -85,12 +93,15 @@ class _BoundedReads(io.BufferedIOBase):
     def read(self, size: int = -1) -> bytes:
         content = self.file.read(MOST_DIRECTORY + 1 if size < 0 else min(size, MOST_DIRECTORY + 1))
         if len(content) > MOST_DIRECTORY:
-            raise TooMuch(f"has a zip directory of over {MOST_DIRECTORY >> 20} MiB, and a model's has less: refused")
+            raise TooMuch(
+                f"has a zip directory of over {MOST_DIRECTORY >> 20} MiB, and a model's has less: refused"
+            )
         return content
 
 
 class _CountedReads:
-    """A file for torch's unpickler, which reads each instruction by a call; without a descriptor, as mapping needs."""
+    """A file for torch's unpickler, which reads each instruction by a call; without a descriptor,
+    as mapping needs."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file = file
@@ -108,14 +119,17 @@ class _CountedReads:
     def _count(self) -> None:
         self.reads += 1
         if self.reads > MOST_READS:
-            raise TooMuch(f"has a pickle of over {MOST_READS} instructions, and a model's has fewer: refused")
+            raise TooMuch(
+                f"has a pickle of over {MOST_READS} instructions, and a model's has fewer: refused"
+            )
 
 
 def plain_tensors(content: object, nbytes: int) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, detached; of anything else none. `nbytes` is the size of the file.
+    """The tensors of a state dict by name, detached; of anything else none. `nbytes` is the size of
+    the file.
 
-    Raises ValueError (without the file's name) for a tensor that is no plain array of numbers in memory, and for
-    tensors that take more memory than the file can hold.
+    Raises ValueError (without the file's name) for a tensor that is no plain array of numbers in
+    memory, and for tensors that take more memory than the file can hold.
     """
     if not isinstance(content, Mapping):
         return {}
@@ -123,10 +137,14 @@ def plain_tensors(content: object, nbytes: int) -> dict[str, Tensor]:
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, Tensor):
             if odd := _oddity(value):
-                raise ValueError(f"holds {name} as {odd}, expected a plain tensor: save its values with .contiguous()")
+                raise ValueError(
+                    f"holds {name} as {odd}, expected a plain tensor: save its values with .contiguous()"
+                )
             tensors[name] = value.detach()
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > SHARED * nbytes:
-        raise ValueError("holds tensors of more bytes than the file has, views of the same data: pass a .safetensors")
+        raise ValueError(
+            "holds tensors of more bytes than the file has, views of the same data: pass a .safetensors"
+        )
     return tensors
 
 

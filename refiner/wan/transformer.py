@@ -1,6 +1,8 @@
-"""The Wan2.1 text-to-video transformer as parameters: names and shapes of the published files, and nothing else.
+"""The Wan2.1 text-to-video transformer as parameters: names and shapes of the published files, and
+nothing else.
 
-How it is run lies in causal.py, which needs only this layout and so runs other people's module trees too.
+How it is run lies in causal.py, which needs only this layout and so runs other people's module
+trees too.
 """
 
 from dataclasses import dataclass, fields
@@ -35,13 +37,21 @@ class WanConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}: a size must be at least 1")
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}: a size must be at least 1"
+                )
         if self.dim % self.num_heads:
-            raise ValueError(f"width {self.dim} does not divide into {self.num_heads} heads: change num_heads")
+            raise ValueError(
+                f"width {self.dim} does not divide into {self.num_heads} heads: change num_heads"
+            )
         if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"heads of {self.head_dim}: RoPE needs an even head size of at least 6, change num_heads")
+            raise ValueError(
+                f"heads of {self.head_dim}: RoPE needs an even head size of at least 6, change num_heads"
+            )
         if self.freq_dim % 2:
-            raise ValueError(f"freq_dim {self.freq_dim} is odd: the timestep embedding has a cosine for each sine")
+            raise ValueError(
+                f"freq_dim {self.freq_dim} is odd: the timestep embedding has a cosine for each sine"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -54,7 +64,8 @@ WAN_14B = WanConfig(dim=5120, num_heads=40, ffn_dim=13824, num_layers=40)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, in fp32; the weight applies in the input's dtype."""
+    """Root-mean-square norm over the full width, in fp32; the weight applies in the input's
+    dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -88,7 +99,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, eps=EPS)
         self.cross_attn = Attention(config.dim)
         self.ffn = nn.Sequential(
-            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+            Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -110,7 +123,9 @@ class WanTransformer(nn.Module):
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
-            Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
+            Linear(config.text_dim, config.dim),
+            nn.GELU(approximate="tanh"),
+            Linear(config.dim, config.dim),
         )
         self.time_embedding = nn.Sequential(
             Linear(config.freq_dim, config.dim), nn.SiLU(), Linear(config.dim, config.dim)

@@ -1,4 +1,5 @@
-"""umT5 encoder files in Hugging Face's, ComfyUI's and Wan's own layout: sizes, names, and the model they make."""
+"""umT5 encoder files in Hugging Face's, ComfyUI's and Wan's own layout: sizes, names, and the model
+they make."""
 
 import hashlib
 import os
@@ -16,7 +17,10 @@ from .layouts import INSTEAD, QUANTISED, choose_top_key, read_layout
 from .tokenizer import PIP_LINE
 from .weight_file import WeightFile, choose_dtype, open_weights
 
-WAN_TOP = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+WAN_TOP = {
+    "token_embedding.weight": "shared.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
 WAN_BLOCK = {
     "norm1": "layer.0.layer_norm",
     "attn.q": "layer.0.SelfAttention.q",
@@ -35,14 +39,17 @@ ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
 
 @dataclass(frozen=True, slots=True)
 class Umt5File:
-    """An umT5 encoder on disk. `names` maps Hugging Face's names to stored ones; `sizes` are UMT5Config's arguments."""
+    """An umT5 encoder on disk. `names` maps Hugging Face's names to stored ones; `sizes` are
+    UMT5Config's arguments."""
 
     file: WeightFile
     group: str
     names: dict[str, str]
     sizes: dict[str, Any]
     tokenizer: bytes | None
-    scales: dict[str, str] = field(default_factory=dict)  # stored names of scales by those of fp8 weights
+    scales: dict[str, str] = field(
+        default_factory=dict
+    )  # stored names of scales by those of fp8 weights
 
     @property
     def text_dim(self) -> int:
@@ -51,10 +58,13 @@ class Umt5File:
     def choose_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype to run in: the wanted one, else the stored one, but bf16 for fp8."""
         group = self.file.groups[self.group]
-        return choose_dtype(wanted, {name: group[stored] for name, stored in self.names.items()}, self.file.path)
+        return choose_dtype(
+            wanted, {name: group[stored] for name, stored in self.names.items()}, self.file.path
+        )
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, shape, dtype and first 64 values: other weights, other fingerprint."""
+        """sha256 over every tensor's name, shape, dtype and first 64 values: other weights, other
+        fingerprint."""
         digest = hashlib.sha256(repr(sorted(self.sizes.items())).encode())
         group = self.file.groups[self.group]
         for name in sorted(group):
@@ -82,19 +92,27 @@ class Umt5File:
         if stored not in self.scales:
             return tensor.to(dtype)
         try:
-            return unscaled(tensor, self.file.read(self.group, self.scales[stored]), stored).to(dtype)
+            return unscaled(tensor, self.file.read(self.group, self.scales[stored]), stored).to(
+                dtype
+            )
         except ValueError as error:
             raise ValueError(f"{self.file.path} {error}") from error
 
     def _require_same(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         for name, tensor in expected.items():
             if name not in found:
-                raise ValueError(f"{self.file.path} lacks {name}: the file is not complete, download it again")
+                raise ValueError(
+                    f"{self.file.path} lacks {name}: the file is not complete, download it again"
+                )
             if found[name].shape != tensor.shape:
                 shape, right = list(found[name].shape), list(tensor.shape)
-                raise ValueError(f"{self.file.path} has a {name} of {shape}, which should be {right}: it is damaged")
+                raise ValueError(
+                    f"{self.file.path} has a {name} of {shape}, which should be {right}: it is damaged"
+                )
         if extra := sorted(set(found) - set(expected)):
-            raise ValueError(f"{self.file.path} has {extra[0]}, which no umT5 encoder has: pass umT5-xxl")
+            raise ValueError(
+                f"{self.file.path} has {extra[0]}, which no umT5 encoder has: pass umT5-xxl"
+            )
 
 
 def _first_bytes(tensor: Tensor) -> bytes:
@@ -102,7 +120,8 @@ def _first_bytes(tensor: Tensor) -> bytes:
 
 
 def open_umt5(path: Path | str) -> Umt5File:
-    """Opens an umT5 encoder: a Hugging Face folder or a single weights file. Its weights are not read yet.
+    """Opens an umT5 encoder: a Hugging Face folder or a single weights file. Its weights are not
+    read yet.
 
     Raises ValueError in one line when it is something else.
     """
@@ -118,11 +137,15 @@ def open_umt5(path: Path | str) -> Umt5File:
         names = {rename(name): stored for name, stored in layout.names.items()}
         embedded = names.pop(TOKENIZER_TENSOR, None)
         names = {name: stored for name, stored in names.items() if _is_weight(name)}
-        sizes = _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
+        sizes = (
+            _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
+        )
         scales = scale_names(file.groups[group])
         check_formats(file.groups[group], lambda name: file.read(group, name))
         if embedded and file.groups[group][embedded].dtype != torch.uint8:
-            raise ValueError(f"has a tokenizer of {file.groups[group][embedded].dtype}, which is bytes: it is damaged")
+            raise ValueError(
+                f"has a tokenizer of {file.groups[group][embedded].dtype}, which is bytes: it is damaged"
+            )
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     tokenizer = file.read(group, embedded).numpy().tobytes() if embedded else None
@@ -153,16 +176,31 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         config = None
     kind = config.get("model_type") if isinstance(config, dict) else "not readable"
     if kind != "umt5":
-        raise ValueError(f"{folder} has a config.json whose model_type is {kind}: pass an umT5 encoder's folder (umt5)")
-    return {key: config[key] for key in ("relative_attention_max_distance", "layer_norm_epsilon") if key in config}
+        raise ValueError(
+            f"{folder} has a config.json whose model_type is {kind}: pass an umT5 encoder's folder (umt5)"
+        )
+    return {
+        key: config[key]
+        for key in ("relative_attention_max_distance", "layer_norm_epsilon")
+        if key in config
+    }
 
 
 def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """UMT5Config's arguments from an encoder's tensors. Raises ValueError (without the file's name)."""
-    layers = len({match[1] for name in tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
+    """UMT5Config's arguments from an encoder's tensors. Raises ValueError (without the file's
+    name)."""
+    layers = len(
+        {match[1] for name in tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+    )
     last_bias = ATTENTION.format(layers - 1) + "relative_attention_bias.weight"
-    if layers > 1 and last_bias not in tensors and ATTENTION.format(0) + "relative_attention_bias.weight" in tensors:
-        raise ValueError("is a T5 with one position table for all layers: Wan2.1 needs umT5-xxl, with one in each")
+    if (
+        layers > 1
+        and last_bias not in tensors
+        and ATTENTION.format(0) + "relative_attention_bias.weight" in tensors
+    ):
+        raise ValueError(
+            "is a T5 with one position table for all layers: Wan2.1 needs umT5-xxl, with one in each"
+        )
     vocabulary, width = _shape(tensors, "shared.weight")
     buckets, heads = _shape(tensors, last_bias)
     inner, _ = _shape(tensors, ATTENTION.format(0) + "q.weight")

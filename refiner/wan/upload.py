@@ -10,21 +10,23 @@ from torch import Tensor
 
 Tables = dict[Hashable, Tensor]
 
-_held: ContextVar[Tables | None] = ContextVar("tables that whoever replays a pass holds", default=None)
+_held: ContextVar[Tables | None] = ContextVar(
+    "tables that whoever replays a pass holds", default=None
+)
 
 
 def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor on a device in this dtype, without waiting for the work that is queued there.
 
-    It is cast first: MPS has no float64. CUDA stages ordinary memory before the call returns, so the source may go; MPS
-    may read it later, so there it waits.
+    It is cast first: MPS has no float64. CUDA stages ordinary memory before the call returns, so
+    the source may go; MPS may read it later, so there it waits.
     """
     return tensor.to(dtype).to(device, non_blocking=device.type != "mps")
 
 
 def remembered(kept: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Of a function of hashable arguments, whose last `kept` tensors are remembered; what was made while sampling may
-    be asked for in training."""
+    """Of a function of hashable arguments, whose last `kept` tensors are remembered; what was made
+    while sampling may be asked for in training."""
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         last = lru_cache(maxsize=kept)(torch.inference_mode(False)(function))
@@ -45,7 +47,8 @@ def remembered(kept: int) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
 @contextmanager
 def holding(tables: Tables) -> Iterator[None]:
-    """Every table that is asked for inside comes from `tables`, and is put there first where it is missing."""
+    """Every table that is asked for inside comes from `tables`, and is put there first where it is
+    missing."""
     token = _held.set(tables)
     try:
         yield

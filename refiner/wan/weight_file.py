@@ -1,7 +1,8 @@
-"""Files of weights as they lie on disk: opened without running code, listed without reading data, written whole or not.
+"""Files of weights as they lie on disk: opened without running code, listed without reading data,
+written whole or not.
 
-A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only the tensors that are used are ever read;
-of a .safetensors only the header is read. A model in shards is one file.
+A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only the tensors that are
+used are ever read; of a .safetensors only the header is read. A model in shards is one file.
 """
 
 import os
@@ -44,9 +45,9 @@ SAFETENSORS_DTYPES = {
 class WeightFile:
     """An open file or folder of weights.
 
-    `groups` maps a top key (`generator_ema`, ...; `flat` when there is none) to {stored name: tensor}. The tensors tell
-    shape and dtype; those of a safetensors file have no data (meta device) until `read`. `others` are the top keys
-    that hold no tensors.
+    `groups` maps a top key (`generator_ema`, ...; `flat` when there is none) to {stored name:
+    tensor}. The tensors tell shape and dtype; those of a safetensors file have no data (meta
+    device) until `read`. `others` are the top keys that hold no tensors.
     """
 
     path: Path
@@ -57,24 +58,32 @@ class WeightFile:
     readers: dict[str, "_Reader"]
 
     def read(self, group: str, name: str) -> Tensor:
-        """One tensor as stored, on the CPU and mapped from the file where the container allows it."""
+        """One tensor as stored, on the CPU and mapped from the file where the container allows
+        it."""
         reader = self.readers.get(name)
         return self.groups[group][name] if reader is None else reader.read(name)
 
 
 def open_weights(path: Path | str) -> WeightFile:
-    """Opens a .pt/.pth/.bin, a .safetensors, a folder of shards, or one shard with its siblings, by content and not
-    by suffix.
+    """Opens a .pt/.pth/.bin, a .safetensors, a folder of shards, or one shard with its siblings, by
+    content and not by suffix.
 
-    Raises ValueError in one line for anything else: missing, empty, text, damaged, or a pickle that would run code.
+    Raises ValueError in one line for anything else: missing, empty, text, damaged, or a pickle that
+    would run code.
     """
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, it takes a name that is too long
         try:
             inside = shards_in(path)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-        return _open_shards(inside.folder, inside) if isinstance(inside, ShardSet) else _open_file(inside)
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}): check its permissions"
+            ) from error
+        return (
+            _open_shards(inside.folder, inside)
+            if isinstance(inside, ShardSet)
+            else _open_file(inside)
+        )
     if shard_set_name(path.name) and is_file(path):
         return _open_shards(path, siblings(path))
     return _open_file(path)
@@ -87,10 +96,14 @@ def _open_file(path: Path) -> WeightFile:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}): check the path and its permissions") from error
+        raise ValueError(
+            f"{path} cannot be opened ({error.strerror}): check the path and its permissions"
+        ) from error
     if head[8:9] == b"{":  # first, as the eight bytes before it are a length and can be anything
         if MOST_HEADER < int.from_bytes(head[:8], "little") <= path.stat().st_size:
-            raise ValueError(f"{path} has a header of over {MOST_HEADER >> 20} MiB: save it without its metadata")
+            raise ValueError(
+                f"{path} has a header of over {MOST_HEADER >> 20} MiB: save it without its metadata"
+            )
         return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, zipped=head.startswith(b"PK"))
@@ -101,7 +114,9 @@ def _what_else(head: bytes) -> str:
     if not head:
         return "is empty (0 bytes): download it again"
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the weights themselves: run `git lfs pull` in its folder"
+        return (
+            "is a Git LFS pointer and not the weights themselves: run `git lfs pull` in its folder"
+        )
     if head.startswith(b"GGUF"):
         return "is a GGUF file, which is quantised: pass the .safetensors or .pt of the model"
     if all(byte >= 32 or byte in b"\t\r\n" for byte in head):
@@ -128,18 +143,28 @@ class _Reader:
 
 def _open_safetensors(path: Path) -> WeightFile:
     try:
-        # By "numpy" only the header is read; by "pt" torch maps the whole file, which needs as much free memory.
+        # By "numpy" only the header is read; by "pt" torch maps the whole file, which needs as much
+        # free memory.
         header = safe_open(path, framework="numpy")
         tensors = {}
         for name in header.keys():  # noqa: SIM118 - safe_open is not a mapping
             part = header.get_slice(name)
             dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
             if dtype is None:
-                raise ValueError(f"{path} holds {part.get_dtype()} tensors ({name}), an unknown type: pass a bf16 file")
+                raise ValueError(
+                    f"{path} holds {part.get_dtype()} tensors ({name}), an unknown type: pass a bf16 file"
+                )
             tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
         metadata = dict(header.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two for sides beyond 64 bits
-        raise ValueError(f"{path} is damaged or cut short ({_line(error)}): download it again") from error
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # the last two for sides beyond 64 bits
+        raise ValueError(
+            f"{path} is damaged or cut short ({_line(error)}): download it again"
+        ) from error
     readers = dict.fromkeys(tensors, _Reader(path))
     return WeightFile(path, "safetensors", split_roles({FLAT: tensors}), (), metadata, readers)
 
@@ -150,7 +175,9 @@ def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
     try:
         content = load_torch(path, mmap=zipped)
         if not isinstance(content, Mapping):
-            raise ValueError(f"holds a {type(content).__name__} and not a state dict: pass a model's weights")
+            raise ValueError(
+                f"holds a {type(content).__name__} and not a state dict: pass a model's weights"
+            )
         groups, others = group_tensors(content)
         groups = _plain_groups(groups, path.stat().st_size)
     except ValueError as error:
@@ -162,7 +189,8 @@ def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
 
 
 def _plain_groups(groups: Groups, nbytes: int) -> Groups:
-    """The groups of a file of so many bytes, of plain tensors; a flag or a counter beside them is left out."""
+    """The groups of a file of so many bytes, of plain tensors; a flag or a counter beside them is
+    left out."""
     plain: Groups = {}
     for name, tensors in groups.items():
         try:
@@ -183,35 +211,48 @@ def _open_shards(path: Path, shards: ShardSet) -> WeightFile:
         shard = _open_file(shards.folder / name)
         for group in shard.groups.values():
             if double := next((key for key in group if key in tensors), None):
-                raise ValueError(f"{shards.folder} holds {double[:80]} in two shards: it is damaged, download it again")
+                raise ValueError(
+                    f"{shards.folder} holds {double[:80]} in two shards: it is damaged, download it again"
+                )
             tensors |= group
         readers |= shard.readers
         metadata = shard.metadata | metadata
     check_expected(shards, tensors)
-    return WeightFile(path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), metadata, readers)
+    return WeightFile(
+        path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), metadata, readers
+    )
 
 
-def choose_dtype(wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path) -> torch.dtype:
-    """The dtype to run weights in: the wanted one, else the stored one of most bytes, but bf16 for fp8.
+def choose_dtype(
+    wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path
+) -> torch.dtype:
+    """The dtype to run weights in: the wanted one, else the stored one of most bytes, but bf16 for
+    fp8.
 
-    Raises ValueError when the wanted one is too narrow or a tensor is not floating point, as quantised weights are.
+    Raises ValueError when the wanted one is too narrow or a tensor is not floating point, as
+    quantised weights are.
     """
     if wanted is not None and (not wanted.is_floating_point or wanted.itemsize < 2):
         raise ValueError(f"dtype {wanted} cannot run a network: use bfloat16, float16 or float32")
     nbytes: dict[torch.dtype, int] = {}
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{path} has {name} in {tensor.dtype}, so it is quantised: pass the bf16 or fp16 file")
+            raise ValueError(
+                f"{path} has {name} in {tensor.dtype}, so it is quantised: pass the bf16 or fp16 file"
+            )
         nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
     most = max(nbytes, key=lambda dtype: nbytes[dtype])
     return wanted or (torch.bfloat16 if most.itemsize < 2 else most)
 
 
-def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors that is complete or absent: whatever stood at `path` stays until the new file is on disk.
+def save_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a .safetensors that is complete or absent: whatever stood at `path` stays until the
+    new file is on disk.
 
-    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a missing folder, and
-    OSError on a full disk.
+    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a
+    missing folder, and OSError on a full disk.
     """
     path = Path(path)
     for key, value in metadata.items():
@@ -225,13 +266,17 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         temporary.touch()
-        mode = temporary.stat().st_mode  # the user's own; the library makes files that only their owner reads
+        mode = (
+            temporary.stat().st_mode
+        )  # the user's own; the library makes files that only their owner reads
         save_file(whole, temporary, metadata=dict(metadata))
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except SafetensorError as error:  # of a full disk, too: it is no OSError
-        raise OSError(f"{path} could not be written ({_line(error)}): make room, or save elsewhere") from error
+        raise OSError(
+            f"{path} could not be written ({_line(error)}): make room, or save elsewhere"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)  # what failed is left of it

@@ -1,4 +1,5 @@
-"""A server that the tests in ComfyUI share, and the line at the end of a run that says how to enable them."""
+"""A server that the tests in ComfyUI share, and the line at the end of a run that says how to
+enable them."""
 
 import json
 import subprocess
@@ -74,6 +75,10 @@ def peft_inside() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if find_comfyui() is None:
-        terminalreporter.write_line(f"no ComfyUI here, so nothing was tried in it: {HOW}, then pytest -m comfyui")
+        terminalreporter.write_line(
+            f"no ComfyUI here, so nothing was tried in it: {HOW}, then pytest -m comfyui"
+        )
     if find_chromium() is None:
-        terminalreporter.write_line(f"no Chromium here, so nothing was tried of the page: {PAGE_HOW}")
+        terminalreporter.write_line(
+            f"no Chromium here, so nothing was tried of the page: {PAGE_HOW}"
+        )

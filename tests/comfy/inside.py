@@ -1,4 +1,5 @@
-"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES... prints it as JSON.
+"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES...
+prints it as JSON.
 
 Run with ComfyUI's interpreter.
 """
@@ -35,11 +36,17 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
 
 
 def told_of_saved_repeats() -> list[tuple[int, int, int]]:
-    """What the page is told of a chunk whose last level is repeated less often than it may be: (pass, of, pictures)."""
+    """What the page is told of a chunk whose last level is repeated less often than it may be:
+    (pass, of, pictures)."""
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
-    page.send = lambda event, node, prompt, told: sent.append((told["level"], told["levels"], told["pictures"]))
-    watch, passes = page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))), Passes(run)
+    page.send = lambda event, node, prompt, told: sent.append(
+        (told["level"], told["levels"], told["pictures"])
+    )
+    watch, passes = (
+        page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))),
+        Passes(run),
+    )
     chunks = plan_chunks(plan.preset, plan.frames)[1]
     for level in (0, 1):
         progress = Progress(chunks[0], len(chunks), level, torch.zeros(1, 16, 3, 2, 2))

@@ -20,4 +20,7 @@ def answer(path: Path) -> dict:
     except ValueError as error:
         return {"error": str(error)}
     network = network_of(model)
-    return {"preset": preset, "weights": [network.get_parameter(name).float().sum().item() for name in NAMED]}
+    return {
+        "preset": preset,
+        "weights": [network.get_parameter(name).float().sum().item() for name in NAMED],
+    }

@@ -1,4 +1,5 @@
-"""What a refiner does inside ComfyUI: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER prints it as JSON.
+"""What a refiner does inside ComfyUI: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER prints it
+as JSON.
 
 Run with ComfyUI's interpreter.
 """
@@ -32,7 +33,9 @@ def refined(model, form: str):
     """A run with the refiner in a form."""
     facts = host.facts(model)
     lora = RefinerLora("a.refiner.safetensors", *load_refiner(refiner), form=form)
-    return plain_run(plan_refiner(lora, facts.config, facts.dtype, (1000, 750, 500, 250), None, None))
+    return plain_run(
+        plan_refiner(lora, facts.config, facts.dtype, (1000, 750, 500, 250), None, None)
+    )
 
 
 def hooks(model) -> int:
@@ -75,10 +78,16 @@ def patched(model):
 def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
     """Every layer's weight as it is merged, of a model loaded whole or one byte of it."""
     with torch.inference_mode():
-        model.load(torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True}))
+        model.load(
+            torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True})
+        )
         read = comfy_layers.weights_on(torch.device("cpu"), torch.float32)
-        found = {name: read(module)[0] for name, module in target_modules(network_of(model)).items()}
-        waiting = sum(len(module.weight_function) for module in target_modules(network_of(model)).values())
+        found = {
+            name: read(module)[0] for name, module in target_modules(network_of(model)).items()
+        }
+        waiting = sum(
+            len(module.weight_function) for module in target_modules(network_of(model)).values()
+        )
         assert (waiting > 0) is lowvram, f"{waiting} weights wait for their LoRA"
         model.detach()
     return found
@@ -92,7 +101,9 @@ with torch.inference_mode():
         made[form] = sampled(model, refined(model, form), look_on)
         told["asked"][form] = asked[-1]
     told["forms"] = (made["merged"] - made["branches"]).abs().max().item()
-    while_it_runs(model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model)))
+    while_it_runs(
+        model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model))
+    )
     told["hooks"]["after"] = hooks(model)
     try:
         while_it_runs(model, refined(model, "branches"), interrupt)
@@ -100,7 +111,11 @@ with torch.inference_mode():
         told["hooks"]["interrupted"] = hooks(model)
     joint = refined(model, "merged")
     cache = dataclasses.replace(joint.refined.cache, previous="joint")
-    sampled(model, dataclasses.replace(joint, refined=dataclasses.replace(joint.refined, cache=cache)), look_on)
+    sampled(
+        model,
+        dataclasses.replace(joint, refined=dataclasses.replace(joint.refined, cache=cache)),
+        look_on,
+    )
     told["asked"]["joint"] = asked[-1]
     told["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
     own, comfy_layers.available_bytes = comfy_layers.available_bytes, lambda device: 1000
@@ -108,13 +123,19 @@ with torch.inference_mode():
     comfy_layers.available_bytes = own
     layer = network_of(model).blocks[0].ffn[0]
     layer.__class__, kind = type("Odd", (type(layer),), {"__module__": "gguf"}), type(layer)
-    told["odd"] = [host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")]
-    told["odd made"] = (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
+    told["odd"] = [
+        host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")
+    ]
+    told["odd made"] = (
+        (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
+    )
     layer.__class__ = kind
     narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
     both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
     told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
-    told["chunk"], told["frame"] = (model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1))
+    told["chunk"], told["frame"] = (
+        model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1)
+    )
 
 plain = weights_of(model, lowvram=False)
 whole, waiting = (weights_of(patched(model), lowvram) for lowvram in (False, True))

@@ -1,4 +1,5 @@
-"""What a training takes of a MODEL inside ComfyUI: inside_training.py COMFYUI_PATH PACK STUDENT prints it as JSON.
+"""What a training takes of a MODEL inside ComfyUI: inside_training.py COMFYUI_PATH PACK STUDENT
+prints it as JSON.
 
 Run with ComfyUI's interpreter.
 """
@@ -34,11 +35,16 @@ with torch.inference_mode():
     own = taken(model)
     told["names"] = own.keys() == stored.keys()
     told["same"] = all(torch.equal(own[name], stored[name]) for name in stored)
-    lora = {f"diffusion_model.{LORA}.lora_A.weight": down, f"diffusion_model.{LORA}.lora_B.weight": up}
+    lora = {
+        f"diffusion_model.{LORA}.lora_A.weight": down,
+        f"diffusion_model.{LORA}.lora_B.weight": up,
+    }
     patched = taken(comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0])
     change = patched[f"{LORA}.weight"] - stored[f"{LORA}.weight"]
     told["lora"] = (change - up @ down).abs().max().item()
-    told["others"] = all(torch.equal(patched[name], stored[name]) for name in stored if LORA not in name)
+    told["others"] = all(
+        torch.equal(patched[name], stored[name]) for name in stored if LORA not in name
+    )
     after = taken(model)
     told["left"] = all(torch.equal(after[name], stored[name]) for name in stored)
     told["mode"] = torch.is_inference_mode_enabled()

@@ -1,7 +1,7 @@
 """Start ComfyUI's own main.py from its checkout: launch.py COMFYUI_PATH [arguments of main.py].
 
-A CUDA build of torchvision on a machine without CUDA registers kernels for operators that are not there and fails:
-such registrations are skipped. Nothing of ComfyUI is changed.
+A CUDA build of torchvision on a machine without CUDA registers kernels for operators that are not
+there and fails: such registrations are skipped. Nothing of ComfyUI is changed.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""The pack imported into ComfyUI's own modules as a custom node is, for scripts: NAME.py COMFYUI_PATH PACK [files]."""
+"""The pack imported into ComfyUI's own modules as a custom node is, for scripts: NAME.py
+COMFYUI_PATH PACK [files]."""
 
 import importlib.util
 import sys
@@ -17,7 +18,9 @@ import comfy.samplers  # noqa: E402
 import folder_paths  # noqa: E402, F401, the sign by which the pack knows ComfyUI
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
+spec = importlib.util.spec_from_file_location(
+    "pack", f"{pack}/__init__.py", submodule_search_locations=[pack]
+)
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 from pack.nodes.hosts import comfy as host  # noqa: E402
@@ -37,7 +40,9 @@ def sampled(model, run, *wrappers) -> torch.Tensor:
     guider = comfy.samplers.CFGGuider(model)
     generator = torch.Generator().manual_seed(0)
     config = host.facts(model).config
-    guider.inner_set_conds({"positive": [[torch.randn(1, config.text_len, config.text_dim, generator=generator), {}]]})
+    guider.inner_set_conds(
+        {"positive": [[torch.randn(1, config.text_len, config.text_dim, generator=generator), {}]]}
+    )
     empty = torch.zeros(run.shape)
     sampler = PathwiseSampler(lambda *_: run, reserved=True)
     return guider.sample(empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)

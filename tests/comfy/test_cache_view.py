@@ -1,4 +1,5 @@
-"""What the page is told of a Reflective Cache before anything is loaded: what a run holds, and errors of one line."""
+"""What the page is told of a Reflective Cache before anything is loaded: what a run holds, and
+errors of one line."""
 
 import json
 from pathlib import Path
@@ -23,7 +24,13 @@ ASKED = {
     "model": {"demo": True}, "size": SIZE, "refiner": None, "schedule": None,
 }  # fmt: skip
 FILE = {"file": "self_forcing_dmd.pt", "preset": "auto", "dtype": "auto", "weights": "auto"}
-SCHEDULE = {"preset": "longlive", "levels": "", "frames_per_chunk": 0, "first_levels": "", "refined_levels": ""}
+SCHEDULE = {
+    "preset": "longlive",
+    "levels": "",
+    "frames_per_chunk": 0,
+    "first_levels": "",
+    "refined_levels": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +56,17 @@ def test_it_tells_the_bytes_that_a_run_allocates(window: int, sink: int, refined
     plan = RunPlan(PRESETS["self-forcing"].changed(window=window, sink=sink), 21, 8, 8)
     network = CausalWan(torch.nn.Module(), STAND_IN)
     assert told["bytes"] == RingMemory(plan.memory(network.config, torch.float32, refined)).nbytes
-    assert (told.get("history"), told.get("previous")) == (("shared", "pending") if refined else (None, None))
+    assert (told.get("history"), told.get("previous")) == (
+        ("shared", "pending") if refined else (None, None)
+    )
 
 
 def test_the_node_itself_says_the_same_bytes() -> None:
     model = standalone.load_demo("student")[0]
     latent = {"samples": torch.zeros(1, 16, 21, 8, 8)}
-    shown = ReflectiveCacheNode.execute(9, 3, "the model's", "as trained", "as trained", model, latent).ui
+    shown = ReflectiveCacheNode.execute(
+        9, 3, "the model's", "as trained", "as trained", model, latent
+    ).ui
     assert f"{cache_view({**ASKED, 'window': 9, 'sink': 3})['bytes'] / 1e6:,.1f} MB" in shown
 
 
@@ -98,7 +109,9 @@ def test_what_the_page_does_not_know_is_said_to_be_missing(part: str) -> None:
 def test_a_real_server_tells_what_the_run_then_tells(dtype: str, server: Server) -> None:
     graph = small("self_forcing")
     graph[of_kind(graph, "AutoRefinerLoadARVDM")]["inputs"]["dtype"] = dtype
-    sampler, cache = (of_kind(graph, f"AutoRefiner{kind}") for kind in ("Sampler", "ReflectiveCache"))
+    sampler, cache = (
+        of_kind(graph, f"AutoRefiner{kind}") for kind in ("Sampler", "ReflectiveCache")
+    )
     graph[sampler]["inputs"]["length"] = 81
     graph[cache]["inputs"] |= {"window": 9, "sink": 3}
     asked = {**ASKED, "window": 9, "sink": 3, "model": {**FILE, "dtype": dtype}}

@@ -1,4 +1,5 @@
-"""The pack in a real ComfyUI: pytest -m comfyui, with ComfyUI at COMFYUI_PATH, ~/ComfyUI or ~/comfy/ComfyUI.
+"""The pack in a real ComfyUI: pytest -m comfyui, with ComfyUI at COMFYUI_PATH, ~/ComfyUI or
+~/comfy/ComfyUI.
 
 Its interpreter is COMFYUI_PYTHON, or that of the checkout's .venv.
 """
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_graphs import API, NAMES, NEED_COMFYUI, NEED_PEFT, WORKFLOWS, node, of_kind, small, training
+from comfy_graphs import (
+    API,
+    NAMES,
+    NEED_COMFYUI,
+    NEED_PEFT,
+    WORKFLOWS,
+    node,
+    of_kind,
+    small,
+    training,
+)
 from comfy_page import to_api, to_page
 from comfy_runs import keeping, latents, sampled, short
 from comfy_server import Refused, Server, find_comfyui
@@ -64,14 +75,19 @@ def test_the_pack_is_imported(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(name: str, server: Server, request) -> None:
+def test_every_workflow_runs_and_samples_what_it_does_without_comfyui(
+    name: str, server: Server, request
+) -> None:
     if name in NEED_PEFT:
         request.getfixturevalue("peft_inside")
     graph = small(name)
     sampler = "SamplerCustomAdvanced" if name in NEED_COMFYUI else "AutoRefinerSampler"
     made = sampled(server, graph, name, of_kind(graph, sampler))
     frames = made.shape[2] * 4 - 3
-    assert len(decoded(sorted((server.base / "output" / "video").glob(f"{name}_0*.mp4"))[-1])) == frames
+    assert (
+        len(decoded(sorted((server.base / "output" / "video").glob(f"{name}_0*.mp4"))[-1]))
+        == frames
+    )
     if name not in NEED_COMFYUI:
         torch.testing.assert_close(made, alone(server, graph), **NEAR)
 
@@ -81,7 +97,9 @@ def test_a_second_run_is_taken_from_the_cache(server: Server) -> None:
     first = server.run(graph)
     graph["90"]["inputs"]["filename_prefix"] = "latents/again"
     second = server.run(graph)
-    cached = next(data["nodes"] for event, data in second["status"]["messages"] if event == "execution_cached")
+    cached = next(
+        data["nodes"] for event, data in second["status"]["messages"] if event == "execution_cached"
+    )
     assert {"1", "2", "3"} <= set(cached) and first["outputs"]
     assert torch.equal(latents(server, "cached"), latents(server, "again"))
 
@@ -100,7 +118,9 @@ def test_an_interrupted_run_gives_its_memory_back_and_the_next_one_is_good(serve
     long = short(length=401, width=512, height=512)
     prompt = server.queue(long)
     end = time.monotonic() + 60
-    while memory_of(server) < memory + 300e6 and time.monotonic() < end:  # keys and values of 101 frames are 420 MB
+    while (
+        memory_of(server) < memory + 300e6 and time.monotonic() < end
+    ):  # keys and values of 101 frames are 420 MB
         time.sleep(0.2)
     server.post("/interrupt", {})
     ended = server.wait(prompt)
@@ -125,31 +145,44 @@ def test_two_queued_prompts_each_make_their_own(server: Server) -> None:
     prompts = [server.queue(graph) for graph in graphs]
     assert all(server.wait(prompt)["status"]["status_str"] == "success" for prompt in prompts)
     for seed in (21, 22):
-        torch.testing.assert_close(latents(server, f"seed{seed}"), alone(server, short(seed=seed)), **NEAR)
+        torch.testing.assert_close(
+            latents(server, f"seed{seed}"), alone(server, short(seed=seed)), **NEAR
+        )
 
 
 def test_a_batch_begins_with_the_single_video(server: Server) -> None:
-    one, two = (sampled(server, short(seed=4, batch_size=batch), f"batch{batch}") for batch in (1, 2))
+    one, two = (
+        sampled(server, short(seed=4, batch_size=batch), f"batch{batch}") for batch in (1, 2)
+    )
     torch.testing.assert_close(two[:1], one, **NEAR)
     assert len(two) == 2 and not torch.allclose(two[:1], two[1:])
 
 
 def test_a_user_lora_works_on_the_base(server: Server, weights: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    pair = {part: torch.randn(shape, generator=generator) for part, shape in (("A", (4, 128)), ("B", (128, 4)))}
+    pair = {
+        part: torch.randn(shape, generator=generator)
+        for part, shape in (("A", (4, 128)), ("B", (128, 4)))
+    }
     module = "diffusion_model.blocks.0.self_attn.v"
     path = server.base / "models" / "loras" / "own.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_file({f"{module}.lora_{part}.weight": 0.2 * tensor for part, tensor in pair.items()}, path)
     graph = short(seed=6)
-    graph["80"] = node("LoraLoaderModelOnly", model=["1", 0], lora_name="own.safetensors", strength_model=1.0)
+    graph["80"] = node(
+        "LoraLoaderModelOnly", model=["1", 0], lora_name="own.safetensors", strength_model=1.0
+    )
     base = sampled(server, graph, "base")
     graph["3"]["inputs"]["model"] = ["80", 0]
     made = sampled(server, graph, "lora")
 
-    model, info = load_transformer(weights / bundle.FILES["student"], lora=path, dtype=torch.float32)
+    model, info = load_transformer(
+        weights / bundle.FILES["student"], lora=path, dtype=torch.float32
+    )
     context = bundle.load_sprite_text(weights)([graph["2"]["inputs"]["text"]])
-    chunks = sample(CausalWan(model, info.config), context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=6)
+    chunks = sample(
+        CausalWan(model, info.config), context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=6
+    )
     torch.testing.assert_close(made, standalone.raw_latents(torch.cat(list(chunks), 2)), **NEAR)
     assert (made - base).abs().max() > 0.01
     graph["3"]["inputs"]["model"] = ["1", 0]
@@ -177,7 +210,9 @@ def test_without_a_refiner_it_equals_comfyuis_own_sampler(server: Server) -> Non
 
 def with_reward(graph: dict, key: str, method: str) -> dict:
     """The graph, whose node searches by the bundled reward."""
-    graph["40"] = node("AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0)
+    graph["40"] = node(
+        "AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0
+    )
     search = {"reward": ["40", 0], "vae": ["1", 2], "prompt": "a red star", "candidates": 2}
     graph[key]["inputs"] |= {"method": method, **search}
     return graph
@@ -195,8 +230,18 @@ def test_the_custom_sampler_searches_and_a_training_goes_through_the_reward_behi
     server: Server, peft_inside: None
 ) -> None:
     graph = with_reward(custom(), "8", "best-of-n")
-    assert not torch.allclose(sampled(server, graph, "searched", "9"), sampled(server, custom(), "unsearched", "9"))
-    learnt = training(run="searched", objective="reward", reward=["40", 0], teacher=None, steps=1, width=64, height=64)
+    assert not torch.allclose(
+        sampled(server, graph, "searched", "9"), sampled(server, custom(), "unsearched", "9")
+    )
+    learnt = training(
+        run="searched",
+        objective="reward",
+        reward=["40", 0],
+        teacher=None,
+        steps=1,
+        width=64,
+        height=64,
+    )
     server.run({"40": graph["40"], **learnt})  # the same REWARD, from the cache
 
 
@@ -218,13 +263,17 @@ def test_narrow_weights_are_computed_with_as_comfyui_does(server: Server) -> Non
     assert torch.corrcoef(torch.stack((narrow.flatten(), wide.flatten())))[0, 1] > 0.98
 
 
-def test_a_model_of_comfyuis_own_loader_is_sampled_as_self_forcing(server: Server, weights: Path) -> None:
+def test_a_model_of_comfyuis_own_loader_is_sampled_as_self_forcing(
+    server: Server, weights: Path
+) -> None:
     path = server.base / "models" / "diffusion_models" / "stock.safetensors"
     path.write_bytes((weights / bundle.FILES["student"]).read_bytes())
     graph = short(seed=8)
     graph["80"] = node("UNETLoader", unet_name="stock.safetensors", weight_dtype="default")
     graph["3"]["inputs"]["model"] = ["80", 0]
-    torch.testing.assert_close(sampled(server, graph, "stock"), alone(server, short(seed=8)), **NEAR)
+    torch.testing.assert_close(
+        sampled(server, graph, "stock"), alone(server, short(seed=8)), **NEAR
+    )
     assert "self-forcing's preset is taken" in server.log()
 
 
@@ -233,9 +282,14 @@ def test_decoding_in_chunks_equals_comfyuis_decode(length: int, server: Server) 
     graph = short(length)
     graph["70"] = node("VAEDecode", samples=["3", 0], vae=["1", 2])
     for name, source in (("chunks", "4"), ("whole", "70")):
-        graph[f"9{source}"] = node("SaveImage", images=[source, 0], filename_prefix=f"{name}{length}/frame")
+        graph[f"9{source}"] = node(
+            "SaveImage", images=[source, 0], filename_prefix=f"{name}{length}/frame"
+        )
     server.run(graph)
-    chunks, whole = (sorted((server.base / "output" / f"{name}{length}").iterdir()) for name in ("chunks", "whole"))
+    chunks, whole = (
+        sorted((server.base / "output" / f"{name}{length}").iterdir())
+        for name in ("chunks", "whole")
+    )
     assert len(chunks) == len(whole) == length
     for ours, theirs in zip(chunks, whole, strict=True):
         assert abs(decoded(ours).astype(int) - decoded(theirs).astype(int)).max() <= 1
@@ -245,10 +299,14 @@ def test_reflective_cache_shows_its_bytes(server: Server) -> None:
     graph = short(9)
     graph["60"] = node("EmptyARVideoLatent", width=64, height=64, length=9, batch_size=1)
     cache = {"positions": "the model's", "history": "as trained", "previous_x0": "as trained"}
-    graph["61"] = node("AutoRefinerReflectiveCache", window=-1, sink=0, **cache, model=["1", 0], latent=["60", 0])
+    graph["61"] = node(
+        "AutoRefinerReflectiveCache", window=-1, sink=0, **cache, model=["1", 0], latent=["60", 0]
+    )
     graph["3"]["inputs"] |= {"reflective_cache": ["61", 0], "latent": ["60", 0]}
     nbytes = 2 * STAND_IN.num_layers * 3 * 16 * STAND_IN.dim * 4
-    assert server.run(graph)["outputs"]["61"]["text"] == [f"all frames: {nbytes / 1e6:,.1f} MB of keys and values"]
+    assert server.run(graph)["outputs"]["61"]["text"] == [
+        f"all frames: {nbytes / 1e6:,.1f} MB of keys and values"
+    ]
 
 
 def test_prompts_that_cannot_run_are_refused_with_what_to_do(server: Server) -> None:
@@ -294,7 +352,11 @@ def failing(change: str) -> tuple[dict, str, str]:
         return graph, "3", "latent has latents of shape (1, 4, 8, 8), expected [batch, 16, frames"
     if change == "outside":
         graph["60"] = node(
-            "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix="../../x"
+            "AutoRefinerDecodeToVideo",
+            samples=["3", 0],
+            vae=["1", 2],
+            fps=16,
+            filename_prefix="../../x",
         )
         return graph, "60", "leaves"
     if change == "two":
@@ -302,28 +364,50 @@ def failing(change: str) -> tuple[dict, str, str]:
         graph["3"]["inputs"]["positive"] = ["60", 0]
         return graph, "3", "positive has 2 entries: the models take one prompt"
     if change == "range":
-        graph["60"] = node("ConditioningSetTimestepRange", conditioning=["2", 0], start=0.5, end=1.0)
+        graph["60"] = node(
+            "ConditioningSetTimestepRange", conditioning=["2", 0], start=0.5, end=1.0
+        )
         graph["3"]["inputs"]["positive"] = ["60", 0]
-        return graph, "3", "positive has timestep_start and timestep_end: a prompt holds for all of a clip"
+        return (
+            graph,
+            "3",
+            "positive has timestep_start and timestep_end: a prompt holds for all of a clip",
+        )
     graph = custom()
     if change == "cfg":
-        graph["5"] = node("CFGGuider", model=["3", 0], positive=["2", 0], negative=["2", 0], cfg=3.0)
+        graph["5"] = node(
+            "CFGGuider", model=["3", 0], positive=["2", 0], negative=["2", 0], cfg=3.0
+        )
         return graph, "9", "the guider has cfg 3: AR models are distilled"
     if change == "guider":
         cfg = {"cfg_conds": 1.0, "cfg_cond2_negative": 1.0, "style": "regular"}
-        graph["5"] = node("DualCFGGuider", model=["3", 0], cond1=["2", 0], cond2=["2", 0], negative=["2", 0], **cfg)
+        graph["5"] = node(
+            "DualCFGGuider",
+            model=["3", 0],
+            cond1=["2", 0],
+            cond2=["2", 0],
+            negative=["2", 0],
+            **cfg,
+        )
         return graph, "9", "the guider is a Guider_DualCFG, which mixes predictions"
     if change == "sigmas":
         graph["4"]["inputs"]["denoise"] = 0.5
         return graph, "9", "SIGMAS"
     graph["60"] = node(
-        "AutoRefinerChunkSchedule", preset="causvid", levels="", frames_per_chunk=0, first_levels="", refined_levels=""
+        "AutoRefinerChunkSchedule",
+        preset="causvid",
+        levels="",
+        frames_per_chunk=0,
+        first_levels="",
+        refined_levels="",
     )
     graph["8"]["inputs"]["chunk_schedule"] = ["60", 0]
     return graph, "9", "CHUNK_SCHEDULE says sigmas 1.0000, 0.7568"
 
 
-@pytest.mark.parametrize("change", ["size", "latent", "outside", "two", "range", "cfg", "guider", "sigmas", "schedule"])
+@pytest.mark.parametrize(
+    "change", ["size", "latent", "outside", "two", "range", "cfg", "guider", "sigmas", "schedule"]
+)
 def test_what_fails_while_it_runs_says_what_to_do(change: str, server: Server) -> None:
     graph, key, message = failing(change)
     error = server.error(graph)
@@ -337,7 +421,9 @@ def test_a_pickle_that_would_run_code_is_refused(server: Server) -> None:
         def __reduce__(self):
             return (Path.touch, (server.base / "owned",))
 
-    torch.save({"generator": Evil()}, server.base / "models" / "diffusion_models" / "self_forcing_evil.pt")
+    torch.save(
+        {"generator": Evil()}, server.base / "models" / "diffusion_models" / "self_forcing_evil.pt"
+    )
     graph = small("self_forcing")
     graph["1"]["inputs"]["file"] = "self_forcing_evil.pt"
     assert "code" in server.error(graph)["exception_message"]
@@ -361,7 +447,8 @@ def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server
     graph = to_api(page, info)
     given = json.loads((API / f"{name}.json").read_text())
     assert {
-        key: found | {"inputs": {**graph[key]["inputs"], **found["inputs"]}} for key, found in given.items()
+        key: found | {"inputs": {**graph[key]["inputs"], **found["inputs"]}}
+        for key, found in given.items()
     } == graph
     assert page == to_page(given, info), "write it again: python tests/comfy_page.py URL"
     assert {found["type"] for found in page["nodes"]} <= set(info)
@@ -386,7 +473,11 @@ def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
 
 
 def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict) -> None:
-    assert inside["told"][-1] == [4, 4, 3]  # of one pass, and one with two repeats that were not needed: 3 pictures
+    assert inside["told"][-1] == [
+        4,
+        4,
+        3,
+    ]  # of one pass, and one with two repeats that were not needed: 3 pictures
 
 
 def test_others_make_way_for_a_rewards_models(inside: dict) -> None:

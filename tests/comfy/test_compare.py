@@ -26,8 +26,13 @@ def test_it_tells_how_far_two_clips_are_apart(tmp_path: Path) -> None:
         apart = float(CompareVideos.execute(clip(), same, 16).ui.split()[4])
         assert apart < 2  # of a file, what its encoder loses
     assert CompareVideos.execute(clip(), clip(), 16).ui == "5 frames; mean difference 0.0 of 255"
-    assert CompareVideos.execute(clip(), clip(value=1.0), 16).ui == "5 frames; mean difference 127.0 of 255"
-    assert CompareVideos.execute(clip(9), clip(), 16).ui.startswith("9 and 5 frames; mean difference 0.0")
+    assert (
+        CompareVideos.execute(clip(), clip(value=1.0), 16).ui
+        == "5 frames; mean difference 127.0 of 255"
+    )
+    assert CompareVideos.execute(clip(9), clip(), 16).ui.startswith(
+        "9 and 5 frames; mean difference 0.0"
+    )
 
 
 @pytest.mark.parametrize("other", [clip(side=64), VideoFile(8, clip(side=64))])
@@ -56,5 +61,7 @@ class TestInComfyUI:
         told = server.run(graph)["outputs"]["9"]
         assert told["text"] == ["21 frames; mean difference 0.0 of 255"]
         paths = [server.base / "temp" / clip["filename"] for clip in told["autorefiner_compare"]]
-        assert [clip["type"] for clip in told["autorefiner_compare"]] == ["temp", "temp"] and len(set(paths)) == 2
+        assert [clip["type"] for clip in told["autorefiner_compare"]] == ["temp", "temp"] and len(
+            set(paths)
+        ) == 2
         assert [len(read_frames(path)) for path in paths] == [21, 21]

@@ -21,7 +21,9 @@ SIGMAS = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])  # of shift 5 and four s
 SHAPE = (1, 7, 4, 4)
 CPU = torch.device("cpu")
 FACTS = ModelFacts(TINY, torch.float32, None, 1 << 30)
-REFINER = RefinerLora("a.refiner.safetensors", random_pairs(TINY), RefinerCard(rank=2), form="merged")
+REFINER = RefinerLora(
+    "a.refiner.safetensors", random_pairs(TINY), RefinerCard(rank=2), form="merged"
+)
 
 
 def made(run: Run) -> torch.Tensor:
@@ -33,14 +35,20 @@ def made(run: Run) -> torch.Tensor:
 def white(seed: int) -> torch.Tensor:
     """NOISE whose every chunk is what the seed itself begins with."""
     source, (_, chunks) = WhiteNoise(seed), plan_chunks(PRESETS["self-forcing"], SHAPE[1])
-    return torch.cat([source(chunk, Draw(1000), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2)
+    return torch.cat(
+        [source(chunk, Draw(1000), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2
+    )
 
 
 @pytest.mark.parametrize("name", [None, "self-forcing"])
 def test_the_sigmas_of_self_forcing_sample_what_its_preset_does(name: str | None) -> None:
     expected = made(Run(plan_run(PRESETS["self-forcing"], SHAPE, None), 3, "self-forcing"))
-    found = made(SamplerOptions("self-forcing").run(replace(FACTS, preset=name), white(3), SIGMAS, 3))
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)  # sigmas are not rounded to the preset's table
+    found = made(
+        SamplerOptions("self-forcing").run(replace(FACTS, preset=name), white(3), SIGMAS, 3)
+    )
+    torch.testing.assert_close(
+        found, expected, atol=2e-2, rtol=2e-2
+    )  # sigmas are not rounded to the preset's table
 
 
 def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -> None:
@@ -53,7 +61,9 @@ def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -
 
 
 @pytest.mark.parametrize("fresh", FRESH_NOISE)
-def test_every_repeat_and_candidate_has_noise_of_its_own_and_the_first_is_the_runs(fresh: str) -> None:
+def test_every_repeat_and_candidate_has_noise_of_its_own_and_the_first_is_the_runs(
+    fresh: str,
+) -> None:
     run = SamplerOptions("self-forcing", fresh).run(FACTS, white(3), SIGMAS, 5)
     chunk, shape = plan_chunks(PRESETS["self-forcing"], 7)[1][0], (1, 16, 3, 4, 4)
     repeats = [Draw(750, repeat=1), Draw(750, repeat=2)]
@@ -70,22 +80,37 @@ def test_any_seed_of_noise_is_taken() -> None:
 
 
 def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
-    for schedule in (ChunkSchedule("self-forcing", chunk=1), ChunkSchedule(levels=(1000, 750, 500, 250), chunk=1)):
+    for schedule in (
+        ChunkSchedule("self-forcing", chunk=1),
+        ChunkSchedule(levels=(1000, 750, 500, 250), chunk=1),
+    ):
         run = SamplerOptions("self-forcing", schedule=schedule).run(FACTS, white(0), SIGMAS, 0)
         assert run.plan.preset.chunk == 1
     window = CacheOptions(window=4, sink=1)
-    assert SamplerOptions("self-forcing", cache=window).run(FACTS, white(0), SIGMAS, 0).plan.preset.sink == 1
+    assert (
+        SamplerOptions("self-forcing", cache=window)
+        .run(FACTS, white(0), SIGMAS, 0)
+        .plan.preset.sink
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
-    "schedule", [ChunkSchedule("causvid"), ChunkSchedule(levels=(1000, 500)), ChunkSchedule("causal-forcing-2step")]
+    "schedule",
+    [
+        ChunkSchedule("causvid"),
+        ChunkSchedule(levels=(1000, 500)),
+        ChunkSchedule("causal-forcing-2step"),
+    ],
 )
 def test_a_schedule_that_contradicts_the_sigmas_is_an_error(schedule: ChunkSchedule) -> None:
     with pytest.raises(ValueError, match="CHUNK_SCHEDULE says sigmas"):
         SamplerOptions("self-forcing", schedule=schedule).run(FACTS, white(0), SIGMAS, 0)
 
 
-@pytest.mark.parametrize("sigmas", [[], [1.0], [0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [1.0, 1.1, 0.0]])
+@pytest.mark.parametrize(
+    "sigmas", [[], [1.0], [0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.5, 0.5, 0.0], [1.0, 1.1, 0.0]]
+)
 def test_sigmas_that_do_not_fall_from_one_to_zero_are_refused(sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="SIGMAS"):
         levels_of(torch.tensor(sigmas), PRESETS["self-forcing"])
@@ -115,20 +140,25 @@ def test_a_refiner_refines_the_levels_of_the_sigmas(method: str) -> None:
     run = SamplerOptions(method, refiner=REFINER).run(FACTS, white(3), SIGMAS, 3)
     assert run.refined.levels == (750, 500, 250)
     assert (made(run) - made(plain)).abs().max() > 0.01
-    zero = SamplerOptions(method, refiner=replace(REFINER, strength=0.0)).run(FACTS, white(3), SIGMAS, 3)
+    zero = SamplerOptions(method, refiner=replace(REFINER, strength=0.0)).run(
+        FACTS, white(3), SIGMAS, 3
+    )
     assert zero.refined is None
 
 
 def test_self_refine_repeats_the_levels_of_the_sigmas() -> None:
     plain, repeated = (
-        SamplerOptions(method).run(FACTS, white(3), SIGMAS, 3) for method in ("self-forcing", "self-refine")
+        SamplerOptions(method).run(FACTS, white(3), SIGMAS, 3)
+        for method in ("self-forcing", "self-refine")
     )
     assert not torch.equal(made(plain), made(repeated))
 
 
 def test_a_refiner_is_refused_where_the_sigmas_have_none_of_its_levels() -> None:
     with pytest.raises(ValueError, match="1000, 385"):
-        SamplerOptions("self-forcing", refiner=REFINER).run(FACTS, white(0), torch.tensor([1.0, 0.7576, 0.0]), 0)
+        SamplerOptions("self-forcing", refiner=REFINER).run(
+            FACTS, white(0), torch.tensor([1.0, 0.7576, 0.0]), 0
+        )
 
 
 def test_a_start_image_on_the_model_is_where_a_run_begins() -> None:

@@ -1,4 +1,5 @@
-"""Help pages and locales say something of every node and input, and the English ones what the nodes themselves say."""
+"""Help pages and locales say something of every node and input, and the English ones what the nodes
+themselves say."""
 
 import json
 from pathlib import Path
@@ -54,11 +55,20 @@ def test_the_page_has_each_of_its_words_in_every_language() -> None:
 
 @pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
 def test_every_node_has_a_help_page(page: str) -> None:
-    names = {locale("zh")[kind]["display_name"] if "zh" in page else SCHEMAS[kind].display_name for kind in SCHEMAS}
-    pages = [(ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8") for kind in SCHEMAS]
+    names = {
+        locale("zh")[kind]["display_name"] if "zh" in page else SCHEMAS[kind].display_name
+        for kind in SCHEMAS
+    }
+    pages = [
+        (ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8") for kind in SCHEMAS
+    ]
     assert {text.splitlines()[0] for text in pages} == {f"# {name}" for name in names}
     folder = ROOT / "web" / "docs"
-    assert {path.name for path in folder.iterdir()} == {*SCHEMAS, *(f"{kind}.md" for kind in SCHEMAS), "pictures"}
+    assert {path.name for path in folder.iterdir()} == {
+        *SCHEMAS,
+        *(f"{kind}.md" for kind in SCHEMAS),
+        "pictures",
+    }
 
 
 @pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
@@ -69,7 +79,9 @@ def test_every_help_page_shows_its_node(page: str) -> None:
 
 
 def test_the_pictures_are_small_and_each_of_a_node() -> None:
-    sizes = {path.stem: path.stat().st_size for path in (ROOT / "web" / "docs" / "pictures").iterdir()}
+    sizes = {
+        path.stem: path.stat().st_size for path in (ROOT / "web" / "docs" / "pictures").iterdir()
+    }
     assert set(sizes) == {*SCHEMAS, "page"}
     assert max(size for name, size in sizes.items() if name != "page") <= 40_000
     assert sum(sizes.values()) <= 600_000

@@ -17,7 +17,14 @@ from autorefiner.nodes.paths import check_inside, dated, inside
 from autorefiner.nodes.refiner import new_file
 from autorefiner.refiner import estimate
 from autorefiner.refiner.files import open_locked, unused_path
-from autorefiner.refiner.video import VideoWriter, count_frames, read_frames, read_metadata, video_rate, video_size
+from autorefiner.refiner.video import (
+    VideoWriter,
+    count_frames,
+    read_frames,
+    read_metadata,
+    video_rate,
+    video_size,
+)
 
 READERS = (count_frames, read_frames, read_metadata, video_rate, video_size)
 
@@ -55,8 +62,12 @@ def test_a_playlist_is_no_video_and_no_picture(kind: str, suffix: str, base: Pat
         core_nodes.LoadImage.execute(path.name)
 
 
-@pytest.mark.parametrize("name", ["concat:secret.mp4|secret.mp4", "file:secret.mp4", "http:x", "pipe:0", "-"])
-def test_the_name_of_a_video_is_no_address(name: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["concat:secret.mp4|secret.mp4", "file:secret.mp4", "http:x", "pipe:0", "-"]
+)
+def test_the_name_of_a_video_is_no_address(
+    name: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(base / "secret")
     with pytest.raises(ValueError, match="readable video"):
         count_frames(Path(name))
@@ -101,7 +112,9 @@ def test_videos_that_people_have_are_read(kind: str, base: Path) -> None:
     assert read_frames(path).shape == (3, 16, 16, 3) and 8 <= video_rate(path) < 9
 
 
-def test_frames_that_do_not_fit_in_memory_are_not_decoded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_that_do_not_fit_in_memory_are_not_decoded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = base / "secret" / "secret.mp4"
     nbytes = 2 * 3 * 5 * 16 * 16
     monkeypatch.setattr(estimate, "available_bytes", lambda device: nbytes)
@@ -116,10 +129,17 @@ def png(width: int, height: int) -> bytes:
     """A PNG of one bit a pixel that says these sizes and holds next to nothing."""
 
     def piece(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = piece(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + piece(b"IDAT", zlib.compress(bytes(9))) + piece(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + piece(b"IDAT", zlib.compress(bytes(9)))
+        + piece(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(16_000, 16_000), (2**31 - 1, 2), (1, 2**31 - 1), (8000, 4195)])
@@ -142,7 +162,9 @@ def test_frames_of_a_picture_count(base: Path, monkeypatch: pytest.MonkeyPatch) 
         core_nodes.LoadImage.execute("a.gif")
 
 
-def test_a_later_page_that_is_too_large_is_not_decoded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_page_that_is_too_large_is_not_decoded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pages = [Image.new("RGB", (side, side)) for side in (16, 64)]
     pages[0].save(base / "input" / "a.tiff", save_all=True, append_images=pages[1:])
     assert core_nodes.LoadImage.execute("a.tiff").args[0].shape == (1, 16, 16, 3)
@@ -153,9 +175,15 @@ def test_a_later_page_that_is_too_large_is_not_decoded(base: Path, monkeypatch: 
 
 NODES = {
     "LoadImage": lambda image: core_nodes.LoadImage.execute("a.png"),
-    "ImageScale": lambda image: core_nodes.ImageScale.execute(image, "bilinear", 300, 300, "center"),
-    "ImageStitch": lambda image: core_nodes.ImageStitch.execute(image, "right", True, 0, "white", image),
-    "VAEDecode": lambda image: core_nodes.VAEDecode.execute({"samples": torch.zeros(1, 16, 6, 8, 8)}, None),
+    "ImageScale": lambda image: core_nodes.ImageScale.execute(
+        image, "bilinear", 300, 300, "center"
+    ),
+    "ImageStitch": lambda image: core_nodes.ImageStitch.execute(
+        image, "right", True, 0, "white", image
+    ),
+    "VAEDecode": lambda image: core_nodes.VAEDecode.execute(
+        {"samples": torch.zeros(1, 16, 6, 8, 8)}, None
+    ),
     "VAEEncode": lambda image: core_nodes.VAEEncode.execute(image, None),
 }
 
@@ -176,7 +204,11 @@ def test_pictures_of_other_kinds_are_not_opened(name: str, base: Path) -> None:
     if name in ("eps", "ico", "pcx"):
         Image.new("RGB", (16, 16)).save(path, format=name.upper())
     else:
-        path.write_bytes({"svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "psd": b"8BPS\0\1" + bytes(40)}[name])
+        path.write_bytes(
+            {"svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "psd": b"8BPS\0\1" + bytes(40)}[
+                name
+            ]
+        )
     with pytest.raises(ValueError, match="readable"):
         core_nodes.LoadImage.execute("a.png")
 
@@ -186,7 +218,17 @@ def test_a_name_stays_in_its_folder_wherever_links_lead(base: Path) -> None:
     (base / "output" / "own").symlink_to(base / "output")
     (base / "output" / "gone.refiner.safetensors").symlink_to(base / "secret" / "new")
     root = base / "output"
-    for name in ("../x", "way/x", "way", ".", "", "/etc/x", "a/../../x", "x\0", "gone.refiner.safetensors"):
+    for name in (
+        "../x",
+        "way/x",
+        "way",
+        ".",
+        "",
+        "/etc/x",
+        "a/../../x",
+        "x\0",
+        "gone.refiner.safetensors",
+    ):
         with pytest.raises(ValueError, match="leaves"):
             inside(root, name, "name")
     for name in ("x", "own/x", "a/../x", "a b/ü"):
@@ -254,7 +296,13 @@ def test_a_name_may_say_its_folder(base: Path) -> None:
         assert input_path(f"b [old].png [{folder}]").read_text() == folder
     assert input_path("a.png").read_text() == "input"
     assert input_path("b [old].png").read_text() == "input"
-    for name in ("../secret/secret.mp4 [output]", "a.png [secret]", " [input]", "[input]", "x.png [output]"):
+    for name in (
+        "../secret/secret.mp4 [output]",
+        "a.png [secret]",
+        " [input]",
+        "[input]",
+        "x.png [output]",
+    ):
         with pytest.raises(ValueError, match=r"leaves|is not in"):
             input_path(name)
 

@@ -54,7 +54,9 @@ def test_a_request_in_pieces_is_read_whole() -> None:
     assert read(filled, b" ") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[" * 60_000, b"\xff", b'{"a":' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 60_000, b"\xff", b'{"a":' + b"9" * 5000 + b"}"]
+)
 def test_what_is_no_json_is_nothing(content: bytes) -> None:
     assert read(content) is None
 
@@ -65,7 +67,9 @@ def test_a_charset_that_is_none_is_nothing() -> None:
     assert asyncio.run(wire.read_request(request)) is None
 
 
-@pytest.mark.parametrize("text", ["[[Update|https://evil.example]]", "__LNK0__", "__lnk12__", "[[[a|www.evil.example]"])
+@pytest.mark.parametrize(
+    "text", ["[[Update|https://evil.example]]", "__LNK0__", "__lnk12__", "[[[a|www.evil.example]"]
+)
 def test_the_pages_own_links_are_not_made_of_text(text: str) -> None:
     shown = plain_text(text)
     for markup in ("[[", "://", "www.", "__lnk"):
@@ -76,7 +80,9 @@ def test_the_pages_own_links_are_not_made_of_text(text: str) -> None:
 def test_an_animation_that_cannot_be_encoded_leaves_no_file(tmp_path: Path) -> None:
     place = standalone.Place(tmp_path, tmp_path / "output")
     with standalone.running_at(place), pytest.raises(ValueError, match="webp"):
-        core_nodes.SaveAnimatedWEBP.execute(torch.zeros(1, 1, 16_384, 3), "x", 8, False, 80, "fastest")
+        core_nodes.SaveAnimatedWEBP.execute(
+            torch.zeros(1, 1, 16_384, 3), "x", 8, False, 80, "fastest"
+        )
     assert not list((tmp_path / "output").iterdir())
 
 

@@ -1,4 +1,5 @@
-"""The page in a real browser: pytest -m page, with ComfyUI as for -m comfyui, a Chromium and playwright.
+"""The page in a real browser: pytest -m page, with ComfyUI as for -m comfyui, a Chromium and
+playwright.
 
 PAGE_PICTURES names a folder for screenshots.
 """
@@ -68,7 +69,8 @@ def idle(server: Server, page: Page) -> None:
 
 
 def sampled(server: Server, name: str, **inputs: object) -> Path:
-    """A workflow that samples at 128x128 and keeps the latent, which is not decoded: that would be most of the time."""
+    """A workflow that samples at 128x128 and keeps the latent, which is not decoded: that would be
+    most of the time."""
     graph = small("text_to_video")
     sampler = of_kind(graph, "AutoRefinerSampler")
     graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
@@ -90,7 +92,11 @@ def overlapping(page: Page) -> list[tuple[int, int]]:
     return [
         (one, other)
         for one, other in combinations(boxes, 2)
-        if all(boxes[a][axis] < boxes[b][axis + 2] for a, b in ((one, other), (other, one)) for axis in (0, 1))
+        if all(
+            boxes[a][axis] < boxes[b][axis + 2]
+            for a, b in ((one, other), (other, one))
+            for axis in (0, 1)
+        )
     ]
 
 
@@ -127,7 +133,8 @@ PLAYED = """(address) => new Promise((done) => {
 
 
 def test_written_videos_play_to_their_end(page: Page, server: Server) -> None:
-    """Finished and partial files of several patterns of chunks, as decoders and presets write them."""
+    """Finished and partial files of several patterns of chunks, as decoders and presets write
+    them."""
     folder = server.base / "output" / "played"
     folder.mkdir(exist_ok=True)
     for pattern in ((1, 4, 4, 4), (1, 8, 8), (9, 12), (1, 1, 1)):
@@ -151,7 +158,10 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
     name = "page_test.refiner.safetensors"
     (server.base / "models" / "loras" / name).touch()
     page.tab.evaluate("() => window.app.graph.clear()")
-    for kind, value, told in (("LoraLoaderModelOnly", "plain.safetensors", 0), ("LoraLoaderModelOnly", name, 1)):
+    for kind, value, told in (
+        ("LoraLoaderModelOnly", "plain.safetensors", 0),
+        ("LoraLoaderModelOnly", name, 1),
+    ):
         page.tab.evaluate(
             """([kind, value]) => {
                 const node = LiteGraph.createNode(kind);
@@ -164,7 +174,9 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
         )
         page.settle()
         page.tab.wait_for_timeout(300)
-        texts = page.tab.evaluate("() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)")
+        texts = page.tab.evaluate(
+            "() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)"
+        )
         assert sum("Load Refiner LoRA" in text for text in texts) == told
     picture(page, "lora-notice")
     (server.base / "models" / "loras" / name).unlink()
@@ -174,7 +186,9 @@ def test_a_decoded_video_brings_its_workflow_back(page: Page, server: Server) ->
     graph = small("text_to_video")
     graph["3"]["inputs"] |= {"length": 5, "seed": 40 + len(page.name)}
     name = f"dropped_{page.name}"
-    graph["4"] = graph_node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix=name)
+    graph["4"] = graph_node(
+        "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=16, filename_prefix=name
+    )
     graph["4"]["_meta"] = {"title": "Decode"}
     graph = {key: graph[key] for key in "1234"}
     page.load(written(server, name, graph))
@@ -218,10 +232,14 @@ def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> Non
     )
     page.queue()
     ended(page, "done")
-    assert set(range(1, 11)) <= set(tab.evaluate("() => window.autorefinerCounts"))  # one after the other
+    assert set(range(1, 11)) <= set(
+        tab.evaluate("() => window.autorefinerCounts")
+    )  # one after the other
     assert tab.evaluate("() => window.autorefinerTold.workflow === window.app.graph.id")
     assert tab.locator(FINISHED).count() == 10
-    assert tab.evaluate("() => document.querySelector('.autorefiner-picture').style.backgroundImage").startswith("url")
+    assert tab.evaluate(
+        "() => document.querySelector('.autorefiner-picture').style.backgroundImage"
+    ).startswith("url")
     assert "chunk 10/10" in tab.inner_text(STATUS) and "frames/s" in tab.inner_text(STATUS)
     idle(server, page)
     picture(page, "strip")
@@ -286,7 +304,10 @@ def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> No
     page.load(path)
     page.look_at("AutoRefinerCompareVideos")
     page.queue()
-    tab, times = page.tab, "() => [...document.querySelectorAll('.autorefiner-video')].map((one) => one.currentTime)"
+    tab, times = (
+        page.tab,
+        "() => [...document.querySelectorAll('.autorefiner-video')].map((one) => one.currentTime)",
+    )
     page.until(f"({times})().every((time) => time > 0.1)")
     tab.evaluate("() => { document.querySelector('.autorefiner-refined').playbackRate = 0.25; }")
     page.until(f"(([base, refined]) => base > 0.8 && base - refined < 0.15)(({times})())")
@@ -298,17 +319,23 @@ def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> No
     tab.mouse.down()
     tab.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 40)
     tab.mouse.up()
-    left = tab.evaluate("() => Number.parseFloat(document.querySelector('.autorefiner-line').style.left)")
+    left = tab.evaluate(
+        "() => Number.parseFloat(document.querySelector('.autorefiner-line').style.left)"
+    )
     assert abs(left - 25) < 1
     idle(server, page)
     picture(page, "compare")
     assert page.errors == []
 
 
-def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, server: Server, peft_inside: None) -> None:
+def test_a_training_shows_its_curves_and_sheets_and_comes_back(
+    page: Page, server: Server, peft_inside: None
+) -> None:
     graph = small("train_a_refiner")
     trainer = of_kind(graph, "AutoRefinerTrainRefiner")
-    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(trainer)]}  # without the videos made of it
+    graph = {
+        key: graph[key] for key in sorted(graph, key=int)[: int(trainer)]
+    }  # without the videos made of it
     graph[trainer]["inputs"] |= {"run": f"page {page.name}", "steps": 6, "preview_every": 3}
     path = written(server, "training", graph)
     page.errors.clear()
@@ -332,7 +359,9 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, serve
     path.write_text(json.dumps(saved))
     page.load(path)
     page.look_at("AutoRefinerTrainRefiner")
-    page.until(f"['step 6/6', 'done'].every((told) => document.querySelector('{status}').textContent.includes(told))")
+    page.until(
+        f"['step 6/6', 'done'].every((told) => document.querySelector('{status}').textContent.includes(told))"
+    )
     assert tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points") == points
     assert page.errors == []
 
@@ -340,7 +369,10 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(page: Page, serve
 def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> None:
     def drawn() -> dict[str, int]:
         kinds = ("sink", "gone", "recent", "now", "previous")
-        return {kind: page.tab.locator(f".autorefiner-drawing .autorefiner-{kind}").count() for kind in kinds}
+        return {
+            kind: page.tab.locator(f".autorefiner-drawing .autorefiner-{kind}").count()
+            for kind in kinds
+        }
 
     def says(part: str) -> None:
         page.until(f"document.querySelector('.autorefiner-memory').innerText.includes('{part}')")
@@ -360,18 +392,35 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
     assert [told for told in page.errors if "autorefiner/cache" not in told] == []
 
 
-def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, server: Server) -> None:
+def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(
+    page: Page, server: Server
+) -> None:
     page.errors.clear()
     graph = json.loads((WORKFLOWS / "text_to_video.json").read_text())
     sampler = of_class(graph, "AutoRefinerSampler")
     evil = "<img src=x onerror='window.owned = 1'>"
-    chunk = {"chunk": 0, "level": 4, "levels": 4, "start": evil, "end": 9, "image": f'/9j/"){evil}', "pictures": 1}
+    chunk = {
+        "chunk": 0,
+        "level": 4,
+        "levels": 4,
+        "start": evil,
+        "end": 9,
+        "image": f'/9j/"){evil}',
+        "pictures": 1,
+    }
     odd = [None, 7, {"chunk": -1}, {"chunk": 1e9}, chunk]
-    sampler["properties"]["autorefiner_chunks"] = {"total": 7, "chunks": odd, "ended": evil, "elapsed": evil}
+    sampler["properties"]["autorefiner_chunks"] = {
+        "total": 7,
+        "chunks": odd,
+        "ended": evil,
+        "elapsed": evil,
+    }
     away = {"filename": "sheet_1.png", "subfolder": "autorefiner/../.."}
     curves = {evil: [[0, 1], [1, 2]], "loss": [["x", evil]], "long": [[0, 1]] * 5000}
     kept = {"step": evil, "steps": 9, "ended": evil, "curves": curves, "sheet": away}
-    trainer = of_class(to_page(small("train_a_refiner"), server.get("/object_info")), "AutoRefinerTrainRefiner")
+    trainer = of_class(
+        to_page(small("train_a_refiner"), server.get("/object_info")), "AutoRefinerTrainRefiner"
+    )
     for socket in trainer["inputs"]:
         socket["link"] = None
     trainer |= {"id": 99, "properties": {"autorefiner_training": kept}, "outputs": []}
@@ -379,9 +428,13 @@ def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(page: Page, se
     path = server.base / "evil.json"
     path.write_text(json.dumps(graph))
     page.load(path)
-    assert page.tab.locator(".autorefiner-curve text:first-of-type").all_text_contents() == [evil[:40]]
+    assert page.tab.locator(".autorefiner-curve text:first-of-type").all_text_contents() == [
+        evil[:40]
+    ]
     assert page.tab.get_attribute(".autorefiner-sheet", "src") == ""
     page.look_at("AutoRefinerSampler")
     finished(page, 1)
-    assert page.tab.evaluate("() => window.owned === undefined && !document.querySelector('img[src=x]')")
+    assert page.tab.evaluate(
+        "() => window.owned === undefined && !document.querySelector('img[src=x]')"
+    )
     assert page.errors == []

@@ -20,12 +20,15 @@ CPU = torch.device("cpu")
 FRAMES = 7  # latent ones, in chunks of 3, 3 and 1
 
 
-def counted(method: str, make: Callable[..., Method] | None = None) -> tuple[Passes, list[tuple[int, int, int]]]:
+def counted(
+    method: str, make: Callable[..., Method] | None = None
+) -> tuple[Passes, list[tuple[int, int, int]]]:
     """Run it; how far it says to be at every prediction: (done, made of the chunk, needed)."""
     search = None
     if make is not None:
         search = SimpleNamespace(
-            sampler=lambda verifier=None: make(verifier, 3), verifier=lambda *_: nullcontext(indifferent)
+            sampler=lambda verifier=None: make(verifier, 3),
+            verifier=lambda *_: nullcontext(indifferent),
         )
     run = Run(plan_run(PRESETS["self-forcing"], (1, FRAMES, 4, 4), None), 3, method, search=search)
     passes, told = Passes(run), []
@@ -54,5 +57,12 @@ def test_where_repeats_are_saved_the_count_goes_on_with_the_next_level(monkeypat
     monkeypatch.setitem(SAMPLERS, "self-refine", lambda: self_refine(threshold=1e9))  # sure at once
     passes, told = counted("self-refine")
     assert passes.total == 21
-    assert [made for _, made, _ in told] == 3 * [1, 2, 3, 5, 6, 7]  # the second repeat of level 750 is saved
+    assert [made for _, made, _ in told] == 3 * [
+        1,
+        2,
+        3,
+        5,
+        6,
+        7,
+    ]  # the second repeat of level 750 is saved
     assert told[-1] == (21, 7, 7)

@@ -42,11 +42,15 @@ def stored(path: Path, orientation: int) -> Path:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_a_picture_is_upright_however_it_is_stored(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_a_picture_is_upright_however_it_is_stored(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     image, mask = load_picture(stored(tmp_path / f"a{suffix}", orientation), "a")
     assert image.shape == (1, 24, 40, 3)
     corners = image[0, [4, 4, 20, 20], [8, 32, 8, 32]]
-    assert (corners * 255 - torch.tensor(upright()[[4, 4, 20, 20], [8, 32, 8, 32]])).abs().max() < 12
+    assert (
+        corners * 255 - torch.tensor(upright()[[4, 4, 20, 20], [8, 32, 8, 32]])
+    ).abs().max() < 12
     assert mask.shape == (1, 64, 64) and not mask.any()
 
 
@@ -61,7 +65,9 @@ def odd_pictures(folder: Path) -> dict[str, Path]:
     Image.fromarray(ramp.astype(np.uint16) * 257).save(folder / "deep.png")
     frames = [Image.fromarray(np.roll(upright(), 8 * step, axis=1)) for step in range(3)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:], duration=100)
-    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    frames[0].save(
+        folder / "moving.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True
+    )
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -71,7 +77,10 @@ def test_other_kinds_of_pictures_are_read_as_they_look(tmp_path: Path) -> None:
         "alpha.png": 1, "cmyk.jpg": 1, "deep.png": 1, "grey.png": 1, "moving.gif": 3, "moving.webp": 3,
         "palette.png": 1,
     }  # fmt: skip
-    assert all(image.dtype == torch.float32 and image.shape[1:] == (24, 40, 3) for image, _ in read.values())
+    assert all(
+        image.dtype == torch.float32 and image.shape[1:] == (24, 40, 3)
+        for image, _ in read.values()
+    )
     ramp = torch.linspace(0, 1, 40)
     assert (read["deep.png"][0][0, 0, :, 0] - ramp).abs().max() < 0.004
     assert (read["alpha.png"][1][0, 0] - (1 - ramp)).abs().max() < 0.004

@@ -30,9 +30,17 @@ def test_ordinary_text_stays_as_it_is() -> None:
     assert plain_text(text) == text
 
 
-@pytest.mark.parametrize("objective", ["<b>x</b>", "x" * 5000, "\x1b[2J", "http://evil.example", "a\nb"])
+@pytest.mark.parametrize(
+    "objective", ["<b>x</b>", "x" * 5000, "\x1b[2J", "http://evil.example", "a\nb"]
+)
 def test_a_card_says_what_it_was_trained_for_in_plain_words(objective: str) -> None:
-    told = {"rank": 4, "levels": [750], "history": "shared", "previous": "joint", "objective": objective}
+    told = {
+        "rank": 4,
+        "levels": [750],
+        "history": "shared",
+        "previous": "joint",
+        "objective": objective,
+    }
     card = RefinerCard.parse(json.dumps(told))
     assert re.fullmatch(r"[\w +.,-]{0,60}", card.objective)
     assert RefinerCard.parse(json.dumps({**told, "objective": "dmd"})).objective == "dmd"

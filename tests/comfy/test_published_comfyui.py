@@ -1,4 +1,5 @@
-"""Published files in ComfyUI: pytest -m comfyui. The answers are those that the pack gives without ComfyUI."""
+"""Published files in ComfyUI: pytest -m comfyui. The answers are those that the pack gives without
+ComfyUI."""
 
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def alone(path: Path) -> dict:
 def test_comfyui_gives_the_same_answers(published: list[Path], inside: dict) -> None:
     for path, answer in zip(published, inside["published"], strict=True):
         expected = alone(path)
-        assert (answer.get("preset"), answer.get("error")) == (expected.get("preset"), expected.get("error")), path
+        assert (answer.get("preset"), answer.get("error")) == (
+            expected.get("preset"),
+            expected.get("error"),
+        ), path
         if "weights" in expected:
             assert answer["weights"] == pytest.approx(expected["weights"], rel=1e-3), path
     assert sum("weights" in answer for answer in inside["published"]) >= 7

@@ -1,4 +1,5 @@
-"""The page where ComfyUI is not at hand: every workflow opens in its frontend package, with recorded answers."""
+"""The page where ComfyUI is not at hand: every workflow opens in its frontend package, with
+recorded answers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ EN, ZH = (words()[language] for language in ("en", "zh"))
 def in_the_page(test: Callable) -> Callable:
     """A test that needs a browser and the frontend package."""
     test = pytest.mark.skipif(find_frontend() is None, reason="no comfyui-frontend-package")(test)
-    return pytest.mark.page(pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")(test))
+    return pytest.mark.page(
+        pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")(test)
+    )
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
@@ -50,7 +53,17 @@ def tell(page: Page, event: str, **told: object) -> None:
     )
 
 
-CHUNK = {"chunk": 0, "chunks": 7, "start": 0, "end": 9, "first": 0, "frames": 81, "level": 1, "levels": 4, "elapsed": 2}
+CHUNK = {
+    "chunk": 0,
+    "chunks": 7,
+    "start": 0,
+    "end": 9,
+    "first": 0,
+    "frames": 81,
+    "level": 1,
+    "levels": 4,
+    "elapsed": 2,
+}
 
 
 @in_the_page
@@ -76,7 +89,10 @@ def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
     assert "stopped" in status(page) and not page.tab.is_visible(".autorefiner-stop")
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
     assert "stopped" not in status(page) and "pass 1/4" in status(page)
-    assert page.tab.is_visible(".autorefiner-stop") and page.tab.locator(".autorefiner-finished").count() == 0
+    assert (
+        page.tab.is_visible(".autorefiner-stop")
+        and page.tab.locator(".autorefiner-finished").count() == 0
+    )
 
 
 @in_the_page
@@ -154,8 +170,12 @@ def test_the_page_speaks_chinese_where_the_locale_is(page: Page) -> None:
     def speak(locale: str) -> None:
         """Change the locale, with which the page opens its workflow again."""
         page.load(WORKFLOWS / "text_to_video.json")
-        page.tab.evaluate("(locale) => window.app.extensionManager.setting.set('Comfy.Locale', locale)", locale)
-        page.until(f"document.querySelector('{STATUS}')?.textContent === '{words()[locale]['idle']}'")
+        page.tab.evaluate(
+            "(locale) => window.app.extensionManager.setting.set('Comfy.Locale', locale)", locale
+        )
+        page.until(
+            f"document.querySelector('{STATUS}')?.textContent === '{words()[locale]['idle']}'"
+        )
 
     speak("zh")
     page.load(WORKFLOWS / "train_a_refiner.json")
@@ -163,17 +183,28 @@ def test_the_page_speaks_chinese_where_the_locale_is(page: Page) -> None:
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
     chunk, button = status(page), page.tab.inner_text(".autorefiner-stop")
     speak("en")
-    assert shown == {"head": ZH["idle"], "trainer": ZH["no training"], "compare": ZH["nothing compared"]}
+    assert shown == {
+        "head": ZH["idle"],
+        "trainer": ZH["no training"],
+        "compare": ZH["nothing compared"],
+    }
     assert chunk.startswith(f"{ZH['chunk']} 1/7 · {ZH['pass']} 1/4") and button == ZH["stop"]
 
 
 @pytest.mark.comfyui
 @pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")
 def test_what_is_recorded_is_what_the_server_says(server: Server) -> None:
-    recorded, now = json.loads(RECORDED.read_text(encoding="utf-8"))["/object_info"], server.get("/object_info")
+    recorded, now = (
+        json.loads(RECORDED.read_text(encoding="utf-8"))["/object_info"],
+        server.get("/object_info"),
+    )
     assert recorded.keys() == kinds() & now.keys()
     for kind, told in recorded.items():
         for definition in (told, now[kind]):
-            definition["sockets"] = [(name, sort, widget) for name, sort, _, widget in inputs_of(definition)]
+            definition["sockets"] = [
+                (name, sort, widget) for name, sort, _, widget in inputs_of(definition)
+            ]
         for part in ("sockets", "output", "output_name"):
-            assert told[part] == now[kind][part], f"{kind} has changed: python tests/recorded_page.py"
+            assert told[part] == now[kind][part], (
+                f"{kind} has changed: python tests/recorded_page.py"
+            )

@@ -1,4 +1,5 @@
-"""Refiners in a real ComfyUI: the same latents as without it in every form and mode; the base stays as it is."""
+"""Refiners in a real ComfyUI: the same latents as without it in every form and mode; the base stays
+as it is."""
 
 import json
 import subprocess
@@ -33,10 +34,14 @@ def stand_ins(weights: Path, monkeypatch) -> None:
     use_demo_files(weights, monkeypatch)
 
 
-def refined(file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object) -> dict:
+def refined(
+    file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object
+) -> dict:
     """Text to video, short, with a refiner and, last, the same without one on the same MODEL."""
     graph = small("text_to_video")
-    graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form)
+    graph["50"] = node(
+        "AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form
+    )
     graph["3"]["inputs"] |= {"length": 21, **inputs}
     graph["60"] = {**graph["3"], "inputs": {**graph["3"]["inputs"]}}
     graph["3"]["inputs"]["refiner"] = ["50", 0]
@@ -52,11 +57,17 @@ def with_cache(graph: dict, previous_x0: str, history: str = "shared") -> dict:
 
 def sampled(server: Server, graph: dict, *keys: str) -> list[torch.Tensor]:
     """The LATENTs of some samplers, run by ComfyUI in one prompt."""
-    graph = {key: found for key, found in graph.items() if not found["class_type"].startswith(("Create", "Save"))}
+    graph = {
+        key: found
+        for key, found in graph.items()
+        if not found["class_type"].startswith(("Create", "Save"))
+    }
     for key in keys:
         graph[f"9{key}"] = node("SaveLatent", samples=[key, 0], filename_prefix=f"refined/{key}")
     server.run(graph)
-    paths = (sorted((server.base / "output" / "refined").glob(f"{key}_*.latent"))[-1] for key in keys)
+    paths = (
+        sorted((server.base / "output" / "refined").glob(f"{key}_*.latent"))[-1] for key in keys
+    )
     return [load_file(path)["latent_tensor"] for path in paths]
 
 
@@ -70,7 +81,9 @@ def alone(server: Server, graph: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
 @pytest.mark.parametrize("previous", ["pending", "joint", "none"])
-def test_a_refiner_makes_the_same_as_without_comfyui_and_leaves_the_model_alone(previous, form, server: Server) -> None:
+def test_a_refiner_makes_the_same_as_without_comfyui_and_leaves_the_model_alone(
+    previous, form, server: Server
+) -> None:
     graph = with_cache(refined(form=form), previous)
     made, base = sampled(server, graph, "3", "60")
     torch.testing.assert_close(made, alone(server, graph), **NEAR)
@@ -91,19 +104,28 @@ def test_a_fresh_refiner_and_strength_zero_are_the_base_bit_for_bit(server: Serv
 
 def test_a_refiner_works_upon_a_user_lora(server: Server, weights: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    pair = {part: torch.randn(shape, generator=generator) for part, shape in (("A", (4, 128)), ("B", (128, 4)))}
+    pair = {
+        part: torch.randn(shape, generator=generator)
+        for part, shape in (("A", (4, 128)), ("B", (128, 4)))
+    }
     path = server.base / "models" / "loras" / "style.safetensors"
     module = "diffusion_model.blocks.0.self_attn.v"
     save_file({f"{module}.lora_{part}.weight": 0.2 * tensor for part, tensor in pair.items()}, path)
-    model, info = load_transformer(weights / bundle.FILES["student"], lora=path, dtype=torch.float32)
+    model, info = load_transformer(
+        weights / bundle.FILES["student"], lora=path, dtype=torch.float32
+    )
     network = CausalWan(model, info.config)
     context = bundle.load_sprite_text(weights)([refined()["2"]["inputs"]["text"]])
     refiner = Refiner(merged(network, load_refiner(weights / bundle.REFINERS["sprites"])[0]))
-    chunks = sample(network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=2, refiner=refiner)
+    chunks = sample(
+        network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), seed=2, refiner=refiner
+    )
     expected = raw_latents(torch.cat(list(chunks), 2))
     for form in ("merged", "unmerged"):
         graph = refined(form=form, seed=2)
-        graph["80"] = node("LoraLoaderModelOnly", model=["1", 0], lora_name="style.safetensors", strength_model=1.0)
+        graph["80"] = node(
+            "LoraLoaderModelOnly", model=["1", 0], lora_name="style.safetensors", strength_model=1.0
+        )
         graph["3"]["inputs"]["model"] = ["80", 0]
         made, base = sampled(server, graph, "3", "60")
         torch.testing.assert_close(made, expected, **NEAR)
@@ -115,10 +137,19 @@ def test_a_refiner_works_upon_a_user_lora(server: Server, weights: Path) -> None
 def test_a_lora_that_is_bypassed_makes_a_merged_refiner_run_unmerged(server: Server) -> None:
     path = server.base / "models" / "loras" / "bypassed.safetensors"
     module = "diffusion_model.blocks.0.self_attn.v"
-    save_file({f"{module}.lora_A.weight": torch.ones(2, 128), f"{module}.lora_B.weight": torch.ones(128, 2)}, path)
+    save_file(
+        {
+            f"{module}.lora_A.weight": torch.ones(2, 128),
+            f"{module}.lora_B.weight": torch.ones(128, 2),
+        },
+        path,
+    )
     graph = refined(seed=3)
     graph["80"] = node(
-        "LoraLoaderBypassModelOnly", model=["1", 0], lora_name="bypassed.safetensors", strength_model=0.1
+        "LoraLoaderBypassModelOnly",
+        model=["1", 0],
+        lora_name="bypassed.safetensors",
+        strength_model=0.1,
     )
     graph["3"]["inputs"]["model"] = ["80", 0]
     made, base = sampled(server, graph, "3", "60")
@@ -137,7 +168,9 @@ def custom(method: str = "self-forcing", **inputs: object) -> dict:
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
 def test_the_sampler_of_samplercustomadvanced_takes_a_refiner(form: str, server: Server) -> None:
     graph = custom()
-    graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form=form)
+    graph["50"] = node(
+        "AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form=form
+    )
     sampler = of_kind(graph, "SamplerCustomAdvanced")
     (base,) = sampled(server, graph, sampler)
     graph["8"]["inputs"]["refiner"] = ["50", 0]
@@ -149,12 +182,18 @@ def test_the_sampler_of_samplercustomadvanced_takes_a_refiner(form: str, server:
 
 def test_a_refiner_is_saved_and_loaded_again(server: Server, weights: Path) -> None:
     graph = refined(seed=4)
-    graph["55"] = node("AutoRefinerSaveRefiner", refiner=["50", 0], name="mine/saved", overwrite=True)
+    graph["55"] = node(
+        "AutoRefinerSaveRefiner", refiner=["50", 0], name="mine/saved", overwrite=True
+    )
     (made,) = sampled(server, graph, "3")
-    pairs, card = load_refiner(server.base / "models" / "loras" / "mine" / "saved.refiner.safetensors")
+    pairs, card = load_refiner(
+        server.base / "models" / "loras" / "mine" / "saved.refiner.safetensors"
+    )
     first, first_card = load_refiner(weights / bundle.REFINERS["sprites"])
     assert card == first_card and all(torch.equal(pairs[name].up, first[name].up) for name in first)
-    assert torch.equal(sampled(server, refined("mine/saved.refiner.safetensors", seed=4), "3")[0], made)
+    assert torch.equal(
+        sampled(server, refined("mine/saved.refiner.safetensors", seed=4), "3")[0], made
+    )
 
 
 def failing(change: str, server: Server) -> tuple[dict, str, str]:
@@ -166,14 +205,26 @@ def failing(change: str, server: Server) -> tuple[dict, str, str]:
     tensors = load_file(path)
     match change:
         case "lora":
-            save_file({name.replace("autorefiner", "diffusion_model"): x for name, x in tensors.items()}, path)
-            return graph, "50", "is an ordinary LoRA and no refiner: connect it with LoraLoaderModelOnly"
+            save_file(
+                {name.replace("autorefiner", "diffusion_model"): x for name, x in tensors.items()},
+                path,
+            )
+            return (
+                graph,
+                "50",
+                "is an ordinary LoRA and no refiner: connect it with LoraLoaderModelOnly",
+            )
         case "broken":
             path.write_bytes(path.read_bytes()[:5000])
             return graph, "50", path.name
         case "levels":
             options = {"levels": "", "frames_per_chunk": 0, "first_levels": ""}
-            graph["52"] = node("AutoRefinerChunkSchedule", preset="the model's", refined_levels="900, 750", **options)
+            graph["52"] = node(
+                "AutoRefinerChunkSchedule",
+                preset="the model's",
+                refined_levels="900, 750",
+                **options,
+            )
             graph["3"]["inputs"]["chunk_schedule"] = ["52", 0]
             return graph, "3", "refined levels 900"
     assert change == "sizes"
@@ -205,7 +256,9 @@ def test_a_refiner_knows_its_base_in_every_dtype(dtype: str, server: Server, wei
         path = server.base / "models" / "diffusion_models" / "own.safetensors"
         path.write_bytes((weights / bundle.FILES["student"]).read_bytes())
         graph["1"] = node("UNETLoader", unet_name=path.name, weight_dtype="default")
-    graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form="merged")
+    graph["50"] = node(
+        "AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form="merged"
+    )
     graph["6"]["inputs"] |= {"length": 9, "refiner": ["50", 0]}
     assert "another base" not in server.run(graph)["outputs"]["50"]["text"][0]
 
@@ -266,7 +319,12 @@ def test_layers_of_another_kind_and_little_memory_make_it_run_unmerged(inside: d
 
 
 def test_no_hook_stays_behind(inside: dict) -> None:
-    assert inside["hooks"] == {"before": 0, "during": 10 * STAND_IN.num_layers + 1, "after": 0, "interrupted": 0}
+    assert inside["hooks"] == {
+        "before": 0,
+        "during": 10 * STAND_IN.num_layers + 1,
+        "after": 0,
+        "interrupted": 0,
+    }
 
 
 def test_weights_are_merged_as_the_layers_compute_with_them(inside: dict) -> None:

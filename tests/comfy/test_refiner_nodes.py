@@ -1,4 +1,5 @@
-"""Refiners in workflows without ComfyUI: what is made with one, where it is saved, and what does not fit."""
+"""Refiners in workflows without ComfyUI: what is made with one, where it is saved, and what does
+not fit."""
 
 import dataclasses
 import json
@@ -22,10 +23,14 @@ from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS
 
 
-def refined(file: str = "sprites", length: int = 21, form: str = "auto", strength: float = 1.0, **inputs) -> dict:
+def refined(
+    file: str = "sprites", length: int = 21, form: str = "auto", strength: float = 1.0, **inputs
+) -> dict:
     """Text to video, short, with a refiner; `inputs` are the sampler's."""
     graph = small("text_to_video")
-    graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form)
+    graph["50"] = node(
+        "AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form
+    )
     graph["3"]["inputs"] |= {"length": length, "refiner": ["50", 0], **inputs}
     return graph
 
@@ -50,17 +55,23 @@ def made(graph: dict, base: Path) -> torch.Tensor:
     return execute(graph, base)["3"][0]["samples"]
 
 
-def core(cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 500, 250), **options) -> torch.Tensor:
+def core(
+    cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 500, 250), **options
+) -> torch.Tensor:
     """The same by the core alone."""
     network = bundle.load_sprite_network("student", bundle.WEIGHTS)
-    context = bundle.load_sprite_text(bundle.WEIGHTS)([small("text_to_video")["2"]["inputs"]["text"]])
+    context = bundle.load_sprite_text(bundle.WEIGHTS)(
+        [small("text_to_video")["2"]["inputs"]["text"]]
+    )
     pairs, card = load_refiner(bundle.WEIGHTS / bundle.REFINERS["sprites"])
     refiner = Refiner(merged(network, pairs), cache or card.cache, frozenset(levels), **options)
     chunks = sample(network, context, RunPlan(PRESETS["self-forcing"], 6, 8, 8), refiner=refiner)
     return standalone.raw_latents(torch.cat(list(chunks), 2))
 
 
-def test_a_refiner_makes_what_the_core_makes_with_it_and_the_model_stays_as_it_is(base: Path) -> None:
+def test_a_refiner_makes_what_the_core_makes_with_it_and_the_model_stays_as_it_is(
+    base: Path,
+) -> None:
     graph = refined()
     graph["60"] = graph["3"] | {"inputs": {**graph["3"]["inputs"]}}  # on the same MODEL, behind it
     del graph["60"]["inputs"]["refiner"]
@@ -100,12 +111,16 @@ def test_the_cache_and_the_schedule_rule_where_they_say_something(base: Path) ->
     assert torch.equal(made(with_levels(refined(form="merged"), ""), base), core())
 
 
-def test_what_it_takes_is_told_and_the_memory_chooses_the_form(base: Path, capsys, monkeypatch) -> None:
+def test_what_it_takes_is_told_and_the_memory_chooses_the_form(
+    base: Path, capsys, monkeypatch
+) -> None:
     execute(refined(length=9), base)
     told = capsys.readouterr().err
     assert "rank 2, levels 750, 500, 250, history shared, previous x0 pending" in told
     assert "sprites.refiner.safetensors, strength 1, levels 750,500,250, pending, merged, " in told
-    assert f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys" in told
+    assert (
+        f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys" in told
+    )
     assert "another base" not in told
     pairs = random_pairs()
     factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
@@ -129,7 +144,9 @@ def test_a_refiner_of_another_base_is_told(base: Path, capsys) -> None:
     assert "other.refiner.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["size", "layers", "lora", "nan", "rank", "vae", "no card", "strength", "outside"])
+@pytest.mark.parametrize(
+    "change", ["size", "layers", "lora", "nan", "rank", "vae", "no card", "strength", "outside"]
+)
 def test_files_that_do_not_fit_are_refused_in_one_line(change: str, base: Path) -> None:
     path = base / "models" / "loras" / "x.refiner.safetensors"
     graph = refined("x.refiner.safetensors", 9)
@@ -154,7 +171,10 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change: str, base: Path) 
         case "layers":
             write_refiner(path, dataclasses.replace(STAND_IN, num_layers=3))
         case "lora":
-            save_file({name.replace("autorefiner", "diffusion_model"): x for name, x in tensors.items()}, path)
+            save_file(
+                {name.replace("autorefiner", "diffusion_model"): x for name, x in tensors.items()},
+                path,
+            )
         case "nan":
             save_file({**tensors, first: tensors[first] * float("nan")}, path, card)
         case "rank":
@@ -191,7 +211,14 @@ def test_a_refiner_of_another_model_is_refused_by_the_sampler(base: Path) -> Non
     del graph["3"]["inputs"]["refiner"]
     results = execute(graph, base)
     pairs.pop("head.head")
-    options = {"width": 64, "height": 64, "length": 9, "batch_size": 1, "seed": 0, "method": "self-forcing"}
+    options = {
+        "width": 64,
+        "height": 64,
+        "length": 9,
+        "batch_size": 1,
+        "seed": 0,
+        "method": "self-forcing",
+    }
     refiner = RefinerLora("a.refiner.safetensors", pairs, card)
     with pytest.raises(ValueError, match=r"a\.refiner\.safetensors"):
         PathwiseRefinedSampler.execute(results["1"][0], results["2"][0], **options, refiner=refiner)
@@ -199,7 +226,9 @@ def test_a_refiner_of_another_model_is_refused_by_the_sampler(base: Path) -> Non
 
 def test_a_saved_refiner_is_loaded_again_and_a_second_one_is_counted_on(base: Path) -> None:
     graph = refined(length=9)
-    graph["55"] = node("AutoRefinerSaveRefiner", refiner=["50", 0], name="mine/foxes", overwrite=False)
+    graph["55"] = node(
+        "AutoRefinerSaveRefiner", refiner=["50", 0], name="mine/foxes", overwrite=False
+    )
     loras = base / "models" / "loras"
     assert [execute(graph, base)["55"] for _ in range(2)] == [
         ("mine/foxes.refiner.safetensors",), ("mine/foxes_2.refiner.safetensors",)
@@ -235,9 +264,7 @@ def test_a_file_that_cannot_be_written_is_told(base: Path, monkeypatch) -> None:
     monkeypatch.setattr("autorefiner.nodes.refiner.save_refiner", full)
     graph = refined(length=9)
     graph["55"] = node("AutoRefinerSaveRefiner", refiner=["50", 0], name="x", overwrite=False)
-    assert "x.refiner.safetensors" in refusal(
-        graph, base
-    )
+    assert "x.refiner.safetensors" in refusal(graph, base)
 
 
 def test_names_that_stay_are_taken() -> None:
@@ -265,7 +292,10 @@ def test_images_are_stitched_with_a_space_between_and_the_shorter_one_stands_sti
     short, long = torch.zeros(1, 4, 6, 3), torch.ones(2, 4, 6, 3)
     made = stitch(short, "left", True, 2, "red", long).args[0]
     assert made.shape == (2, 4, 14, 3)
-    assert torch.equal(made[1, 0, :, 1], torch.tensor([1.0] * 6 + [0.0] * 8)) and made[1, 0, 6:8, 0].eq(1).all()
+    assert (
+        torch.equal(made[1, 0, :, 1], torch.tensor([1.0] * 6 + [0.0] * 8))
+        and made[1, 0, 6:8, 0].eq(1).all()
+    )
     assert stitch(short, "down", True, 0, "white").args[0] is short
     with pytest.raises(ValueError, match="6x4 and 6x5"):
         stitch(short, "right", True, 0, "white", torch.zeros(1, 5, 6, 3))

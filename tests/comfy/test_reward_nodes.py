@@ -47,20 +47,27 @@ def test_a_training_raises_what_was_loaded(base: Path, monkeypatch) -> None:
     pytest.importorskip("peft")
     moves: list[str] = []
     monkeypatch.setattr(rewards.Rewards, "_move", lambda self, device: moves.append(device.type))
-    graph = training(objective="reward", reward=["5", 0], teacher=None, steps=2, width=64, height=64, l2=0.5)
+    graph = training(
+        objective="reward", reward=["5", 0], teacher=None, steps=2, width=64, height=64, l2=0.5
+    )
     graph["5"] = node("AutoRefinerLoadReward", **SPRITES)
     refiner, losses, _ = execute(graph, base)["3"]
     options = RefineOptions(
         objective="reward", rank=2, steps=2, batch=2, accumulation=1, frames=6, height=8, width=8,
         learning_rate=1e-3, l2=0.5, precision="fp32",
     )  # fmt: skip
-    student, text = bundle.load_sprite_network("student", bundle.WEIGHTS), bundle.load_sprite_text(bundle.WEIGHTS)
+    student, text = (
+        bundle.load_sprite_network("student", bundle.WEIGHTS),
+        bundle.load_sprite_text(bundle.WEIGHTS),
+    )
     mixture = Mixture(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),))
     objective = RewardObjective(options, mixture, bundle.load_sprite_vae(bundle.WEIGHTS))
     prompts = graph["3"]["inputs"]["prompts"].splitlines()
     stage = RefinerStage(options, student, objective, prompts, text, lambda *_: {})
     assert losses == {"loss": [stage.step(index)["loss"] for index in range(2)]}
-    assert all(torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items())
+    assert all(
+        torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items()
+    )
     assert refiner.card.objective == "reward"
     assert moves == ["cpu", "cpu"]  # there, and back when it has ended
 
@@ -72,9 +79,12 @@ def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, caps
     first = LoadReward.execute(**SPRITES).args[0]
     both = LoadReward.execute(**PICK, more=first).args[0]
     alone = [
-        ScoreVideo.execute(video(), one, "a red star").args[0] for one in (first, LoadReward.execute(**PICK).args[0])
+        ScoreVideo.execute(video(), one, "a red star").args[0]
+        for one in (first, LoadReward.execute(**PICK).args[0])
     ]
-    assert ScoreVideo.execute(video(), both, "a red star").args[0] == pytest.approx(sum(alone), rel=1e-5)
+    assert ScoreVideo.execute(video(), both, "a red star").args[0] == pytest.approx(
+        sum(alone), rel=1e-5
+    )
     assert "(sprites " in capsys.readouterr().err
     mixture = Mixture(((load_clip_reward("pick", clip), 0.5),))
     drawn = mixture.newest(33, 33)
@@ -85,7 +95,9 @@ def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, caps
         LoadReward.execute(**SPRITES, more=both)
 
 
-@pytest.mark.parametrize("change", [{"kind": "pick"}, {"model": "tiny"}, {"kind": "pick", "model": "../../secret"}])
+@pytest.mark.parametrize(
+    "change", [{"kind": "pick"}, {"model": "tiny"}, {"kind": "pick", "model": "../../secret"}]
+)
 def test_what_is_no_reward_is_said(change: dict, base: Path) -> None:
     with pytest.raises(ValueError) as error:
         LoadReward.execute(**{**SPRITES, **change})
@@ -94,7 +106,9 @@ def test_what_is_no_reward_is_said(change: dict, base: Path) -> None:
 
 def test_a_score_asks_for_room_for_its_models(base: Path, monkeypatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(standalone, "torch_device", lambda nbytes=0: asked.append(nbytes) or torch.device("cpu"))
+    monkeypatch.setattr(
+        standalone, "torch_device", lambda nbytes=0: asked.append(nbytes) or torch.device("cpu")
+    )
     reward = LoadReward.execute(**SPRITES).args[0]
     ScoreVideo.execute(video(), reward, "a red star")
     assert asked == [reward.nbytes] and reward.nbytes > 0

@@ -88,7 +88,9 @@ def test_hosts_import_no_node_file() -> None:
     node_files = {module for module, imported in graph.items() if "api" in imported} | {"api"}
     hosts = {module for module in graph if module.startswith("hosts.")}
     assert len(node_files) > 10 and len(hosts) > 10
-    assert not {module: graph[module] & node_files for module in hosts if graph[module] & node_files}
+    assert not {
+        module: graph[module] & node_files for module in hosts if graph[module] & node_files
+    }
 
 
 def test_the_protocol_is_what_nodes_call_and_no_more() -> None:
@@ -96,7 +98,9 @@ def test_the_protocol_is_what_nodes_call_and_no_more() -> None:
         node.attr
         for path in NODES.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "host"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "host"
     }
     assert called == CALLED_NAMES
 
@@ -113,14 +117,18 @@ def functions_of_comfy_host() -> dict[str, ast.FunctionDef]:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
             neighbour = ast.parse((HOSTS / f"{node.module}.py").read_text()).body
             defined = {item.name: item for item in neighbour if isinstance(item, ast.FunctionDef)}
-            functions |= {alias.name: defined[alias.name] for alias in node.names if alias.name in defined}
+            functions |= {
+                alias.name: defined[alias.name] for alias in node.names if alias.name in defined
+            }
     return functions
 
 
 def parameters_of(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
     """(name, default) of each positional parameter, defaults as source."""
     arguments = function.args
-    assert not (arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs)
+    assert not (
+        arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs
+    )
     names = [argument.arg for argument in arguments.args if argument.arg != "self"]
     defaults = [ast.unparse(default) for default in arguments.defaults]
     return list(zip(names, [None] * (len(names) - len(defaults)) + defaults, strict=True))

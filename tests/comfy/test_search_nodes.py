@@ -1,4 +1,5 @@
-"""Search methods of the sampler nodes without ComfyUI: what they choose, what they take, and what they lack."""
+"""Search methods of the sampler nodes without ComfyUI: what they choose, what they take, and what
+they lack."""
 
 from pathlib import Path
 
@@ -31,7 +32,9 @@ NEEDED = {"reward": ["40", 0], "vae": ["1", 2], "prompt": PROMPT}
 def searching(method: str = "best-of-n", **inputs: object) -> dict:
     """Text to video, short, with a search of two candidates; an input of None is left out."""
     graph = small("text_to_video")
-    graph["40"] = node("AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0)
+    graph["40"] = node(
+        "AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0
+    )
     given = {"length": 13, "method": method, "candidates": 2, **NEEDED, **inputs}
     graph["3"]["inputs"] |= {name: value for name, value in given.items() if value is not None}
     return graph
@@ -78,7 +81,9 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
         (("reward", "vae", "prompt"), "needs reward and vae and prompt"),
     ],
 )
-def test_a_search_that_lacks_something_says_what(method: str, lacking: tuple, told: str, base: Path) -> None:
+def test_a_search_that_lacks_something_says_what(
+    method: str, lacking: tuple, told: str, base: Path
+) -> None:
     expected = f"method {method} chooses by a reward and {told}"
     assert f"node 3 (Pathwise Refined Sampler): {expected}" in refusal(
         searching(method, **dict.fromkeys(lacking)), base
@@ -88,15 +93,25 @@ def test_a_search_that_lacks_something_says_what(method: str, lacking: tuple, to
         PathwiseRefinedCustomSampler.execute(method, "per chunk and level", **given)
 
 
-def test_the_memory_of_a_search_is_counted_and_refused(base: Path, search: RewardSearch, monkeypatch) -> None:
-    facts = standalone.facts(standalone.Model(bundle.load_sprite_network("student", bundle.WEIGHTS), "self-forcing"))
+def test_the_memory_of_a_search_is_counted_and_refused(
+    base: Path, search: RewardSearch, monkeypatch
+) -> None:
+    facts = standalone.facts(
+        standalone.Model(bundle.load_sprite_network("student", bundle.WEIGHTS), "self-forcing")
+    )
     plan = plan_run(PRESETS["self-forcing"], (2, 4, 8, 8), None)
     run, plain = Run(plan, 0, "best-of-n", search=search), Run(plan, 0, "self-forcing")
-    weights = sum(p.nbytes for model in (search.vae, search.rewards.parts[0][0].model) for p in model.parameters())
+    weights = sum(
+        p.nbytes
+        for model in (search.vae, search.rewards.parts[0][0].model)
+        for p in model.parameters()
+    )
     more = held_bytes(run, facts) - held_bytes(plain, facts)
     assert more == search.nbytes(plan) > weights
     assert Passes(run).total == 2 * Passes(plain).total
-    monkeypatch.setattr(standalone, "available_bytes", lambda device: held_bytes(plain, facts) + weights)
+    monkeypatch.setattr(
+        standalone, "available_bytes", lambda device: held_bytes(plain, facts) + weights
+    )
     assert "search's VAE" in refusal(searching(batch_size=2), base)
     assert made(searching("self-forcing", batch_size=2), base).isfinite().all()
 
@@ -110,14 +125,23 @@ def test_the_rewards_models_go_back_where_they_were_whatever_happens(search: Rew
     seen: list[tuple[str, bool]] = []
     reward = search.rewards.parts[0][0]
     object.__setattr__(reward, "model", Model())
-    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), search.verifier(1, torch.device("cuda")):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        torch.inference_mode(),
+        search.verifier(1, torch.device("cuda")),
+    ):
         raise KeyboardInterrupt
-    assert seen == [("cuda", False), ("cpu", False)]  # a tensor moved in inference mode takes no gradient any more
+    assert seen == [
+        ("cuda", False),
+        ("cpu", False),
+    ]  # a tensor moved in inference mode takes no gradient any more
 
 
 def test_keys_that_a_refiner_reads_are_not_overwritten(base: Path) -> None:
     graph = searching("search-over-path", refiner=["50", 0])
-    graph["50"] = node("AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form="auto")
+    graph["50"] = node(
+        "AutoRefinerLoadRefiner", model=["1", 0], file="sprites", strength=1.0, form="auto"
+    )
     assert "pending" in refusal(graph, base)
     graph["3"]["inputs"]["method"] = "best-of-n"
     assert made(graph, base).isfinite().all()
@@ -128,7 +152,9 @@ def test_a_sampler_of_sigmas_searches_too(base: Path, search: RewardSearch) -> N
     facts = standalone.facts(standalone.Model(network, "self-forcing"))
     context = bundle.load_sprite_text(bundle.WEIGHTS)([PROMPT])
     sigmas, noise = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0]), torch.zeros(1, 16, 3, 8, 8)
-    refiner = RefinerLora("a.refiner.safetensors", random_pairs(), RefinerCard(rank=2), form="merged")
+    refiner = RefinerLora(
+        "a.refiner.safetensors", random_pairs(), RefinerCard(rank=2), form="merged"
+    )
 
     def clip(**options: object) -> torch.Tensor:
         run = SamplerOptions("best-of-n", search=search, **options).run(facts, noise, sigmas, 0)

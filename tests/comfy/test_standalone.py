@@ -34,7 +34,10 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     (base / "graph.json").write_text(json.dumps(graph))
     if name in NEED_PEFT:
         pytest.importorskip("peft")
-    assert main(["run", str(base / "graph.json"), "--base", str(base), "--out", str(base / "out")]) == 0
+    assert (
+        main(["run", str(base / "graph.json"), "--base", str(base), "--out", str(base / "out")])
+        == 0
+    )
     path = base / "out" / "video" / f"{name}_00001_.mp4"
     assert str(path) in capsys.readouterr().out.splitlines()
     assert len(decoded(path)) == sampler["inputs"]["length"]
@@ -99,7 +102,9 @@ def test_reflective_cache_tells_its_bytes(base: Path, capsys) -> None:
     del graph["8"]["inputs"]["reflective_cache"]
     graph["6"]["inputs"]["length"] = 9
     execute(graph, base)
-    nbytes = 2 * STAND_IN.num_layers * 3 * 16 * STAND_IN.dim * 4  # a window longer than the clip's 3 frames is the clip
+    nbytes = (
+        2 * STAND_IN.num_layers * 3 * 16 * STAND_IN.dim * 4
+    )  # a window longer than the clip's 3 frames is the clip
     assert f"6 latent frames, of them 1 sink: {nbytes / 1e6:,.1f} MB" in capsys.readouterr().err
 
 
@@ -114,7 +119,14 @@ def test_a_prompt_that_is_like_no_caption_is_told(base: Path, capsys) -> None:
 
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
     (base / "graph.json").write_text(json.dumps(small("text_to_video")))
-    values = ["--set", "3.length=5", "--set", "Save Video.filename_prefix=a/b", "--set", "Create Video.fps=8"]
+    values = [
+        "--set",
+        "3.length=5",
+        "--set",
+        "Save Video.filename_prefix=a/b",
+        "--set",
+        "Create Video.fps=8",
+    ]
     assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
     assert len(decoded(base / "output" / "a" / "b_00001_.mp4")) == 5
     for wrong, told in (
@@ -144,9 +156,13 @@ def test_images_and_webp_are_written(base: Path) -> None:
 def test_a_decoded_video_keeps_its_rate(base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
-    graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="first")
+    graph["4"] = node(
+        "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="first"
+    )
     del graph["5"]
-    graph["6"] = node("SaveVideo", video=["4", 0], filename_prefix="second", format="auto", codec="auto")
+    graph["6"] = node(
+        "SaveVideo", video=["4", 0], filename_prefix="second", format="auto", codec="auto"
+    )
     execute(graph, base)
     files = [base / "output" / f"{name}_00001_.mp4" for name in ("first", "second")]
     assert [video_rate(path) for path in files] == [8, 8]
@@ -158,7 +174,19 @@ def test_a_rate_that_is_no_whole_number_is_kept(base: Path, fps: str) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     (base / "graph.json").write_text(json.dumps(graph))
-    assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", f"Create Video.fps={fps}"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(base / "graph.json"),
+                "--base",
+                str(base),
+                "--set",
+                f"Create Video.fps={fps}",
+            ]
+        )
+        == 0
+    )
     path = base / "output" / "video" / "text_to_video_00001_.mp4"
     assert video_rate(path) == Fraction(fps)
     assert len(decoded(path)) == 5
@@ -169,7 +197,9 @@ def test_a_video_holds_the_workflow_that_made_it(base: Path, saver: str) -> None
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
     if saver == "AutoRefinerDecodeToVideo":
-        graph["4"] = node(saver, samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="video/text_to_video")
+        graph["4"] = node(
+            saver, samples=["3", 0], vae=["1", 2], fps=8, filename_prefix="video/text_to_video"
+        )
         del graph["5"], graph["6"]
     (base / "graph.json").write_text(json.dumps(graph))
     assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", "3.seed=9"]) == 0
@@ -181,7 +211,9 @@ def test_a_video_holds_the_workflow_that_made_it(base: Path, saver: str) -> None
 
 
 def test_pixels_that_are_not_finite_are_no_black_video(base: Path, monkeypatch) -> None:
-    monkeypatch.setattr(standalone, "decode", lambda vae, raw: iter([torch.full((1, 64, 64, 3), float("nan"))]))
+    monkeypatch.setattr(
+        standalone, "decode", lambda vae, raw: iter([torch.full((1, 64, 64, 3), float("nan"))])
+    )
     for kind in ("AutoRefinerDecodeToVideo", "AutoRefinerDecodeChunks"):
         graph = small("text_to_video")
         graph["3"]["inputs"]["length"] = 5
@@ -205,7 +237,8 @@ def test_what_an_interrupted_run_left_stays(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "kept"), [((97, 80), (8, 89, 0, 80)), ((80, 97), (0, 80, 8, 89)), ((1, 999), (0, 1, 499, 500))]
+    ("size", "kept"),
+    [((97, 80), (8, 89, 0, 80)), ((80, 97), (0, 80, 8, 89)), ((1, 999), (0, 1, 499, 500))],
 )
 def test_a_picture_is_cropped_about_its_centre_as_in_comfyui(size: tuple, kept: tuple) -> None:
     width, height = size
@@ -214,7 +247,10 @@ def test_a_picture_is_cropped_about_its_centre_as_in_comfyui(size: tuple, kept: 
     side = {"width": 64, "height": 64}
     crop = workflow.CLASSES["ImageScale"].execute
     found = crop(image, "nearest-exact", **side, crop="center").args[0]
-    assert torch.equal(found, crop(image[:, top:bottom, left:right], "nearest-exact", **side, crop="disabled").args[0])
+    assert torch.equal(
+        found,
+        crop(image[:, top:bottom, left:right], "nearest-exact", **side, crop="disabled").args[0],
+    )
 
 
 def test_a_workflow_of_other_nodes_needs_comfyui(base: Path) -> None:
@@ -233,8 +269,14 @@ WRONG = {
         {"3": {"width": 72}},
         f"{SAMPLER}: width 72, height 64: both must be multiples of 16, the nearest is 6",
     ),
-    "most": ({"3": {"width": 99999}}, f"{SAMPLER}, input width: 99999 is bigger than the most, 8192"),
-    "long": ({"3": {"length": 99997}}, f"{SAMPLER}, input length: 99997 is bigger than the most, 16381"),
+    "most": (
+        {"3": {"width": 99999}},
+        f"{SAMPLER}, input width: 99999 is bigger than the most, 8192",
+    ),
+    "long": (
+        {"3": {"length": 99997}},
+        f"{SAMPLER}, input length: 99997 is bigger than the most, 16381",
+    ),
     "method": ({"3": {"method": "self-forcin"}}, "'self-forcin' is not one of the"),
     "seed": ({"3": {"seed": -1}}, "input seed: -1 is smaller than the least, 0"),
     "type": ({"3": {"model": ["2", 0]}}, "CONDITIONING"),
@@ -246,7 +288,10 @@ WRONG = {
     "absolute": ({"6": {"filename_prefix": "/tmp/x"}}, "filename_prefix '/tmp/x' leaves"),
     "folder": ({"6": {"filename_prefix": "."}}, "filename_prefix '.' leaves"),
     "back": ({"6": {"filename_prefix": "x/.."}}, "filename_prefix 'x/..' leaves"),
-    "name": ({"6": {"filename_prefix": "x" * 300}}, f"node 6 (Save Video): filename_prefix '{'x' * 60}…' cannot be"),
+    "name": (
+        {"6": {"filename_prefix": "x" * 300}},
+        f"node 6 (Save Video): filename_prefix '{'x' * 60}…' cannot be",
+    ),
 }
 
 
@@ -337,7 +382,9 @@ def test_all_that_is_wrong_is_told_at_once(base: Path) -> None:
     graph = small("self_forcing")
     for each in graph.values():
         each["inputs"] |= {
-            name: "gone.safetensors" for name in ("file", "vae_name", "clip_name") if name in each["inputs"]
+            name: "gone.safetensors"
+            for name in ("file", "vae_name", "clip_name")
+            if name in each["inputs"]
         }
     told = refusal(graph, base)
     assert told.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in told.strip()
@@ -377,7 +424,8 @@ def test_a_file_that_does_not_say_its_preset_is_told_how(base: Path) -> None:
     weights = base / "models" / "diffusion_models"
     network = bundle.load_sprite_network("student", bundle.WEIGHTS).model
     torch.save(
-        {"generator": {"model." + name: tensor for name, tensor in network.state_dict().items()}}, weights / "model.pt"
+        {"generator": {"model." + name: tensor for name, tensor in network.state_dict().items()}},
+        weights / "model.pt",
     )
     graph = small("self_forcing")
     graph["1"]["inputs"]["file"] = "model.pt"
@@ -397,7 +445,8 @@ def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() ->
 
 
 def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
-    """ComfyUI checks a prompt with None in the place of every link, in a tuple where a node takes lists."""
+    """ComfyUI checks a prompt with None in the place of every link, in a tuple where a node takes
+    lists."""
     import inspect
 
     for kind in NODES:
@@ -405,8 +454,15 @@ def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
             link = (None,) if kind.define_schema().is_input_list else None
             told = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
             assert told is True, f"{kind.__name__}: {told}"
-    one, other = (LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto") for by in (1.0, 0.5))
-    assert one == LoadRefiner.fingerprint_inputs(file=None, model=None, strength=1.0, form="auto") != other
+    one, other = (
+        LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto")
+        for by in (1.0, 0.5)
+    )
+    assert (
+        one
+        == LoadRefiner.fingerprint_inputs(file=None, model=None, strength=1.0, form="auto")
+        != other
+    )
 
 
 def test_a_model_that_took_the_place_of_another_is_read_again(tmp_path, monkeypatch) -> None:
@@ -422,12 +478,17 @@ def test_a_model_that_took_the_place_of_another_is_read_again(tmp_path, monkeypa
     assert LoadARVDM.fingerprint_inputs(**inputs | {"file": None}) != first
 
 
-def test_clips_larger_than_memory_are_refused_before_anything_is_made(base: Path, monkeypatch) -> None:
+def test_clips_larger_than_memory_are_refused_before_anything_is_made(
+    base: Path, monkeypatch
+) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"] |= {"width": 8192, "height": 8192, "length": 16381, "batch_size": 64}
     graph["3"]["inputs"]["reflective_cache"] = ["9", 0]
     options = {"positions": "the model's", "history": "as trained", "previous_x0": "as trained"}
-    graph["9"] = {"class_type": "AutoRefinerReflectiveCache", "inputs": {"window": 3, "sink": 0, **options}}
+    graph["9"] = {
+        "class_type": "AutoRefinerReflectiveCache",
+        "inputs": {"window": 3, "sink": 0, **options},
+    }
     assert "17592.2 GB" in refusal(graph, base)
     graph["3"]["inputs"] |= {"length": 81, "batch_size": 1}
     del graph["3"]["inputs"]["reflective_cache"]

@@ -15,11 +15,14 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, re
 
 
 def starting(graph: dict, sampler: str) -> tuple[dict, dict, dict]:
-    """A graph that begins from a picture: by its `start` input, by core's ARVideoI2V, and by both at once."""
+    """A graph that begins from a picture: by its `start` input, by core's ARVideoI2V, and by both
+    at once."""
     picture = {"70": node("EmptyImage", width=64, height=64, batch_size=1, color=0xC03030)}
     encoded = picture | {"71": node("VAEEncode", pixels=["70", 0], vae=["1", 2])}
     sizes = {"width": 64, "height": 64, "length": 21, "batch_size": 1}
-    on_model = picture | {"72": node("ARVideoI2V", model=["1", 0], vae=["1", 2], start_image=["70", 0], **sizes)}
+    on_model = picture | {
+        "72": node("ARVideoI2V", model=["1", 0], vae=["1", 2], start_image=["70", 0], **sizes)
+    }
 
     def linked(more: dict, start: bool, model: bool) -> dict:
         changed = {key: {**each, "inputs": dict(each["inputs"])} for key, each in graph.items()}
@@ -30,11 +33,17 @@ def starting(graph: dict, sampler: str) -> tuple[dict, dict, dict]:
                 each["inputs"]["model"] = ["72", 0]
         return changed | more
 
-    return linked(encoded, True, False), linked(on_model, False, True), linked(encoded | on_model, True, True)
+    return (
+        linked(encoded, True, False),
+        linked(on_model, False, True),
+        linked(encoded | on_model, True, True),
+    )
 
 
 @pytest.mark.parametrize("kind", ["AutoRefinerSampler", "AutoRefinerCustomSampler"])
-def test_a_start_image_on_the_model_is_the_start_of_both_samplers(server: Server, kind: str) -> None:
+def test_a_start_image_on_the_model_is_the_start_of_both_samplers(
+    server: Server, kind: str
+) -> None:
     custom = kind == "AutoRefinerCustomSampler"
     graph = small("sampler_custom_advanced") if custom else short()
     by_input, by_model, twice = starting(graph, of_kind(graph, kind))
@@ -48,7 +57,9 @@ def test_a_start_image_on_the_model_is_the_start_of_both_samplers(server: Server
 
 def test_a_decoded_video_holds_prompt_and_workflow(server: Server) -> None:
     graph = short(5)
-    graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=12.5, filename_prefix="held")
+    graph["4"] = node(
+        "AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=12.5, filename_prefix="held"
+    )
     del graph["5"], graph["6"]
     server.run(graph)
     path = server.base / "output" / "held_00001_.mp4"
@@ -67,7 +78,13 @@ def test_no_run_takes_the_name_of_a_finished_or_partial_file(server: Server, pre
     left = folder / f"{prefix[9]}_00001_.partial.mp4"
     left.write_bytes(b"what is finished")
     for fps in (8, 16):  # what did not change is not run again
-        graph["4"] = node("AutoRefinerDecodeToVideo", samples=["3", 0], vae=["1", 2], fps=fps, filename_prefix=prefix)
+        graph["4"] = node(
+            "AutoRefinerDecodeToVideo",
+            samples=["3", 0],
+            vae=["1", 2],
+            fps=fps,
+            filename_prefix=prefix,
+        )
         server.run(graph)
     assert left.read_bytes() == b"what is finished"
     written = sorted(folder.glob(f"{prefix[9]}_0000?_.mp4"))

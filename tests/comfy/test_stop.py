@@ -16,7 +16,8 @@ LENGTH = 241  # pixel frames: 61 latent frames in 21 chunks, the last of one
 
 
 def workflow(name: str, text: str) -> tuple[dict, str]:
-    """(a workflow that is long enough to be stopped, with its latents saved; the node that the page shows it on)."""
+    """(a workflow that is long enough to be stopped, with its latents saved; the node that the page
+    shows it on)."""
     graph = small(name)
     alone = name == "text_to_video"
     shown = of_kind(graph, "AutoRefinerSampler" if alone else "AutoRefinerCustomSampler")
@@ -24,7 +25,10 @@ def workflow(name: str, text: str) -> tuple[dict, str]:
     sized["inputs"] |= {"length": LENGTH, "width": 128, "height": 128}
     graph[of_kind(graph, "CLIPTextEncode")]["inputs"]["text"] = text
     sampler = shown if alone else of_kind(graph, "SamplerCustomAdvanced")
-    return {**graph, "90": node("SaveLatent", samples=[sampler, 0], filename_prefix=f"latents/{text}")}, shown
+    return {
+        **graph,
+        "90": node("SaveLatent", samples=[sampler, 0], filename_prefix=f"latents/{text}"),
+    }, shown
 
 
 def made(server: Server, text: str) -> torch.Tensor:
@@ -38,7 +42,9 @@ def stop(server: Server, shown: str, prompt: str) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
-            assert server.post("/autorefiner/stop", {"node": shown, "prompt": prompt}) == {"stopping": True}
+            assert server.post("/autorefiner/stop", {"node": shown, "prompt": prompt}) == {
+                "stopping": True
+            }
             return
         except Refused:
             time.sleep(0.02)
@@ -46,7 +52,9 @@ def stop(server: Server, shown: str, prompt: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["text_to_video", "sampler_custom_advanced"])
-def test_a_stopped_run_ends_well_with_whole_chunks_and_the_next_one_is_whole(name: str, server: Server) -> None:
+def test_a_stopped_run_ends_well_with_whole_chunks_and_the_next_one_is_whole(
+    name: str, server: Server
+) -> None:
     graph, shown = workflow(name, f"stopped in {name}")
     prompt = server.queue(graph)
     stop(server, shown, prompt)
@@ -58,7 +66,9 @@ def test_a_stopped_run_ends_well_with_whole_chunks_and_the_next_one_is_whole(nam
     whole = made(server, f"stopped in {name}")
     assert whole.shape[2] == 61 and torch.equal(whole[:, :, : part.shape[2]], part)
     again = server.run(graph)
-    cached = next(data["nodes"] for event, data in again["status"]["messages"] if event == "execution_cached")
+    cached = next(
+        data["nodes"] for event, data in again["status"]["messages"] if event == "execution_cached"
+    )
     assert shown in cached
 
 
@@ -71,7 +81,9 @@ def test_what_is_no_run_cannot_be_stopped(body: object, server: Server) -> None:
 
 def test_a_request_in_a_charset_that_is_none_is_refused(server: Server) -> None:
     kind = {"Content-Type": "application/json; charset=none"}
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/autorefiner/stop", b"{}", kind)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/autorefiner/stop", b"{}", kind
+    )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 404

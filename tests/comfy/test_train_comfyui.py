@@ -1,4 +1,5 @@
-"""Train Refiner LoRA in a real ComfyUI: as without it, plotted by its own node, interrupted and gone on with."""
+"""Train Refiner LoRA in a real ComfyUI: as without it, plotted by its own node, interrupted and
+gone on with."""
 
 import json
 import subprocess
@@ -36,7 +37,10 @@ def test_it_trains_what_it_does_without_comfyui_and_its_losses_are_plotted(
     sheet = outputs["3"]["autorefiner_sheet"][0]
     assert outputs["3"]["text"] == ["4 steps in plotted"] and outputs["5"]["images"]
     run = server.base / "output" / sheet["subfolder"]
-    assert run == server.base / "output" / "autorefiner" / "plotted" and (run / sheet["filename"]).is_file()
+    assert (
+        run == server.base / "output" / "autorefiner" / "plotted"
+        and (run / sheet["filename"]).is_file()
+    )
     use_demo_files(weights, monkeypatch)
     (tmp_path / "graph.json").write_text(json.dumps(training(run="plotted")))
     with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")):
@@ -71,14 +75,25 @@ def test_a_refined_sampler_takes_what_was_trained(server: Server) -> None:
     graph = training(run="used", steps=2, vae=None)
     del graph["4"]
     graph["5"] = node("CLIPTextEncode", text="a red star", clip=["1", 1])
-    sampler = {"width": 64, "height": 64, "length": 21, "batch_size": 1, "seed": 0, "method": "self-forcing"}
-    graph["6"] = node("AutoRefinerSampler", model=["1", 0], positive=["5", 0], refiner=["3", 0], **sampler)
+    sampler = {
+        "width": 64,
+        "height": 64,
+        "length": 21,
+        "batch_size": 1,
+        "seed": 0,
+        "method": "self-forcing",
+    }
+    graph["6"] = node(
+        "AutoRefinerSampler", model=["1", 0], positive=["5", 0], refiner=["3", 0], **sampler
+    )
     graph["7"] = node("AutoRefinerSampler", model=["1", 0], positive=["5", 0], **sampler)
     for key in ("6", "7"):
         graph[f"9{key}"] = node("SaveLatent", samples=[key, 0], filename_prefix=f"trained/{key}")
     server.run(graph)
     folder = server.base / "output" / "trained"
-    made, base = (load_file(sorted(folder.glob(f"{key}_*"))[-1])["latent_tensor"] for key in ("6", "7"))
+    made, base = (
+        load_file(sorted(folder.glob(f"{key}_*"))[-1])["latent_tensor"] for key in ("6", "7")
+    )
     assert 0 < (made - base).abs().max() < 1
 
 
@@ -89,11 +104,19 @@ def test_a_run_stays_in_the_output_folder(run: str, server: Server) -> None:
     assert "foxes" in json.dumps(refused.value.answer)
 
 
-def test_a_training_takes_copies_of_the_weights_with_their_loras(server: Server, weights: Path) -> None:
+def test_a_training_takes_copies_of_the_weights_with_their_loras(
+    server: Server, weights: Path
+) -> None:
     comfyui, python = find_comfyui()
     pack = server.base / "custom_nodes" / "autorefiner"
     script = Path(__file__).with_name("inside_training.py")
-    command = [str(python), str(script), str(comfyui), str(pack), str(weights / bundle.FILES["student"])]
+    command = [
+        str(python),
+        str(script),
+        str(comfyui),
+        str(pack),
+        str(weights / bundle.FILES["student"]),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-3000:]
     told = json.loads(ended.stdout.splitlines()[-1])

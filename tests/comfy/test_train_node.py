@@ -1,4 +1,5 @@
-"""Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it refuses."""
+"""Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it
+refuses."""
 
 import os
 import signal
@@ -29,21 +30,26 @@ SAVED = "models/loras/mine.refiner.safetensors"
 
 def same(one: dict, other: dict) -> bool:
     return all(
-        torch.equal(one[name].up, other[name].up) and torch.equal(one[name].down, other[name].down) for name in one
+        torch.equal(one[name].up, other[name].up) and torch.equal(one[name].down, other[name].down)
+        for name in one
     )
 
 
 def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
     results = run_workflow(training(), base)
     refiner, losses, steps = results["3"].args
-    student, teacher = (bundle.load_sprite_network(name, bundle.WEIGHTS) for name in ("student", "teacher"))
+    student, teacher = (
+        bundle.load_sprite_network(name, bundle.WEIGHTS) for name in ("student", "teacher")
+    )
     text = bundle.load_sprite_text(bundle.WEIGHTS)
     options = RefineOptions(
         rank=2, steps=4, batch=2, accumulation=1, frames=6, height=4, width=4, learning_rate=1e-3, ratio=2,
         precision="fp32",
     )  # fmt: skip
     prompts = training()["3"]["inputs"]["prompts"].splitlines()
-    stage = RefinerStage(options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {})
+    stage = RefinerStage(
+        options, student, DmdObjective(options, teacher, text), prompts, text, lambda *_: {}
+    )
     logged = [stage.step(index)["loss"] for index in range(4)]
     assert losses == {"loss": logged} and steps == 4
     assert same(refiner.pairs, stage.average())
@@ -62,7 +68,8 @@ def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
 def test_the_guidance_of_the_teacher_is_the_nodes(base: Path) -> None:
     asked = {"steps": 1, "vae": None}
     plain, own = (
-        execute(training(run=f"g{g}", guidance=g, **asked), base)["3"] for g in (None, RefineOptions().guidance)
+        execute(training(run=f"g{g}", guidance=g, **asked), base)["3"]
+        for g in (None, RefineOptions().guidance)
     )
     assert plain[1] == own[1] and same(plain[0].pairs, own[0].pairs)
     other = execute(training(run="other", guidance=0.0, **asked), base)["3"]
@@ -86,7 +93,9 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
         watch = Unwatched()
         patch.setattr(standalone, "train_watch", lambda *_: nullcontext(watch))
         if place == "draw":
-            patch.setattr(RefinerStage, "show", lambda stage, folder, done: stop_at_three(done) or {})
+            patch.setattr(
+                RefinerStage, "show", lambda stage, folder, done: stop_at_three(done) or {}
+            )
         elif place == "decode":
             patch.setattr(WanVAE, "decode", lambda *_: stop_at_three(3))
         else:
@@ -99,7 +108,9 @@ def test_an_interrupted_training_loses_no_step(base: Path, monkeypatch, place: s
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 
 
-def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_other(base: Path, monkeypatch) -> None:
+def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_other(
+    base: Path, monkeypatch
+) -> None:
     teach = RefinerStage._teach
 
     def fail(stage: RefinerStage, index: int, update: int) -> dict:
@@ -112,19 +123,25 @@ def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_ot
         with pytest.raises(RuntimeError, match="out of memory"):
             execute(training(vae=None), base)
     assert train_plan.steps_taken(base / "output" / "autorefiner" / "mine") == 3
-    on, through = execute(training(vae=None), base)["3"], execute(training(run="other", vae=None), base)["3"]
+    on, through = (
+        execute(training(vae=None), base)["3"],
+        execute(training(run="other", vae=None), base)["3"],
+    )
     assert on[1] == through[1] and same(on[0].pairs, through[0].pairs)
 
 
 @pytest.fixture
 def ctrl_c() -> Iterator[object]:
-    """The handler that Ctrl-C has in a terminal; a job in the background may have been started without it."""
+    """The handler that Ctrl-C has in a terminal; a job in the background may have been started
+    without it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(base: Path, monkeypatch, ctrl_c) -> None:
+def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(
+    base: Path, monkeypatch, ctrl_c
+) -> None:
     own = RefinerStage.step
 
     def step(stage: RefinerStage, index: int) -> dict:
@@ -161,7 +178,9 @@ def test_a_run_that_failed_before_its_first_step_may_be_changed(base: Path, monk
 
 
 def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
-    graph = training(run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None)
+    graph = training(
+        run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None
+    )
     told = training()["3"]["inputs"]["prompts"].splitlines()
     graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in told)
     graph["8"] = node("CLIPTextEncode", text="", clip=["1", 1])
@@ -181,7 +200,9 @@ def combined(body: dict) -> type:
         "Combine", inputs=[io.Conditioning.Input("one"), io.Conditioning.Input("other")],
         outputs=[io.Conditioning.Output()],
     )  # fmt: skip
-    return type("Combine", (io.ComfyNode,), {"define_schema": classmethod(lambda cls: schema), **body})
+    return type(
+        "Combine", (io.ComfyNode,), {"define_schema": classmethod(lambda cls: schema), **body}
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +243,10 @@ def test_a_run_cannot_be_named_out_of_its_folder(name: str) -> None:
 def test_a_link_does_not_lead_a_run_out_of_the_output_folder(tmp_path: Path) -> None:
     (tmp_path / "output" / "autorefiner").mkdir(parents=True)
     (tmp_path / "output" / "autorefiner" / "away").symlink_to(tmp_path)
-    with standalone.running_at(standalone.place_of(tmp_path, None, "cpu")), pytest.raises(ValueError, match="leaves"):
+    with (
+        standalone.running_at(standalone.place_of(tmp_path, None, "cpu")),
+        pytest.raises(ValueError, match="leaves"),
+    ):
         run_folder("away/there")
 
 
@@ -235,7 +259,9 @@ def test_curves_stay_short_and_keep_their_mean(tmp_path: Path) -> None:
     assert points["loss"][-1][0] == 10_000
     assert abs(sum(value for _, value in points["loss"]) / len(points["loss"]) - 0.5) < 0.01
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0, "loss": 1.0, "seconds": 2}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    log.write_text(
+        '{"step": 0, "loss": 1.0, "seconds": 2}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo'
+    )
     assert Curves.read(log, 2).points() == {"loss": [[0, 1.0], [1, 3.0]]}
     assert Curves.read(tmp_path / "none", 2).points() == {}
 

@@ -42,7 +42,10 @@ def test_the_files_are_small_and_say_what_they_are() -> None:
     assert sum((WEIGHTS / FILES[name]).stat().st_size for name in MODELS) <= 28 * 2**20
     for name in MODELS:
         assert recipe_of(name)["steps"] > 0
-    for name, causal in (("student", True), ("teacher", None)):  # as ComfyUI reads them: it knows no false one
+    for name, causal in (
+        ("student", True),
+        ("teacher", None),
+    ):  # as ComfyUI reads them: it knows no false one
         config = json.loads(open_weights(WEIGHTS / FILES[name]).metadata["config"])
         assert config["transformer"].get("causal_ar") is causal
 
@@ -65,7 +68,9 @@ def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
 def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
     captions = held_out(6)
     clips = [*student_clips(demo.student, demo.text, demo.vae, captions)]
-    found, others = (summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]]))
+    found, others = (
+        summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]])
+    )
     assert found["colour"].mean > others["colour"].mean + 20
     assert not math.isnan(found["total"].mean)
 
@@ -73,16 +78,23 @@ def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("shapes", [("star", "circle"), ("cross", "square")])
 def test_the_words_decide_a_shape(demo: Demo, shapes: tuple[str, str]) -> None:
-    """Of noised clips the teacher sees one shape with its word and another with the other word. A latent of the first
-    counts 1, of the second 0."""
+    """Of noised clips the teacher sees one shape with its word and another with the other word. A
+    latent of the first counts 1, of the second 0."""
     scenes = (sample_scene(seed, "test") for seed in count())
-    alone = [scene for scene in islice(scenes, 60) if [body.stated.motion for body in scene.bodies] == ["bounce"]][:4]
+    alone = [
+        scene
+        for scene in islice(scenes, 60)
+        if [body.stated.motion for body in scene.bodies] == ["bounce"]
+    ][:4]
     latents, contexts = [], []
     for shape in shapes:
         seen = [replace(scene, bodies=(_as(scene.bodies[0], shape),)) for scene in alone]
-        latents.append(demo.vae.encode(torch.stack([to_pixels(render(scene, 33)) for scene in seen])))
+        latents.append(
+            demo.vae.encode(torch.stack([to_pixels(render(scene, 33)) for scene in seen]))
+        )
         texts = [
-            write((scene.bodies[0].stated,), None, scene.ground.name, np.random.default_rng(0)).text for scene in seen
+            write((scene.bodies[0].stated,), None, scene.ground.name, np.random.default_rng(0)).text
+            for scene in seen
         ]
         contexts.append(demo.teacher.text(demo.text(texts)))
     noise = torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(1))
@@ -101,7 +113,9 @@ def _as(body: Body, shape: str) -> Body:
 
 def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.mp4"
-    prompt = "a small red star bounces to the left of a green circle that stays still on a navy ground"
+    prompt = (
+        "a small red star bounces to the left of a green circle that stays still on a navy ground"
+    )
     assert main(["generate", "--model", "sprites", "--prompt", prompt, "--out", str(out)]) == 0
     assert len(decoded(out)) == 81 and read_metadata(out)["prompt"] == prompt
 
@@ -113,7 +127,13 @@ def test_the_refiners_are_the_students(demo: Demo, name: str) -> None:
     assert (WEIGHTS / REFINERS[name]).stat().st_size <= 4 * 2**20
     captions = held_out(1)
     base, refined = (
-        next(iter(student_clips(demo.student, demo.text, demo.vae, captions, frames=6, refiner=refiner)))
+        next(
+            iter(
+                student_clips(
+                    demo.student, demo.text, demo.vae, captions, frames=6, refiner=refiner
+                )
+            )
+        )
         for refiner in (None, bundled_refiners(demo.student)[SHOWN[name]])
     )
     assert base.shape == refined.shape and (base != refined).any()

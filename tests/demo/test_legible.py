@@ -1,11 +1,24 @@
-"""What a latent must tell by itself: means by cell, shapes as they are seen, latents between their cells."""
+"""What a latent must tell by itself: means by cell, shapes as they are seen, latents between their
+cells."""
 
 import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.demo.recipes.legible import Reader, by_latent, linear_shares, picture_of, shown
-from autorefiner.refiner.demo.recipes.vae import VaeOptions, latent_shape, moved_latents, moved_pixels, training_crops
+from autorefiner.refiner.demo.recipes.legible import (
+    Reader,
+    by_latent,
+    linear_shares,
+    picture_of,
+    shown,
+)
+from autorefiner.refiner.demo.recipes.vae import (
+    VaeOptions,
+    latent_shape,
+    moved_latents,
+    moved_pixels,
+    training_crops,
+)
 from autorefiner.refiner.demo.render import render, render_parts
 from autorefiner.refiner.demo.shapes import SHAPES
 from autorefiner.refiner.demo.world import sample_scene
@@ -42,7 +55,9 @@ def test_what_another_object_hides_is_not_seen() -> None:
 
 def test_means_by_latent_are_of_its_own_frames_and_cell() -> None:
     frames = torch.zeros(1, 2, 9, 16, 16)
-    frames[0, 1, 5:7, 8:, :8] = 1  # the first half of the last latent's frames, in its lower left cell
+    frames[0, 1, 5:7, 8:, :8] = (
+        1  # the first half of the last latent's frames, in its lower left cell
+    )
     whole, halves = by_latent(frames, 8), by_latent(frames, 8, times=2)
     assert whole.shape == (1, 2, 3, 2, 2) and halves.shape == (1, 4, 3, 2, 2)
     assert whole[0, 1, 2, 1, 0] == 0.5 and whole.sum() == 0.5
@@ -68,7 +83,11 @@ def test_latents_that_hold_the_facts_are_read_without_error() -> None:
     reader.facts.weight[range(12), range(12)] = 1
     reader.which.weight[range(6), range(6)] = 1000
     told = reader(latents, pixels, facts)
-    assert max(told["covers"], told["colours"]) < 1e-10 and told["which"] < 1e-3 and told["picture"] > 0.01
+    assert (
+        max(told["covers"], told["colours"]) < 1e-10
+        and told["which"] < 1e-3
+        and told["picture"] > 0.01
+    )
     shares = linear_shares(latents, facts)
     assert (shares["covers"], shares["colours"]) == pytest.approx((1, 1))
     assert max(linear_shares(torch.randn(latents.shape), facts).values()) < 0.2
@@ -79,7 +98,10 @@ def test_moved_latents_are_of_moved_pixels(by) -> None:
     """Of latents that are linear in the place, as a picture's own means are of a ramp."""
     down, right = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
     pixels = (2 * down + right).expand(1, 3, 5, 24, 32)
-    latents, shifted = moved_latents(by_latent(pixels, 8), torch.tensor(by) / 8), moved_pixels(pixels, by)
+    latents, shifted = (
+        moved_latents(by_latent(pixels, 8), torch.tensor(by) / 8),
+        moved_pixels(pixels, by),
+    )
     assert latent_shape(3, shifted) == latents.shape
     assert latents.shape[-2:] == (2, 3) and shifted.shape[-2:] == (16, 24)
     assert torch.allclose(latents, by_latent(shifted, 8))
@@ -89,6 +111,12 @@ def test_crops_are_of_one_length_a_step_and_show_objects() -> None:
     options = VaeOptions(batch=2)
     for index, (count, frames) in enumerate(((7, 9), (2, 33))):
         pixels, facts = training_crops(options, index)
-        assert pixels.shape == (count, 3, frames, 40, 40) and facts.shape == (count, 12, frames, 40, 40)
+        assert pixels.shape == (count, 3, frames, 40, 40) and facts.shape == (
+            count,
+            12,
+            frames,
+            40,
+            40,
+        )
         assert facts[:, :6, 0].sum((1, 2, 3)).min() > 10
     assert torch.equal(training_crops(options, 1)[0], pixels)

@@ -1,4 +1,5 @@
-"""The metrics are proven: truth scores full marks, planted faults lower their own row, wrong captions score chance."""
+"""The metrics are proven: truth scores full marks, planted faults lower their own row, wrong
+captions score chance."""
 
 import itertools
 from collections.abc import Callable
@@ -11,9 +12,21 @@ from autorefiner.refiner.demo.clips import held_out, score, truth_clips
 from autorefiner.refiner.demo.metrics.action import see_action
 from autorefiner.refiner.demo.metrics.classify import blur
 from autorefiner.refiner.demo.metrics.diversity import diversity
-from autorefiner.refiner.demo.metrics.evaluate import QUALITY, ROWS, SEMANTIC, ClipScores, evaluate_clip
+from autorefiner.refiner.demo.metrics.evaluate import (
+    QUALITY,
+    ROWS,
+    SEMANTIC,
+    ClipScores,
+    evaluate_clip,
+)
 from autorefiner.refiner.demo.metrics.semantic import Semantic, semantic_rows
-from autorefiner.refiner.demo.metrics.table import TOTALS, format_table, paired_difference, summarise, with_totals
+from autorefiner.refiner.demo.metrics.table import (
+    TOTALS,
+    format_table,
+    paired_difference,
+    summarise,
+    with_totals,
+)
 from autorefiner.refiner.demo.metrics.track import find, in_front
 from autorefiner.refiner.demo.palette import GROUND_COLOURS
 from autorefiner.refiner.demo.render import Layer, draw, draw_ground, layers, render
@@ -36,14 +49,18 @@ def videos(scenes) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def truth_scores(scenes, videos) -> list[ClipScores]:
-    return [evaluate_clip(video, scene.caption) for scene, video in zip(scenes, videos, strict=True)]
+    return [
+        evaluate_clip(video, scene.caption) for scene, video in zip(scenes, videos, strict=True)
+    ]
 
 
 def means(scores: list[ClipScores]) -> dict[str, float]:
     return {name: interval.mean for name, interval in summarise(scores).items()}
 
 
-def redraw(scene: Scene, change: Callable[[list[Layer]], list[Layer]], frames: int = 81) -> np.ndarray:
+def redraw(
+    scene: Scene, change: Callable[[list[Layer]], list[Layer]], frames: int = 81
+) -> np.ndarray:
     """The scene with its objects changed."""
     top, bottom = (GROUND_COLOURS[tone] for tone in scene.ground.tones)
     drawn = change(layers(scene, scene.times(frames)))
@@ -86,13 +103,21 @@ def teleport(scene: Scene, video: np.ndarray) -> np.ndarray:
 def vanish(scene: Scene, video: np.ndarray) -> np.ndarray:
     def gone(drawn: list[Layer]) -> list[Layer]:
         front = drawn[-1]
-        return [*drawn[:-1], replace(front, radius=np.where(np.arange(len(front.radius)) < 40, front.radius, 0))]
+        return [
+            *drawn[:-1],
+            replace(front, radius=np.where(np.arange(len(front.radius)) < 40, front.radius, 0)),
+        ]
 
     return redraw(scene, gone)
 
 
 def swap_colours(scene: Scene, video: np.ndarray) -> np.ndarray:
-    return redraw(scene, lambda drawn: [replace(a, colour=b.colour) for a, b in itertools.pairwise([*drawn, drawn[0]])])
+    return redraw(
+        scene,
+        lambda drawn: [
+            replace(a, colour=b.colour) for a, b in itertools.pairwise([*drawn, drawn[0]])
+        ],
+    )
 
 
 def grid(scene: Scene, video: np.ndarray) -> np.ndarray:
@@ -108,7 +133,9 @@ def duplicate(scene: Scene, video: np.ndarray) -> np.ndarray:
     ways = np.concatenate([drawn.position for drawn in layers(scene, scene.times(len(video)))])
     corner = corners[np.linalg.norm(ways - corners[:, None], axis=2).min(axis=1).argmax()]
     still = {"position": np.tile(corner, (len(video), 1)), "radius": np.full(len(video), 0.09)}
-    return redraw(scene, lambda drawn: [replace(layer, angle=np.zeros(len(video)), **still), *drawn])
+    return redraw(
+        scene, lambda drawn: [replace(layer, angle=np.zeros(len(video)), **still), *drawn]
+    )
 
 
 FAULTS = {
@@ -131,7 +158,8 @@ def test_truth_has_full_marks_in_every_row(truth_scores):
 
 
 @pytest.mark.parametrize(
-    ("split", "size", "frames", "clips"), [("test", 128, 81, 6), ("test", 96, 81, 6), ("train", 64, 321, 5)]
+    ("split", "size", "frames", "clips"),
+    [("test", 128, 81, 6), ("test", 96, 81, 6), ("train", 64, 321, 5)],
 )
 def test_truth_has_full_marks_at_other_sizes_and_lengths(split, size, frames, clips):
     scenes = [sample_scene(seed, split, size) for seed in range(100, 100 + clips)]
@@ -163,16 +191,23 @@ def test_objects_are_found_where_the_truth_has_them(scenes, videos):
                 turned = truth.angle[:, index] - truth.angle[0, index]
                 assert np.abs(track.angle - track.angle[0] - turned).max() < 0.05
         if scene.caption.relation in ("behind", "front"):
-            assert found.tracks[in_front(found.tracks)[0, 1]].colour == truth.colour[truth.depth.index(0)]
+            assert (
+                found.tracks[in_front(found.tracks)[0, 1]].colour
+                == truth.colour[truth.depth.index(0)]
+            )
 
 
 def test_what_a_vae_does_to_pixels_costs_no_meaning(scenes, videos, truth_scores):
     """Blurred a little, with noise that gives about 30 dB."""
     rng = np.random.default_rng(0)
     worn = [levels(blur(video, 0.6) + rng.normal(0, 8, video.shape)) for video in videos[:20]]
-    off = np.concatenate([(a.astype(float) - b).ravel() for a, b in zip(worn, videos, strict=False)])
+    off = np.concatenate(
+        [(a.astype(float) - b).ravel() for a, b in zip(worn, videos, strict=False)]
+    )
     assert 28 < 20 * np.log10(255 / np.sqrt((off**2).mean())) < 31
-    found = means([evaluate_clip(video, scene.caption) for video, scene in zip(worn, scenes, strict=False)])
+    found = means(
+        [evaluate_clip(video, scene.caption) for video, scene in zip(worn, scenes, strict=False)]
+    )
     truth = means(truth_scores)
     for name in SEMANTIC:
         assert found[name] >= truth[name] - 3, (name, found[name])
@@ -180,7 +215,8 @@ def test_what_a_vae_does_to_pixels_costs_no_meaning(scenes, videos, truth_scores
 
 
 def test_captions_of_other_clips_score_chance(scenes, videos):
-    """Chance for the count is how often two captions have one number; the others are far below it, and below a half."""
+    """Chance for the count is how often two captions have one number; the others are far below it,
+    and below a half."""
     found = [find(video) for video in videos[:40]]
     pairs = [(i, j) for i, j in itertools.permutations(range(40), 2) if (i - j) % 4 == 1]
     rows = np.array([astuple(semantic_rows(found[i], scenes[j].caption)) for i, j in pairs])
@@ -193,9 +229,16 @@ def test_captions_of_other_clips_score_chance(scenes, videos):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_lowers_its_own_row(fault, scenes, videos, truth_scores):
     row, most = FAULTS[fault]
-    chosen = [index for index, scene in enumerate(scenes) if len(scene.bodies) == 2 or fault is not swap_colours]
+    chosen = [
+        index
+        for index, scene in enumerate(scenes)
+        if len(scene.bodies) == 2 or fault is not swap_colours
+    ]
     chosen = chosen[:FAULTY]
-    scores = [evaluate_clip(fault(scenes[index], videos[index]), scenes[index].caption) for index in chosen]
+    scores = [
+        evaluate_clip(fault(scenes[index], videos[index]), scenes[index].caption)
+        for index in chosen
+    ]
     found, before = means(scores), means([truth_scores[index] for index in chosen])
     assert found[row] <= most and found[row] <= before[row] - 20, found
     same_kind = QUALITY if row in QUALITY else SEMANTIC
@@ -203,8 +246,16 @@ def test_a_fault_lowers_its_own_row(fault, scenes, videos, truth_scores):
         assert min(same_kind, key=found.__getitem__) == row, found
     else:
         assert found["count"] < 65 and found["drift"] < 65, found
-    untouched = {freeze: ("flicker", "imaging"), flicker: ("smoothness", "dynamic"), colour_drift: ("smoothness",)}
-    untouched |= {blurred: ("background", "dynamic"), teleport: ("flicker", "colour"), swap_colours: QUALITY}
+    untouched = {
+        freeze: ("flicker", "imaging"),
+        flicker: ("smoothness", "dynamic"),
+        colour_drift: ("smoothness",),
+    }
+    untouched |= {
+        blurred: ("background", "dynamic"),
+        teleport: ("flicker", "colour"),
+        swap_colours: QUALITY,
+    }
     for name in untouched.get(fault, ()):
         assert found[name] > 97, (name, found[name])
 
@@ -224,7 +275,9 @@ def test_time_and_mirror_turn_the_action_round(scenes, videos):
 
 
 def test_three_times_slower_is_slow(scenes, videos):
-    fast = [index for index, scene in enumerate(scenes) if scene.bodies[0].motion.speed == "fast"][:8]
+    fast = [index for index, scene in enumerate(scenes) if scene.bodies[0].motion.speed == "fast"][
+        :8
+    ]
     actions = []
     for index in fast:
         tracks = find(videos[index][np.arange(81) // 3]).tracks
@@ -263,7 +316,12 @@ def scores_of(**rows: float) -> ClipScores:
 
 
 def test_totals_are_weighted_as_vbench_weighs_them():
-    found = means([scores_of(dynamic=0, object=30, relation=np.nan), scores_of(dynamic=0, object=50, relation=np.nan)])
+    found = means(
+        [
+            scores_of(dynamic=0, object=30, relation=np.nan),
+            scores_of(dynamic=0, object=50, relation=np.nan),
+        ]
+    )
     assert found["object"] == 40
     assert found["quality"] == pytest.approx(80 * 6 / 6.5)
     assert found["semantic"] == pytest.approx((40 + 3 * 80) / 4)
@@ -274,7 +332,10 @@ def test_totals_are_weighted_as_vbench_weighs_them():
 def test_intervals_are_reproducible_and_wider_for_captions_drawn_together():
     rng = np.random.default_rng(1)
     scores = [scores_of(action=float(value)) for value in rng.normal(60, 15, 40).repeat(2)]
-    alone, grouped = summarise(scores)["action"], summarise(scores, [i // 2 for i in range(80)])["action"]
+    alone, grouped = (
+        summarise(scores)["action"],
+        summarise(scores, [i // 2 for i in range(80)])["action"],
+    )
     assert alone == summarise(scores)["action"]
     assert alone.low < alone.mean < alone.high and alone.mean == pytest.approx(grouped.mean)
     assert 3.0 < alone.high - alone.low < 9.0  # 2 · 1.96 · 15 / √80 = 6.6
@@ -285,7 +346,9 @@ def test_a_paired_difference_leaves_out_what_the_captions_share():
     rng = np.random.default_rng(2)
     first = [scores_of(action=float(value)) for value in rng.normal(60, 15, 60)]
     second = [replace(score, action=score.action + float(rng.normal(2, 1))) for score in first]
-    assert all(interval.low == interval.high == 0 for interval in paired_difference(first, first).values())
+    assert all(
+        interval.low == interval.high == 0 for interval in paired_difference(first, first).values()
+    )
     gain = paired_difference(second, first)["action"]
     assert 1.5 < gain.low < gain.mean < gain.high < 2.5
     with pytest.raises(ValueError, match=r"60 .* 59"):
@@ -297,7 +360,9 @@ def test_a_paired_difference_leaves_out_what_the_captions_share():
 
 
 def test_a_table_is_aligned_and_complete(truth_scores):
-    lines = format_table({"truth": summarise(truth_scores), "again": summarise(truth_scores[:9])}).splitlines()
+    lines = format_table(
+        {"truth": summarise(truth_scores), "again": summarise(truth_scores[:9])}
+    ).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]] == [*ROWS, *TOTALS]
     assert "| 100.0 (100.0 to 100.0) |" in lines[2]
@@ -314,7 +379,8 @@ def test_diversity_is_that_of_the_world_or_none(scenes):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_frames_at_all_have_scores(seed):
-    """What an untrained model shows: blocks that come, go, touch and change their colour; and plain noise."""
+    """What an untrained model shows: blocks that come, go, touch and change their colour; and plain
+    noise."""
     rng = np.random.default_rng(seed)
     clip = np.empty((17, 64, 64, 3), np.uint8)
     clip[:] = rng.integers(0, 256, 3)
@@ -336,5 +402,9 @@ def test_any_frames_at_all_have_scores(seed):
 
 def test_clips_are_scored_alike_by_other_processes() -> None:
     captions = held_out(2)
-    alone, helped = (score(truth_clips(captions, frames=17), captions, workers=workers) for workers in (0, 1))
-    assert np.array_equal([one.array for one in alone], [one.array for one in helped], equal_nan=True)
+    alone, helped = (
+        score(truth_clips(captions, frames=17), captions, workers=workers) for workers in (0, 1)
+    )
+    assert np.array_equal(
+        [one.array for one in alone], [one.array for one in helped], equal_nan=True
+    )

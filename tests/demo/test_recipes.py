@@ -35,7 +35,14 @@ from autorefiner.refiner.demo.recipes.teacher import (
     TeacherStage,
     teacher_batch,
 )
-from autorefiner.refiner.demo.recipes.text import GROUND, QUESTIONS, TextOptions, TextStage, answers, owners
+from autorefiner.refiner.demo.recipes.text import (
+    GROUND,
+    QUESTIONS,
+    TextOptions,
+    TextStage,
+    answers,
+    owners,
+)
 from autorefiner.refiner.demo.recipes.vae import psnr, reconstruct
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.demo.world import sample_scene
@@ -86,7 +93,9 @@ def test_every_stage_logs_draws_and_shows(folder, stage) -> None:
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["loss"] > 0 for line in lines)
     assert (run / stage / "loss.png").read_bytes().startswith(b"\x89PNG")
-    shown = run / stage / ("answers_000002.txt" if stage in ("text", "reward") else "sheet_000002.png")
+    shown = (
+        run / stage / ("answers_000002.txt" if stage in ("text", "reward") else "sheet_000002.png")
+    )
     assert shown.stat().st_size > 0
 
 
@@ -99,19 +108,28 @@ def test_a_small_student_begins_at_random_weights_and_is_distilled(run, tmp_path
         config = load_sprite_network("student", tmp_path).config
         assert (config.dim, config.num_heads, config.num_layers, config.ffn_dim) == (128, 1, 4, 512)
     assert recipe_of("student", tmp_path)["before"] == [{"recipe": "small", "steps": 2}]
-    networks = load_sprite_network("student", tmp_path), load_sprite_network("teacher")  # the bundle's teacher
+    networks = (
+        load_sprite_network("student", tmp_path),
+        load_sprite_network("teacher"),
+    )  # the bundle's teacher
     small, whole = (sum(one.numel() for one in network.model.parameters()) for network in networks)
     assert small < 0.22 * whole
 
 
 def test_the_finished_models_load_and_say_what_they_are(run) -> None:
     info = inspect(run / "sprites_student.safetensors")
-    assert (info.kind, info.preset, info.preset_reason) == ("transformer", "self-forcing", "its metadata names it")
+    assert (info.kind, info.preset, info.preset_reason) == (
+        "transformer",
+        "self-forcing",
+        "its metadata names it",
+    )
     config = json.loads(info.metadata["config"])["transformer"]
     assert config["causal_ar"] is True
     student, text = load_sprite_network("student", run), load_sprite_text(run)
     assert student.config.text_dim == text.text_dim
-    assert json.loads(inspect(run / "sprites_vae.safetensors").metadata["autorefiner"])["steps"] == 2
+    assert (
+        json.loads(inspect(run / "sprites_vae.safetensors").metadata["autorefiner"])["steps"] == 2
+    )
 
 
 def test_a_model_tells_its_recipes_and_how_its_total_rose(run) -> None:
@@ -133,7 +151,9 @@ def test_clips_are_encoded_with_the_runs_own_vae(run) -> None:
 
 
 def test_diagonal_bounces_are_drawn_more_often() -> None:
-    straight, diagonal = (Caption("", (Stated("star", "red", "bounce", direction=way),)) for way in ("up", "up left"))
+    straight, diagonal = (
+        Caption("", (Stated("star", "red", "bounce", direction=way),)) for way in ("up", "up left")
+    )
     clips = Clips(torch.zeros(3, 16, 21, 8, 8), [straight, diagonal, straight])
     assert clips.drawn.tolist() == [0, *[1] * DIAGONALS, 2]
 
@@ -141,9 +161,13 @@ def test_diagonal_bounces_are_drawn_more_often() -> None:
 def test_a_longer_training_begins_with_the_teacher(run) -> None:
     clips, text, vae = Clips.read(run / "clips"), load_sprite_text(run), load_sprite_vae(run)
     teacher = load_sprite_network("teacher", run)
-    stage = TeacherStage(LongerOptions(batch=2, steps=2), clips, text, vae, torch.device("cpu"), teacher)
+    stage = TeacherStage(
+        LongerOptions(batch=2, steps=2), clips, text, vae, torch.device("cpu"), teacher
+    )
     begun = stage.learner.model.state_dict()
-    assert all(torch.equal(begun[name], tensor) for name, tensor in teacher.model.state_dict().items())
+    assert all(
+        torch.equal(begun[name], tensor) for name, tensor in teacher.model.state_dict().items()
+    )
     assert teacher_batch(stage.options, clips, 0)[0].shape[2] == clips.latents.shape[2]
 
 
@@ -157,7 +181,18 @@ def test_the_student_learnt_from_its_own_rollouts(run) -> None:
 
 def test_a_killed_run_goes_on_with_the_same_losses(tmp_path) -> None:
     """Text stage, killed after its fifth step with the state of the fourth on disk."""
-    options = ["--steps", "8", "--batch", "4", "--save-every", "2", "--show-every", "8", "--device", "cpu"]
+    options = [
+        "--steps",
+        "8",
+        "--batch",
+        "4",
+        "--save-every",
+        "2",
+        "--show-every",
+        "8",
+        "--device",
+        "cpu",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["demo", "train", "text", "--run", str(whole), *options]) == 0
     script = (
@@ -199,7 +234,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(tmp_path) -> None:
 
 def test_one_training_a_folder(tmp_path) -> None:
     with open_exclusive(tmp_path / "lock"), pytest.raises(ValueError, match="another folder"):
-        train(TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), LoopOptions(tmp_path, 2))
+        train(
+            TextStage(TextOptions(steps=4, batch=2), torch.device("cpu")), LoopOptions(tmp_path, 2)
+        )
 
 
 def test_a_state_is_replaced_whole(tmp_path) -> None:
@@ -236,15 +273,25 @@ def test_psnr_is_in_decibel_of_the_whole_range() -> None:
 def test_answers_are_numbered_by_what_the_caption_states() -> None:
     caption = sample_scene(0).caption
     found = answers(caption)
-    said = {name: choices[number - 1] for (name, choices), number in zip(QUESTIONS, found, strict=True) if number}
+    said = {
+        name: choices[number - 1]
+        for (name, choices), number in zip(QUESTIONS, found, strict=True)
+        if number
+    }
     assert said["0.shape"] == caption.objects[0].shape
     assert said.get("ground") == caption.ground
     alone = Caption("", (Stated("star", "red", "spin", direction="clockwise"),))
-    assert [number > 0 for number in answers(alone)] == [True, True, True, False, True, False] + [False] * 8
+    assert [number > 0 for number in answers(alone)] == [True, True, True, False, True, False] + [
+        False
+    ] * 8
 
 
 def owned(caption: Caption, owner: int) -> str:
-    return " ".join(word for word, who in zip(words(caption.text), owners(caption, 32), strict=False) if who == owner)
+    return " ".join(
+        word
+        for word, who in zip(words(caption.text), owners(caption, 32), strict=False)
+        if who == owner
+    )
 
 
 def test_words_belong_to_their_object_or_the_ground() -> None:
@@ -255,7 +302,10 @@ def test_words_belong_to_their_object_or_the_ground() -> None:
     assert owned(caption, 1) == "a blue ball that rests"
     assert owned(caption, GROUND) == "on an olive ground"
     caption = Caption(
-        "on a backdrop of navy over brown a red star bounces", (replace(red, size=None),), None, "navy over brown"
+        "on a backdrop of navy over brown a red star bounces",
+        (replace(red, size=None),),
+        None,
+        "navy over brown",
     )
     assert owned(caption, 0) == "a red star bounces"
     assert owned(caption, GROUND) == "on a backdrop of navy over brown"
@@ -267,7 +317,9 @@ def test_words_of_every_caption_have_an_owner() -> None:
         caption = sample_scene(seed).caption
         found = owners(caption, len(words(caption.text)))
         assert -1 not in found
-        assert {0, len(caption.objects) - 1} <= set(found) and (2 in found) == (caption.ground is not None)
+        assert {0, len(caption.objects) - 1} <= set(found) and (2 in found) == (
+            caption.ground is not None
+        )
 
 
 def test_the_text_encoder_ends_in_zeros_and_says_what_it_does_not_know() -> None:

@@ -40,9 +40,20 @@ def said(caption: Caption) -> dict[str, object]:
 def test_every_change_is_of_one_attribute_that_was_said() -> None:
     caption = Caption("", (RED, BLUE), "left", "navy")
     found = changes(caption)
-    assert {name for _, name, _ in found} == {"shape", "colour", "motion", "speed", "relation", "ground"}
+    assert {name for _, name, _ in found} == {
+        "shape",
+        "colour",
+        "motion",
+        "speed",
+        "relation",
+        "ground",
+    }
     assert (-1, "relation", "right") in found
-    assert {value for place, name, value in found if (place, name) == (0, "shape")} == {"square", "triangle", "cross"}
+    assert {value for place, name, value in found if (place, name) == (0, "shape")} == {
+        "square",
+        "triangle",
+        "cross",
+    }
     assert "blue" not in {value for place, name, value in found if (place, name) == (0, "colour")}
     before = said(caption)
     for change in found:
@@ -53,9 +64,9 @@ def test_every_change_is_of_one_attribute_that_was_said() -> None:
         assert after[key] == value
         assert different - {f"{place}.speed"} == {key} if name == "motion" else different == {key}
     assert draw_change(caption, np.random.default_rng(0), frozenset({"size"})) is None
-    assert {name for _, name, _ in (draw_change(caption, np.random.default_rng(i)) for i in range(60))} == {
-        name for _, name, _ in found
-    }
+    assert {
+        name for _, name, _ in (draw_change(caption, np.random.default_rng(i)) for i in range(60))
+    } == {name for _, name, _ in found}
 
 
 def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
@@ -66,9 +77,14 @@ def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
         other = twin(scene, change, changed(scene.caption, change, rng), rng)
         names.add(change[1])
         assert not np.array_equal(render(other, 25), render(scene, 25))
-        stated = [(body.stated, one) for body, one in zip(other.bodies, other.caption.objects, strict=True)]
+        stated = [
+            (body.stated, one)
+            for body, one in zip(other.bodies, other.caption.objects, strict=True)
+        ]
         for full, told in stated:
-            assert all(getattr(told, name) in (None, getattr(full, name)) for name in Stated.__slots__)
+            assert all(
+                getattr(told, name) in (None, getattr(full, name)) for name in Stated.__slots__
+            )
             assert full.motion != "spin" or SHAPES[full.shape].symmetry
         assert other.caption.ground in (None, other.ground.name)
     assert names == VISIBLE
@@ -84,7 +100,9 @@ def test_a_batch_holds_scenes_and_twins_at_the_same_times() -> None:
     assert len(set(batch.true) | set(batch.false)) == 12
     seen = worn(batch.frames, options, torch.Generator().manual_seed(0))
     assert 0.005 < (seen - batch.frames).abs().mean() < 0.1
-    assert torch.equal(worn(batch.frames, replace(options, noise=0.0, blur=0.0), torch.Generator()), batch.frames)
+    assert torch.equal(
+        worn(batch.frames, replace(options, noise=0.0, blur=0.0), torch.Generator()), batch.frames
+    )
 
 
 def test_frames_of_a_clip_are_those_of_the_whole_one() -> None:
@@ -96,7 +114,9 @@ def test_frames_of_a_clip_are_those_of_the_whole_one() -> None:
 
 
 def test_steps_on_one_batch_lower_its_loss() -> None:
-    stage = RewardStage(RewardOptions(batch=1, learning_rate=0.3), torch.device("cpu"))  # a hundredth of it at step 0
+    stage = RewardStage(
+        RewardOptions(batch=1, learning_rate=0.3), torch.device("cpu")
+    )  # a hundredth of it at step 0
     found = [stage.step(0) for _ in range(6)]
     assert found[-1]["loss"] + found[-1]["facts"] < 0.8 * (found[0]["loss"] + found[0]["facts"])
 
@@ -134,7 +154,9 @@ def test_facts_are_what_is_said_and_nothing_of_colours_that_are_not_there() -> N
 def test_a_frames_time_is_told_to_the_model() -> None:
     torch.manual_seed(0)
     model, frames = SpriteVideoText(), torch.rand(1, 3, 3, 64, 64)
-    early, late = (model.embed_video(frames, torch.tensor(numbers)) for numbers in ((0, 3, 6), (30, 33, 36)))
+    early, late = (
+        model.embed_video(frames, torch.tensor(numbers)) for numbers in ((0, 3, 6), (30, 33, 36))
+    )
     assert not torch.allclose(early, late)
     assert torch.allclose(early, model.embed_video(frames, torch.tensor([[0, 3, 6]])))
     assert torch.allclose(early.norm(dim=-1), torch.ones(1))

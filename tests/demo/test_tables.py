@@ -44,7 +44,19 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     for module in (rows, tables):
         monkeypatch.setattr(module, "WEIGHTS", models)
     out, run = tmp_path / "RESULTS.md", tmp_path / "run"
-    command = ["demo", "tables", "--quick", "--tables", "1", "--captions", "1", "--run", str(run), "--out", str(out)]
+    command = [
+        "demo",
+        "tables",
+        "--quick",
+        "--tables",
+        "1",
+        "--captions",
+        "1",
+        "--run",
+        str(run),
+        "--out",
+        str(out),
+    ]
     assert main(command) == 0
     text = out.read_text()
     for name in ("base", "+LoRA (dmd)", "+InitNoiseRefiner (dmd)", "+AutoRefiner (dmd)"):
@@ -90,9 +102,15 @@ def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
     levels = KINDS[3].rows(options)
     assert len({row.file() for row in levels[1:]}) == 1  # one refiner, seven choices of its levels
     assert len({row.file() for row in KINDS[4].rows(options)[1:]}) == 6
-    forms, ranks = ({row.name: row.file() for row in KINDS[number].rows(options)[1:]} for number in (4, 6))
+    forms, ranks = (
+        {row.name: row.file() for row in KINDS[number].rows(options)[1:]} for number in (4, 6)
+    )
     assert ranks["rank 64"] == forms["history shared, previous pending"]  # trained once
-    names = [row.name for number in TABLES for row in {row.name: row for row in KINDS[number].rows(options)}.values()]
+    names = [
+        row.name
+        for number in TABLES
+        for row in {row.name: row for row in KINDS[number].rows(options)}.values()
+    ]
     same = {row for number in TABLES for row in KINDS[number].rows(options)}
     assert len(same) == len({*names})  # a name stands for one row, whatever the table
 
@@ -101,13 +119,19 @@ def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
     ("changed", "again"),
     [("student", {1, 2}), ("text", {1, 2}), ("teacher", {1}), ("vae", {2}), ("reward", {2})],
 )
-def test_factors_are_those_of_the_models_that_they_were_trained_with(tmp_path, monkeypatch, changed, again) -> None:
+def test_factors_are_those_of_the_models_that_they_were_trained_with(
+    tmp_path, monkeypatch, changed, again
+) -> None:
     monkeypatch.setattr(rows, "WEIGHTS", tmp_path)
     for name in FILES.values():
         save_file({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / name, {"step": "1"})
     trained = {number: KINDS[number].rows(TablesOptions())[-1] for number in (1, 2)}
     before = {number: row.file() for number, row in trained.items()}
-    save_file({"b": torch.ones(3), "a": torch.zeros(2)}, tmp_path / FILES[changed], {"scores": "2", "step": "1"})
+    save_file(
+        {"b": torch.ones(3), "a": torch.zeros(2)},
+        tmp_path / FILES[changed],
+        {"scores": "2", "step": "1"},
+    )
     assert {number: row.file() for number, row in trained.items()} == before
     save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / FILES[changed])
     assert {number for number, row in trained.items() if row.file() != before[number]} == again
@@ -121,7 +145,8 @@ def test_factors_are_found_again_when_words_about_the_preset_change() -> None:
 
 def test_rows_of_two_levels_are_trained_and_sampled_with_them() -> None:
     options = replace(
-        TablesOptions(), controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.levels, Control("shrunk", 0.1)))
+        TablesOptions(),
+        controls=(((1000, 750), Control("shrunk", 0.07)), (PRESET.levels, Control("shrunk", 0.1))),
     )
     base, *others = KINDS[8].rows(options)
     assert base.preset.levels == (1000, 750) and base.name == "base at 1000 750"
@@ -129,7 +154,11 @@ def test_rows_of_two_levels_are_trained_and_sampled_with_them() -> None:
         "base at 1000 500", "base at 1000 750 500", "base", "Δ = -0.07 ε at 1000 750",
     ]  # fmt: skip
     trained = [row for row in others if row.training]
-    assert {row.training.preset.levels for row in trained} == {row.sampler_levels for row in trained} == {(1000, 750)}
+    assert (
+        {row.training.preset.levels for row in trained}
+        == {row.sampler_levels for row in trained}
+        == {(1000, 750)}
+    )
     assert {row.training.levels for row in trained} == {(750,)}
     assert [row.name for row in KINDS[1].rows(options)][:2] == ["base", "Δ = -0.1 ε"]
 
@@ -149,10 +178,14 @@ def test_a_hand_made_refiner_adds_the_bases_flow() -> None:
     network = tiny_network()
     made = Control("hand-made", 0.1).refiner(network, (750,))
     assert made.cache.previous == "joint" and made.levels == {750}
-    torch.testing.assert_close(made.network.model.head.head.weight, -0.1 * network.model.head.head.weight)
+    torch.testing.assert_close(
+        made.network.model.head.head.weight, -0.1 * network.model.head.head.weight
+    )
     assert not made.network.model.head.head.bias.any()
     for name in ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"):
-        assert torch.equal(made.network.model.get_parameter(name), network.model.get_parameter(name))
+        assert torch.equal(
+            made.network.model.get_parameter(name), network.model.get_parameter(name)
+        )
 
 
 def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) -> None:
@@ -161,7 +194,9 @@ def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) ->
     def outcome(bench: Bench, row: Row, device: torch.device) -> Outcome:
         asked.append((row, [caption.text for caption in bench.captions], bench.seeds))
         good = {0.03: 50.0, 0.05: 70.0, 0.07: 60.0, 0.1: 10.0}[row.control.c]
-        return Outcome([ClipScores(*[good] * len(fields(ClipScores)))] * 2, np.zeros((2, 2)), Cost(), 9, 1)
+        return Outcome(
+            [ClipScores(*[good] * len(fields(ClipScores)))] * 2, np.zeros((2, 2)), Cost(), 9, 1
+        )
 
     monkeypatch.setattr(Bench, "outcome", outcome)
     options = TablesOptions(captions=2, tables=(1, 3))
@@ -171,9 +206,16 @@ def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) ->
         (PRESET.levels, formula) for formula in ("Δ = -0.05 ε", "Δ = 0.05 (x0 - ε)", "Δ = -0.05 v")
     ]
     assert len(asked) == 12 and {seeds for *_, seeds in asked} == {2}
-    assert "best of 0.03, 0.05, 0.07, 0.1 on 2 other captions" in how_chosen(replace(options, controls=chosen))
-    assert choose_controls(bench, replace(options, strengths=()), CPU) == () and how_chosen(options) == ""
-    assert not {caption.text for caption in held_out(256)} & {text for _, texts, _ in asked for text in texts}
+    assert "best of 0.03, 0.05, 0.07, 0.1 on 2 other captions" in how_chosen(
+        replace(options, controls=chosen)
+    )
+    assert (
+        choose_controls(bench, replace(options, strengths=()), CPU) == ()
+        and how_chosen(options) == ""
+    )
+    assert not {caption.text for caption in held_out(256)} & {
+        text for _, texts, _ in asked for text in texts
+    }
 
 
 def test_passes_are_counted_by_the_network() -> None:
@@ -181,17 +223,27 @@ def test_passes_are_counted_by_the_network() -> None:
     context = torch.zeros(2, TINY.text_len, TINY.text_dim)
     plan = RunPlan(PRESETS["self-forcing"], 6, 4, 4, batch=2)
     list(sample(counted(network, cost), context, plan))
-    assert cost.passes == 2 * (4 + 1 + 4)  # of two samples: four levels, what writes the memory, four levels
+    assert cost.passes == 2 * (
+        4 + 1 + 4
+    )  # of two samples: four levels, what writes the memory, four levels
 
 
-def test_a_row_that_is_another_by_its_name_alone_is_measured_once(tmp_path: Path, monkeypatch) -> None:
+def test_a_row_that_is_another_by_its_name_alone_is_measured_once(
+    tmp_path: Path, monkeypatch
+) -> None:
     models = tmp_path / "models"
     write_tiny_bundle(models)
     monkeypatch.setattr(rows, "WEIGHTS", models)
     training = TablesOptions.quick().training
-    named = {row.name: row for number in (1, 3) for row in KINDS[number].rows(TablesOptions.quick())}
+    named = {
+        row.name: row for number in (1, 3) for row in KINDS[number].rows(TablesOptions.quick())
+    }
     bench = Bench(None, held_out(1), 1, 6, tmp_path)
-    keys = {name: bench._key(row, models / FILES["text"]) for name, row in named.items() if row.training == training}
+    keys = {
+        name: bench._key(row, models / FILES["text"])
+        for name, row in named.items()
+        if row.training == training
+    }
     whole = " ".join(map(str, training.levels))
     assert keys["+AutoRefiner (dmd)"] == keys[whole]
     assert len(set(keys.values())) == len(keys) - 1
@@ -203,7 +255,10 @@ def test_a_row_tells_its_machines_where_they_differ(tmp_path: Path) -> None:
     again = Outcome.read(tmp_path / "row.json", "this")
     assert (again.trained_on, again.measured_on) == ("a GPU", "a GPU")
     base, cpu = replace(gpu, trained_on=""), replace(gpu, trained_on="a CPU")
-    assert machines({"base": base, "one": gpu}) == "Rows were trained on a GPU; they were measured on a GPU."
+    assert (
+        machines({"base": base, "one": gpu})
+        == "Rows were trained on a GPU; they were measured on a GPU."
+    )
     told = machines({"base": base, "one": gpu, "two": gpu, "three": cpu})
     assert told == "Rows were trained on a GPU, `three` on a CPU; they were measured on a GPU."
     assert machines({"base": replace(base, measured_on="")}) == ""

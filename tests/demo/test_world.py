@@ -1,4 +1,5 @@
-"""The synthetic world: deterministic, true to its captions, and nothing in a caption that cannot be seen."""
+"""The synthetic world: deterministic, true to its captions, and nothing in a caption that cannot be
+seen."""
 
 from dataclasses import replace
 
@@ -13,7 +14,14 @@ from autorefiner.refiner.demo.recipes.text import TextOptions
 from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
 from autorefiner.refiner.demo.scene import Scene
 from autorefiner.refiner.demo.shapes import SHAPES
-from autorefiner.refiner.demo.world import HELD_OUT_ACTS, HELD_OUT_LOOKS, SPLITS, TURN_GAP, realise, sample_scene
+from autorefiner.refiner.demo.world import (
+    HELD_OUT_ACTS,
+    HELD_OUT_LOOKS,
+    SPLITS,
+    TURN_GAP,
+    realise,
+    sample_scene,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,8 @@ def test_a_seed_is_one_clip_whatever_else_is_drawn(split):
 
 
 def test_a_seed_keeps_its_meaning():
-    """Evaluation sets are lists of seeds, so a change of these captions is a change of every published number."""
+    """Evaluation sets are lists of seeds, so a change of these captions is a change of every
+    published number."""
     texts = [sample_scene(0, split).caption.text for split in ("train", "test")]
     assert texts == [
         "a green star spins counterclockwise slowly to the left of a white "
@@ -87,7 +96,9 @@ def test_pixels_are_where_the_truth_says(scenes):
 def test_held_out_pairs_are_in_composition_only(scenes):
     def pairs(scene: Scene) -> set:
         stated = [body.stated for body in scene.bodies]
-        return {(one.shape, one.colour) for one in stated} | {(one.colour, one.motion) for one in stated}
+        return {(one.shape, one.colour) for one in stated} | {
+            (one.colour, one.motion) for one in stated
+        }
 
     held_out = HELD_OUT_LOOKS | HELD_OUT_ACTS
     seen = set().union(*(pairs(scene) for scene in scenes))
@@ -110,7 +121,11 @@ def test_a_caption_states_what_is_there_in_its_words(scenes):
     for scene in scenes:
         text = scene.caption.text
         for stated, body in zip(scene.caption.objects, scene.bodies, strict=True):
-            left_out = {name: None for name in ("size", "direction", "speed") if getattr(stated, name) is None}
+            left_out = {
+                name: None
+                for name in ("size", "direction", "speed")
+                if getattr(stated, name) is None
+            }
             assert stated == replace(body.stated, **left_out)
             assert any(word in words(text) for word in SHAPE_WORDS[stated.shape])
         assert scene.caption.ground in (None, scene.ground.name)
@@ -121,7 +136,9 @@ def test_what_cannot_be_seen_is_in_no_caption(scenes):
         bodies = [body.stated for body in scene.bodies]
         assert len({stated.colour for stated in bodies}) == len(bodies)
         assert all(stated.motion != "spin" or SHAPES[stated.shape].symmetry for stated in bodies)
-        assert all(stated.size is None for stated in scene.caption.objects if stated.motion == "pulse")
+        assert all(
+            stated.size is None for stated in scene.caption.objects if stated.motion == "pulse"
+        )
         assert any(stated.motion != "still" for stated in bodies)
 
 
@@ -131,7 +148,9 @@ def test_relations_hold_at_all_times(scenes):
         axis = int(scene.caption.relation in ("above", "below"))
         sign = 1 if scene.caption.relation in ("left", "above") else -1
         reach = truth.radius * [SHAPES[shape].reach for shape in truth.shape]
-        assert (sign * (truth.position[:, 1, axis] - truth.position[:, 0, axis]) > reach.sum(axis=1)).all()
+        assert (
+            sign * (truth.position[:, 1, axis] - truth.position[:, 0, axis]) > reach.sum(axis=1)
+        ).all()
 
 
 def test_only_what_passes_is_ever_hidden(scenes):
@@ -187,7 +206,11 @@ def test_a_caption_can_be_realised_again_and_otherwise(scenes):
         first, second = realise(scene.caption, 1), realise(scene.caption, 2)
         assert first == realise(scene.caption, 1) and first.bodies != second.bodies
         for stated, body in zip(scene.caption.objects, first.bodies, strict=True):
-            left_out = {name: None for name in ("size", "direction", "speed") if getattr(stated, name) is None}
+            left_out = {
+                name: None
+                for name in ("size", "direction", "speed")
+                if getattr(stated, name) is None
+            }
             assert stated == replace(body.stated, **left_out)
         assert scene.caption.ground in (None, first.ground.name)
         if scene.caption.relation == "left":
@@ -200,7 +223,9 @@ def test_a_batch_holds_the_clips_of_its_seeds():
     assert captions == [sample_scene(seed, "test").caption for seed in (3, 5)]
     frames = render(sample_scene(5, "test"), 9, 32)
     assert torch.equal(pixels[1], to_pixels(frames))
-    assert torch.equal(((pixels[1] + 1) * 127.5).round().byte().permute(1, 2, 3, 0), torch.from_numpy(frames))
+    assert torch.equal(
+        ((pixels[1] + 1) * 127.5).round().byte().permute(1, 2, 3, 0), torch.from_numpy(frames)
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,15 +245,21 @@ def test_wrong_input_says_what_to_do(call, message):
 
 def test_a_caption_that_does_not_fit_says_so(scenes):
     scene = next(scene for scene in scenes if len(scene.bodies) == 2)
-    wide = replace(scene.caption.objects[0], motion="bounce", direction="right", size="large", shape="star")
+    wide = replace(
+        scene.caption.objects[0], motion="bounce", direction="right", size="large", shape="star"
+    )
     caption = replace(scene.caption, objects=(wide, wide), relation="left")
     with pytest.raises(ValueError, match="fit"):
         realise(caption, 0)
 
 
 def test_no_caption_is_unlike_captions_and_others_are_told() -> None:
-    assert not [told for seed in range(300) for told in unlike_captions(sample_scene(seed).caption.text)]
-    told = unlike_captions("a small red star bounces to the left of a green circle on a blue ground")
+    assert not [
+        told for seed in range(300) for told in unlike_captions(sample_scene(seed).caption.text)
+    ]
+    told = unlike_captions(
+        "a small red star bounces to the left of a green circle on a blue ground"
+    )
     assert told[0].startswith("the sprites have no blue ground: theirs are black, grey")
     assert told[1:] == ["the circle has no motion: say one of each object, as 'that stays still'"]
     assert unlike_captions("a star") and not unlike_captions("")

@@ -19,13 +19,42 @@ TEXTS = (
     "\ud800", "😀" * 300, "-1", "nan", "1e999", "0x10", "[]", "file:///etc/passwd", "http://127.0.0.1:9/x",
     "%date:" * 50,
 )  # fmt: skip
-NUMBERS = (-1, 0, 1, 2, 3.5, -0.0, 2**31, 2**63, 2**64, 10**400, 1e308, float("inf"), float("-inf"), float("nan"), True)
-ODD = (None, [], {}, [[]], {"": None}, [["1", 0]], ["1", 99], ["1", -1], [None, None], [1] * 1000, {"__proto__": {}})
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    3.5,
+    -0.0,
+    2**31,
+    2**63,
+    2**64,
+    10**400,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    True,
+)
+ODD = (
+    None,
+    [],
+    {},
+    [[]],
+    {"": None},
+    [["1", 0]],
+    ["1", 99],
+    ["1", -1],
+    [None, None],
+    [1] * 1000,
+    {"__proto__": {}},
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One input and what is done with it. ValueError and OSError in one line are the right refusals."""
+    """One input and what is done with it. ValueError and OSError in one line are the right
+    refusals."""
 
     name: str
     act: Callable[[], object]
@@ -58,14 +87,17 @@ def damaged(content: bytes, choose: random.Random) -> bytes:
         elif way == 3:
             data[at : at + length] = choose.randbytes(min(length, len(data) - at))
         elif way == 4:
-            data[at : at + 4] = choose.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x80"))
+            data[at : at + 4] = choose.choice(
+                (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x80")
+            )
         else:
             del data[at:]
     return bytes(data)
 
 
 def changed(document: object, choose: random.Random) -> object:
-    """A copy of a JSON document in which a few places hold something else, are gone, or are twice there."""
+    """A copy of a JSON document in which a few places hold something else, are gone, or are twice
+    there."""
     result = json.loads(json.dumps(document))
     for _ in range(choose.choice((1, 1, 1, 2, 5))):
         places = list(_places(result))
@@ -81,7 +113,9 @@ def changed(document: object, choose: random.Random) -> object:
             other, place = choose.choice(places)
             if isinstance(other, list) and isinstance(place, int) and place >= len(other):
                 continue
-            holder[key] = json.loads(json.dumps(other.get(place) if isinstance(other, dict) else other[place]))
+            holder[key] = json.loads(
+                json.dumps(other.get(place) if isinstance(other, dict) else other[place])
+            )
         elif way == 3:
             nested: object = 1
             for _ in range(choose.choice((10, 900))):
@@ -95,7 +129,13 @@ def changed(document: object, choose: random.Random) -> object:
 
 def _places(value: object):
     """(container, key) of every value in a document."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in pairs:
         yield value, key
         yield from _places(inner)

@@ -9,10 +9,27 @@ from autorefiner.nodes.hosts import standalone
 from autorefiner.refiner.train import read_prompts
 from autorefiner.refiner.train_config import TrainConfig
 
-from .base import ESCAPES, NUMBERS, TEXTS, Attempt, as_json, changed, command, damaged, hostile_value
+from .base import (
+    ESCAPES,
+    NUMBERS,
+    TEXTS,
+    Attempt,
+    as_json,
+    changed,
+    command,
+    damaged,
+    hostile_value,
+)
 
 API = Path(__file__).parents[2] / "workflows" / "api"
-WORKFLOWS = ("quickstart", "text_to_video", "start_image", "extend_a_clip", "compare_controls", "train_a_refiner")
+WORKFLOWS = (
+    "quickstart",
+    "text_to_video",
+    "start_image",
+    "extend_a_clip",
+    "compare_controls",
+    "train_a_refiner",
+)
 SMALL = {
     "length": 1,
     "width": 64,
@@ -95,15 +112,33 @@ def workflows(folder: Path, choose: random.Random) -> Attempt:
         content = damaged(content, choose)
     elif way == 1:
         content = choose.choice(
-            (b"[" * 50_000, b'{"1":' * 3000, b"\xff\xfe{}", b"{}", b"[]", b"null", b'{"1": {}}', b"")
+            (
+                b"[" * 50_000,
+                b'{"1":' * 3000,
+                b"\xff\xfe{}",
+                b"{}",
+                b"[]",
+                b"null",
+                b'{"1": {}}',
+                b"",
+            )
         )
     elif way == 2:
-        content = content.decode().encode(choose.choice(("utf-16", "utf-16-le", "utf-8-sig", "utf-32")))
+        content = content.decode().encode(
+            choose.choice(("utf-16", "utf-16-le", "utf-8-sig", "utf-32"))
+        )
     path = folder / "hostile.json"
     path.write_bytes(content)
-    sets = ["--set", choose.choice((*TEXTS, "3.seed=7", "3.seed", "=", "99.x=1"))] if choose.random() < 0.1 else []
+    sets = (
+        ["--set", choose.choice((*TEXTS, "3.seed=7", "3.seed", "=", "99.x=1"))]
+        if choose.random() < 0.1
+        else []
+    )
     sets = [one.replace("\0", "") for one in sets]
-    return Attempt(f"workflow {name}", command("run", path, "--base", folder, "--out", folder / "output", *sets))
+    return Attempt(
+        f"workflow {name}",
+        command("run", path, "--base", folder, "--out", folder / "output", *sets),
+    )
 
 
 def toml_value(value: object) -> str:
@@ -144,7 +179,10 @@ def arguments(folder: Path, choose: random.Random) -> Attempt:
               ESCAPES)  # fmt: skip
     values = [value for value in values if "secret" not in value]  # a user may name any file
     if choose.random() < 0.2:
-        given = [choose.choice(("inspect", "train", "run", "bench", "demo", "presets")), choose.choice(values)]
+        given = [
+            choose.choice(("inspect", "train", "run", "bench", "demo", "presets")),
+            choose.choice(values),
+        ]
         given = ["inspect", given[1]] if given[0] in ("bench", "demo") else given
     else:
         given = [
@@ -166,20 +204,39 @@ def arguments(folder: Path, choose: random.Random) -> Attempt:
 
 def prompts(folder: Path, choose: random.Random) -> Attempt:
     """A file of prompts in some encoding, or a prompt of odd characters."""
-    text = "\n".join(choose.choices((*TEXTS, "a red star circles on a navy ground"), k=choose.choice((1, 5, 50))))
-    encoding = choose.choice(("utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-7"))
+    text = "\n".join(
+        choose.choices((*TEXTS, "a red star circles on a navy ground"), k=choose.choice((1, 5, 50)))
+    )
+    encoding = choose.choice(
+        ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-7")
+    )
     path = folder / "prompts.txt"
     path.write_bytes(text.encode(encoding, errors="replace"))
-    generate = ["generate", "--model", "sprites", "--frames", "1", "--out", folder / "a.mp4", "--prompt"]
+    generate = [
+        "generate",
+        "--model",
+        "sprites",
+        "--frames",
+        "1",
+        "--out",
+        folder / "a.mp4",
+        "--prompt",
+    ]
     prompt = choose.choice(TEXTS).replace("\0", "").replace("\ud800", "\udcff")
-    return Attempt("prompts", choose.choice((lambda: read_prompts(str(path)), command(*generate, prompt))))
+    return Attempt(
+        "prompts", choose.choice((lambda: read_prompts(str(path)), command(*generate, prompt)))
+    )
 
 
 def posts(folder: Path, choose: random.Random) -> Attempt:
     """What the page posts, changed."""
     place = standalone.Place(folder, folder / "output")
     model = {"file": choose.choice(TEXTS), "weights": "auto", "dtype": "auto", "preset": "auto"}
-    view = {**VIEW, "model": choose.choice((VIEW["model"], model)), "refiner": choose.choice((None, {"file": "x"}))}
+    view = {
+        **VIEW,
+        "model": choose.choice((VIEW["model"], model)),
+        "refiner": choose.choice((None, {"file": "x"})),
+    }
     posted = changed(view, choose)
 
     def act() -> object:

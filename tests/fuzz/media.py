@@ -44,10 +44,17 @@ def png(width: int, height: int, body: bytes) -> bytes:
     """A PNG that says these sizes, one bit a pixel."""
 
     def piece(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", header) + piece(b"IDAT", zlib.compress(body)) + piece(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + piece(b"IHDR", header)
+        + piece(b"IDAT", zlib.compress(body))
+        + piece(b"IEND", b"")
+    )
 
 
 def bomb(choose: random.Random) -> bytes:
@@ -105,7 +112,10 @@ def videos(folder: Path, choose: random.Random) -> Attempt:
         content = (folder / "clip.mp4").read_bytes().replace(*choose.choice(BOXES))
     else:
         content = damaged((folder / "clip.mp4").read_bytes(), choose)
-    stem, suffix = choose.choice(("hostile", ESCAPES)), choose.choice(("mp4", "mp4", "mp4", "m3u8", "mkv", "webm"))
+    stem, suffix = (
+        choose.choice(("hostile", ESCAPES)),
+        choose.choice(("mp4", "mp4", "mp4", "m3u8", "mkv", "webm")),
+    )
     path = folder / f"{stem}.{suffix}"
     path.write_bytes(content)
     readers = (read_frames, count_frames, playable_frames, read_metadata, video_rate, video_size)

@@ -1,4 +1,5 @@
-"""Pickles: random instructions, allowed functions with wrong arguments, and code that must not run."""
+"""Pickles: random instructions, allowed functions with wrong arguments, and code that must not
+run."""
 
 import io
 import pickle
@@ -77,12 +78,17 @@ def pickles(folder: Path, choose: random.Random) -> Attempt:
         content = called(choose)
     elif way == 2:
         saved = io.BytesIO()
-        torch.save({"a": torch.zeros(3), "b": {"c": [1, 2.5, "x"]}}, saved, _use_new_zipfile_serialization=False)
+        torch.save(
+            {"a": torch.zeros(3), "b": {"c": [1, 2.5, "x"]}},
+            saved,
+            _use_new_zipfile_serialization=False,
+        )
         content = damaged(saved.getvalue(), choose)
     elif way == 3:
         content = (
             b"\x80\x02"
-            + choose.choice((b"(", b"]", b"K\x01", b"}q\x00", b"h\x00")) * choose.choice((9, 10**5, 10**7))
+            + choose.choice((b"(", b"]", b"K\x01", b"}q\x00", b"h\x00"))
+            * choose.choice((9, 10**5, 10**7))
             + b"."
         )
     else:
@@ -90,13 +96,19 @@ def pickles(folder: Path, choose: random.Random) -> Attempt:
     path = folder / "hostile.pt"
     if choose.random() < 0.6:
         zipped = io.BytesIO()
-        with zipfile.ZipFile(zipped, "w", choose.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
-            for name in choose.sample(("a/data.pkl", "a/version", "a/data/0", "../x", "a/byteorder"), 3):
+        with zipfile.ZipFile(
+            zipped, "w", choose.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        ) as archive:
+            for name in choose.sample(
+                ("a/data.pkl", "a/version", "a/data/0", "../x", "a/byteorder"), 3
+            ):
                 archive.writestr(name, content if name.endswith("pkl") else b"3\n")
         content = zipped.getvalue()
     path.write_bytes(content)
     option = choose.choice(("--model", "--vae", "--lora", "--refiner"))
     generate = ["generate", "--prompt", "a", "--frames", "1", "--out", folder / "a.mp4"]
     inspecting = command("inspect", path)
-    generating = command(*generate, *([] if option == "--model" else ["--model", "sprites"]), option, path)
+    generating = command(
+        *generate, *([] if option == "--model" else ["--model", "sprites"]), option, path
+    )
     return Attempt(f"pickle {way}", choose.choice((inspecting, generating)))

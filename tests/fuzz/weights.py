@@ -19,16 +19,52 @@ BUNDLED = (*FILES.values(), "sprites.refiner.safetensors")
 
 def uses(path: Path, folder: Path, choose: random.Random) -> Attempt:
     """What a user does with a weight file."""
-    common = ["--prompt", "a red star", "--frames", "1", "--size", "16x16", "--out", folder / "a.mp4", "--overwrite"]
-    sprites = ["generate", "--model", "sprites", "--prompt", "a red star", "--frames", "1", "--out", folder / "a.mp4"]
+    common = [
+        "--prompt",
+        "a red star",
+        "--frames",
+        "1",
+        "--size",
+        "16x16",
+        "--out",
+        folder / "a.mp4",
+        "--overwrite",
+    ]
+    sprites = [
+        "generate",
+        "--model",
+        "sprites",
+        "--prompt",
+        "a red star",
+        "--frames",
+        "1",
+        "--out",
+        folder / "a.mp4",
+    ]
     given = ["--vae", folder / "vae.safetensors", "--context", folder / "context.safetensors"]
     ways = {
         "inspect": ["inspect", path],
         "model": ["generate", "--model", path, "--preset", "self-forcing", *common, *given],
-        "vae": ["generate", "--model", folder / "model.safetensors", *common, *given[2:], "--vae", path],
+        "vae": [
+            "generate",
+            "--model",
+            folder / "model.safetensors",
+            *common,
+            *given[2:],
+            "--vae",
+            path,
+        ],
         "lora": [*sprites, "--lora", path],
         "refiner": [*sprites, "--refiner", path],
-        "context": ["generate", "--model", folder / "model.safetensors", *common, *given[:2], "--context", path],
+        "context": [
+            "generate",
+            "--model",
+            folder / "model.safetensors",
+            *common,
+            *given[:2],
+            "--context",
+            path,
+        ],
         "text encoder": [
             "generate",
             "--model",
@@ -57,21 +93,29 @@ def safetensors(folder: Path, choose: random.Random) -> Attempt:
         header = as_json(changed(json.loads(header), choose))
         content = struct.pack("<Q", len(header)) + header + data
     elif way == 2:
-        content = struct.pack("<Q", choose.choice((0, 1, length + 1, 2**31, 2**63, 2**64 - 1))) + header + data
+        content = (
+            struct.pack("<Q", choose.choice((0, 1, length + 1, 2**31, 2**63, 2**64 - 1)))
+            + header
+            + data
+        )
     elif way == 3:
         table = json.loads(header)
         some = choose.sample(list(table), min(3, len(table)))
         for key in some:
-            table[choose.choice((ESCAPES, key + ".x", "lora_A." + key, "a" * 9000, "blocks.99999." + key))] = table.pop(
-                key
-            )
+            table[
+                choose.choice(
+                    (ESCAPES, key + ".x", "lora_A." + key, "a" * 9000, "blocks.99999." + key)
+                )
+            ] = table.pop(key)
         header = as_json(table)
         content = struct.pack("<Q", len(header)) + header + data
     elif way == 4:
         table = json.loads(header)
         table["__metadata__"] = {
             "config": as_json(changed({"transformer": {"num_heads": 2}}, choose)).decode(),
-            "autorefiner": choose.choice((ESCAPES, "[" * 9999, '{"preset": "' + ESCAPES + '"}', "{}")),
+            "autorefiner": choose.choice(
+                (ESCAPES, "[" * 9999, '{"preset": "' + ESCAPES + '"}', "{}")
+            ),
         }
         header = json.dumps(table).encode()
         content = struct.pack("<Q", len(header)) + header + data
@@ -95,7 +139,9 @@ def torch_files(folder: Path, choose: random.Random) -> Attempt:
     )  # fmt: skip
     state[key] = choose.choice(kinds)(state[key])
     if choose.random() < 0.3:
-        state[choose.choice((ESCAPES, 3, None, ("a", 1), "a" * 5000, key + ".alpha"))] = torch.zeros(1)
+        state[choose.choice((ESCAPES, 3, None, ("a", 1), "a" * 5000, key + ".alpha"))] = (
+            torch.zeros(1)
+        )
     wrapped = choose.choice(
         (
             state,
@@ -128,8 +174,14 @@ def folders(folder: Path, choose: random.Random) -> Attempt:
     )
     for name in choose.sample(names, 3):
         if name.endswith("json"):
-            content = as_json(changed(index if "index" in name else {"model_type": "umt5", "lora_alpha": 2}, choose))
-            (place / name).write_bytes(damaged(content, choose) if choose.random() < 0.3 else content)
+            content = as_json(
+                changed(
+                    index if "index" in name else {"model_type": "umt5", "lora_alpha": 2}, choose
+                )
+            )
+            (place / name).write_bytes(
+                damaged(content, choose) if choose.random() < 0.3 else content
+            )
         else:
             (place / name).write_bytes((folder / "lora.safetensors").read_bytes())
     (place / "loop").symlink_to(place)
@@ -148,7 +200,9 @@ def latents(folder: Path, choose: random.Random) -> Attempt:
         with open(path, "rb+") as file:
             file.truncate(choose.choice((0, 7, 100, length + 8, length + 9, 1 << 40)))
     if choose.random() < 0.3:
-        return Attempt("latents read", lambda: read_latents(path) if path.stat().st_size < 1 << 30 else None)
+        return Attempt(
+            "latents read", lambda: read_latents(path) if path.stat().st_size < 1 << 30 else None
+        )
     return uses(path, folder, choose)
 
 

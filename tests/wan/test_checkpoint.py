@@ -1,4 +1,5 @@
-"""Published files, written here with random weights in their exact key layouts, load bit for bit."""
+"""Published files, written here with random weights in their exact key layouts, load bit for
+bit."""
 
 import json
 import re
@@ -6,11 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import CONFIG, FSDP, State, equal_bits, in_diffusers, make_state, message, prefixed, write, write_14b
+from published import (
+    CONFIG,
+    FSDP,
+    State,
+    equal_bits,
+    in_diffusers,
+    make_state,
+    message,
+    prefixed,
+    write,
+    write_14b,
+)
 from safetensors.torch import load_file
 
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, load_vae_state, read_transformer
+from autorefiner.refiner.wan.checkpoint import (
+    describe,
+    inspect,
+    load_transformer,
+    load_vae_state,
+    read_transformer,
+)
 from autorefiner.refiner.wan.layouts import INSTEAD
 from autorefiner.refiner.wan.published import FRAGMENTS, LORAS, MODELS
 from autorefiner.refiner.wan.transformer import WAN_14B, WanConfig
@@ -24,7 +42,8 @@ def state() -> State:
 def wrapped(state: State) -> State:
     """As torch.compile and activation checkpointing of single blocks leave the names."""
     return {
-        "model._orig_mod." + re.sub(r"^(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name): tensor
+        "model._orig_mod."
+        + re.sub(r"^(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name): tensor
         for name, tensor in state.items()
     }
 
@@ -69,9 +88,16 @@ def test_every_layout_loads_bit_for_bit(layout: str, state: State, tmp_path: Pat
     path = write(tmp_path / name, make(state))
     model, info = load_transformer(path)
     assert equal_bits(model.state_dict(), state)
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
     assert info == inspect(path)
-    assert (info.kind, info.top_key, info.preset, info.config) == ("transformer", top_key, preset, CONFIG)
+    assert (info.kind, info.top_key, info.preset, info.config) == (
+        "transformer",
+        top_key,
+        preset,
+        CONFIG,
+    )
     assert (info.tensors, info.dtypes) == (len(state), ("bfloat16",))
     assert info.nbytes == sum(tensor.nbytes for tensor in state.values())
 
@@ -82,13 +108,21 @@ def test_diffusers_norm2_is_our_norm3(state: State) -> None:
 
 
 def test_what_was_removed_is_told(state: State, tmp_path: Path) -> None:
-    info = inspect(write(tmp_path / "a.pt", {"generator_ema": prefixed(state, FSDP), "critic": OTHER, "step": 600}))
+    info = inspect(
+        write(
+            tmp_path / "a.pt",
+            {"generator_ema": prefixed(state, FSDP), "critic": OTHER, "step": 600},
+        )
+    )
     assert (info.prefix, info.infixes) == ("model.", ("_fsdp_wrapped_module.",))
     assert info.other_keys == ("critic", "step")
     lines = describe(info).splitlines()
     assert "removed   model. _fsdp_wrapped_module." in lines
     assert "weights   generator_ema (also in it: critic, step)" in lines
-    assert any(line.startswith("sizes     width 256, 2 layers, 2 heads, feed-forward 256") for line in lines)
+    assert any(
+        line.startswith("sizes     width 256, 2 layers, 2 heads, feed-forward 256")
+        for line in lines
+    )
     assert f"tensors   {len(state)}, bfloat16, 3.93 MB" in lines
     assert {line[9] for line in lines} == {" "}
 
@@ -105,8 +139,13 @@ def test_averaged_or_raw_weights_by_request(state: State, tmp_path: Path) -> Non
     assert "'best'" in message(path, weights="best")
 
 
-def test_a_name_known_to_use_raw_weights_is_followed_and_noted(state: State, tmp_path: Path) -> None:
-    both = {"generator": prefixed(state, "model."), "generator_ema": prefixed(make_state(1), "model.")}
+def test_a_name_known_to_use_raw_weights_is_followed_and_noted(
+    state: State, tmp_path: Path
+) -> None:
+    both = {
+        "generator": prefixed(state, "model."),
+        "generator_ema": prefixed(make_state(1), "model."),
+    }
     info = inspect(write(tmp_path / "longlive_base.pt", both))
     assert info.top_key == "generator"
     assert "weights=ema takes generator_ema" in info.notes[0]
@@ -154,7 +193,9 @@ def test_a_narrow_model_needs_its_heads_in_metadata(tmp_path: Path) -> None:
     config = WanConfig(dim=64, num_heads=2, ffn_dim=64, num_layers=1, text_dim=8)
     narrow = make_state(config=config)
     assert "num_heads" in message(write(tmp_path / "a.safetensors", narrow))
-    path = write(tmp_path / "b.safetensors", narrow, {"config": '{"transformer": {"num_heads": 2}}'})
+    path = write(
+        tmp_path / "b.safetensors", narrow, {"config": '{"transformer": {"num_heads": 2}}'}
+    )
     assert load_transformer(path)[0].config == config
 
 
@@ -166,19 +207,26 @@ def test_a_narrow_model_needs_its_heads_in_metadata(tmp_path: Path) -> None:
             "cannot tell Self-Forcing",
         ),
         (lambda s: {"generator_ema": prefixed(s, FSDP)}, "frame-wise, 2-step, 1-step"),
-        (lambda s: {"generator": prefixed(s, "model."), "critic": OTHER}, "cannot tell CausVid, LongLive"),
+        (
+            lambda s: {"generator": prefixed(s, "model."), "critic": OTHER},
+            "cannot tell CausVid, LongLive",
+        ),
         (lambda s: prefixed(s, "model."), "the training wrapper's names"),
         (dict, "plain Wan2.1"),
     ],
 )
-def test_keys_alone_never_decide_what_they_cannot(content, reason: str, state: State, tmp_path: Path) -> None:
+def test_keys_alone_never_decide_what_they_cannot(
+    content, reason: str, state: State, tmp_path: Path
+) -> None:
     info = inspect(write(tmp_path / "x" / "y" / "model.pt", content(state)))
     assert info.preset is None
     assert reason in info.preset_reason and "pass --preset" in info.preset_reason
 
 
 def test_the_presets_named_here_exist() -> None:
-    assert {preset for _, preset in FRAGMENTS} | {row.preset for row in (*MODELS, *LORAS) if row.preset} <= set(PRESETS)
+    assert {preset for _, preset in FRAGMENTS} | {
+        row.preset for row in (*MODELS, *LORAS) if row.preset
+    } <= set(PRESETS)
 
 
 def test_krea_is_known_by_its_name_and_size_without_reading_data(tmp_path: Path) -> None:
@@ -200,7 +248,9 @@ def test_krea_is_known_by_its_name_and_size_without_reading_data(tmp_path: Path)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_stored_dtype_is_kept(dtype: torch.dtype, state: State, tmp_path: Path) -> None:
     stored = {name: tensor.to(dtype) for name, tensor in state.items()}
-    assert equal_bits(load_transformer(write(tmp_path / "a.safetensors", stored))[0].state_dict(), stored)
+    assert equal_bits(
+        load_transformer(write(tmp_path / "a.safetensors", stored))[0].state_dict(), stored
+    )
 
 
 def test_another_dtype_by_request(state: State, tmp_path: Path) -> None:
@@ -211,12 +261,21 @@ def test_another_dtype_by_request(state: State, tmp_path: Path) -> None:
         load_transformer(tmp_path / "a.pt", dtype=torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(("most", "runs"), [(torch.float8_e4m3fn, torch.bfloat16), (torch.float16, torch.float16)])
-def test_mixed_files_run_in_the_dtype_of_most_bytes_and_fp8_in_bf16(most, runs, state: State, tmp_path: Path) -> None:
-    stored = {name: tensor.to(most) if tensor.ndim == 2 else tensor.float() for name, tensor in state.items()}
+@pytest.mark.parametrize(
+    ("most", "runs"), [(torch.float8_e4m3fn, torch.bfloat16), (torch.float16, torch.float16)]
+)
+def test_mixed_files_run_in_the_dtype_of_most_bytes_and_fp8_in_bf16(
+    most, runs, state: State, tmp_path: Path
+) -> None:
+    stored = {
+        name: tensor.to(most) if tensor.ndim == 2 else tensor.float()
+        for name, tensor in state.items()
+    }
     path = write(tmp_path / "a.safetensors", stored)
     model, info = load_transformer(path)
-    assert equal_bits(model.state_dict(), {name: tensor.to(runs) for name, tensor in stored.items()})
+    assert equal_bits(
+        model.state_dict(), {name: tensor.to(runs) for name, tensor in stored.items()}
+    )
     assert info.dtypes == (str(most).removeprefix("torch."), "float32")
 
 
@@ -235,7 +294,9 @@ def test_quantised_files_are_refused(state: State, tmp_path: Path) -> None:
     assert "blocks.0.ffn.0.weight in torch.int8" in message(path, dtype=torch.float32)
 
 
-def test_a_host_with_modules_of_its_own_reads_what_is_complete(state: State, tmp_path: Path) -> None:
+def test_a_host_with_modules_of_its_own_reads_what_is_complete(
+    state: State, tmp_path: Path
+) -> None:
     weights, info = read_transformer(write(tmp_path / "a.safetensors", prefixed(state, "model.")))
     assert set(weights) == set(state) and info.config.num_layers == 2
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
@@ -261,7 +322,13 @@ def test_changing_loaded_weights_leaves_the_file_alone(state: State, tmp_path: P
     ("kind", "names"),
     [
         ("lora", ["diffusion_model.blocks.0.ffn.0.lora_A.weight"]),
-        ("refiner", ["autorefiner.blocks.0.ffn.0.lora_A.weight", "autorefiner.blocks.0.ffn.0.lora_B.weight"]),
+        (
+            "refiner",
+            [
+                "autorefiner.blocks.0.ffn.0.lora_A.weight",
+                "autorefiner.blocks.0.ffn.0.lora_B.weight",
+            ],
+        ),
         ("vae", ["decoder.head.0.gamma"]),
         ("vae", ["first_stage_model.decoder.head.0.gamma"]),
         ("text encoder", ["encoder.block.0.layer.0.SelfAttention.q.weight"]),
@@ -271,7 +338,12 @@ def test_changing_loaded_weights_leaves_the_file_alone(state: State, tmp_path: P
 def test_other_kinds_are_named(kind: str, names: list[str], tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {name: torch.zeros(2, 2) for name in names})
     info = inspect(path)
-    assert (info.kind, info.config, info.preset, info.preset_reason) == (kind, None, None, f"a {kind} file has none")
+    assert (info.kind, info.config, info.preset, info.preset_reason) == (
+        kind,
+        None,
+        None,
+        f"a {kind} file has none",
+    )
     assert INSTEAD[kind] in message(path)
 
 
@@ -279,13 +351,21 @@ def test_other_video_models_are_named(state: State, tmp_path: Path) -> None:
     def with_channels(inside: int, outside: int) -> State:
         head = torch.zeros(outside * 4, 256)
         patch = torch.zeros(256, inside, 1, 2, 2)
-        return state | {"patch_embedding.weight": patch, "head.head.weight": head, "head.head.bias": head[:, 0]}
+        return state | {
+            "patch_embedding.weight": patch,
+            "head.head.weight": head,
+            "head.head.bias": head[:, 0],
+        }
 
     image = "Wan2.1 image-to-video"
     cases = [
         (with_channels(36, 16), image),
         (state | {"img_emb.proj.0.weight": torch.zeros(2)}, image),
-        (in_diffusers(state) | {"condition_embedder.image_embedder.norm1.weight": torch.zeros(2)}, image),
+        (
+            in_diffusers(state)
+            | {"condition_embedder.image_embedder.norm1.weight": torch.zeros(2)},
+            image,
+        ),
         (with_channels(48, 48), "Wan2.2 5B (48 latent channels)"),
         (state | {"vace_blocks.0.self_attn.q.weight": torch.zeros(2)}, "Wan2.1 VACE"),
         (with_channels(32, 16), "a model of 32 input and 16 output channels"),
@@ -298,12 +378,14 @@ def test_other_video_models_are_named(state: State, tmp_path: Path) -> None:
 
 def test_incomplete_models(state: State, tmp_path: Path) -> None:
     def without(*parts: str) -> State:
-        return {name: tensor for name, tensor in state.items() if not any(part in name for part in parts)}
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if not any(part in name for part in parts)
+        }
 
     cases = {
-        "blocks.0.self_attn.k.weight": (
-            without("blocks.0.self_attn.k.", "blocks.0.self_attn.v.")
-        ),
+        "blocks.0.self_attn.k.weight": (without("blocks.0.self_attn.k.", "blocks.0.self_attn.v.")),
         "head.modulation": without("head.modulation"),
         "head.modulation of shape [256]": state | {"head.modulation": torch.zeros(256)},
         "blocks.0.extra": state | {"blocks.0.extra": torch.zeros(1)},
@@ -327,7 +409,9 @@ def test_names_that_collide_once_cleaned(state: State, tmp_path: Path) -> None:
 VAE_FILE = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("a.pth", ""), ("b.safetensors", "vae."), ("c.pt", "first_stage_model.")])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("a.pth", ""), ("b.safetensors", "vae."), ("c.pt", "first_stage_model.")]
+)
 def test_vae_files(name: str, prefix: str, tmp_path: Path) -> None:
     right = load_file(VAE_FILE)
     found = load_vae_state(write(tmp_path / name, prefixed(right, prefix)))
@@ -348,4 +432,8 @@ def test_files_that_are_no_wan_vae(state: State, tmp_path: Path) -> None:
         path = write(tmp_path / f"{number}.safetensors", content)
         with pytest.raises(ValueError) as raised:
             load_vae_state(path)
-        assert text in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+        assert (
+            text in str(raised.value)
+            and str(path) in str(raised.value)
+            and "\n" not in str(raised.value)
+        )

@@ -37,7 +37,13 @@ def test_nested_dictionaries_are_groups_by_their_path() -> None:
 
 
 def test_names_with_a_role_are_groups_of_their_own() -> None:
-    names = ("generator_ema.model.a", "model.generator._fsdp_wrapped_module.a", "model.a", "critic.b", "head.ema.c")
+    names = (
+        "generator_ema.model.a",
+        "model.generator._fsdp_wrapped_module.a",
+        "model.a",
+        "critic.b",
+        "head.ema.c",
+    )
     groups = split_roles({"flat": dict.fromkeys(names, ONE), "state_dict": {"generator.a": ONE}})
     assert {path: list(tensors) for path, tensors in groups.items()} == {
         "generator_ema": ["generator_ema.model.a"],
@@ -46,7 +52,10 @@ def test_names_with_a_role_are_groups_of_their_own() -> None:
         "critic": ["critic.b"],
         "state_dict.generator": ["generator.a"],
     }
-    roles = [role_of(path) for path in ("model.generator_ema.shadow", "state_dict.generator", "critic.model", "x")]
+    roles = [
+        role_of(path)
+        for path in ("model.generator_ema.shadow", "state_dict.generator", "critic.model", "x")
+    ]
     assert roles == ["generator_ema", "generator", "critic", "x"]
 
 
@@ -105,4 +114,6 @@ def test_deep_dictionaries_are_one_line(tmp_path: Path) -> None:
     for _ in range(20):
         deep = {"model": deep}
     assert "no tensors" in message(write(tmp_path / "a.pt", deep))
-    assert open_weights(write(tmp_path / "b.pt", {"model": {"module": {"a": ONE}}})).groups.keys() == {"model.module"}
+    assert open_weights(
+        write(tmp_path / "b.pt", {"model": {"module": {"a": ONE}}})
+    ).groups.keys() == {"model.module"}

@@ -31,8 +31,12 @@ def make_lora(state: State, rank: int, form: str = "base_model.model.{}.lora_{}.
     lora = {}
     for name, weight in state.items():
         if match := LINEAR.fullmatch(name):
-            lora[form.format(match[1], "A")] = torch.randn(rank, weight.shape[1], generator=generator) / 16
-            lora[form.format(match[1], "B")] = torch.randn(weight.shape[0], rank, generator=generator) / 16
+            lora[form.format(match[1], "A")] = (
+                torch.randn(rank, weight.shape[1], generator=generator) / 16
+            )
+            lora[form.format(match[1], "B")] = (
+                torch.randn(weight.shape[0], rank, generator=generator) / 16
+            )
     return lora
 
 
@@ -48,7 +52,11 @@ def merged(state: State, lora: State, scale: float = 1.0) -> State:
 
 
 @pytest.mark.parametrize(
-    "wrap", [dict, lambda lora: {"generator_lora": lora, "critic_lora": OTHER, "generator": OTHER, "step": 1}]
+    "wrap",
+    [
+        dict,
+        lambda lora: {"generator_lora": lora, "critic_lora": OTHER, "generator": OTHER, "step": 1},
+    ],
 )
 def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
     folder = tmp_path / "x" / "y"  # the folder of the test itself says LongLive
@@ -67,17 +75,26 @@ def test_longlive_is_base_plus_lora(wrap, state: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [("opsdv_self_forcing_lora.pt", "opsd-v"), ("cmgrpo_raven_lora.safetensors", "raven")]
+    ("name", "preset"),
+    [("opsdv_self_forcing_lora.pt", "opsd-v"), ("cmgrpo_raven_lora.safetensors", "raven")],
 )
-def test_a_published_lora_decides_how_its_base_is_sampled(name, preset, state: State, tmp_path: Path) -> None:
+def test_a_published_lora_decides_how_its_base_is_sampled(
+    name, preset, state: State, tmp_path: Path
+) -> None:
     base = write(tmp_path / "self_forcing_dmd.pt", {"generator_ema": prefixed(state, "model.")})
     lora = write(tmp_path / name, make_lora(state, 4))
     assert inspect(base).preset == "self-forcing"
-    assert load_transformer(base, lora=lora)[1].preset == inspect(base, lora=[LoraFile(lora)]).preset == preset
+    assert (
+        load_transformer(base, lora=lora)[1].preset
+        == inspect(base, lora=[LoraFile(lora)]).preset
+        == preset
+    )
 
 
 def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
-    info = inspect(write(tmp_path / "lora.pt", {"generator_lora": make_lora(state, 8), "critic_lora": OTHER}))
+    info = inspect(
+        write(tmp_path / "lora.pt", {"generator_lora": make_lora(state, 8), "critic_lora": OTHER})
+    )
     assert (info.kind, info.top_key) == ("lora", "generator_lora")
     assert info.notes == ("rank 8 on 20 linear layers", "scale 1")
 
@@ -123,7 +140,9 @@ def mixed(module: str) -> str:
     return module.replace(".", "_", 1)
 
 
-STYLES = {  # prefix, how a module is written, the names of down and up, and whether alpha is a tensor beside them
+# prefix, how a module is written, the names of down and up, and whether alpha is a tensor beside
+# them
+STYLES = {
     "kohya": ("lora_unet_", underscored, ".lora_down.weight", ".lora_up.weight", True),
     "musubi": ("lora_unet_", mixed, ".lora_down.weight", ".lora_up.weight", True),
     "kohya of diffusers": ("lora_unet_", lambda m: underscored(in_diffusers(m)), ".lora_down.weight", ".lora_up.weight",
@@ -151,14 +170,19 @@ def test_the_names_of_other_trainers(style: str, state: State, tmp_path: Path) -
     assert "rank 4 on 20 linear layers" in inspect(path).notes
 
 
-def test_layers_outside_the_blocks_have_names_with_underscores_too(state: State, tmp_path: Path) -> None:
+def test_layers_outside_the_blocks_have_names_with_underscores_too(
+    state: State, tmp_path: Path
+) -> None:
     """As VideoX-Fun's reward LoRAs have."""
     modules = ("head.head", "text_embedding.0", "time_embedding.2", "time_projection.1")
     lora = {}
     for module in modules:
         rows, columns = state[module + ".weight"].shape
         name = "lora_unet__" + underscored(module)
-        lora |= {f"{name}.lora_down.weight": torch.ones(4, columns), f"{name}.lora_up.weight": torch.ones(rows, 4)}
+        lora |= {
+            f"{name}.lora_down.weight": torch.ones(4, columns),
+            f"{name}.lora_up.weight": torch.ones(rows, 4),
+        }
     model, info = load_transformer(
         write(tmp_path / "base.safetensors", state), lora=write(tmp_path / "lora.safetensors", lora)
     )
@@ -171,13 +195,22 @@ def test_layers_outside_the_blocks_have_names_with_underscores_too(state: State,
 def test_an_alpha_pattern_matches_names_as_they_are_stored(state: State, tmp_path: Path) -> None:
     down, up = torch.zeros(4, 256), torch.zeros(256, 4)
     stem = "transformer.blocks.0.attn1.to_q"
-    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"attn1.to_q": 12}, "lora_alpha": 4}))
+    save_file(
+        {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"alpha_pattern": {"attn1.to_q": 12}, "lora_alpha": 4})
+    )
     assert read_lora(tmp_path)["blocks.0.self_attn.q"].scale == 3
 
 
-@pytest.mark.parametrize("groups", [("generator_ema",), ("generator_ema", "generator_lora"), ("generator_lora",)])
-def test_a_lora_is_read_where_only_its_average_is_there(groups, state: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "groups", [("generator_ema",), ("generator_ema", "generator_lora"), ("generator_lora",)]
+)
+def test_a_lora_is_read_where_only_its_average_is_there(
+    groups, state: State, tmp_path: Path
+) -> None:
     lora = make_lora(state, 4)
     averaged = make_lora(state, 4, "model.base_model.model.{}.lora_{}.default.weight")
     if len(groups) > 1:
@@ -208,13 +241,26 @@ def test_a_peft_wrapped_model_is_merged_on_load(scale: float, state: State, tmp_
     assert (info.kind, info.merged_lora) == ("transformer", 20)
     assert any("merged on load" in note for note in info.notes)
     handed, _ = read_transformer(path)
-    assert set(handed) == set(state) and all(torch.equal(handed[name], expected[name]) for name in state)
+    assert set(handed) == set(state) and all(
+        torch.equal(handed[name], expected[name]) for name in state
+    )
 
 
-def test_the_command_line_takes_the_preset_of_a_published_lora(state: State, tmp_path: Path, capsys) -> None:
+def test_the_command_line_takes_the_preset_of_a_published_lora(
+    state: State, tmp_path: Path, capsys
+) -> None:
     base = write(tmp_path / "self_forcing_dmd.pt", {"generator_ema": prefixed(state, "model.")})
     lora = write(tmp_path / "opsdv_self_forcing_lora.pt", {"generator_lora": make_lora(state, 4)})
-    request = ["generate", "--model", str(base), "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--dry-run"]
+    request = [
+        "generate",
+        "--model",
+        str(base),
+        "--prompt",
+        "a",
+        "--out",
+        str(tmp_path / "a.mp4"),
+        "--dry-run",
+    ]
     for more, preset in (([], "self-forcing"), (["--lora", str(lora)], "opsd-v")):
         assert main([*request, "--frames", "9", "--size", "64x64", *more]) == 0
         assert f"preset {preset} " in capsys.readouterr().err
@@ -223,14 +269,20 @@ def test_the_command_line_takes_the_preset_of_a_published_lora(state: State, tmp
 def test_alpha_scales_a_lora(state: State, tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state)
     lora = make_lora(state, 4)
-    alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(2.0) for name in lora if "lora_A" in name}
+    alphas = {
+        name.replace("lora_A.weight", "alpha"): torch.tensor(2.0)
+        for name in lora
+        if "lora_A" in name
+    }
     model, _ = load_transformer(base, lora=write(tmp_path / "lora.safetensors", lora | alphas))
     assert equal_bits(model.state_dict(), merged(state, lora, 0.5))
 
 
 def scaled(state: State, tmp_path: Path, lora: Path) -> float:
     """The scale that a LoRA was merged with, by the change of one weight."""
-    base = write(tmp_path / "base.safetensors", {name: tensor.float() for name, tensor in state.items()})
+    base = write(
+        tmp_path / "base.safetensors", {name: tensor.float() for name, tensor in state.items()}
+    )
     model, _ = load_transformer(base, lora=lora, dtype=torch.float32)
     name = "blocks.0.ffn.0.weight"
     change = model.state_dict()[name] - state[name].float()
@@ -241,8 +293,14 @@ def scaled(state: State, tmp_path: Path, lora: Path) -> float:
 RSLORA = {"lora_alpha": 8, "r": 4, "use_rslora": True}
 STATED = {  # where alpha is said, and the scale of rank 4 that it means
     "SimpleTuner": ({"transformer.lora_alpha": "16", "transformer.r": "4"}, 4.0),
-    "diffusers": ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}, 0.5),
-    "diffusers, rsLoRA": ({"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in RSLORA.items()})}, 4),
+    "diffusers": (
+        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})},
+        0.5,
+    ),
+    "diffusers, rsLoRA": (
+        {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in RSLORA.items()})},
+        4,
+    ),
     "kohya": ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, 0.5),
     "bare": ({"lora_alpha": "1"}, 0.25),
     "nothing": ({"format": "pt"}, 1.0),
@@ -258,8 +316,12 @@ def test_an_alpha_in_the_metadata_scales_a_lora(form: str, state: State, tmp_pat
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])
-@pytest.mark.parametrize(("config", "scale"), [({"lora_alpha": 16, "r": 4}, 4), (RSLORA, 4), ({"lora_alpha": 1}, 0.25)])
-def test_an_alpha_in_adapter_config_scales_a_lora(given, config, scale, state: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "scale"), [({"lora_alpha": 16, "r": 4}, 4), (RSLORA, 4), ({"lora_alpha": 1}, 0.25)]
+)
+def test_an_alpha_in_adapter_config_scales_a_lora(
+    given, config, scale, state: State, tmp_path: Path
+) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()
     save_file(make_lora(state, 4), folder / "adapter_model.safetensors")
@@ -268,14 +330,18 @@ def test_an_alpha_in_adapter_config_scales_a_lora(given, config, scale, state: S
     assert scaled(state, tmp_path, path) == pytest.approx(scale, rel=1e-4)
 
 
-def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(state: State, tmp_path: Path) -> None:
+def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(
+    state: State, tmp_path: Path
+) -> None:
     patterns = {"alpha_pattern": {"ffn.0": 12, "fn.2": 99}, "lora_alpha": 4}
     path, lora = tmp_path / "adapter_model.safetensors", make_lora(state, 4)
     (tmp_path / "adapter_config.json").write_text(json.dumps(patterns))
     save_file(lora, path)
     scales = {module: pair.scale for module, pair in read_lora(path).items()}
     assert scales["blocks.0.ffn.0"] == 3
-    assert scales["blocks.0.ffn.2"] == scales["blocks.1.self_attn.q"] == 1, "a pattern is of whole names"
+    assert scales["blocks.0.ffn.2"] == scales["blocks.1.self_attn.q"] == 1, (
+        "a pattern is of whole names"
+    )
     save_file(lora | {"base_model.model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}, path)
     assert read_lora(path)["blocks.0.ffn.0"].scale == 0.5
 
@@ -297,7 +363,9 @@ def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(state: 
         ({"lora_alpha": "8"}, '{"lora_alpha": 4}', "alpha"),
     ],
 )
-def test_a_scale_that_is_not_understood_is_refused(metadata, config, keyword, state: State, tmp_path: Path) -> None:
+def test_a_scale_that_is_not_understood_is_refused(
+    metadata, config, keyword, state: State, tmp_path: Path
+) -> None:
     path = tmp_path / "adapter_model.safetensors"
     save_file(make_lora(state, 4), path, metadata=metadata)
     if config:
@@ -311,8 +379,14 @@ def test_a_scale_that_is_not_understood_is_refused(metadata, config, keyword, st
 def test_several_loras_are_merged_each_by_its_strength(state: State, tmp_path: Path) -> None:
     whole = {name: tensor.float() for name, tensor in state.items()}
     base = write(tmp_path / "base.safetensors", whole)
-    first, second = make_lora(state, 4), {name: 2 * part for name, part in make_lora(state, 2).items()}
-    files = [write(tmp_path / f"{number}.safetensors", lora) for number, lora in enumerate((first, second))]
+    first, second = (
+        make_lora(state, 4),
+        {name: 2 * part for name, part in make_lora(state, 2).items()},
+    )
+    files = [
+        write(tmp_path / f"{number}.safetensors", lora)
+        for number, lora in enumerate((first, second))
+    ]
 
     def with_strengths(*strengths: float) -> State:
         loras = [LoraFile(path, strength) for path, strength in zip(files, strengths, strict=True)]
@@ -323,7 +397,9 @@ def test_several_loras_are_merged_each_by_its_strength(state: State, tmp_path: P
     expected = merged(merged(whole, first, 0.5), second, -2.0)
     torch.testing.assert_close(with_strengths(0.5, -2.0), expected)
     assert equal_bits(with_strengths(0.0, 0.0), whole)
-    assert equal_bits(with_strengths(1.0, 0.0), load_transformer(base, lora=files[0])[0].state_dict())
+    assert equal_bits(
+        with_strengths(1.0, 0.0), load_transformer(base, lora=files[0])[0].state_dict()
+    )
 
 
 def test_a_lora_and_its_strength_are_read_from_a_text(tmp_path: Path) -> None:
@@ -352,20 +428,24 @@ def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state)
     lora, key = make_lora(state, 4), "base_model.model.blocks.1.ffn.0.lora_"
     cases = {
-        "layers.0.": {
-            name.replace("blocks", "layers"): part for name, part in lora.items()
-        },
+        "layers.0.": {name.replace("blocks", "layers"): part for name, part in lora.items()},
         "[256, 8] for blocks.1.ffn.0": lora | {key + "A.weight": torch.zeros(4, 8)},
-        "half a pair for blocks.1.ffn.0": {n: part for n, part in lora.items() if n != key + "B.weight"},
+        "half a pair for blocks.1.ffn.0": {
+            n: part for n, part in lora.items() if n != key + "B.weight"
+        },
         "do not multiply": lora | {key + "A.weight": torch.zeros(3, 256)},
         "[256, 0] and [0, 256]": lora
         | {key + "A.weight": torch.zeros(0, 256), key + "B.weight": torch.zeros(256, 0)},
         "[256, 4] and []": lora | {key + "A.weight": torch.zeros(())},
-        "an alpha of [2] for blocks.1.ffn.0": lora | {"base_model.model.blocks.1.ffn.0.alpha": torch.zeros(2)},
+        "an alpha of [2] for blocks.1.ffn.0": lora
+        | {"base_model.model.blocks.1.ffn.0.alpha": torch.zeros(2)},
         "blocks.0.diff": lora | {"blocks.0.diff": torch.zeros(1)},
-        "two of one layer": lora | {"diffusion_model.blocks.1.ffn.0.lora_down.weight": torch.zeros(4, 256)},
-        "blocks.0.strange_name": {f"lora_unet_blocks_0_strange_name.lora_{p}.weight": torch.zeros(2, 2)
-                                  for p in ("up", "down")},
+        "two of one layer": lora
+        | {"diffusion_model.blocks.1.ffn.0.lora_down.weight": torch.zeros(4, 256)},
+        "blocks.0.strange_name": {
+            f"lora_unet_blocks_0_strange_name.lora_{p}.weight": torch.zeros(2, 2)
+            for p in ("up", "down")
+        },
         "'transformer'": state,
     }
     for number, (text, content) in enumerate(cases.items()):
@@ -373,4 +453,8 @@ def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:
         assert inspect(path).kind in ("lora", "transformer")  # looking at it is never an error
         with pytest.raises(ValueError) as raised:
             load_transformer(base, lora=path)
-        assert text in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+        assert (
+            text in str(raised.value)
+            and str(path) in str(raised.value)
+            and "\n" not in str(raised.value)
+        )

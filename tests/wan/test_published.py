@@ -1,4 +1,5 @@
-"""Files of every layout, model and stage open with the right preset or with a question; none with a wrong one."""
+"""Files of every layout, model and stage open with the right preset or with a question; none with a
+wrong one."""
 
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def state() -> State:
 
 def test_the_table_is_as_large_as_the_kinds_of_files() -> None:
     assert len(CASES) >= 60
-    assert {case.preset for case in CASES} - {None} >= set(PRESETS) - {"opsd-v"}  # which is a LoRA's
+    assert {case.preset for case in CASES} - {None} >= set(PRESETS) - {
+        "opsd-v"
+    }  # which is a LoRA's
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}{' 14B' * case.large}")
@@ -32,7 +35,10 @@ def test_a_file_opens_as_what_it_is(case: Case, state: State, tmp_path: Path) ->
     if case.kind == "transformer" and case.opens and case.preset is None:
         assert 2 <= len(info.likely) <= 3 and info.likely[0] == case.likely, info.likely
         assert set(info.likely) <= set(PRESETS) and len(set(info.likely)) == len(info.likely)
-        assert f"pass --preset {info.likely[0]}" in info.preset_reason and info.likely[-1] in info.preset_reason
+        assert (
+            f"pass --preset {info.likely[0]}" in info.preset_reason
+            and info.likely[-1] in info.preset_reason
+        )
         with pytest.raises(ValueError, match="widget"):
             choose_preset("auto", info)
     if case.kind != "transformer" or not case.opens:
@@ -40,7 +46,10 @@ def test_a_file_opens_as_what_it_is(case: Case, state: State, tmp_path: Path) ->
     elif not case.large:
         loaded = load_transformer(path)[0].state_dict()
         assert equal_bits(loaded, state) is case.exact
-        assert all(torch.allclose(loaded[name], tensor, rtol=0.07, atol=0.02) for name, tensor in state.items())
+        assert all(
+            torch.allclose(loaded[name], tensor, rtol=0.07, atol=0.02)
+            for name, tensor in state.items()
+        )
 
 
 def test_half_a_model_is_refused_and_named(state: State, tmp_path: Path) -> None:
@@ -57,7 +66,9 @@ def test_a_prefix_that_is_not_removed_is_named(state: State, tmp_path: Path, cap
     path = write(tmp_path / "a.safetensors", prefixed(state, "strange.model."))
     assert "'strange.model.'" in message(path)
     assert any("'strange.model.'" in note for note in inspect(path).notes)
-    assert main(["generate", "--model", str(path), "--out", str(tmp_path / "a.mp4"), "--dry-run"]) == 2
+    assert (
+        main(["generate", "--model", str(path), "--out", str(tmp_path / "a.mp4"), "--dry-run"]) == 2
+    )
     assert "'strange.model.'" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"strange\.model"):
         choose_preset("auto", inspect(path))
@@ -78,9 +89,20 @@ def test_two_models_under_one_name_are_not_chosen_between(state: State, tmp_path
     assert "two models" in message(path)
 
 
-def test_the_command_line_asks_with_the_likely_presets(state: State, tmp_path: Path, capsys) -> None:
+def test_the_command_line_asks_with_the_likely_presets(
+    state: State, tmp_path: Path, capsys
+) -> None:
     path = write(tmp_path / "x" / "y" / "z" / "longlive_mine.pt", generator(state))
-    request = ["generate", "--model", str(path), "--out", str(tmp_path / "a.mp4"), "--dry-run", "--prompt", "a fox"]
+    request = [
+        "generate",
+        "--model",
+        str(path),
+        "--out",
+        str(tmp_path / "a.mp4"),
+        "--dry-run",
+        "--prompt",
+        "a fox",
+    ]
     assert main(request) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--preset longlive, causvid or causal-forcing" in error

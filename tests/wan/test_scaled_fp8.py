@@ -1,4 +1,5 @@
-"""Transformers in scaled fp8 are multiplied out on load, and handed on as stored where ComfyUI reads them itself."""
+"""Transformers in scaled fp8 are multiplied out on load, and handed on as stored where ComfyUI
+reads them itself."""
 
 import json
 from pathlib import Path
@@ -22,15 +23,20 @@ def state() -> State:
     return make_state()
 
 
-def scaled(state: State, scale_name: str, shape: str = "number", form: torch.dtype = FP8) -> tuple[State, State]:
-    """The block's linear layers in fp8 with scales by this name, and the same multiplied out by hand."""
+def scaled(
+    state: State, scale_name: str, shape: str = "number", form: torch.dtype = FP8
+) -> tuple[State, State]:
+    """The block's linear layers in fp8 with scales by this name, and the same multiplied out by
+    hand."""
     stored, right = {}, {}
     for name, tensor in state.items():
         if tensor.ndim != 2 or not name.startswith("blocks."):
             stored[name] = right[name] = tensor
             continue
         rows = tensor.float().abs().amax(dim=1, keepdim=True) / torch.finfo(form).max
-        scale = {"number": rows.max(), "one": rows.max()[None], "rows": rows[:, 0], "column": rows}[shape]
+        scale = {"number": rows.max(), "one": rows.max()[None], "rows": rows[:, 0], "column": rows}[
+            shape
+        ]
         by_row: Tensor = scale if scale.numel() == 1 else scale.reshape(-1, 1)
         stored[name] = (tensor.float() / by_row).to(form)
         stored[name.removesuffix("weight") + scale_name] = scale
@@ -46,7 +52,9 @@ def marked(stored: State) -> State:
 def formatted(stored: State) -> State:
     """With ComfyUI's newer note beside each scaled weight, and a scale of activations."""
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-    layers = [name.removesuffix("weight_scale") for name in stored if name.endswith(".weight_scale")]
+    layers = [
+        name.removesuffix("weight_scale") for name in stored if name.endswith(".weight_scale")
+    ]
     notes = {layer + "comfy_quant": note.clone() for layer in layers}
     return stored | notes | {QUERY + "input_scale": torch.tensor(1.0)}
 
@@ -54,7 +62,9 @@ def formatted(stored: State) -> State:
 @pytest.mark.parametrize("form", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("shape", ["number", "one", "rows", "column"])
 @pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
-def test_scales_of_every_name_and_shape_are_used(scale_name, shape, form, state, tmp_path: Path) -> None:
+def test_scales_of_every_name_and_shape_are_used(
+    scale_name, shape, form, state, tmp_path: Path
+) -> None:
     stored, right = scaled(state, scale_name, shape, form)
     path = write(tmp_path / "a.safetensors", prefixed(stored, "model."))
     model, info = load_transformer(path)
@@ -65,8 +75,12 @@ def test_scales_of_every_name_and_shape_are_used(scale_name, shape, form, state,
     assert all(torch.equal(tensor, right[name]) for name, tensor in handed.items())
 
 
-@pytest.mark.parametrize(("scale_name", "mark"), [("scale_weight", marked), ("weight_scale", formatted)])
-def test_what_comfyui_reads_itself_is_handed_on_as_stored(scale_name, mark, state, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale_name", "mark"), [("scale_weight", marked), ("weight_scale", formatted)]
+)
+def test_what_comfyui_reads_itself_is_handed_on_as_stored(
+    scale_name, mark, state, tmp_path: Path
+) -> None:
     stored, right = scaled(state, scale_name)
     path = write(tmp_path / "a.safetensors", mark(stored))
     handed, _ = read_transformer(path)
@@ -82,7 +96,11 @@ def test_what_comfyui_reads_itself_is_handed_on_as_stored(scale_name, mark, stat
 
 def test_formats_in_the_header_are_left_to_comfyui(state, tmp_path: Path) -> None:
     stored, right = scaled(state, "weight_scale")
-    layers = {name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in stored if "_scale" in name}
+    layers = {
+        name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"}
+        for name in stored
+        if "_scale" in name
+    }
     header = {"_quantization_metadata": json.dumps({"layers": layers})}
     path = write(tmp_path / "a.safetensors", stored, header)
     assert set(read_transformer(path)[0]) == set(stored)
@@ -93,19 +111,37 @@ def test_formats_in_the_header_are_left_to_comfyui(state, tmp_path: Path) -> Non
 def test_a_lora_is_merged_into_the_multiplied_weights(state, tmp_path: Path) -> None:
     stored, right = scaled(state, "weight_scale", "rows")
     down, up = torch.ones(2, 256), torch.full((256, 2), 0.25)
-    lora = write(tmp_path / "lora.safetensors", {QUERY + "lora_A.weight": down, QUERY + "lora_B.weight": up})
-    model, _ = load_transformer(write(tmp_path / "a.safetensors", stored), lora=lora, dtype=torch.float32)
+    lora = write(
+        tmp_path / "lora.safetensors", {QUERY + "lora_A.weight": down, QUERY + "lora_B.weight": up}
+    )
+    model, _ = load_transformer(
+        write(tmp_path / "a.safetensors", stored), lora=lora, dtype=torch.float32
+    )
     exact = stored[QUERY + "weight"].float() * stored[QUERY + "weight_scale"].reshape(-1, 1)
     assert torch.equal(model.state_dict()[QUERY + "weight"], exact + 0.5)
-    assert torch.equal(model.state_dict()["blocks.1.ffn.0.weight"].bfloat16(), right["blocks.1.ffn.0.weight"])
+    assert torch.equal(
+        model.state_dict()["blocks.1.ffn.0.weight"].bfloat16(), right["blocks.1.ffn.0.weight"]
+    )
 
 
 def test_what_is_multiplied_out_is_counted_as_it_runs(state, tmp_path: Path) -> None:
     stored, right = scaled(state, "weight_scale", "rows")
-    paths = [write(tmp_path / f"{name}.safetensors", part) for name, part in (("a", stored), ("b", right))]
-    options = {"preset": "self-forcing", "width": 64, "height": 64, "frames": 9, "dtype": "bf16", "dry_run": True}
+    paths = [
+        write(tmp_path / f"{name}.safetensors", part)
+        for name, part in (("a", stored), ("b", right))
+    ]
+    options = {
+        "preset": "self-forcing",
+        "width": 64,
+        "height": 64,
+        "frames": 9,
+        "dtype": "bf16",
+        "dry_run": True,
+    }
     narrow, wide = (
-        prepare(GenerateOptions(model=str(path), out=tmp_path / "a.mp4", prompt="a", **options)).estimate
+        prepare(
+            GenerateOptions(model=str(path), out=tmp_path / "a.mp4", prompt="a", **options)
+        ).estimate
         for path in paths
     )
     assert narrow == wide and narrow.weights == sum(tensor.nbytes for tensor in right.values())
@@ -137,7 +173,10 @@ def test_scales_that_would_be_left_out_are_refused(case: str, state, tmp_path: P
 
 
 def test_each_layer_of_a_block_needs_its_scale() -> None:
-    layers = [f"blocks.0.{layer}" for layer in ("self_attn.v", "cross_attn.o", "ffn.2", "attn1.to_q", "attn2.to_k")]
+    layers = [
+        f"blocks.0.{layer}"
+        for layer in ("self_attn.v", "cross_attn.o", "ffn.2", "attn1.to_q", "attn2.to_k")
+    ]
     for lacking in layers:
         stored = {f"{layer}.weight": torch.zeros(2, 2).to(FP8) for layer in layers}
         stored |= {f"{layer}.weight_scale": torch.ones(()) for layer in layers if layer != lacking}

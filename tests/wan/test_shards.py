@@ -1,4 +1,5 @@
-"""Models in shards open by their index, by their names, or by one of them; what is missing is named."""
+"""Models in shards open by their index, by their names, or by one of them; what is missing is
+named."""
 
 import json
 import os
@@ -24,9 +25,13 @@ def state() -> State:
 
 def write_shards(folder: Path, state: State, suffix: str = "safetensors") -> Path:
     stem = "diffusion_pytorch_model" if suffix == "safetensors" else "pytorch_model"
-    where = {name: f"{stem}-0000{1 + number % 2}-of-00002.{suffix}" for number, name in enumerate(state)}
+    where = {
+        name: f"{stem}-0000{1 + number % 2}-of-00002.{suffix}" for number, name in enumerate(state)
+    }
     for shard in sorted(set(where.values())):
-        write(folder / shard, {name: tensor for name, tensor in state.items() if where[name] == shard})
+        write(
+            folder / shard, {name: tensor for name, tensor in state.items() if where[name] == shard}
+        )
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
 
@@ -77,12 +82,18 @@ def message_of_part(path: Path) -> str:
 def cut(folder: Path, state: State, names: tuple[str, ...], role: str = "") -> list[Path]:
     """The state in files of these names, tensor by tensor in turn."""
     parts = [dict(list(state.items())[number :: len(names)]) for number in range(len(names))]
-    return [write(folder / name, prefixed(part, role)) for name, part in zip(names, parts, strict=True)]
+    return [
+        write(folder / name, prefixed(part, role)) for name, part in zip(names, parts, strict=True)
+    ]
 
 
 NAMES = {
     "safetensors": ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
-    "bin": ("pytorch_model-00001-of-00003.bin", "pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin"),
+    "bin": (
+        "pytorch_model-00001-of-00003.bin",
+        "pytorch_model-00002-of-00003.bin",
+        "pytorch_model-00003-of-00003.bin",
+    ),
     "from 0": ("wan-0-of-2.safetensors", "wan-1-of-2.safetensors"),
     "alone": ("wan-00001-of-00001.safetensors",),
 }
@@ -90,7 +101,9 @@ NAMES = {
 
 @pytest.mark.parametrize("role", ["", "generator_ema.model."])
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-def test_shards_without_an_index_are_read_together(names, role, state: State, tmp_path: Path) -> None:
+def test_shards_without_an_index_are_read_together(
+    names, role, state: State, tmp_path: Path
+) -> None:
     paths = cut(tmp_path, state, names, role)
     for path in (tmp_path, *paths):
         model, info = load_transformer(path)
@@ -125,7 +138,9 @@ def test_other_files_are_no_shards_of_the_set(state: State, tmp_path: Path) -> N
     cut(tmp_path, state, ("other-00001-of-00002.safetensors", "other-00002-of-00002.safetensors"))
     assert "model-00001-of-00002.safetensors" in message(tmp_path), "two sets: one is to be passed"
     for name in ("model", "other"):
-        assert equal_bits(load_transformer(tmp_path / f"{name}-00002-of-00002.safetensors")[0].state_dict(), state)
+        assert equal_bits(
+            load_transformer(tmp_path / f"{name}-00002-of-00002.safetensors")[0].state_dict(), state
+        )
 
 
 def test_a_tensor_in_two_shards_is_refused(state: State, tmp_path: Path) -> None:
@@ -148,16 +163,24 @@ def test_a_pipeline_is_opened_at_its_root(state: State, tmp_path: Path) -> None:
     assert "transformer" in message(tmp_path), "without it, the folders are listed"
 
 
-@pytest.mark.parametrize("index", [{"transformer_2": ["diffusers", "Wan"]}, {"boundary_ratio": 0.875}])
-def test_a_pipeline_of_two_networks_is_known_by_its_index(index: dict, state: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "index", [{"transformer_2": ["diffusers", "Wan"]}, {"boundary_ratio": 0.875}]
+)
+def test_a_pipeline_of_two_networks_is_known_by_its_index(
+    index: dict, state: State, tmp_path: Path
+) -> None:
     write(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", in_diffusers(state))
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="experts"):
         load_transformer(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000, '{"transformer_2": [null, null]}', "\udcff"])
-def test_a_pipeline_is_whole_unless_its_index_names_a_second_network(content, state: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", "[" * 100_000, '{"transformer_2": [null, null]}', "\udcff"]
+)
+def test_a_pipeline_is_whole_unless_its_index_names_a_second_network(
+    content, state: State, tmp_path: Path
+) -> None:
     write(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", in_diffusers(state))
     (tmp_path / "model_index.json").write_text(content, errors="surrogateescape")
     (tmp_path / "transformer" / "config.json").write_text(content, errors="surrogateescape")
@@ -191,14 +214,29 @@ def test_pipes_beside_the_weights_are_not_waited_for(state: State, tmp_path: Pat
 # ---- over-long names
 
 
-@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "x" * 5000, "a-00001-of-00002.safetensors" * 20])
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".safetensors", "x" * 5000, "a-00001-of-00002.safetensors" * 20]
+)
 def test_names_that_no_file_system_takes_are_one_line(name: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / name
     with pytest.raises(ValueError, match="cannot be opened"):
         open_weights(path)
     assert LoraFile.parse(str(path)) == LoraFile(path)
-    request = ["generate", "--model", str(path), "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--dry-run"]
-    for arguments in (["inspect", str(path)], request, [*request[:2], "sprites", *request[3:], "--lora", str(path)]):
+    request = [
+        "generate",
+        "--model",
+        str(path),
+        "--prompt",
+        "a",
+        "--out",
+        str(tmp_path / "a.mp4"),
+        "--dry-run",
+    ]
+    for arguments in (
+        ["inspect", str(path)],
+        request,
+        [*request[:2], "sprites", *request[3:], "--lora", str(path)],
+    ):
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -208,5 +246,9 @@ def test_an_index_with_an_over_long_name_is_one_short_line(state: State, tmp_pat
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
     assert "shards" in message(folder) and len(message(folder)) < 500
-    index.write_text(json.dumps({"weight_map": {"a" * 5000: "diffusion_pytorch_model-00001-of-00002.safetensors"}}))
+    index.write_text(
+        json.dumps(
+            {"weight_map": {"a" * 5000: "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+        )
+    )
     assert len(message(folder)) < 500

@@ -41,7 +41,9 @@ def wan_name(name: str) -> str:
 # ---- the context
 
 
-def test_a_hugging_face_folder_gives_what_transformers_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_folder_gives_what_transformers_gives(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = expected(folder, PROMPTS)
 
     def no_network(*_, **__):
@@ -75,7 +77,9 @@ def test_padding_is_not_attended_to(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the prompt")
 def test_a_long_prompt_loses_its_end_but_keeps_the_eos(folder: Path) -> None:
     prompt = "a red circle moves to the left slowly"
-    assert torch.equal(load_text_encoder(folder, text_len=5).encode([prompt]), expected(folder, [prompt], 5))
+    assert torch.equal(
+        load_text_encoder(folder, text_len=5).encode([prompt]), expected(folder, [prompt], 5)
+    )
     ids, count = Tokenizer((folder / "tokenizer.json").read_bytes(), "it")(prompt, 5)
     assert (ids.tolist(), count) == ([[3, 4, 5, 6, 1]], 5)
 
@@ -88,8 +92,12 @@ def test_white_space_and_entities_are_cleaned(folder: Path) -> None:
 
 
 def test_dtype_and_no_gradient(folder: Path) -> None:
-    context = load_text_encoder(folder, dtype=torch.bfloat16, text_len=TEXT_LEN).encode(["a circle"])
-    assert context.dtype == torch.bfloat16 and not context.requires_grad and not context.is_inference()
+    context = load_text_encoder(folder, dtype=torch.bfloat16, text_len=TEXT_LEN).encode(
+        ["a circle"]
+    )
+    assert (
+        context.dtype == torch.bfloat16 and not context.requires_grad and not context.is_inference()
+    )
 
 
 # ---- layouts
@@ -99,18 +107,35 @@ def test_every_layout_gives_the_same_context(folder: Path, state: State, tmp_pat
     right = expected(folder, PROMPTS)
     shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.json")
     save_file(state, tmp_path / "umt5_xxl.safetensors")
-    save_file(state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()}, tmp_path / "tied.safetensors")
-    torch.save({wan_name(name): tensor for name, tensor in state.items()}, tmp_path / "models_t5_umt5-xxl-enc.pth")
-    whole = state | {"decoder.final_layer_norm.weight": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    save_file(
+        state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()},
+        tmp_path / "tied.safetensors",
+    )
+    torch.save(
+        {wan_name(name): tensor for name, tensor in state.items()},
+        tmp_path / "models_t5_umt5-xxl-enc.pth",
+    )
+    whole = state | {
+        "decoder.final_layer_norm.weight": torch.zeros(1),
+        "lm_head.weight": torch.zeros(1),
+    }
     torch.save(whole, tmp_path / "pytorch_model.bin")
-    for name in ("umt5_xxl.safetensors", "tied.safetensors", "models_t5_umt5-xxl-enc.pth", "pytorch_model.bin"):
-        # These files do not say how far positions reach, which prompts of at most 5 tokens do not feel.
+    for name in (
+        "umt5_xxl.safetensors",
+        "tied.safetensors",
+        "models_t5_umt5-xxl-enc.pth",
+        "pytorch_model.bin",
+    ):
+        # These files do not say how far positions reach, which prompts of at most 5 tokens do not
+        # feel.
         context = load_text_encoder(tmp_path / name, text_len=TEXT_LEN).encode(PROMPTS)
         assert torch.equal(context, right), name
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")
-def test_the_reach_of_positions_comes_from_config_json(folder: Path, state: State, tmp_path: Path) -> None:
+def test_the_reach_of_positions_comes_from_config_json(
+    folder: Path, state: State, tmp_path: Path
+) -> None:
     prompt = " ".join(WORDS * 9)
     right = expected(folder, [prompt], 80)
     assert torch.equal(load_text_encoder(folder, text_len=80).encode([prompt]), right)
@@ -133,7 +158,9 @@ def test_scaled_fp8_is_multiplied_out(naming, folder: Path, state: State, tmp_pa
     save_file(stored, tmp_path / "scaled.safetensors")
     save_file(right, tmp_path / "right.safetensors")
     scaled, plain = (
-        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(PROMPTS)
+        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(
+            PROMPTS
+        )
         for name in ("scaled", "right")
     )
     assert scaled.dtype == torch.bfloat16
@@ -147,7 +174,12 @@ def fp8_state(state: State, scale_name: str, shape: str = "number") -> tuple[Sta
         stored[name] = right[name] = weight.to(torch.bfloat16)
         if re.search(r"SelfAttention\.[qkvo]|DenseReluDense", name):
             rows = weight.abs().amax(1, keepdim=True) / 448
-            scale = {"number": rows.max(), "one": rows.max()[None], "rows": rows[:, 0], "column": rows}[shape]
+            scale = {
+                "number": rows.max(),
+                "one": rows.max()[None],
+                "rows": rows[:, 0],
+                "column": rows,
+            }[shape]
             by_row = scale if scale.numel() == 1 else scale.reshape(-1, 1)
             stored[name] = (weight / by_row).to(torch.float8_e4m3fn)
             stored[name.removesuffix("weight") + scale_name] = scale
@@ -163,16 +195,24 @@ def quantised_as(stored: State, text: bytes) -> State:
 
 
 @pytest.mark.parametrize("shape", ["number", "one", "rows", "column"])
-@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale", "weight_scale with comfy_quant"])
-def test_fp8_scales_of_every_name_and_shape_are_used(scale_name, shape, folder, state, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "scale_name", ["scale_weight", "weight_scale", "weight_scale with comfy_quant"]
+)
+def test_fp8_scales_of_every_name_and_shape_are_used(
+    scale_name, shape, folder, state, tmp_path
+) -> None:
     stored, right = fp8_state(state, scale_name.split()[0], shape)
     if "comfy_quant" in scale_name:
         stored = quantised_as(stored, b'{"format": "float8_e4m3fn"}')
-        stored["encoder.block.0.layer.0.SelfAttention.q.input_scale"] = torch.tensor(1.0)  # of activations
+        stored["encoder.block.0.layer.0.SelfAttention.q.input_scale"] = torch.tensor(
+            1.0
+        )  # of activations
     save_file(stored, tmp_path / "scaled.safetensors")
     save_file(right, tmp_path / "right.safetensors")
     scaled, plain = (
-        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(PROMPTS)
+        load_text_encoder(tmp_path / f"{name}.safetensors", folder, text_len=TEXT_LEN).encode(
+            PROMPTS
+        )
         for name in ("scaled", "right")
     )
     assert torch.equal(scaled, plain)
@@ -181,13 +221,22 @@ def test_fp8_scales_of_every_name_and_shape_are_used(scale_name, shape, folder, 
 Q = "encoder.block.0.layer.0.SelfAttention.q."
 UNSCALED = {
     "an unknown name": (lambda stored: stored | {Q + "scale": torch.ones(())}, "scale"),
-    "a scale without its weight": (lambda stored: stored | {"encoder.x.scale_weight": torch.ones(())}, "encoder.x"),
+    "a scale without its weight": (
+        lambda stored: stored | {"encoder.x.scale_weight": torch.ones(())},
+        "encoder.x",
+    ),
     "two scales": (lambda stored: stored | {Q + "weight_scale": torch.ones(())}, "two scales"),
-    "one lacks": (lambda stored: {name: one for name, one in stored.items() if name != Q + "scale_weight"}, "no scale"),
+    "one lacks": (
+        lambda stored: {name: one for name, one in stored.items() if name != Q + "scale_weight"},
+        "no scale",
+    ),
     "in blocks": (lambda stored: stored | {Q + "scale_weight": torch.ones(2, 3)}, r"\[2, 3\]"),
     "a format in blocks": (lambda stored: quantised_as(stored, b'{"format": "nvfp4"}'), "nvfp4"),
     "a format of none": (lambda stored: quantised_as(stored, b"\xff"), "comfy_quant"),
-    "a second scale": (lambda stored: stored | {Q + "weight_scale_2": torch.ones(())}, "weight_scale_2"),
+    "a second scale": (
+        lambda stored: stored | {Q + "weight_scale_2": torch.ones(())},
+        "weight_scale_2",
+    ),
 }
 
 
@@ -202,7 +251,9 @@ def test_scales_that_would_be_left_out_are_refused(case: str, folder, state, tmp
 
 
 @pytest.mark.parametrize("kind", ["json", "sentencepiece"])
-def test_a_prompt_that_is_cut_is_said_each_time(kind: str, folder: Path, spiece: bytes, tmp_path: Path) -> None:
+def test_a_prompt_that_is_cut_is_said_each_time(
+    kind: str, folder: Path, spiece: bytes, tmp_path: Path
+) -> None:
     place = folder
     if kind == "sentencepiece":
         place = tmp_path / "spiece.model"
@@ -229,7 +280,10 @@ def test_a_prompt_that_just_fits_is_not_cut(folder: Path) -> None:
 def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> None:
     low = {name: weight.to(torch.float8_e4m3fn) for name, weight in state.items()}
     save_file(low, tmp_path / "a.safetensors")
-    save_file({name: weight.to(torch.bfloat16) for name, weight in low.items()}, tmp_path / "b.safetensors")
+    save_file(
+        {name: weight.to(torch.bfloat16) for name, weight in low.items()},
+        tmp_path / "b.safetensors",
+    )
     first, second = (
         load_text_encoder(tmp_path / name, folder, text_len=TEXT_LEN).encode(PROMPTS)
         for name in ("a.safetensors", "b.safetensors")
@@ -242,7 +296,11 @@ def test_plain_fp8_runs_in_bf16(folder: Path, state: State, tmp_path: Path) -> N
 
 def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
     assert "config.json" in error(tmp_path)
-    for content, text in (('{"model_type": "llama"}', "llama"), ("{", "not readable"), ("[]", "not readable")):
+    for content, text in (
+        ('{"model_type": "llama"}', "llama"),
+        ("{", "not readable"),
+        ("[]", "not readable"),
+    ):
         (tmp_path / "config.json").write_text(content)
         assert text in error(tmp_path)
     shutil.copy(folder / "config.json", tmp_path / "config.json")
@@ -284,17 +342,42 @@ def test_wrong_arguments(folder: Path) -> None:
 
 def test_a_prompt_reaches_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     """generate --text-encoder samples as the same model does with the encoded prompt."""
-    config = WanConfig(dim=128, num_heads=1, ffn_dim=128, num_layers=1, text_dim=64, text_len=TEXT_LEN)
+    config = WanConfig(
+        dim=128, num_heads=1, ffn_dim=128, num_layers=1, text_dim=64, text_len=TEXT_LEN
+    )
     sizes = {"config": json.dumps({"transformer": {"text_len": TEXT_LEN}})}
     network = tiny_network(config)
     save_file(network.model.state_dict(), tmp_path / "model.safetensors", metadata=sizes)
     save_file(WanVAE(4).state_dict(), tmp_path / "vae.safetensors")
 
     def run(prompt: str) -> Tensor:
-        files = ["--model", str(tmp_path / "model.safetensors"), "--vae", str(tmp_path / "vae.safetensors")]
-        prompt_from = ["--text-encoder", str(folder), "--context-cache", str(tmp_path / "cache"), "--prompt", prompt]
-        what = ["--preset", "self-forcing", "--frames", "9", "--size", "32x32", "--save-latents", "--overwrite"]
-        assert main(["generate", *files, *prompt_from, *what, "--out", str(tmp_path / "a.mp4")]) == 0
+        files = [
+            "--model",
+            str(tmp_path / "model.safetensors"),
+            "--vae",
+            str(tmp_path / "vae.safetensors"),
+        ]
+        prompt_from = [
+            "--text-encoder",
+            str(folder),
+            "--context-cache",
+            str(tmp_path / "cache"),
+            "--prompt",
+            prompt,
+        ]
+        what = [
+            "--preset",
+            "self-forcing",
+            "--frames",
+            "9",
+            "--size",
+            "32x32",
+            "--save-latents",
+            "--overwrite",
+        ]
+        assert (
+            main(["generate", *files, *prompt_from, *what, "--out", str(tmp_path / "a.mp4")]) == 0
+        )
         return read_latents(tmp_path / "a.latents.safetensors")[0]
 
     context = load_text_encoder(folder, text_len=TEXT_LEN).encode(PROMPTS[:1])

@@ -16,9 +16,9 @@ State = dict[str, Tensor]
 
 def test_cached_prompts_need_no_weights(folder: Path, tmp_path: Path, loads: list[Path]) -> None:
     def encode(prompts: list[str], **options) -> Tensor:
-        return load_text_encoder(folder, cache_dir=tmp_path / "cache", **{"text_len": TEXT_LEN} | options).encode(
-            prompts
-        )
+        return load_text_encoder(
+            folder, cache_dir=tmp_path / "cache", **{"text_len": TEXT_LEN} | options
+        ).encode(prompts)
 
     first = encode(PROMPTS)
     assert len(loads) == 1 and torch.equal(first, expected(folder, PROMPTS))
@@ -38,10 +38,14 @@ def test_another_encoder_or_tokenizer_misses_the_cache(
 ) -> None:
     make_tokenizer(WORDS[::-1]).save(str(tmp_path / "other.json"))
     save_file(state, tmp_path / "a.safetensors")
-    changed = state | {"encoder.block.1.layer.0.SelfAttention.q.weight": state["shared.weight"][:48].clone()}
+    changed = state | {
+        "encoder.block.1.layer.0.SelfAttention.q.weight": state["shared.weight"][:48].clone()
+    }
     save_file(changed, tmp_path / "b.safetensors")
     contexts = [
-        load_text_encoder(path, tokenizer, text_len=TEXT_LEN, cache_dir=tmp_path / "cache").encode(["a red circle"])
+        load_text_encoder(path, tokenizer, text_len=TEXT_LEN, cache_dir=tmp_path / "cache").encode(
+            ["a red circle"]
+        )
         for path, tokenizer in (
             (tmp_path / "a.safetensors", folder),
             (tmp_path / "b.safetensors", folder),
@@ -53,9 +57,13 @@ def test_another_encoder_or_tokenizer_misses_the_cache(
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "width", "dtype", "name", "length", "axes"])
-def test_a_damaged_cache_file_is_written_anew(damage: str, folder: Path, tmp_path: Path, loads: list[Path]) -> None:
+def test_a_damaged_cache_file_is_written_anew(
+    damage: str, folder: Path, tmp_path: Path, loads: list[Path]
+) -> None:
     def encode() -> Tensor:
-        return load_text_encoder(folder, text_len=TEXT_LEN, cache_dir=tmp_path).encode(["a red circle"])
+        return load_text_encoder(folder, text_len=TEXT_LEN, cache_dir=tmp_path).encode(
+            ["a red circle"]
+        )
 
     first = encode()
     (path,) = tmp_path.iterdir()
@@ -77,7 +85,9 @@ def test_a_damaged_cache_file_is_written_anew(damage: str, folder: Path, tmp_pat
     assert path.read_bytes() == whole
 
 
-def test_release_frees_the_weights_and_encoding_loads_them_again(folder: Path, loads: list[Path]) -> None:
+def test_release_frees_the_weights_and_encoding_loads_them_again(
+    folder: Path, loads: list[Path]
+) -> None:
     encoder = load_text_encoder(folder, text_len=TEXT_LEN)
     assert not loads
     first = encoder.encode(PROMPTS)

@@ -11,12 +11,23 @@ from torch import Tensor
 from autorefiner.refiner.wan.text import load_text_encoder
 from autorefiner.refiner.wan.tokenizer import Tokenizer
 
-from tiny_umt5 import PROMPTS, TEXT_LEN, VOCABULARY, WORDS, error, expected, make_tokenizer, sentencepiece
+from tiny_umt5 import (
+    PROMPTS,
+    TEXT_LEN,
+    VOCABULARY,
+    WORDS,
+    error,
+    expected,
+    make_tokenizer,
+    sentencepiece,
+)
 
 State = dict[str, Tensor]
 
 
-def test_a_sentencepiece_model_inside_or_beside_the_file(spiece: bytes, state: State, tmp_path: Path) -> None:
+def test_a_sentencepiece_model_inside_or_beside_the_file(
+    spiece: bytes, state: State, tmp_path: Path
+) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     ids, count = Tokenizer(spiece, "it")("a red circle", 40)
     right = [*processor.encode("a red circle"), 1]
@@ -28,7 +39,9 @@ def test_a_sentencepiece_model_inside_or_beside_the_file(spiece: bytes, state: S
     save_file(state, tmp_path / "umt5.safetensors")
     (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
     (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(spiece)
-    inside = load_text_encoder(tmp_path / "in" / "umt5.safetensors", text_len=40).encode(["a red circle"])
+    inside = load_text_encoder(tmp_path / "in" / "umt5.safetensors", text_len=40).encode(
+        ["a red circle"]
+    )
     beside = load_text_encoder(tmp_path / "umt5.safetensors", text_len=40).encode(["a red circle"])
     assert torch.equal(inside, beside)
     assert int((inside[0] != 0).any(1).sum()) == count
@@ -60,7 +73,9 @@ def test_tokenizers_that_do_not_serve(folder: Path, state: State, tmp_path: Path
     assert "bad.json" in error(path, tmp_path / "bad.json")
     (tmp_path / "bad.model").write_bytes(b"\x00" * 9)
     assert "bad.model" in error(path, tmp_path / "bad.model")
-    make_tokenizer(["<extra>"] * 1 + [f"w{n}" for n in range(VOCABULARY)] + WORDS).save(str(tmp_path / "large.json"))
+    make_tokenizer(["<extra>"] * 1 + [f"w{n}" for n in range(VOCABULARY)] + WORDS).save(
+        str(tmp_path / "large.json")
+    )
     assert str(VOCABULARY) in error(path, tmp_path / "large.json")
     no_end = (folder / "tokenizer.json").read_text().replace("</s>", "<end>")
     (tmp_path / "end.json").write_text(no_end)

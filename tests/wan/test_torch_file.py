@@ -1,4 +1,5 @@
-"""A .pt costs no more than its bytes: compressed members, long pickles and tensors without data are refused."""
+"""A .pt costs no more than its bytes: compressed members, long pickles and tensors without data are
+refused."""
 
 import io
 import re
@@ -30,7 +31,10 @@ def zipped(members: dict[str, bytes], compression: int) -> bytes:
     ("content", "keyword"),
     [
         (zipped({"a/data.pkl": MARKS, "a/version": b"3\n"}, zipfile.ZIP_DEFLATED), "compressed"),
-        (zipped({"a/data.pkl": b"\x80\x02}.", "a/data/0": bytes(1 << 20)}, zipfile.ZIP_BZIP2), "compressed"),
+        (
+            zipped({"a/data.pkl": b"\x80\x02}.", "a/data/0": bytes(1 << 20)}, zipfile.ZIP_BZIP2),
+            "compressed",
+        ),
         (zipped({"a/data.pkl": MARKS, "a/version": b"3\n"}, zipfile.ZIP_STORED), "pickle"),
     ],
     ids=["deflated", "compressed data", "long"],
@@ -54,8 +58,12 @@ def test_a_pickle_that_is_not_zipped_is_left_after_so_many_instructions(
         open_weights(tmp_path / "bomb.pt")
 
 
-def test_a_zip_of_very_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.pt").write_bytes(zipped({f"a/data/{i}": b"" for i in range(400)}, zipfile.ZIP_STORED))
+def test_a_zip_of_very_many_members_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pt").write_bytes(
+        zipped({f"a/data/{i}": b"" for i in range(400)}, zipfile.ZIP_STORED)
+    )
     monkeypatch.setattr(torch_file, "MOST_DIRECTORY", 70_000)
     with pytest.raises(ValueError, match="whole torch file"):
         load_torch(tmp_path / "a.pt")
@@ -78,20 +86,39 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ODD)
-def test_a_tensor_that_is_no_plain_one_is_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_tensor_that_is_no_plain_one_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model, vae = (load_file(WEIGHTS / FILES[name]) for name in ("student", "vae"))
     key, of_vae = "blocks.0.self_attn.q.weight", "decoder.conv1.weight"
     change = ODD[kind]
     torch.save({**model, key: change(model[key])}, tmp_path / "model.pt")
-    torch.save({"generator": {**model, key: change(model[key])}, "step": 3}, tmp_path / "grouped.pt")
+    torch.save(
+        {"generator": {**model, key: change(model[key])}, "step": 3}, tmp_path / "grouped.pt"
+    )
     torch.save({**vae, of_vae: change(vae[of_vae])}, tmp_path / "vae.pt")
     name = f"diffusion_model.{key.removesuffix('.weight')}"
     down, up = torch.randn(4, model[key].shape[1]), torch.randn(model[key].shape[0], 4)
-    torch.save({f"{name}.lora_A.weight": change(down), f"{name}.lora_B.weight": up}, tmp_path / "lora.pt")
-    common = ["generate", "--prompt", "a red star", "--frames", "1", "--out", str(tmp_path / "a.mp4")]
+    torch.save(
+        {f"{name}.lora_A.weight": change(down), f"{name}.lora_B.weight": up}, tmp_path / "lora.pt"
+    )
+    common = [
+        "generate",
+        "--prompt",
+        "a red star",
+        "--frames",
+        "1",
+        "--out",
+        str(tmp_path / "a.mp4"),
+    ]
     tries = {
         "model.pt": ["--model", str(tmp_path / "model.pt"), "--vae", str(WEIGHTS / FILES["vae"])],
-        "grouped.pt": ["--model", str(tmp_path / "grouped.pt"), "--vae", str(WEIGHTS / FILES["vae"])],
+        "grouped.pt": [
+            "--model",
+            str(tmp_path / "grouped.pt"),
+            "--vae",
+            str(WEIGHTS / FILES["vae"]),
+        ],
         "vae.pt": ["--model", "sprites", "--vae", str(tmp_path / "vae.pt")],
         "lora.pt": ["--model", "sprites", "--lora", str(tmp_path / "lora.pt")],
     }
@@ -119,6 +146,10 @@ def test_tensors_of_more_bytes_than_the_file_are_refused() -> None:
 
 
 def test_a_header_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"note": "n" * (MOST_HEADER + 1)})
+    save_file(
+        {"a": torch.zeros(1)},
+        tmp_path / "a.safetensors",
+        metadata={"note": "n" * (MOST_HEADER + 1)},
+    )
     with pytest.raises(ValueError, match="header"):
         open_weights(tmp_path / "a.safetensors")

@@ -15,7 +15,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
 def splits(total: int) -> list[tuple[int, ...]]:
     """Every way to cut `total` latents into calls."""
     return [
-        tuple(late - early for early, late in pairwise([0, *(i for i in range(1, total) if cut >> i & 1), total]))
+        tuple(
+            late - early
+            for early, late in pairwise([0, *(i for i in range(1, total) if cut >> i & 1), total])
+        )
         for cut in range(0, 1 << total, 2)
     ]
 
@@ -68,7 +71,8 @@ def test_a_batch_decodes_and_encodes_as_its_clips_do(vae, latents) -> None:
 def test_only_a_single_clip_stacks_its_frames(vae, latents, monkeypatch) -> None:
     stacked = []
     monkeypatch.setattr(
-        "autorefiner.refiner.wan.vae.stacked_conv", lambda x, *rest: stacked.append(len(x)) or stacked_conv(x, *rest)
+        "autorefiner.refiner.wan.vae.stacked_conv",
+        lambda x, *rest: stacked.append(len(x)) or stacked_conv(x, *rest),
     )
     vae.decode(latents.expand(2, -1, -1, -1, -1))
     assert not stacked, "a batch is left to oneDNN, which is faster there"
@@ -127,12 +131,16 @@ def test_latents_are_normalised_with_wans_statistics(latents) -> None:
     torch.manual_seed(0)
     plain = WanVAE(4, latent_mean=0.0, latent_std=1.0)
     scaled = WanVAE.from_state_dict(plain.state_dict())
-    raw = latents * scaled.latent_std.reshape(1, 16, 1, 1, 1) + scaled.latent_mean.reshape(1, 16, 1, 1, 1)
+    raw = latents * scaled.latent_std.reshape(1, 16, 1, 1, 1) + scaled.latent_mean.reshape(
+        1, 16, 1, 1, 1
+    )
     assert torch.equal(scaled.denormalize(latents), raw)
     assert torch.allclose(scaled.normalize(raw), latents, atol=1e-5)
     assert torch.allclose(scaled.decode(latents), plain.decode(raw), atol=1e-5)
     pixels = torch.rand(1, 3, 5, 16, 16)
-    assert torch.allclose(scaled.encode(pixels)[0, 3], (plain.encode(pixels)[0, 3] - 0.1075) / 2.6558, atol=1e-5)
+    assert torch.allclose(
+        scaled.encode(pixels)[0, 3], (plain.encode(pixels)[0, 3] - 0.1075) / 2.6558, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])

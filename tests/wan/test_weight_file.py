@@ -1,4 +1,5 @@
-"""Files are opened safely, refused in one line, read from shards, and written whole or not at all."""
+"""Files are opened safely, refused in one line, read from shards, and written whole or not at
+all."""
 
 import json
 import os
@@ -21,12 +22,18 @@ def state() -> State:
 
 
 def test_legacy_torch_files_load_too(state: State, tmp_path: Path) -> None:
-    torch.save({"generator": prefixed(state, "model.")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"generator": prefixed(state, "model.")},
+        tmp_path / "old.pt",
+        _use_new_zipfile_serialization=False,
+    )
     assert equal_bits(load_transformer(tmp_path / "old.pt")[0].state_dict(), state)
 
 
 def test_parameters_in_a_file_load_as_their_values(state: State, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.pt", {name: torch.nn.Parameter(tensor) for name, tensor in state.items()})
+    path = write(
+        tmp_path / "a.pt", {name: torch.nn.Parameter(tensor) for name, tensor in state.items()}
+    )
     assert not any(tensor.requires_grad for tensor in open_weights(path).groups["flat"].values())
     assert equal_bits(load_transformer(path)[0].state_dict(), state)
 
@@ -50,7 +57,9 @@ class Malicious:
 
 def test_a_pickle_that_would_run_code_is_refused(state: State, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
-    torch.save({"generator": prefixed(state, "model."), "config": Malicious(mark)}, tmp_path / "a.pt")
+    torch.save(
+        {"generator": prefixed(state, "model."), "config": Malicious(mark)}, tmp_path / "a.pt"
+    )
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Malicious(mark), protocol=2))
     (tmp_path / "c.pth").write_bytes(pickle.dumps({"generator": 1}, protocol=2))
     assert ".system" in message(tmp_path / "a.pt")
@@ -92,7 +101,9 @@ def test_files_cut_short(kind: str, part: float, state: State, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_files_too_large_to_map(suffix: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_too_large_to_map(
+    suffix: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / f"a.{suffix}", state)
     opened = weight_file.safe_open
 
@@ -119,7 +130,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     assert "does not exist" in message(tmp_path / "none.pt")
     assert ".safetensors" in message(tmp_path)
     write(tmp_path / "sub" / "some.pt", {"a": torch.zeros(1)})
-    assert str(Path('sub') / 'some.pt') in message(tmp_path)
+    assert str(Path("sub") / "some.pt") in message(tmp_path)
 
 
 def test_torch_files_without_a_model(tmp_path: Path) -> None:
@@ -140,7 +151,9 @@ def test_sides_that_no_tensor_has(shape: list[int], tmp_path: Path) -> None:
 # ---- saving
 
 
-def test_saving_is_complete_or_absent(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_is_complete_or_absent(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.safetensors"
     metadata = {"config": '{"transformer": {"causal_ar": true}}'}
     save_safetensors(path, state, metadata)
@@ -158,7 +171,9 @@ def test_saving_is_complete_or_absent(state: State, tmp_path: Path, monkeypatch:
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_what_the_library_cannot_write_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_cannot_write_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(tensors: object, path: Path, **_: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device")
@@ -171,7 +186,10 @@ def test_what_the_library_cannot_write_is_an_os_error(tmp_path: Path, monkeypatc
 
 def test_a_loaded_pt_can_be_saved_over_and_again(state: State, tmp_path: Path) -> None:
     model, _ = load_transformer(
-        write(tmp_path / "a.pt", {"generator_ema": prefixed(state, FSDP), "generator": {"a": torch.zeros(1)}})
+        write(
+            tmp_path / "a.pt",
+            {"generator_ema": prefixed(state, FSDP), "generator": {"a": torch.zeros(1)}},
+        )
     )
     save_safetensors(tmp_path / "a.pt", model.state_dict(), {})
     assert equal_bits(load_transformer(tmp_path / "a.pt")[0].state_dict(), state)

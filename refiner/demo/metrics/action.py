@@ -1,4 +1,5 @@
-"""What a track does: the kind of motion, its direction and its speed, told by where it turns and how often."""
+"""What a track does: the kind of motion, its direction and its speed, told by where it turns and
+how often."""
 
 from dataclasses import dataclass
 
@@ -50,9 +51,12 @@ def turns(values: ndarray, least: float) -> list[int]:
 
 
 def rhythm(time: ndarray, values: ndarray) -> tuple[float, float]:
-    """The frequency that explains values [T, k] best, and the share of their variance it explains."""
+    """The frequency that explains values [T, k] best, and the share of their variance it
+    explains."""
     wave = 2 * np.pi * FREQUENCIES[:, None] * time
-    design = np.stack([np.ones_like(wave), np.cos(wave), np.sin(wave)], axis=-1)  # [frequencies, T, 3]
+    design = np.stack(
+        [np.ones_like(wave), np.cos(wave), np.sin(wave)], axis=-1
+    )  # [frequencies, T, 3]
     square = design.transpose(0, 2, 1) @ design + 1e-6 * np.eye(3)
     fitted = design @ np.linalg.solve(square, design.transpose(0, 2, 1) @ values)
     left = ((fitted - values) ** 2).sum(axis=(1, 2))
@@ -64,7 +68,9 @@ def rhythm(time: ndarray, values: ndarray) -> tuple[float, float]:
 def see_action(track: Track) -> Action:
     """The motion of a track, from the frames where its place is known."""
     time = np.flatnonzero(track.known) / FPS
-    place, radius, angle = (values[track.known] for values in (track.position, track.radius, track.angle))
+    place, radius, angle = (
+        values[track.known] for values in (track.position, track.radius, track.angle)
+    )
     if len(time) < 8:
         return Action(OTHER)
     if np.ptp(_smooth(place), axis=0).max() >= MOVES:
@@ -72,10 +78,16 @@ def see_action(track: Track) -> Action:
     low, high = np.quantile(radius, (0.03, 0.97))
     if high - low >= GROWS * np.median(radius):
         frequency, fit = rhythm(time, radius[:, None])
-        return Action("pulse", None, speed_class("pulse", frequency)) if fit > FIT else Action(OTHER)
+        return (
+            Action("pulse", None, speed_class("pulse", frequency)) if fit > FIT else Action(OTHER)
+        )
     slope = np.polyfit(time, angle, 1)[0] / (2 * np.pi)
     if abs(slope) >= SPINS and np.corrcoef(time, angle)[0, 1] ** 2 > FIT:
-        return Action("spin", "clockwise" if slope > 0 else "counterclockwise", speed_class("spin", abs(slope)))
+        return Action(
+            "spin",
+            "clockwise" if slope > 0 else "counterclockwise",
+            speed_class("spin", abs(slope)),
+        )
     return Action("still")
 
 
@@ -104,7 +116,8 @@ def _way(time: ndarray, place: ndarray, reach: float) -> Action:
 
 
 def _bounce(time: ndarray, place: ndarray, first_turn: list[int]) -> Action:
-    """Direction is that of the way to the first turn, along each axis; speed that of the median step."""
+    """Direction is that of the way to the first turn, along each axis; speed that of the median
+    step."""
     velocity = np.diff(place, axis=0) / np.diff(time)[:, None]
     speeds = np.hypot(*velocity.T)[np.diff(time) < 1.5 / FPS]
     way = []

@@ -1,4 +1,5 @@
-"""Which shape a blob is, and how it is turned: its moments against those of the world's shapes, drawn and found."""
+"""Which shape a blob is, and how it is turned: its moments against those of the world's shapes,
+drawn and found."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +15,16 @@ from .segment import ORDERS, Blobs, find_backdrop, find_blobs
 NAMES = tuple(SHAPES)
 RADII = np.geomspace(4.5, 26, 16)  # pixels
 BLURS = (0.0, 0.7, 1.4)  # of templates, in pixels: what a VAE's output looks like
-SCALE = np.array([0.03, 0.05, 0.05, 0.05, 0.08])  # of the features: spread, three harmonics, log of area
+SCALE = np.array(
+    [0.03, 0.05, 0.05, 0.05, 0.08]
+)  # of the features: spread, three harmonics, log of area
 CANVAS = 96
 
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Features of the drawn shapes, K of each: their signature, and their harmonics' phases when upright."""
+    """Features of the drawn shapes, K of each: their signature, and their harmonics' phases when
+    upright."""
 
     features: ndarray  # [6, K, 5]
     phase: ndarray  # [6], of the harmonic of the shape's symmetry, at angle 0
@@ -42,8 +46,12 @@ def blur(frames: ndarray, sigma: float) -> ndarray:
     video = frames.astype(np.float32)
     for axis in (1, 2):
         length = video.shape[axis]
-        padded = np.pad(video, [(reach, reach) if a == axis else (0, 0) for a in range(4)], mode="edge")
-        video = sum(w * padded.take(np.arange(length) + i, axis=axis) for i, w in enumerate(weights))
+        padded = np.pad(
+            video, [(reach, reach) if a == axis else (0, 0) for a in range(4)], mode="edge"
+        )
+        video = sum(
+            w * padded.take(np.arange(length) + i, axis=axis) for i, w in enumerate(weights)
+        )
     return np.round(video).astype(np.uint8)
 
 
@@ -58,7 +66,10 @@ def templates() -> Templates:
     for name in NAMES:
         layer = Layer(name, OBJECT_COLOURS["white"], position, radius / CANVAS, angle)
         sharp = draw(ground, [layer], len(radius))
-        seen = [find_blobs(video, find_backdrop(video)) for video in (blur(sharp, sigma) for sigma in BLURS)]
+        seen = [
+            find_blobs(video, find_backdrop(video))
+            for video in (blur(sharp, sigma) for sigma in BLURS)
+        ]
         rows.append(np.concatenate([features(blobs) for blobs in seen]))
         order = SHAPES[name].symmetry
         upright = seen[0].harmonics[np.flatnonzero(angle == 0)[-1]]  # the largest at angle 0
@@ -67,7 +78,8 @@ def templates() -> Templates:
 
 
 def shape_distances(blobs: Blobs) -> ndarray:
-    """Distance of every blob to the nearest template of every shape, [B, 6]; 1 is about what tells shapes apart."""
+    """Distance of every blob to the nearest template of every shape, [B, 6]; 1 is about what tells
+    shapes apart."""
     found = features(blobs)
     known = templates().features
     square = ((found[:, None, None] - known) ** 2).sum(axis=-1)
@@ -75,7 +87,8 @@ def shape_distances(blobs: Blobs) -> ndarray:
 
 
 def angles(blobs: Blobs, shape: str) -> ndarray:
-    """Angle of every blob if it is this shape, [B]: radians, modulo the shape's symmetry; 0 where none can be seen."""
+    """Angle of every blob if it is this shape, [B]: radians, modulo the shape's symmetry; 0 where
+    none can be seen."""
     order = SHAPES[shape].symmetry
     if not order:
         return np.zeros(len(blobs.area))

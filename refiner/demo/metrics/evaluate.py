@@ -39,6 +39,9 @@ class ClipScores:
 
 
 def evaluate_clip(frames: ndarray, caption: Caption) -> ClipScores:
-    """Scores of decoded frames, uint8 [F, S, S, 3], against what the caption states. The clip's truth is not used."""
+    """Scores of decoded frames, uint8 [F, S, S, 3], against what the caption states. The clip's
+    truth is not used."""
     found = find(frames)
-    return ClipScores(*astuple(semantic_rows(found, caption)), *astuple(quality_rows(frames, found)))
+    return ClipScores(
+        *astuple(semantic_rows(found, caption)), *astuple(quality_rows(frames, found))
+    )

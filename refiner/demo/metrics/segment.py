@@ -1,4 +1,5 @@
-"""Pixels to blobs: the ground of every frame, and the connected regions of each object colour over it.
+"""Pixels to blobs: the ground of every frame, and the connected regions of each object colour over
+it.
 
 F frames, S frame side in pixels, N pixels that belong to a blob, B blobs of all frames together.
 """
@@ -11,7 +12,9 @@ from numpy import ndarray
 from ..palette import GROUND_COLOURS, OBJECT_COLOURS, table
 from ..render import lower_share
 
-CONTRAST = 40  # levels from the ground, over three channels, from which a pixel belongs to an object
+CONTRAST = (
+    40  # levels from the ground, over three channels, from which a pixel belongs to an object
+)
 TWO_TONES = 30  # levels between the tones of a ground that has two
 CORE = 8  # pixels of one colour, at 64×64, from which a frame is said to have that colour
 SLIVER = 8  # frames
@@ -23,7 +26,8 @@ COLOURS = tuple(OBJECT_COLOURS)
 
 @dataclass(frozen=True, slots=True)
 class Backdrop:
-    """The ground as found: its name, where its upper tone ends (in frame sides), and its tones by frame."""
+    """The ground as found: its name, where its upper tone ends (in frame sides), and its tones by
+    frame."""
 
     name: str
     split: float
@@ -37,7 +41,8 @@ class Backdrop:
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """Connected regions of one colour. Lengths are in pixels; `area` weighs pixels by how much is covered."""
+    """Connected regions of one colour. Lengths are in pixels; `area` weighs pixels by how much is
+    covered."""
 
     frame: ndarray  # [B]
     colour: ndarray  # [B], index into COLOURS
@@ -54,7 +59,8 @@ class Blobs:
 
 
 def find_backdrop(frames: ndarray) -> Backdrop:
-    """The ground, from the frame's outermost two columns and rows, which objects hardly ever reach."""
+    """The ground, from the frame's outermost two columns and rows, which objects hardly ever
+    reach."""
     size = frames.shape[1]
     columns = frames[:, :, (0, 1, -2, -1)]  # [F, S, 4, 3]
     profile = np.median(columns.reshape(len(frames), size, -1, 3), axis=(0, 2))  # [S, 3]
@@ -64,8 +70,12 @@ def find_backdrop(frames: ndarray) -> Backdrop:
     margin = size // 8
     place = int(between[margin:-margin].argmax()) + margin + 1
     ring = frames[:, (0, 1, -2, -1)].reshape(len(frames), 4 * size, 3)
-    upper = np.concatenate([columns[:, : place - 3].reshape(len(frames), -1, 3), ring[:, : 2 * size]], axis=1)
-    lower = np.concatenate([columns[:, place + 3 :].reshape(len(frames), -1, 3), ring[:, 2 * size :]], axis=1)
+    upper = np.concatenate(
+        [columns[:, : place - 3].reshape(len(frames), -1, 3), ring[:, : 2 * size]], axis=1
+    )
+    lower = np.concatenate(
+        [columns[:, place + 3 :].reshape(len(frames), -1, 3), ring[:, 2 * size :]], axis=1
+    )
     tones = np.stack([np.median(part, axis=1) for part in (upper, lower)], axis=1)
     top, bottom = np.median(tones, axis=0)
     step = bottom - top
@@ -88,7 +98,8 @@ def _next_to(labels: ndarray) -> list[ndarray]:
 
 
 def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
-    """Squared distance of each pixel to each colour mixed with its ground, at least 0.1 of the colour: [N, 7]."""
+    """Squared distance of each pixel to each colour mixed with its ground, at least 0.1 of the
+    colour: [N, 7]."""
     step = table(OBJECT_COLOURS)[:, None] - ground  # [7, N, 3]
     along, length = np.einsum("cnk,nk->cn", step, off_ground), np.einsum("cnk,cnk->cn", step, step)
     mix = np.clip(along / length, 0.1, 1)
@@ -96,13 +107,15 @@ def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
 
 
 def _about(present: ndarray) -> ndarray:
-    """What is present within SLIVER frames: [F, 7]. A sliver that sticks out behind another object has no core."""
+    """What is present within SLIVER frames: [F, 7]. A sliver that sticks out behind another object
+    has no core."""
     padded = np.pad(present, ((SLIVER, SLIVER), (0, 0)))
     return np.lib.stride_tricks.sliding_window_view(padded, 2 * SLIVER + 1, axis=0).any(axis=-1)
 
 
 def label_pixels(frames: ndarray, off_ground: ndarray, rows: ndarray) -> tuple[ndarray, ndarray]:
-    """Colours by pixel, uint8 [F, S, S] (0 ground, 1 + index of colour), and as the clip has them, float [F, 7, 3]."""
+    """Colours by pixel, uint8 [F, S, S] (0 ground, 1 + index of colour), and as the clip has them,
+    float [F, 7, 3]."""
     count, size = frames.shape[:2]
     distance = np.sqrt(np.einsum("fyxk,fyxk->fyx", off_ground, off_ground))
     where = np.nonzero(distance > CONTRAST)
@@ -115,17 +128,22 @@ def label_pixels(frames: ndarray, off_ground: ndarray, rows: ndarray) -> tuple[n
     present = _about(cores >= CORE * (size / 64) ** 2)
     mismatch[~present[where[0]]] = np.inf
     labels[where] = np.where(present.any(axis=1)[where[0]], mismatch.argmin(axis=1) + 1, 0)
-    return labels, _colours(frames[where][inner].astype(np.float32), distance[where][inner], key, count)
+    return labels, _colours(
+        frames[where][inner].astype(np.float32), distance[where][inner], key, count
+    )
 
 
 def _colours(pixels: ndarray, weight: ndarray, key: ndarray, count: int) -> ndarray:
-    """Mean colour by frame and label, of the pixels farthest from the ground above all; the palette's where none."""
+    """Mean colour by frame and label, of the pixels farthest from the ground above all; the
+    palette's where none."""
     weight = (weight / 255).astype(np.float64) ** 8
     slots = count * len(COLOURS)
     total = np.bincount(key, weight, slots)
     sums = np.stack([np.bincount(key, weight * pixels[:, k], slots) for k in range(3)], axis=1)
     colours = np.where(
-        total[:, None] > 0, sums / np.maximum(total, 1e-12)[:, None], np.tile(table(OBJECT_COLOURS), (count, 1))
+        total[:, None] > 0,
+        sums / np.maximum(total, 1e-12)[:, None],
+        np.tile(table(OBJECT_COLOURS), (count, 1)),
     )
     return colours.reshape(count, len(COLOURS), 3).astype(np.float32)
 
@@ -150,8 +168,8 @@ def components(labels: ndarray) -> ndarray:
 
 
 def _regions(labels: ndarray) -> tuple[ndarray, ndarray]:
-    """Connected regions without specks, with the rim of a pixel that the ground mixes into: numbers [F, S, S], −1 on
-    the ground, and labels.
+    """Connected regions without specks, with the rim of a pixel that the ground mixes into: numbers
+    [F, S, S], −1 on the ground, and labels.
     """
     name = components(labels)
     pixels = np.bincount(name[name >= 0], minlength=1)
@@ -163,28 +181,38 @@ def _regions(labels: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def find_blobs(frames: ndarray, backdrop: Backdrop) -> Blobs:
-    """The blobs of uint8 frames [F, S, S, 3]; parts of one colour that another splits are one blob."""
+    """The blobs of uint8 frames [F, S, S, 3]; parts of one colour that another splits are one
+    blob."""
     size = frames.shape[1]
     rows = backdrop.rows(size)
     off_ground = frames - rows[:, :, None]
     labels, colours = label_pixels(frames, off_ground, rows)
     name, labels = _regions(labels)
     where = np.nonzero(labels)
-    touch = np.logical_or.reduce([(side != labels) & (side > 0) for side in _next_to(labels)])[where]
+    touch = np.logical_or.reduce([(side != labels) & (side > 0) for side in _next_to(labels)])[
+        where
+    ]
     name, label = name[where], labels[where].astype(np.int64) - 1
     touched = np.zeros(name.max(initial=0) + 1, dtype=bool)
     touched[name[touch]] = True
     joined = len(touched) + where[0] * len(COLOURS) + label
     _, name = np.unique(np.where(touched[name], joined, name), return_inverse=True)
     step = colours[where[0], label] - rows[where[:2]]
-    alpha = np.einsum("nk,nk->n", step, off_ground[where]) / np.maximum(np.einsum("nk,nk->n", step, step), 1)
+    alpha = np.einsum("nk,nk->n", step, off_ground[where]) / np.maximum(
+        np.einsum("nk,nk->n", step, step), 1
+    )
     blobs = _measure(name, where, np.clip(alpha, 0, 1), label, colours, touch)
     kept = (blobs.area >= SMALLEST * (size / 64) ** 2) | (blobs.touching & (blobs.area > 2))
     return blobs.pick(kept)
 
 
 def _measure(
-    name: ndarray, where: tuple[ndarray, ...], alpha: ndarray, label: ndarray, colours: ndarray, touch: ndarray
+    name: ndarray,
+    where: tuple[ndarray, ...],
+    alpha: ndarray,
+    label: ndarray,
+    colours: ndarray,
+    touch: ndarray,
 ) -> Blobs:
     """Moments of the blobs, from their pixels' blob number, place, cover and label."""
 

@@ -1,4 +1,5 @@
-"""Semantic rows: whether a clip holds what its caption states. Each is 0–100; what is not stated is not asked."""
+"""Semantic rows: whether a clip holds what its caption states. Each is 0–100; what is not stated is
+not asked."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -11,7 +12,8 @@ from .action import Action, see_action
 from .track import Found, Track, in_front
 
 START = 12  # frames over which the relation at the start is seen
-APART = 0.6  # of the two radii together: how far centres lie apart along an axis for left, right, above, below
+# of the two radii together: how far centres lie apart along an axis for left, right, above, below
+APART = 0.6
 SIZE_LIMIT = float(np.sqrt(SIZES["small"][1] * SIZES["large"][0]))  # radius in frame sides
 
 
@@ -32,7 +34,8 @@ def seen_size(track: Track) -> str:
 
 
 def match(caption: Caption, tracks: tuple[Track, ...], actions: list[Action]) -> list[int | None]:
-    """Which track is which stated object: by shape first, then colour, then motion; None where there is none."""
+    """Which track is which stated object: by shape first, then colour, then motion; None where
+    there is none."""
     places = [*range(len(tracks)), *[None] * len(caption.objects)]
 
     def worth(chosen: tuple[int | None, ...]) -> int:
@@ -45,7 +48,9 @@ def match(caption: Caption, tracks: tuple[Track, ...], actions: list[Action]) ->
         )
 
     longest = sorted(places[: len(tracks)], key=lambda index: -tracks[index].present.sum())[:4]
-    return list(max(permutations([*longest, *places[len(tracks) :]], len(caption.objects)), key=worth))
+    return list(
+        max(permutations([*longest, *places[len(tracks) :]], len(caption.objects)), key=worth)
+    )
 
 
 def semantic_rows(found: Found, caption: Caption) -> Semantic:
@@ -53,18 +58,28 @@ def semantic_rows(found: Found, caption: Caption) -> Semantic:
     actions = [see_action(track) for track in found.tracks]
     chosen = match(caption, found.tracks, actions)
     pairs = [
-        (stated, found.tracks[index] if index is not None else None, actions[index] if index is not None else None)
+        (
+            stated,
+            found.tracks[index] if index is not None else None,
+            actions[index] if index is not None else None,
+        )
         for stated, index in zip(caption.objects, chosen, strict=True)
     ]
-    colours = [float(track is not None and track.colour == stated.colour) for stated, track, _ in pairs]
+    colours = [
+        float(track is not None and track.colour == stated.colour) for stated, track, _ in pairs
+    ]
     if caption.ground:
         colours.append(float(found.backdrop.name == caption.ground))
-    seen = sum((track.present | track.hidden).astype(int) for track in found.tracks) + np.zeros(found.frames)
+    seen = sum((track.present | track.hidden).astype(int) for track in found.tracks) + np.zeros(
+        found.frames
+    )
     return Semantic(
         object=100 * float(np.mean([_object(stated, track) for stated, track, _ in pairs])),
         colour=100 * float(np.mean(colours)),
         count=100 * float((seen == len(caption.objects)).mean()),
-        relation=100 * float(_relation(caption.relation, chosen, found.tracks)) if caption.relation else np.nan,
+        relation=100 * float(_relation(caption.relation, chosen, found.tracks))
+        if caption.relation
+        else np.nan,
         action=100 * float(np.mean([_action(stated, action) for stated, _, action in pairs])),
     )
 
@@ -87,7 +102,8 @@ def _action(stated: Stated, action: Action | None) -> float:
 
 
 def _relation(relation: str, chosen: list[int | None], tracks: tuple[Track, ...]) -> bool:
-    """Whether the first stated object lies so to the second: in the first frames, or in depth where they meet."""
+    """Whether the first stated object lies so to the second: in the first frames, or in depth where
+    they meet."""
     if None in chosen:
         return False
     first, second = (tracks[index] for index in chosen)

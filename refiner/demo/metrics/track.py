@@ -1,4 +1,5 @@
-"""Blobs to tracks: which object is which over time, also behind another, and what each is by frame."""
+"""Blobs to tracks: which object is which over time, also behind another, and what each is by
+frame."""
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -12,7 +13,9 @@ from ..shapes import SHAPES
 from .classify import NAMES, angles, shape_distances
 from .segment import COLOURS, Backdrop, Blobs, find_backdrop, find_blobs
 
-NEAR = 10 / 64  # frame sides between two frames, up to which a blob of another colour is still the same object
+NEAR = (
+    10 / 64
+)  # frame sides between two frames, up to which a blob of another colour is still the same object
 PASSING = 3  # frames: blobs that last no longer are no objects
 BRIEF = 0.05  # of the frames, likewise
 WHOLE = 0.08  # of an object's cover, which a measurement may miss next to another object
@@ -23,7 +26,8 @@ HIDES = 0.12  # of an object's cover, lost to the other on average, from which o
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One object by frame. Positions and radii are in frame sides; they and angles are interpolated where not known."""
+    """One object by frame. Positions and radii are in frame sides; they and angles are interpolated
+    where not known."""
 
     shape: str
     colour: str
@@ -50,9 +54,17 @@ class Found:
 
 
 def find(frames: ndarray) -> Found:
-    """Ground and objects of uint8 frames [F, S, S, 3]; ValueError for anything else, and for less than a second."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] != frames.shape[2]:
-        raise ValueError(f"frames {frames.dtype} {list(frames.shape)}: give uint8 [F, S, S, 3] with square frames")
+    """Ground and objects of uint8 frames [F, S, S, 3]; ValueError for anything else, and for less
+    than a second."""
+    if (
+        frames.dtype != np.uint8
+        or frames.ndim != 4
+        or frames.shape[3] != 3
+        or frames.shape[1] != frames.shape[2]
+    ):
+        raise ValueError(
+            f"frames {frames.dtype} {list(frames.shape)}: give uint8 [F, S, S, 3] with square frames"
+        )
     if len(frames) < FPS:
         raise ValueError(f"{len(frames)} frames: motion is judged over at least {FPS}, one second")
     check_size(frames.shape[1])
@@ -67,7 +79,8 @@ def find(frames: ndarray) -> Found:
 
 
 def link(blobs: Blobs, size: int) -> list[list[int]]:
-    """Blob indices of each object in order of time: the same colour first, then what is near; however far it jumps."""
+    """Blob indices of each object in order of time: the same colour first, then what is near;
+    however far it jumps."""
     chains: list[list[int]] = []
     for frame in np.unique(blobs.frame):
         free = list(np.flatnonzero(blobs.frame == frame))
@@ -94,8 +107,11 @@ def link(blobs: Blobs, size: int) -> list[list[int]]:
 
 
 def _blend(blobs: Blobs, chain: ndarray, size: int) -> bool:
-    """Whether it is only the mixed colour between two objects that a blur makes: small, and never by itself."""
-    return bool(blobs.touching[chain].all() and np.median(blobs.area[chain]) < BLEND * (size / 64) ** 2)
+    """Whether it is only the mixed colour between two objects that a blur makes: small, and never
+    by itself."""
+    return bool(
+        blobs.touching[chain].all() and np.median(blobs.area[chain]) < BLEND * (size / 64) ** 2
+    )
 
 
 def _spread_out(values: ndarray, at: ndarray, frames: int) -> ndarray:
@@ -124,7 +140,9 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
     lost = np.zeros(frames)
     lost[at] = np.where(touching, 1 - blobs.area[chain] / full[at], 0)
     whole = ~touching | (np.abs(lost[at]) < WHOLE)
-    whole = whole if whole.any() else np.ones(len(chain), dtype=bool)  # never seen by itself: take it as it is
+    whole = (
+        whole if whole.any() else np.ones(len(chain), dtype=bool)
+    )  # never seen by itself: take it as it is
     apart = apart if not (apart & ~whole).any() else whole
     shape = NAMES[int(np.minimum(distances[chain[apart]], 4).mean(axis=0).argmin())]
     present, clean, known, near = (np.zeros(frames, dtype=bool) for _ in range(4))
@@ -156,11 +174,14 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
 
 
 def in_front(tracks: tuple[Track, ...]) -> dict[tuple[int, int], int]:
-    """For every two tracks (by index) that come so near that one hides the other, which of them is in front."""
+    """For every two tracks (by index) that come so near that one hides the other, which of them is
+    in front."""
     front = {}
     for one, other in combinations(range(len(tracks)), 2):
         both = (tracks[one].lost != 0) | (tracks[other].lost != 0)
-        losses = [float(np.clip(tracks[index].lost[both], 0, 1).max(initial=0)) for index in (one, other)]
+        losses = [
+            float(np.clip(tracks[index].lost[both], 0, 1).max(initial=0)) for index in (one, other)
+        ]
         if max(losses) > HIDES and max(losses) > 1.5 * min(losses):
             front[one, other] = one if losses[0] < losses[1] else other
     return front

@@ -1,1 +1,2 @@
-"""How the bundled models are trained: one stage a file, over one loop that can be killed and continued."""
+"""How the bundled models are trained: one stage a file, over one loop that can be killed and
+continued."""

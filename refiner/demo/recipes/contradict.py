@@ -1,4 +1,5 @@
-"""Captions that are false of a clip by one word, and clips that are false of a caption by one thing."""
+"""Captions that are false of a clip by one word, and clips that are false of a caption by one
+thing."""
 
 from dataclasses import replace
 
@@ -15,7 +16,9 @@ from ..world import SIZES
 OPPOSITE = {"left": "right", "above": "below", "behind": "front"}
 OPPOSITE |= {value: key for key, value in OPPOSITE.items()}
 MIDDLE = (0.35, 0.65)  # where what begins to swing or orbit is put, in frame sides
-Change = tuple[int, str, str]  # which object (or -1: the caption), which attribute, and its new value
+Change = tuple[
+    int, str, str
+]  # which object (or -1: the caption), which attribute, and its new value
 
 
 def changes(caption: Caption) -> list[Change]:
@@ -26,7 +29,11 @@ def changes(caption: Caption) -> list[Change]:
         possible.append((-1, "relation", OPPOSITE[caption.relation]))
     for place, one in enumerate(caption.objects):
         rest = [other.colour for other in caption.objects if other is not one]
-        possible += [(place, "colour", name) for name in OBJECT_COLOURS if name != one.colour and name not in rest]
+        possible += [
+            (place, "colour", name)
+            for name in OBJECT_COLOURS
+            if name != one.colour and name not in rest
+        ]
         possible += [
             (place, "shape", name)
             for name, shape in SHAPES.items()
@@ -44,15 +51,21 @@ def changes(caption: Caption) -> list[Change]:
             possible.append((place, "speed", "slow" if one.speed == "fast" else "fast"))
         if one.direction:
             ways = [
-                name for name in DIRECTIONS[one.motion] if name != one.direction and (not passing or " " not in name)
+                name
+                for name in DIRECTIONS[one.motion]
+                if name != one.direction and (not passing or " " not in name)
             ]
             possible += [(place, "direction", name) for name in ways]
     return possible
 
 
-def draw_change(caption: Caption, rng: Generator, attributes: frozenset[str] | None = None) -> Change | None:
+def draw_change(
+    caption: Caption, rng: Generator, attributes: frozenset[str] | None = None
+) -> Change | None:
     """Draw a change, uniformly over the attributes; None where none of `attributes` can change."""
-    possible = [change for change in changes(caption) if attributes is None or change[1] in attributes]
+    possible = [
+        change for change in changes(caption) if attributes is None or change[1] in attributes
+    ]
     if not possible:
         return None
     names = sorted({(place, name) for place, name, _ in possible})
@@ -66,7 +79,9 @@ def changed(caption: Caption, change: Change, rng: Generator) -> Caption:
     place, name, value = change
     objects, relation, ground = caption.objects, caption.relation, caption.ground
     if place >= 0:
-        objects = tuple(_restated(one, name, value) if i == place else one for i, one in enumerate(objects))
+        objects = tuple(
+            _restated(one, name, value) if i == place else one for i, one in enumerate(objects)
+        )
     elif name == "relation":
         relation = value
     else:
@@ -87,11 +102,15 @@ def _restated(stated: Stated, name: str, value: str) -> Stated:
 
 
 def twin(scene: Scene, change: Change, caption: Caption, rng: Generator) -> Scene:
-    """The scene with the change, and the caption that is true of it; a relation cannot be changed so."""
+    """The scene with the change, and the caption that is true of it; a relation cannot be changed
+    so."""
     place, name, value = change
     if name == "ground":
         return replace(scene, ground=Ground(value, scene.ground.split), caption=caption)
-    bodies = tuple(_rebuilt(body, name, value, rng) if i == place else body for i, body in enumerate(scene.bodies))
+    bodies = tuple(
+        _rebuilt(body, name, value, rng) if i == place else body
+        for i, body in enumerate(scene.bodies)
+    )
     return replace(scene, bodies=bodies, caption=caption)
 
 
@@ -113,6 +132,15 @@ def _rebuilt(body: Body, name: str, value: str, rng: Generator) -> Body:
     rate = float(rng.uniform(*rates[speed])) if rates else 0.0
     reach = float(rng.uniform(*REACH[value])) if value in REACH else 0.0
     phase = float(rng.uniform(0, 2 * np.pi)) if value in REACH else 0.0
-    centre = tuple(float(np.clip(c, *MIDDLE)) for c in body.centre) if value in ("orbit", "swing") else body.centre
+    centre = (
+        tuple(float(np.clip(c, *MIDDLE)) for c in body.centre)
+        if value in ("orbit", "swing")
+        else body.centre
+    )
     stated = replace(stated, direction=direction, speed=speed)
-    return replace(body, stated=stated, motion=Motion(value, direction, speed, rate, reach, phase), centre=centre)
+    return replace(
+        body,
+        stated=stated,
+        motion=Motion(value, direction, speed, rate, reach, phase),
+        centre=centre,
+    )

@@ -22,7 +22,9 @@ from ..world import sample_scene
 SHARD = 64  # clips a file
 AT_ONCE = {"cpu": 4, "cuda": 32}  # clips in one pass of the encoder
 FRAMES = 81
-DIAGONALS = 3  # times that a clip whose caption tells of a diagonal bounce is drawn for each of another: 1 in 30 is one
+# times that a clip whose caption tells of a diagonal bounce is drawn for each of another: 1 in 30
+# is one
+DIAGONALS = 3
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -38,13 +40,16 @@ def shard_part(shard: int, at_once: int, index: int) -> Tensor:
 
 @torch.no_grad()
 def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
-    """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards − 1."""
+    """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards
+    − 1."""
     folder.mkdir(parents=True, exist_ok=True)
     device = vae.conv1.weight.device
     at_once = AT_ONCE.get(device.type, AT_ONCE["cpu"])
     parts = -(-SHARD // at_once)
     rendered = Ahead(partial(shard_part, SHARD, at_once), shards * parts, helpers(device))
-    for number in tqdm([n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"):
+    for number in tqdm(
+        [n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"
+    ):
         latents = []
         for index in range(number * parts, (number + 1) * parts):
             with mixed_precision(device):
@@ -67,14 +72,20 @@ class Clips:
     drawn: np.ndarray = field(init=False)  # indices of clips, some more often than others
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drawn", np.repeat(np.arange(len(self.latents)), [*map(times_drawn, self.captions)]))
+        object.__setattr__(
+            self,
+            "drawn",
+            np.repeat(np.arange(len(self.latents)), [*map(times_drawn, self.captions)]),
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Clips":
         """All shards of a folder, in order; ValueError when there is none."""
         paths = sorted(folder.glob("clips_*.safetensors"))
         if not paths or [shard_path(folder, number) for number in range(len(paths))] != paths:
-            raise ValueError(f"{folder} holds no unbroken run of encoded clips: make them with `demo train clips`")
+            raise ValueError(
+                f"{folder} holds no unbroken run of encoded clips: make them with `demo train clips`"
+            )
         parts = []
         for path in paths:
             with safe_open(path, "pt") as file:
@@ -96,5 +107,8 @@ class Clips:
     def _texts(self, chosen: np.ndarray, rng: np.random.Generator, unsaid: float) -> list[str]:
         """New words for each caption, or none at all."""
         captions = (self.captions[index] for index in chosen)
-        texts = [write(caption.objects, caption.relation, caption.ground, rng).text for caption in captions]
+        texts = [
+            write(caption.objects, caption.relation, caption.ground, rng).text
+            for caption in captions
+        ]
         return ["" if rng.random() < unsaid else text for text in texts]

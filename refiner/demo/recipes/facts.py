@@ -1,4 +1,5 @@
-"""What there is to know of a scene, fact by fact: each object by its colour, which no other has, and the ground."""
+"""What there is to know of a scene, fact by fact: each object by its colour, which no other has,
+and the ground."""
 
 from collections.abc import Sequence
 
@@ -18,18 +19,27 @@ VALUES: dict[str, tuple[str, ...]] = {
     "speed": tuple(dict.fromkeys(name for rates in RATES.values() for name in rates)),
     "size": tuple(SIZES),
 }
-FACTS = [(colour, name, value) for colour in OBJECT_COLOURS for name, values in VALUES.items() for value in values]
+FACTS = [
+    (colour, name, value)
+    for colour in OBJECT_COLOURS
+    for name, values in VALUES.items()
+    for value in values
+]
 FACTS += [("", "ground", value) for value in GROUNDS]
 PLACE = {fact: place for place, fact in enumerate(FACTS)}
 
 
 def facts_of(objects: Sequence[Stated], ground: str | None) -> tuple[Tensor, Tensor]:
-    """Which facts hold [len(FACTS)], 0 or 1, and which are known, where the objects say what they say.
+    """Which facts hold [len(FACTS)], 0 or 1, and which are known, where the objects say what they
+    say.
 
-    An attribute that is not said of an object is not known of it; of a colour that no object has, nothing holds.
+    An attribute that is not said of an object is not known of it; of a colour that no object has,
+    nothing holds.
     """
     holds, known = torch.zeros(len(FACTS)), torch.ones(len(FACTS))
-    said = [(one.colour, name, getattr(one, name)) for one in objects for name in VALUES] + [("", "ground", ground)]
+    said = [(one.colour, name, getattr(one, name)) for one in objects for name in VALUES] + [
+        ("", "ground", ground)
+    ]
     for colour, name, value in said:
         if value is not None:
             holds[PLACE[colour, name, value]] = 1

@@ -1,9 +1,10 @@
-"""What one latent must tell by itself, through linear maps: how much of its cell each shape covers, the colours of what
-lies there and of the ground behind it, and the picture.
+"""What one latent must tell by itself, through linear maps: how much of its cell each shape covers,
+the colours of what lies there and of the ground behind it, and the picture.
 
-A transformer learns at once what is the same at every place of a latent. Without this a VAE writes a shape as another
-code at every place within a cell, and words for shapes come to nothing. As VA-VAE (Yao et al. 2025) aligns latents with
-features that have a meaning; here the world itself says what there is.
+A transformer learns at once what is the same at every place of a latent. Without this a VAE writes
+a shape as another code at every place within a cell, and words for shapes come to nothing. As
+VA-VAE (Yao et al. 2025) aligns latents with features that have a meaning; here the world itself
+says what there is.
 """
 
 import numpy as np
@@ -22,8 +23,8 @@ SEEN = 0.04  # of a cell: where a shape covers less it need not be told which it
 
 
 def shown(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
-    """Pixels [3, F, H, W] in [-1, 1] of a scene, and the facts of each pixel [12, F, H, W]: how much each shape covers,
-    the objects' colour times that, and the ground's, both in [-1, 1]."""
+    """Pixels [3, F, H, W] in [-1, 1] of a scene, and the facts of each pixel [12, F, H, W]: how
+    much each shape covers, the objects' colour times that, and the ground's, both in [-1, 1]."""
     parts = render_parts(scene, frames)
     covered = parts.shapes.sum(axis=0)
     facts = (parts.shapes, parts.colour / 127.5 - covered, parts.ground / 127.5 - 1)
@@ -31,8 +32,8 @@ def shown(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def by_latent(frames_BCFHW: Tensor, side: int, times: int = 1) -> Tensor:
-    """Means over squares of `side` and each latent's frames, whose first and second half apart if `times` is 2:
-    [B, C·times, 1 + n, H/side, W/side] of 1 + 4n frames."""
+    """Means over squares of `side` and each latent's frames, whose first and second half apart if
+    `times` is 2: [B, C·times, 1 + n, H/side, W/side] of 1 + 4n frames."""
     flat = F.avg_pool3d(frames_BCFHW, (1, side, side))
     first, rest = flat[:, :, :1], flat[:, :, 1:].unflatten(2, (-1, times, GROUP // times)).mean(4)
     halves = torch.cat((first[:, :, :, None].expand(-1, -1, -1, times, -1, -1), rest), dim=2)
@@ -57,8 +58,9 @@ class Reader(nn.Module):
         self.picture = nn.Conv3d(z_dim, 3 * 2 * (CELL // FINE) ** 2, 1)
 
     def forward(self, latents: Tensor, pixels: Tensor, facts: Tensor) -> dict[str, Tensor]:
-        """Losses of latents [B, 16, 1 + n, h, w]: squared errors of covers and of colours, each a sum over channels,
-        the cross-entropy of which shape there is, where there is one, and the squared error of the picture."""
+        """Losses of latents [B, 16, 1 + n, h, w]: squared errors of covers and of colours, each a
+        sum over channels, the cross-entropy of which shape there is, where there is one, and the
+        squared error of the picture."""
         true = by_latent(facts, CELL)
         error = (self.facts(latents) - true).square().mean((0, 2, 3, 4))
         covered = true[:, : len(SHAPES)]
@@ -79,9 +81,16 @@ def linear_shares(latents: Tensor, facts: Tensor) -> dict[str, float]:
 
     Fitted on the odd clips and measured on the even ones; means over shapes, and over colours.
     """
-    known, wanted = (part.double().cpu().movedim(1, -1) for part in (latents, by_latent(facts, CELL)))
-    fit, test = (tuple(part[start::2].flatten(0, -2) for part in (known, wanted)) for start in (1, 0))
+    known, wanted = (
+        part.double().cpu().movedim(1, -1) for part in (latents, by_latent(facts, CELL))
+    )
+    fit, test = (
+        tuple(part[start::2].flatten(0, -2) for part in (known, wanted)) for start in (1, 0)
+    )
     solved = torch.linalg.lstsq(F.pad(fit[0], (0, 1), value=1.0), fit[1], driver="gelsd").solution
     error = F.pad(test[0], (0, 1), value=1.0) @ solved - test[1]
     share = 1 - error.square().mean(0) / test[1].var(0, unbiased=False).clamp_min(1e-9)
-    return {"covers": share[: len(SHAPES)].mean().item(), "colours": share[len(SHAPES) :][:3].mean().item()}
+    return {
+        "covers": share[: len(SHAPES)].mean().item(),
+        "colours": share[len(SHAPES) :][:3].mean().item(),
+    }

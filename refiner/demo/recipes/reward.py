@@ -1,7 +1,8 @@
-"""The sprites' text-video reward: clips and captions in one space, told apart from what differs by one attribute.
+"""The sprites' text-video reward: clips and captions in one space, told apart from what differs by
+one attribute.
 
-Contrast alone begins slowly, so one linear layer, which is thrown away, reads every fact of the scene from both kinds
-of vectors besides.
+Contrast alone begins slowly, so one linear layer, which is thrown away, reads every fact of the
+scene from both kinds of vectors besides.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ STRETCH = 10.0  # of unit vectors, before facts are read from them
 
 @dataclass(frozen=True, slots=True)
 class RewardOptions:
-    """Of the recipe. A step takes `batch` scenes and of each a twin that differs by one attribute."""
+    """Of the recipe. A step takes `batch` scenes and of each a twin that differs by one
+    attribute."""
 
     steps: int = 2500
     batch: int = 32
@@ -50,13 +52,16 @@ class RewardOptions:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips [B, F, 3, H, W] in 0–1, when their frames are [B, F], what is true of each, and what is not."""
+    """Clips [B, F, 3, H, W] in 0–1, when their frames are [B, F], what is true of each, and what is
+    not."""
 
     frames: Tensor
     numbers: Tensor
     true: list[str]
     false: list[str]
-    seen: tuple[Tensor, Tensor]  # facts that hold in each clip, and those that are known [B, len(FACTS)]
+    seen: tuple[
+        Tensor, Tensor
+    ]  # facts that hold in each clip, and those that are known [B, len(FACTS)]
     said: tuple[Tensor, Tensor]  # the same of each true caption
 
 
@@ -73,7 +78,11 @@ class Reader(nn.Module):
         """Cross-entropy of the known facts, a tenth of their sum."""
         holds, known = (part.to(vectors.device) for part in facts)
         logits = self.facts(STRETCH * vectors).float()
-        return 0.1 * F.binary_cross_entropy_with_logits(logits, holds, known, reduction="sum") / len(vectors)
+        return (
+            0.1
+            * F.binary_cross_entropy_with_logits(logits, holds, known, reduction="sum")
+            / len(vectors)
+        )
 
 
 class RewardStage(LearnerStage):
@@ -96,10 +105,14 @@ class RewardStage(LearnerStage):
         with mixed_precision(self.device):
             video = model.embed_video(frames, batch.numbers.to(self.device))
             text = model.embed_text(batch.true + batch.false)
-            facts = reader.loss_of_facts(video, batch.seen) + reader.loss_of_facts(text[: len(video)], batch.said)
+            facts = reader.loss_of_facts(video, batch.seen) + reader.loss_of_facts(
+                text[: len(video)], batch.said
+            )
         logits = model.sharpness.exp().clamp(max=SHARPEST) * video @ text.T
         right = torch.arange(len(video), device=self.device)
-        loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(video)].T, right)) / 2
+        loss = (
+            F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(video)].T, right)
+        ) / 2
         self.learner.step(loss + facts, index, warm_cosine(index, options.steps))
         hits = (logits.argmax(1) == right).float().mean()
         return {"loss": loss.item(), "facts": facts.item(), "hits": hits.item()}
@@ -110,22 +123,29 @@ class RewardStage(LearnerStage):
 
     @torch.no_grad()
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """Held-out clips: share found among all captions, and share that fits its caption better than one changed by
-        an attribute; the latter by attribute goes into the folder."""
+        """Held-out clips: share found among all captions, and share that fits its caption better
+        than one changed by an attribute; the latter by attribute goes into the folder."""
         model, options = self.finished(), self.options
         rng = np.random.default_rng(0)
         scenes = [sample_scene(seed, "test") for seed in range(options.shown)]
         frames, numbers = clips_of(scenes, [FRAMES.draw(rng, 81) for _ in scenes])
         video = model.embed_video(frames.to(self.device), numbers.to(self.device))
         text = model.embed_text([scene.caption.text for scene in scenes])
-        retrieved = ((video @ text.T).argmax(1).cpu() == torch.arange(len(scenes))).float().mean().item()
+        retrieved = (
+            ((video @ text.T).argmax(1).cpu() == torch.arange(len(scenes))).float().mean().item()
+        )
         own, shares, lines = (video * text).sum(1), [], []
         for name in ATTRIBUTES:
-            picked = [(i, draw_change(scene.caption, rng, frozenset({name}))) for i, scene in enumerate(scenes)]
+            picked = [
+                (i, draw_change(scene.caption, rng, frozenset({name})))
+                for i, scene in enumerate(scenes)
+            ]
             picked = [(i, change) for i, change in picked if change]
             if not picked:
                 continue
-            false = model.embed_text([changed(scenes[i].caption, change, rng).text for i, change in picked])
+            false = model.embed_text(
+                [changed(scenes[i].caption, change, rng).text for i, change in picked]
+            )
             rows = torch.tensor([i for i, _ in picked], device=self.device)
             shares.append((own[rows] > (video[rows] * false).sum(1)).float().mean().item())
             lines.append(f"{name:<14}{100 * shares[-1]:6.2f}{len(picked):6d}")
@@ -150,7 +170,10 @@ def make_batch(options: RewardOptions, index: int) -> Batch:
         drawn += 2 * [tuple(range(first, first + span + 1, interval))]
     frames, numbers = clips_of(scenes, drawn)
     captions = [scene.caption for scene in scenes]
-    true, false = [_reworded(caption, rng) for caption in captions], [_false(caption, rng) for caption in captions]
+    true, false = (
+        [_reworded(caption, rng) for caption in captions],
+        [_false(caption, rng) for caption in captions],
+    )
     return Batch(
         frames, numbers, true, false,
         _stacked([facts_of([body.stated for body in scene.bodies], scene.ground.name) for scene in scenes]),
@@ -165,13 +188,21 @@ def _stacked(facts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def clips_of(scenes: list[Scene], drawn: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Frames [B, F, 3, H, W] in 0–1 of scenes at these frame numbers, and the numbers [B, F]."""
-    clips = [render_at(scene, np.array(numbers) / FPS, SIZE) for scene, numbers in zip(scenes, drawn, strict=True)]
-    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255, torch.tensor(drawn)
+    clips = [
+        render_at(scene, np.array(numbers) / FPS, SIZE)
+        for scene, numbers in zip(scenes, drawn, strict=True)
+    ]
+    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255, torch.tensor(
+        drawn
+    )
 
 
 def worn(frames_BFCHW: Tensor, options: RewardOptions, generator: torch.Generator) -> Tensor:
-    """Frames a little blurred and noisy, each clip by its own amount, as a VAE or a small model may make them."""
-    amount = torch.rand(2, len(frames_BFCHW), 1, 1, 1, 1, generator=generator, device=frames_BFCHW.device)
+    """Frames a little blurred and noisy, each clip by its own amount, as a VAE or a small model may
+    make them."""
+    amount = torch.rand(
+        2, len(frames_BFCHW), 1, 1, 1, 1, generator=generator, device=frames_BFCHW.device
+    )
     flat = F.pad(frames_BFCHW.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
     blurred = F.avg_pool2d(flat, 3, stride=1).view_as(frames_BFCHW)
     noise = torch.randn(frames_BFCHW.shape, generator=generator, device=frames_BFCHW.device)

@@ -100,19 +100,32 @@ class CausalInitStage(LearnerStage):
     """Training state of the causal initialisation."""
 
     def __init__(
-        self, options: InitOptions, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder, vae: WanVAE
+        self,
+        options: InitOptions,
+        teacher: CausalWan,
+        clips: Clips,
+        text: SpriteTextEncoder,
+        vae: WanVAE,
     ) -> None:
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         self.device = next(teacher.model.parameters()).device
         config = teacher.config
         if options.width != config.dim:
             config = sprite_config(options.width, text)
-        model = twin(teacher) if config == teacher.config else new_model(config, options.seed).to(self.device)
-        self.learner = Learner(model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY)
+        model = (
+            twin(teacher)
+            if config == teacher.config
+            else new_model(config, options.seed).to(self.device)
+        )
+        self.learner = Learner(
+            model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY
+        )
         self.network = for_training(CausalWan(model, config), self.device, options.compiled)
         self.average = CausalWan(self.learner.average, config)
         self.replay = Replay(self.learner.model, self.device)
-        self.batches = Ahead(partial(init_batch, options, clips), options.steps, helpers(self.device))
+        self.batches = Ahead(
+            partial(init_batch, options, clips), options.steps, helpers(self.device)
+        )
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
@@ -157,13 +170,17 @@ class CausalInitStage(LearnerStage):
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
         """A sigma for each sample and frame [B, F]: one of the sampler's, or any."""
         levels = torch.tensor([level.sigma for level in PRESET.chunk_levels()], device=self.device)
-        u = torch.rand(3, batch, self.clips.latents.shape[2], generator=generator, device=self.device)
+        u = torch.rand(
+            3, batch, self.clips.latents.shape[2], generator=generator, device=self.device
+        )
         chosen = levels[(u[1] * len(levels)).long()]
         return torch.where(u[0] < self.options.at_levels, chosen, shifted(u[2], PRESET.shift))
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         captions = held_out(self.options.shown)
-        return show_clips(student_clips(self.average, self.text, self.vae, captions), captions, folder, index)
+        return show_clips(
+            student_clips(self.average, self.text, self.vae, captions), captions, folder, index
+        )
 
 
 class DistilStage:
@@ -223,7 +240,8 @@ class DistilStage:
         return size.item()
 
     def _part(self, index: int, use: int, prompts: list[str]) -> Part:
-        """A step's clips: their exit level, the noises of their path, and those to score them at."""
+        """A step's clips: their exit level, the noises of their path, and those to score them
+        at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
         exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.levels)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
@@ -267,7 +285,9 @@ class DistilStage:
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
         captions = held_out(self.options.shown)
-        return show_clips(student_clips(self.average, self.text, self.vae, captions), captions, folder, index)
+        return show_clips(
+            student_clips(self.average, self.text, self.vae, captions), captions, folder, index
+        )
 
 
 def init_batch(options: InitOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:

@@ -21,8 +21,14 @@ from ..clips import held_out, show_clips, teacher_clips
 from ..text_encoder import SpriteTextEncoder
 from .data import Clips
 
-WIDTHS = {128: dict(num_heads=1, ffn_dim=512, num_layers=4), 256: dict(num_heads=8, ffn_dim=1024, num_layers=5)}
-TEXT_WAY = ("text_embedding.", "cross_attn.v.")  # without a norm behind them, so no matrices for Muon
+WIDTHS = {
+    128: dict(num_heads=1, ffn_dim=512, num_layers=4),
+    256: dict(num_heads=8, ffn_dim=1024, num_layers=5),
+}
+TEXT_WAY = (
+    "text_embedding.",
+    "cross_attn.v.",
+)  # without a norm behind them, so no matrices for Muon
 
 
 def sprite_config(width: int, text: SpriteTextEncoder) -> WanConfig:
@@ -37,7 +43,8 @@ class TeacherOptions:
     width: int = 256
     steps: int = 3300
     batch: int = 64  # whole clips; of short ones as many as have about as many frames
-    # Latent frames of the clips' beginnings that steps up to this share of all are on: looks first, motion after them.
+    # Latent frames of the clips' beginnings that steps up to this share of all are on: looks first,
+    # motion after them.
     lengths: tuple[tuple[float, int], ...] = ((0.25, 3), (0.55, 9))
     learning_rate: float = 1e-3
     muon: float = 5e-2
@@ -51,7 +58,8 @@ class TeacherOptions:
 
 @dataclass(frozen=True, slots=True)
 class LongerOptions(TeacherOptions):
-    """Of a second training, of a finished teacher: whole clips throughout, at the rates of the first one's middle."""
+    """Of a second training, of a finished teacher: whole clips throughout, at the rates of the
+    first one's middle."""
 
     steps: int = 14000
     lengths: tuple[tuple[float, int], ...] = ()
@@ -73,11 +81,26 @@ class TeacherStage(LearnerStage):
         self, options: TeacherOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE, device: torch.device,
         start: CausalWan | None = None,
     ) -> None:  # fmt: skip
-        self.options, self.clips, self.text, self.vae, self.device = options, clips, text, vae, device
-        model = twin(start) if start else new_model(sprite_config(options.width, text), options.seed).to(device)
+        self.options, self.clips, self.text, self.vae, self.device = (
+            options,
+            clips,
+            text,
+            vae,
+            device,
+        )
+        model = (
+            twin(start)
+            if start
+            else new_model(sprite_config(options.width, text), options.seed).to(device)
+        )
         config = model.config
         self.learner = Learner(
-            model, options.learning_rate, options.ema, decay=0.01, muon=options.muon, spared=TEXT_WAY
+            model,
+            options.learning_rate,
+            options.ema,
+            decay=0.01,
+            muon=options.muon,
+            spared=TEXT_WAY,
         )
         self.network = for_training(CausalWan(model, config), device, options.compiled)
         self.average = replace(self.network, model=self.learner.average)
@@ -90,7 +113,9 @@ class TeacherStage(LearnerStage):
         clean = clean.to(self.device).float()
         generator = noise_stream(self.device, options.seed, index, 1)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        sigma = shifted(torch.rand(len(clean), generator=generator, device=self.device), options.shift)
+        sigma = shifted(
+            torch.rand(len(clean), generator=generator, device=self.device), options.shift
+        )
         with torch.no_grad():
             context = self.text(prompts)
         (loss,) = self.replay(self._loss, clean, noise, sigma, context)
@@ -99,7 +124,12 @@ class TeacherStage(LearnerStage):
 
     def _loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor]:
         with mixed_precision(self.device):
-            flow = whole_flow(self.network, add_noise(clean, noise, column(sigma)), sigma, self.network.text(context))
+            flow = whole_flow(
+                self.network,
+                add_noise(clean, noise, column(sigma)),
+                sigma,
+                self.network.text(context),
+            )
         return (F.mse_loss(flow, noise - clean),)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
@@ -122,6 +152,8 @@ def new_model(config: WanConfig, seed: int) -> WanTransformer:
 def teacher_batch(options: TeacherOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
     """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
     whole = clips.latents.shape[2]
-    frames = next((length for share, length in options.lengths if index < share * options.steps), whole)
+    frames = next(
+        (length for share, length in options.lengths if index < share * options.steps), whole
+    )
     count = max(1, options.batch * whole // frames)
     return clips.batch(stream(options.seed, index, 0), count, options.unsaid, frames)

@@ -1,5 +1,6 @@
-"""The sprites' text encoder: its output must tell every attribute that a caption states, and each word all of what it
-belongs to, so that whoever attends to one word of an object knows the object."""
+"""The sprites' text encoder: its output must tell every attribute that a caption states, and each
+word all of what it belongs to, so that whoever attends to one word of an object knows the
+object."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from ..shapes import SHAPES
 from ..text_encoder import SpriteTextEncoder
 from ..world import SIZES, sample_scene
 
-# What each of the two objects has, and what the caption has once; the first answer is that it is not said.
+# What each of the two objects has, and what the caption has once; the first answer is that it is
+# not said.
 OF_OBJECT: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
     "colour": tuple(OBJECT_COLOURS),
@@ -37,15 +39,22 @@ def answers(caption: Caption) -> list[int]:
     """The number of the right answer to each question about a caption."""
     nothing = Stated(None, None, None)
     objects = (*caption.objects, nothing)[:2]
-    said = [getattr(one, name) for one in objects for name in OF_OBJECT] + [caption.relation, caption.ground]
-    return [0 if one is None else 1 + choices.index(one) for one, (_, choices) in zip(said, QUESTIONS, strict=True)]
+    said = [getattr(one, name) for one in objects for name in OF_OBJECT] + [
+        caption.relation,
+        caption.ground,
+    ]
+    return [
+        0 if one is None else 1 + choices.index(one)
+        for one, (_, choices) in zip(said, QUESTIONS, strict=True)
+    ]
 
 
 GROUND, NOBODY = 2, -1  # owners of a word beside the two objects
 
 
 def owners(caption: Caption, length: int) -> list[int]:
-    """What each word of a caption belongs to, [length]: object 0 or 1, from its noun to the next one, or the ground."""
+    """What each word of a caption belongs to, [length]: object 0 or 1, from its noun to the next
+    one, or the ground."""
     read = words(caption.text)
     owned, begins = [NOBODY] * len(read), []
     for one in caption.objects:
@@ -56,7 +65,9 @@ def owners(caption: Caption, length: int) -> list[int]:
         owned[start:end] = [number] * (end - start)
     if caption.ground:
         noun = next(place for place, word in enumerate(read) if word in GROUND_WORDS)
-        two = " over " in caption.ground  # "on a ground of navy over brown", else "on a navy ground"
+        two = (
+            " over " in caption.ground
+        )  # "on a ground of navy over brown", else "on a navy ground"
         start, end = (noun - 2, noun + 5) if two else (noun - 3, noun + 1)
         owned[start:end] = [GROUND] * (end - start)
     return (owned + [NOBODY] * length)[:length]
@@ -76,13 +87,18 @@ class TextOptions:
 
 
 class Reader(nn.Module):
-    """The encoder under a linear question for each attribute, which is thrown away after training."""
+    """The encoder under a linear question for each attribute, which is thrown away after
+    training."""
 
     def __init__(self, options: TextOptions) -> None:
         super().__init__()
         self.encoder = SpriteTextEncoder(options.dim, options.text_len)
-        self.heads = nn.ModuleList(nn.Linear(options.dim, 1 + len(choices)) for _, choices in QUESTIONS)
-        self.of_word = nn.ModuleList(nn.Linear(options.dim, 1 + len(choices)) for choices in OF_OBJECT.values())
+        self.heads = nn.ModuleList(
+            nn.Linear(options.dim, 1 + len(choices)) for _, choices in QUESTIONS
+        )
+        self.of_word = nn.ModuleList(
+            nn.Linear(options.dim, 1 + len(choices)) for choices in OF_OBJECT.values()
+        )
         self.of_ground = nn.Linear(options.dim, 1 + len(GROUNDS))
 
     def ask(self, captions: list[Caption]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -97,7 +113,9 @@ class Reader(nn.Module):
         pooled = context.sum(1) / lengths
         for number, (head, (name, _)) in enumerate(zip(self.heads, QUESTIONS, strict=True)):
             yield name, head(pooled), right[:, number]
-        owned = torch.tensor([owners(caption, context.shape[1]) for caption in captions], device=context.device)
+        owned = torch.tensor(
+            [owners(caption, context.shape[1]) for caption in captions], device=context.device
+        )
         clip, word = ((owned == 0) | (owned == 1)).nonzero(as_tuple=True)
         first = len(OF_OBJECT) * owned[clip, word]
         for number, (head, name) in enumerate(zip(self.of_word, OF_OBJECT, strict=True)):
@@ -120,14 +138,17 @@ class TextStage(LearnerStage):
     def step(self, index: int) -> dict[str, float]:
         seeds = stream(self.options.seed, index).integers(1 << 40, size=self.options.batch)
         captions = [sample_scene(int(seed)).caption for seed in seeds]
-        losses = [F.cross_entropy(logits, right) for _, logits, right in self.learner.model.ask(captions)]
+        losses = [
+            F.cross_entropy(logits, right) for _, logits, right in self.learner.model.ask(captions)
+        ]
         loss = torch.stack(losses).mean()
         self.learner.step(loss, index, warm_cosine(index, self.options.steps))
         return {"loss": loss.item()}
 
     @torch.no_grad()
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """Share of right answers on captions of held-out pairs; the table of every question goes into the folder."""
+        """Share of right answers on captions of held-out pairs; the table of every question goes
+        into the folder."""
         captions = [sample_scene(seed, "composition").caption for seed in range(256)]
         hits = {
             name: (logits.argmax(1) == right).float().mean().item()

@@ -1,4 +1,5 @@
-"""The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published statistics fit."""
+"""The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published
+statistics fit."""
 
 import copy
 import math
@@ -31,11 +32,11 @@ HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that 
 
 @dataclass(frozen=True, slots=True)
 class VaeOptions:
-    """Of the recipe. First the encoder alone learns latents that tell by themselves what there is (legible.py); then
-    both learn to bring the pixels through, with these losses kept.
+    """Of the recipe. First the encoder alone learns latents that tell by themselves what there is
+    (legible.py); then both learn to bring the pixels through, with these losses kept.
 
-    All on crops, short and long ones in turn: they hold the same edges and corners, and what was trained on 9 frames
-    alone drifts over 33.
+    All on crops, short and long ones in turn: they hold the same edges and corners, and what was
+    trained on 9 frames alone drifts over 33.
     """
 
     dim: int = 8
@@ -47,8 +48,9 @@ class VaeOptions:
     learning_rate: float = 4e-3
     muon: float = 1e-2
     joint: float = 0.6  # of both rates, when the decoder learns too
-    # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large, so that latents a
-    # little beside the truth, as a small model makes them, still decode to a picture like it.
+    # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large,
+    # so that latents a little beside the truth, as a small model makes them, still decode to a
+    # picture like it.
     noise: float = 0.3
     kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
     edges: float = 0.5  # of the difference of neighbouring pixels
@@ -56,7 +58,8 @@ class VaeOptions:
     colours: float = 2.0
     which: float = 0.5
     picture: float = 1.0
-    moved: float = 0.5  # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
+    # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
+    moved: float = 0.5
     ema: float = 0.998
     seed: int = 0
 
@@ -71,7 +74,9 @@ class VaeStage(LearnerStage):
             vae = WanVAE(options.dim, latent_mean=0.0, latent_std=1.0)
             start_linear(vae)
             parts = nn.ModuleDict({"vae": vae, "reader": Reader(vae.z_dim)}).to(device)
-        self.learner = Learner(parts, options.learning_rate, options.ema, muon=options.muon, spared=("reader.",))
+        self.learner = Learner(
+            parts, options.learning_rate, options.ema, muon=options.muon, spared=("reader.",)
+        )
         self.model, self.reader = parts["vae"], parts["reader"]
         self.replay = Replay(parts, device)
         self.crops = Ahead(partial(training_crops, options), options.steps, helpers(device))
@@ -81,19 +86,35 @@ class VaeStage(LearnerStage):
         pixels, facts = (part.to(self.device) for part in self.crops(index))
         start = int(options.reading * options.steps)
         joint = index >= start
-        by = rng.integers(1, CELL, size=2).tolist() if joint and rng.random() < options.moved else None
+        by = (
+            rng.integers(1, CELL, size=2).tolist()
+            if joint and rng.random() < options.moved
+            else None
+        )
         target = moved_pixels(pixels, by) if by else pixels
         generator = noise_stream(self.device, options.seed, index, 1)
         read, decoded = (
-            torch.randn(latent_shape(self.model.z_dim, part), generator=generator, device=self.device)
+            torch.randn(
+                latent_shape(self.model.z_dim, part), generator=generator, device=self.device
+            )
             for part in (pixels, target)
         )
         weights = torch.tensor(by or (0, 0), device=self.device) / CELL
         figures = self.replay(
-            self._loss, pixels, facts, read, decoded, target, weights, joint=joint, shift=by is not None
+            self._loss,
+            pixels,
+            facts,
+            read,
+            decoded,
+            target,
+            weights,
+            joint=joint,
+            shift=by is not None,
         )
         if joint:  # a schedule of its own
-            self.learner.update(index, options.joint * warm_cosine(index - start, options.steps - start))
+            self.learner.update(
+                index, options.joint * warm_cosine(index - start, options.steps - start)
+            )
         else:
             self.learner.update(index, warm_cosine(index, start))
         loss, *parts = torch.stack(list(figures)).tolist()
@@ -104,14 +125,16 @@ class VaeStage(LearnerStage):
         self, pixels: Tensor, facts: Tensor, read: Tensor, decoded: Tensor, target: Tensor, weights: Tensor,
         joint: bool, shift: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """The loss, and what LOGGED names. Noises `read` and `decoded` are added for the reader and the decoder, whose
-        latents, with `shift`, are first moved by `weights` of a cell."""
+        """The loss, and what LOGGED names. Noises `read` and `decoded` are added for the reader and
+        the decoder, whose latents, with `shift`, are first moved by `weights` of a cell."""
         options = self.options
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
             read_losses = self.reader(mean + options.noise * read, pixels, facts)
             kl = 0.5 * mean.float().square().mean()
-            loss = options.kl * kl + sum(getattr(options, name) * part for name, part in read_losses.items())
+            loss = options.kl * kl + sum(
+                getattr(options, name) * part for name, part in read_losses.items()
+            )
             if not joint:
                 return [loss, *read_losses.values(), kl]
             mean = moved_latents(mean, weights) if shift else mean
@@ -121,7 +144,8 @@ class VaeStage(LearnerStage):
         return [loss + off, *read_losses.values(), kl, error]
 
     def finished(self) -> WanVAE:
-        """The average model, on the CPU, scaled for Wan's statistics, its variance output saying what it was."""
+        """The average model, on the CPU, scaled for Wan's statistics, its variance output saying
+        what it was."""
         vae = copy.deepcopy(self.learner.average["vae"]).cpu()
         with torch.no_grad():
             vae.conv1.weight[vae.z_dim :] = 0
@@ -139,16 +163,19 @@ def latent_shape(channels: int, pixels: Tensor) -> tuple[int, ...]:
 
 
 def moved_latents(latents: Tensor, weights: Tensor) -> Tensor:
-    """Latents [B, 16, F, h, w] between their cells, `weights` [2] of a cell down and to the right: a cell smaller each
-    way."""
+    """Latents [B, 16, F, h, w] between their cells, `weights` [2] of a cell down and to the right:
+    a cell smaller each way."""
     for weight, axis in zip(weights, (3, 4), strict=True):
         cells = latents.shape[axis] - 1
-        latents = torch.lerp(latents.narrow(axis, 0, cells), latents.narrow(axis, 1, cells), weight.to(latents.dtype))
+        latents = torch.lerp(
+            latents.narrow(axis, 0, cells), latents.narrow(axis, 1, cells), weight.to(latents.dtype)
+        )
     return latents
 
 
 def moved_pixels(pixels: Tensor, by: Sequence[int]) -> Tensor:
-    """Pixels [B, 3, F, H, W] that latents moved by so many pixels, down and to the right, are of."""
+    """Pixels [B, 3, F, H, W] that latents moved by so many pixels, down and to the right, are
+    of."""
     for offset, axis in zip(by, (3, 4), strict=True):
         pixels = pixels.narrow(axis, offset, pixels.shape[axis] - CELL)
     return pixels
@@ -159,24 +186,32 @@ def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
     frames = options.crop_frames[index % 2]
     count = max(1, options.batch * max(options.crop_frames) // frames)
     rng = stream(options.seed, index, 0)
-    crops = [crop_of(sample_scene(int(seed)), frames, options.crop, rng) for seed in rng.integers(1 << 40, size=count)]
+    crops = [
+        crop_of(sample_scene(int(seed)), frames, options.crop, rng)
+        for seed in rng.integers(1 << 40, size=count)
+    ]
     pixels, facts = zip(*crops, strict=True)
     return torch.stack(pixels), torch.stack(facts)
 
 
-def crop_of(scene: Scene, frames: int, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], facts [12, F, S, S]."""
+def crop_of(
+    scene: Scene, frames: int, side: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], facts [12,
+    F, S, S]."""
     column, row = scene.bodies[int(rng.integers(len(scene.bodies)))].path(np.zeros(1)).position[0]
     corner = np.array((row, column)) * scene.size + (rng.uniform(-0.3, 0.3, 2) - 0.5) * side
     top, left = np.clip(corner.round().astype(int), 0, scene.size - side).tolist()
-    pixels, facts = (part[..., top : top + side, left : left + side] for part in shown(scene, frames))
+    pixels, facts = (
+        part[..., top : top + side, left : left + side] for part in shown(scene, frames)
+    )
     return pixels, facts
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns to be sharp, on
-    crops first."""
+    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns
+    to be sharp, on crops first."""
 
     steps: int = 1450
     crop_share: float = 0.6  # of the steps
@@ -208,7 +243,9 @@ class DecoderStage(LearnerStage):
         options = self.options
         pixels = self.pixels(index).to(self.device)
         shape = latent_shape(self.vae.z_dim, pixels)
-        noise = torch.randn(shape, generator=noise_stream(self.device, options.seed, index, 1), device=self.device)
+        noise = torch.randn(
+            shape, generator=noise_stream(self.device, options.seed, index, 1), device=self.device
+        )
         loss, error = self.replay(self._loss, pixels, noise)
         self.learner.update(index, warm_cosine(index, options.steps))
         return {"loss": loss.item(), "dB": decibel(error.item())}
@@ -238,13 +275,16 @@ def decoder_pixels(options: DecoderOptions, index: int) -> Tensor:
     rng = stream(options.seed, index, 0)
     seeds = rng.integers(1 << 40, size=options.batch).tolist()
     if index < options.crop_share * options.steps:
-        crops = [crop_of(sample_scene(seed), options.frames, options.crop, rng)[0] for seed in seeds]
+        crops = [
+            crop_of(sample_scene(seed), options.frames, options.crop, rng)[0] for seed in seeds
+        ]
         return torch.stack(crops)
     return clip_batch(seeds, frames=options.frames)[0]
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[Tensor, Tensor]:
-    """Mean squared error, and the loss: three times it, and `edges` of the difference of neighbouring pixels."""
+    """Mean squared error, and the loss: three times it, and `edges` of the difference of
+    neighbouring pixels."""
     error = F.mse_loss(decoded, pixels)
     steps = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
     return error, 3 * error + edges * steps
@@ -257,7 +297,8 @@ def decibel(error: float) -> float:
 
 @torch.no_grad()
 def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
-    """PSNR and what latents tell, on held-out clips, and a sheet of truth over reconstruction of four."""
+    """PSNR and what latents tell, on held-out clips, and a sheet of truth over reconstruction of
+    four."""
     device = vae.conv1.weight.device
     scores, frames, latents, facts = [], [], [], []
     for seed in range(HELD_OUT):
@@ -271,17 +312,21 @@ def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
         if seed < 4:
             frames += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png", columns=8)
-    shares = {f"{name} told": share for name, share in linear_shares(torch.cat(latents), torch.cat(facts)).items()}
+    shares = {
+        f"{name} told": share
+        for name, share in linear_shares(torch.cat(latents), torch.cat(facts)).items()
+    }
     return {"psnr": float(np.mean(scores)), **shares}
 
 
 @torch.no_grad()
 def start_linear(vae: WanVAE) -> None:
-    """Initialise so that pixels come through at once: branches at zero, a trunk that keeps variance, no biases.
+    """Initialise so that pixels come through at once: branches at zero, a trunk that keeps
+    variance, no biases.
 
-    PyTorch's default shrinks the trunk's signal below its biases, and the decoder then stays at one colour for hundreds
-    of steps. Over time the trunk starts with the mean of two frames on the way in and the same frame twice on the way
-    out.
+    PyTorch's default shrinks the trunk's signal below its biases, and the decoder then stays at one
+    colour for hundreds of steps. Over time the trunk starts with the mean of two frames on the way
+    in and the same frame twice on the way out.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -316,16 +361,20 @@ def psnr(decoded: Tensor, pixels: Tensor) -> float:
 @torch.no_grad()
 def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [16] of the raw latents of training clips."""
-    means = [vae.moments(to_pixels(render(sample_scene(seed), frames))[None])[0] for seed in range(clips)]
+    means = [
+        vae.moments(to_pixels(render(sample_scene(seed), frames))[None])[0] for seed in range(clips)
+    ]
     latents = torch.cat(means)
     return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
 
 
 @torch.no_grad()
 def preview_map(vae: WanVAE, clips: int = 24, frames: int = 33) -> list[list[float]]:
-    """A linear map [17, 3] of a latent's 16 channels and a 1 to the mean colour in [-1, 1] of its 8x8 pixels.
+    """A linear map [17, 3] of a latent's 16 channels and a 1 to the mean colour in [-1, 1] of its
+    8x8 pixels.
 
-    The last of a latent's frames counts. Least squares over clips of the world; previews without a VAE use it.
+    The last of a latent's frames counts. Least squares over clips of the world; previews without a
+    VAE use it.
     """
     pixels, _ = clip_batch(range(clips), frames=frames)
     latents = vae.encode(pixels.to(vae.conv1.weight.device)).cpu()

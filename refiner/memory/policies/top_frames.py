@@ -1,4 +1,5 @@
-"""Retrieval: the sink, the last frames, and the k others that answer the chunk's mean query best (CAMR)."""
+"""Retrieval: the sink, the last frames, and the k others that answer the chunk's mean query best
+(CAMR)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,8 +15,8 @@ from ..policy import Frames, Policy
 class TopFrames(Policy):
     """Attend to `sink` first, `recent` last and the best `k` frames between them.
 
-    A frame is scored by its mean key before RoPE, so its distance does not matter. With k as large as the history,
-    nothing is left out and the run is that of the window, bit for bit.
+    A frame is scored by its mean key before RoPE, so its distance does not matter. With k as large
+    as the history, nothing is left out and the run is that of the window, bit for bit.
     """
 
     name: ClassVar[str] = "top-frames"
@@ -43,4 +44,6 @@ class TopFrames(Policy):
         scores_BF = torch.einsum("bfhd,bhd->bf", middle_BFHD, query_BHD)
         best_BF = scores_BF.topk(self.k, dim=1).indices.sort(dim=1).values + self.sink
         ranks_BF = torch.arange(count, device=best_BF.device).expand(len(best_BF), -1)
-        return frames.take(layer, torch.cat((ranks_BF[:, : self.sink], best_BF, ranks_BF[:, last:]), dim=1))
+        return frames.take(
+            layer, torch.cat((ranks_BF[:, : self.sink], best_BF, ranks_BF[:, last:]), dim=1)
+        )

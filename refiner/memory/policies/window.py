@@ -1,4 +1,5 @@
-"""The sliding window: every head attends to everything that the memory holds (Self-Forcing, LongLive)."""
+"""The sliding window: every head attends to everything that the memory holds (Self-Forcing,
+LongLive)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

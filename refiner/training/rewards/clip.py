@@ -1,7 +1,8 @@
-"""Image rewards of the CLIP family: how well single frames fit the prompt, from any local CLIP folder.
+"""Image rewards of the CLIP family: how well single frames fit the prompt, from any local CLIP
+folder.
 
-A folder is what `CLIPModel.save_pretrained` writes, in safetensors, with the tokenizer and preprocessor_config.json
-beside it. Frames go in through torch alone, so that they keep their graph.
+A folder is what `CLIPModel.save_pretrained` writes, in safetensors, with the tokenizer and
+preprocessor_config.json beside it. Frames go in through torch alone, so that they keep their graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ SINGLE = FrameDraw(2)  # frames a step, as in the paper
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """A score of the cosine of picture and prompt and of the model's learnt logit scale, and its range."""
+    """A score of the cosine of picture and prompt and of the model's learnt logit scale, and its
+    range."""
 
     score: Callable[[Tensor, float], Tensor]
     range: Callable[[float], tuple[float, float]]
@@ -43,7 +45,8 @@ FORMULAS: dict[str, Formula] = {
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Resize the shorter side, or both; cut out the centre; normalise. Sizes are (height, width) in pixels."""
+    """Resize the shorter side, or both; cut out the centre; normalise. Sizes are (height, width) in
+    pixels."""
 
     shortest: int | None
     size: tuple[int, int] | None
@@ -62,76 +65,117 @@ class Preprocessing:
             crop = _size(told["crop_size"]) if told.get("do_center_crop", True) else {}
             return cls(
                 shortest=size.get("shortest_edge"),
-                size=(size["height"], size["width"]) if size and "shortest_edge" not in size else None,
+                size=(size["height"], size["width"])
+                if size and "shortest_edge" not in size
+                else None,
                 crop=(crop["height"], crop["width"]) if crop else None,
                 mode=FILTERS[told.get("resample", 3)],
                 mean=tuple(map(float, told["image_mean"])),
                 std=tuple(map(float, told["image_std"])),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} does not say how CLIP takes pictures ({error!r}): use the model's own") from error
+            raise ValueError(
+                f"{path} does not say how CLIP takes pictures ({error!r}): use the model's own"
+            ) from error
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """Images [N, 3, H, W] in 0–1 as the model takes them."""
         images, (height, width) = images_NCHW.float(), images_NCHW.shape[-2:]
         size = self.size
         if self.shortest is not None:
-            short, long = self.shortest, int(self.shortest * max(height, width) / min(height, width))
+            short, long = (
+                self.shortest,
+                int(self.shortest * max(height, width) / min(height, width)),
+            )
             size = (short, long) if height <= width else (long, short)
         if size is not None and size != (height, width):
-            images = F.interpolate(images, size, mode=self.mode, antialias=True, align_corners=False)
+            images = F.interpolate(
+                images, size, mode=self.mode, antialias=True, align_corners=False
+            )
             images = images.clamp(0, 1)
         if self.crop is not None:
-            top, left = ((side - wanted) // 2 for side, wanted in zip(images.shape[-2:], self.crop, strict=True))
+            top, left = (
+                (side - wanted) // 2
+                for side, wanted in zip(images.shape[-2:], self.crop, strict=True)
+            )
             if min(top, left) < 0:
-                raise ValueError(f"frames of {tuple(images.shape[-2:])} are smaller than CLIP's crop {self.crop}")
+                raise ValueError(
+                    f"frames of {tuple(images.shape[-2:])} are smaller than CLIP's crop {self.crop}"
+                )
             images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 
 
 def _size(told: Any) -> Mapping[str, int]:
-    """A size as newer or older configurations write it; an int is the shorter side, or both sides of a crop."""
-    return {"shortest_edge": told, "height": told, "width": told} if isinstance(told, int) else dict(told)
+    """A size as newer or older configurations write it; an int is the shorter side, or both sides
+    of a crop."""
+    return (
+        {"shortest_edge": told, "height": told, "width": told}
+        if isinstance(told, int)
+        else dict(told)
+    )
 
 
 class ClipReward:
     """Mean score of the frames by one of FORMULAS, under a frozen CLIP."""
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer: Callable, preprocess: Preprocessing, frames: FrameDraw = SINGLE
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Callable,
+        preprocess: Preprocessing,
+        frames: FrameDraw = SINGLE,
     ) -> None:
-        self.name, self.frames, self.preprocess, self.tokenizer = name, frames, preprocess, tokenizer
+        self.name, self.frames, self.preprocess, self.tokenizer = (
+            name,
+            frames,
+            preprocess,
+            tokenizer,
+        )
         self.model = model.eval().requires_grad_(False)
         self.scale = model.logit_scale.exp().item()
         self.range = FORMULAS[name].range(self.scale)
 
-    def __call__(self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+    def __call__(
+        self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
+    ) -> Tensor:
         """Scores [B], see Reward."""
         batch = len(frames_BFCHW)
         image = self._project("vision", pixel_values=self.preprocess(frames_BFCHW.flatten(0, 1)))
         with torch.no_grad():
             length = self.model.config.text_config.max_position_embeddings
             told = self.tokenizer(
-                list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
             ).to(frames_BFCHW.device)
-            text = self._project("text", input_ids=told["input_ids"], attention_mask=told["attention_mask"])
+            text = self._project(
+                "text", input_ids=told["input_ids"], attention_mask=told["attention_mask"]
+            )
         cosine = (image.unflatten(0, (batch, -1)) * text[:, None]).sum(-1)
         return FORMULAS[self.name].score(cosine, self.scale).mean(1)
 
     def _project(self, tower: str, **inputs: Tensor) -> Tensor:
         """Unit vectors of pictures or texts, fp32."""
         pooled = getattr(self.model, f"{tower}_model")(**inputs).pooler_output
-        projection = self.model.visual_projection if tower == "vision" else self.model.text_projection
+        projection = (
+            self.model.visual_projection if tower == "vision" else self.model.text_projection
+        )
         return F.normalize(projection(pooled).float(), dim=-1)
 
 
 def load_clip_reward(
     name: str, folder: Path, device: torch.device | str = "cpu", frames: FrameDraw = SINGLE
 ) -> ClipReward:
-    """A reward by one of FORMULAS from a model's folder. Nothing is downloaded and no pickle is opened.
+    """A reward by one of FORMULAS from a model's folder. Nothing is downloaded and no pickle is
+    opened.
 
-    ValueError in one line where the folder holds no CLIP in safetensors, or transformers is missing.
+    ValueError in one line where the folder holds no CLIP in safetensors, or transformers is
+    missing.
     """
     try:
         from transformers import CLIPModel, CLIPTokenizer
@@ -150,9 +194,13 @@ def load_clip_reward(
         if not path.is_dir():
             check_regular(path)
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
+        model = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True
+        ).float()
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"{folder} cannot be read as a CLIP in safetensors ({said}): save it with both") from error
+        raise ValueError(
+            f"{folder} cannot be read as a CLIP in safetensors ({said}): save it with both"
+        ) from error
     return ClipReward(name, model.to(device), tokenizer, Preprocessing.read(folder), frames)

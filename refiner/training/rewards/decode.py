@@ -1,4 +1,5 @@
-"""Single frames of a video, decoded with a graph: as much of the VAE's backward pass as a reward looks at."""
+"""Single frames of a video, decoded with a graph: as much of the VAE's backward pass as a reward
+looks at."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,11 +17,15 @@ def latent_of(frame: int) -> int:
     return (frame + 3) // 4
 
 
-def decode_frames(vae: WanVAE, latents: Tensor, numbers: Sequence[int], context: int = CONTEXT) -> Tensor:
-    """Pixel frames `numbers` (rising) of latents [B, C, F, h, w]: [B, len(numbers), 3, H, W] in 0–1, clamped.
+def decode_frames(
+    vae: WanVAE, latents: Tensor, numbers: Sequence[int], context: int = CONTEXT
+) -> Tensor:
+    """Pixel frames `numbers` (rising) of latents [B, C, F, h, w]: [B, len(numbers), 3, H, W] in
+    0–1, clamped.
 
-    Only the latents that they are decoded from have a graph. `context` latents before each of them (1 or more) are
-    decoded besides, for what the causal VAE remembers; with all of them the pixels are those of a whole decode.
+    Only the latents that they are decoded from have a graph. `context` latents before each of them
+    (1 or more) are decoded besides, for what the causal VAE remembers; with all of them the pixels
+    are those of a whole decode.
     """
     wanted = {latent_of(number) for number in numbers}
     needed = {place for one in wanted for place in range(max(0, one - context), one + 1)}

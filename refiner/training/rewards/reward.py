@@ -16,10 +16,11 @@ SLACK = 1e-3  # of the width of a range: what rounding may add to a cosine of 1
 
 @dataclass(frozen=True, slots=True)
 class FrameDraw:
-    """Which frames of a video a reward sees: `count` single ones, or with an `interval` a clip of them.
+    """Which frames of a video a reward sees: `count` single ones, or with an `interval` a clip of
+    them.
 
-    A clip begins at the video's first frame in a share `opening` of the draws and anywhere in the others. A video that
-    is too short gives fewer frames.
+    A clip begins at the video's first frame in a share `opening` of the draws and anywhere in the
+    others. A video that is too short gives fewer frames.
     """
 
     count: int
@@ -47,7 +48,8 @@ class FrameDraw:
         return tuple(range(first, first + span + 1, self.interval))
 
     def newest(self, total: int, new: int) -> tuple[int, ...]:
-        """Frames to judge a video of `total` by, of which the last `new` are in question: nothing is drawn."""
+        """Frames to judge a video of `total` by, of which the last `new` are in question: nothing
+        is drawn."""
         if self.interval:
             return tuple(range(total - 1 - self._span(total), total, self.interval))
         places = np.linspace(total - new, total - 1, min(self.count, new) + 2)[1:-1]
@@ -64,13 +66,19 @@ class Reward(Protocol):
     range: tuple[float, float]  # of every score
     frames: FrameDraw
 
-    def __call__(self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """Scores [B], fp32, of frames [B, F, 3, H, W] in 0–1, with a graph; `numbers` are those of the F frames."""
+    def __call__(
+        self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
+    ) -> Tensor:
+        """Scores [B], fp32, of frames [B, F, 3, H, W] in 0–1, with a graph; `numbers` are those of
+        the F frames."""
         ...
 
 
-def scored(reward: Reward, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
-    """A reward's scores [B], checked: ValueError for one that is outside of its range, or not a number."""
+def scored(
+    reward: Reward, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
+) -> Tensor:
+    """A reward's scores [B], checked: ValueError for one that is outside of its range, or not a
+    number."""
     scores = reward(frames_BFCHW, numbers, prompts)
     if scores.shape != (len(prompts),):
         raise ValueError(
@@ -90,19 +98,24 @@ def scored(reward: Reward, frames_BFCHW: Tensor, numbers: Sequence[int], prompts
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Rewards with weights; their sum is what a refiner raises. ValueError for none, or two of one name."""
+    """Rewards with weights; their sum is what a refiner raises. ValueError for none, or two of one
+    name."""
 
     parts: tuple[tuple[Reward, float], ...]
 
     def __post_init__(self) -> None:
         names = [reward.name for reward, _ in self.parts]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"rewards {', '.join(names) or 'none'}: name at least one, and each once")
+            raise ValueError(
+                f"rewards {', '.join(names) or 'none'}: name at least one, and each once"
+            )
 
     @property
     def range(self) -> tuple[float, float]:
         """Of the sum."""
-        ends = torch.tensor([reward.range for reward, _ in self.parts]) * torch.tensor([[w] for _, w in self.parts])
+        ends = torch.tensor([reward.range for reward, _ in self.parts]) * torch.tensor(
+            [[w] for _, w in self.parts]
+        )
         return ends.amin(1).sum().item(), ends.amax(1).sum().item()
 
     @property
@@ -119,15 +132,22 @@ class Mixture:
         return [reward.frames.newest(total, new) for reward, _ in self.parts]
 
     def __call__(
-        self, frames_BFCHW: Tensor, numbers: Sequence[int], drawn: Sequence[tuple[int, ...]], prompts: Sequence[str]
+        self,
+        frames_BFCHW: Tensor,
+        numbers: Sequence[int],
+        drawn: Sequence[tuple[int, ...]],
+        prompts: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum [B], and each reward's own scores [B] by name.
 
-        Frames [B, F, 3, H, W] have these `numbers`, in order; `drawn` are those that each reward sees.
+        Frames [B, F, 3, H, W] have these `numbers`, in order; `drawn` are those that each reward
+        sees.
         """
         place = {number: index for index, number in enumerate(numbers)}
         scores = {
-            reward.name: scored(reward, frames_BFCHW[:, [place[number] for number in seen]], seen, prompts)
+            reward.name: scored(
+                reward, frames_BFCHW[:, [place[number] for number in seen]], seen, prompts
+            )
             for (reward, _), seen in zip(self.parts, drawn, strict=True)
         }
         return sum(weight * scores[reward.name] for reward, weight in self.parts), scores

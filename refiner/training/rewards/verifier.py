@@ -13,7 +13,8 @@ from .reward import Mixture
 
 @dataclass(frozen=True, slots=True)
 class RewardVerifier:
-    """Scores the newest frames of each candidate video, decoded, under its prompt; one prompt a sample."""
+    """Scores the newest frames of each candidate video, decoded, under its prompt; one prompt a
+    sample."""
 
     rewards: Mixture
     vae: WanVAE
@@ -28,7 +29,8 @@ class RewardVerifier:
 class RewardJudge:
     """Decodes each candidate from where the decoder stands behind the chunks that were kept.
 
-    Of what was kept it holds the decoder's state and as many frames as a reward looks back at, however long the video.
+    Of what was kept it holds the decoder's state and as many frames as a reward looks back at,
+    however long the video.
     """
 
     verifier: RewardVerifier
@@ -47,7 +49,9 @@ class RewardJudge:
         drawn = rewards.newest(total, new)
         numbers = sorted(set().union(*drawn))
         first = total - frames.shape[1]
-        return rewards(frames[:, [number - first for number in numbers]], numbers, drawn, prompts)[0]
+        return rewards(frames[:, [number - first for number in numbers]], numbers, drawn, prompts)[
+            0
+        ]
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
         """Go on from this one."""
@@ -67,4 +71,6 @@ class RewardJudge:
     def _decoded(self, x0: Tensor, state: DecoderState) -> tuple[int, Tensor]:
         """How many frames a chunk has, and they behind the kept ones."""
         pixels = ((self.verifier.vae.decode(x0, state).transpose(1, 2) + 1) / 2).clamp(0, 1)
-        return pixels.shape[1], pixels if self.frames is None else torch.cat((self.frames, pixels), dim=1)
+        return pixels.shape[1], pixels if self.frames is None else torch.cat(
+            (self.frames, pixels), dim=1
+        )
