@@ -17,7 +17,7 @@ MOST_FRAMES = 4096
 
 
 def summary(cache: CacheOptions, model, latent: dict | None) -> str:
-    """One line: the window, and its bytes where model and size are known."""
+    """Describe the window, and its bytes if model and size are known, in one line."""
     held = "all frames"
     if cache.window >= 0:
         held = f"{cache.window} latent frames, of them {cache.sink} sink"
@@ -53,9 +53,10 @@ class ReflectiveCacheNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "positions", options=list(POSITIONS), default=MODELS_OWN, advanced=True,
-                    tooltip="Temporal position of a remembered frame: its place in the video (absolute),"
-                    " or in the window (relative), which stays in the training range at any length."
-                    " sink-adjacent: as absolute, with the sink right before the oldest other frame.",
+                    tooltip="Temporal position of a remembered frame: its place in the video"
+                    " (absolute), or in the window (relative), which stays in the training range at"
+                    " any length. sink-adjacent: as absolute, with the sink right before the oldest"
+                    " other frame.",
                 ),
                 io.Combo.Input(
                     "history", options=list(HISTORY_MODES), default=HISTORY_MODES[0], advanced=True,

@@ -10,7 +10,7 @@ PIXEL_BYTES = 16  # a colour value in memory: its float, the decoded source, and
 
 
 def summary(base: np.ndarray, refined: np.ndarray) -> str:
-    """One line: number of frames, and the mean difference of the frames that both clips have."""
+    """Describe two clips in one line: frames, and mean difference of those that both have."""
     differences = [
         np.abs(one.astype(np.int16) - other).mean()
         for one, other in zip(base, refined, strict=False)

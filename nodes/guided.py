@@ -19,7 +19,7 @@ SEEDS = 1 << 63  # number of seeds of WhiteNoise; NOISE has twice as many
 
 @dataclass(frozen=True, slots=True)
 class GivenLevels(Preset):
-    """A preset whose levels are those of SIGMAS."""
+    """Make a preset with the levels of SIGMAS."""
 
     given: tuple[Level, ...] = ()
 
@@ -28,7 +28,7 @@ class GivenLevels(Preset):
 
 
 def nominal(sigma: float, preset: Preset) -> int:
-    """The nominal step, 1 to 1000, of a sigma: the preset's shift undone."""
+    """Return the nominal step, 1 to 1000, of a sigma: the preset's shift undone."""
     u = sigma / (preset.shift - (preset.shift - 1) * sigma) if preset.warp else sigma
     return max(1, round(STEPS * u))
 

@@ -11,7 +11,7 @@ DTYPES = (AUTO, "bf16", "fp16", "fp32", "fp8_e4m3fn")
 
 
 def choose_preset(choice: str, info: CheckpointInfo) -> str:
-    """The preset's name: the choice, or what the file proves.
+    """Return the preset's name: the choice, or what the file proves.
 
     Raises ValueError, which names the likely presets, where the file proves none.
     """
@@ -26,7 +26,7 @@ def choose_preset(choice: str, info: CheckpointInfo) -> str:
 
 
 def stamped(path: Path | None, **inputs: object) -> tuple:
-    """A cache key of a loader's inputs and its file's modification time."""
+    """Return a cache key of a loader's inputs and its file's modification time."""
     modified = path.stat().st_mtime_ns if path and path.exists() else 0
     return (modified, *sorted(map(str, inputs.items())))
 

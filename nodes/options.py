@@ -27,7 +27,7 @@ class ChunkSchedule:
     refined: tuple[int, ...] = ()
 
     def applied(self, preset: Preset) -> Preset:
-        """The model's preset, or the schedule's own, with this schedule's levels and chunk size."""
+        """Return the chosen or the model's preset with this schedule's levels and chunk size."""
         base = get_preset(self.preset) if self.preset else preset
         return base.changed(
             levels=self.levels or None,
@@ -47,11 +47,11 @@ class CacheOptions:
     previous_x0: str = AS_TRAINED
 
     def applied(self, preset: Preset) -> Preset:
-        """The preset with this window, sink and positions."""
+        """Return the preset with this window, sink and positions."""
         return preset.changed(window=self.window, sink=self.sink, positions=self.positions)
 
     def reflected(self, trained: ReflectiveCache) -> ReflectiveCache:
-        """A refiner's cache: the modes chosen here, those it was trained with by default."""
+        """Return a refiner's cache with the modes chosen here, by default those of its training."""
         history, previous = self.history, self.previous_x0
         return ReflectiveCache(
             trained.history if history == AS_TRAINED else history,
@@ -60,7 +60,7 @@ class CacheOptions:
 
 
 def parse_positions(name: str) -> str | None:
-    """The positions that a widget names, None for the model's; ValueError lists the names."""
+    """Return the positions that a widget names, None for the model's; ValueError lists names."""
     name = FORMER_POSITIONS.get(name, name)
     if name not in POSITIONS:
         raise ValueError(f"positions {name[:40]!r}: use one of {', '.join(POSITIONS)}")

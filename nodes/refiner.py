@@ -21,13 +21,13 @@ PLAIN = re.compile(r"\w[\w .()+-]*")  # no drive, no separator of another system
 
 
 def refiner_files() -> list[str]:
-    """The bundled refiners and the files in models/loras, those named as refiners first."""
+    """List the bundled refiners and the files in models/loras, those named as refiners first."""
     loras = host.list_files("loras")
     return [*bundled_refiners(), *sorted(loras, key=lambda name: not name.endswith(SUFFIX))]
 
 
 def refiner_path(name: str) -> Path:
-    """The file of a listed refiner: bundled, where it may be missing, or in models/loras."""
+    """Return the file of a listed refiner: bundled (it may be missing), or in models/loras."""
     return bundled_refiners().get(name) or host.find_file("loras", name)
 
 
@@ -49,7 +49,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def new_file(root: Path, name: str, overwrite: bool) -> Path:
-    """root/NAME.refiner.safetensors, or with a number where that exists and must be kept.
+    """Return root/NAME.refiner.safetensors, numbered if that exists and must not be replaced.
 
     ValueError for a name that leaves `root` or hides.
     """

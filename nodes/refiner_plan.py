@@ -1,4 +1,4 @@
-"""What REFINER holds, and what it does in a run under the options that are connected."""
+"""REFINER values, and the plan of a refiner for a run with the connected options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branc
 
 @dataclass(frozen=True, slots=True)
 class RefinerLora:
-    """A refiner as it was read or trained: factors by layer, its card, and how it is to be used."""
+    """A loaded or trained refiner: factors by layer, its card, and the options of its use."""
 
     name: str
     pairs: Mapping[str, LoraPair]
@@ -25,19 +25,25 @@ class RefinerLora:
     form: Form = "auto"
 
     def describe(self) -> str:
-        """One line of how it was trained."""
+        """Describe the training in one line."""
         card = self.card
         levels = ", ".join(map(str, card.levels))
         trained = f"; {card.objective[:40]}, {card.steps} steps" if card.objective else ""
-        return f"rank {card.rank}, levels {levels}, history {card.history}, previous x0 {card.previous}{trained}"
+        return (
+            f"rank {card.rank}, levels {levels}, history {card.history}, previous x0"
+            f" {card.previous}{trained}"
+        )
 
 
 def plan_refiner(
-    refiner: RefinerLora | None, config: WanConfig, dtype: torch.dtype, run_levels: Sequence[int],
-    schedule: ChunkSchedule | None, cache: CacheOptions | None,
-) -> RefinerPlan | None:  # fmt: skip
-    """What a refiner does in a run of these nominal levels; None without one, or at strength 0,
-    which is the base.
+    refiner: RefinerLora | None,
+    config: WanConfig,
+    dtype: torch.dtype,
+    run_levels: Sequence[int],
+    schedule: ChunkSchedule | None,
+    cache: CacheOptions | None,
+) -> RefinerPlan | None:
+    """Plan a refiner for a run of these nominal levels; None without one, or at strength 0.
 
     Raises ValueError when it does not fit the network or the levels.
     """
@@ -50,10 +56,16 @@ def plan_refiner(
         raise ValueError(f"REFINER {refiner.name} {error}: use a refiner of this MODEL") from error
     try:
         plan = RefinerPlan.of(
-            refiner.name, refiner.pairs, card, sorted(run_levels, reverse=True), dtype, form=refiner.form,
-            strength=refiner.strength, levels=(schedule and schedule.refined) or None,
+            refiner.name,
+            refiner.pairs,
+            card,
+            sorted(run_levels, reverse=True),
+            dtype,
+            form=refiner.form,
+            strength=refiner.strength,
+            levels=(schedule and schedule.refined) or None,
             cache=cache.reflected(card.cache) if cache is not None else None,
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise ValueError(
             f"REFINER {refiner.name}, {error} with refined_levels of a Chunk Schedule"

@@ -1,5 +1,4 @@
-"""A sampling run as the sampler nodes ask for it: checked before anything is loaded, then done
-chunk by chunk."""
+"""A sampling run of the sampler nodes: check it before anything is loaded, then sample the clip."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -27,50 +26,44 @@ from ..refiner.wan.vae import CHANNELS, normalized
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a host knows of a MODEL: sizes, the dtype it computes in, its preset's name, its
-    device's whole memory, and the raw latents [1 or B, 16, F, h, w] that core's ARVideoI2V lets it
-    start from."""
+    """What a host knows of a MODEL without loading it."""
 
     config: WanConfig
-    dtype: torch.dtype
-    preset: str | None
-    device_bytes: int
-    start: Tensor | None = None
+    dtype: torch.dtype  # that it computes in
+    preset: str | None  # name
+    device_bytes: int  # whole memory of its device
+    start: Tensor | None = None  # raw latents [1 or B, 16, F, h, w] of core's ARVideoI2V
 
 
 class Search(Protocol):
     """A method that chooses among candidates by a reward (nodes/search.py)."""
 
     def sampler(self, verifier: Verifier | None = None) -> Method:
-        """The method; without a verifier it cannot run, but says what it takes."""
+        """Return the method; without a verifier it can be checked and counted, but not run."""
         ...
 
     def describe(self) -> str:
-        """A few words."""
+        """Describe the search in a few words."""
         ...
 
     def nbytes(self, plan: RunPlan) -> int:
-        """Of what it holds beside the model."""
+        """Count the bytes that the search takes besides the model."""
         ...
 
     def verifier(self, batch: int, device: torch.device) -> AbstractContextManager[Verifier]:
-        """What it chooses by, with its models on a device until it is left."""
+        """Enter with the verifier, whose models stay on the device until exit."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: its plan, its noise, and the normalised latents [B, C, given, h, w] that it goes on
-    from.
-
-    `search` is there where `method` is one of SEARCHES, else the method is one of SAMPLERS.
-    """
+    """A planned sampling run."""
 
     plan: RunPlan
     seed: int
-    method: str
-    initial: Tensor | None = None
-    noise: NoiseSource | None = None
+    method: str  # one of SEARCHES with a `search`, else one of SAMPLERS
+    initial: Tensor | None = None  # normalised latents [B, C, given, h, w] to continue
+    noise: NoiseSource | None = None  # None: white noise of the seed
     refined: RefinerPlan | None = None
     search: Search | None = None
 
@@ -78,17 +71,17 @@ class Run:
         self.sampler().check(self.plan.preset, self.refined.cache if self.refined else None)
 
     def sampler(self, verifier: Verifier | None = None) -> Method:
-        """The sampling method; a search runs with a verifier only."""
+        """Return the sampling method; a search can run with a verifier only."""
         return self.search.sampler(verifier) if self.search else SAMPLERS[self.method]()
 
     @property
     def caches(self) -> tuple[Hashable, ...]:
-        """Memories that the method holds besides the one of every run."""
+        """Names of the memories that the method holds besides the main one."""
         return self.sampler().caches(self.plan.chunks[-1].levels) if self.plan.chunks else ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole clip, given frames included: [B, C, F, h, w]."""
+        """Shape [B, C, F, h, w] of the whole clip, given frames included."""
         plan = self.plan
         return (plan.batch, CHANNELS, plan.given + plan.frames, plan.height, plan.width)
 
@@ -102,44 +95,49 @@ class Run:
         stop: Callable[[], bool] | None = None,
         weights: Weights = own_weights,
     ) -> Tensor:
-        """The whole clip [B, C, F, h, w], normalised, fp32 on the CPU; only a chunk at a time is on
-        the device.
+        """Sample the whole clip [B, C, F, h, w], normalised, fp32 on the CPU.
 
-        Where `stop` says so after a chunk, the clip ends with it. `weights` are a layer's, for a
-        merged refiner.
+        Only one chunk at a time is on the device. The clip ends after the chunk at which `stop`
+        returns True. `weights` returns a layer's weights for a merged refiner.
         """
-        made = [] if self.initial is None else [self.initial.float().cpu()]
-        attached = (
-            self.refined.attached(network, device, dtype, weights)
-            if self.refined
-            else nullcontext()
-        )
+        clips = [] if self.initial is None else [self.initial.float().cpu()]
+        attached = nullcontext()
+        if self.refined:
+            attached = self.refined.attached(network, device, dtype, weights)
         search = self.search
         judging = search.verifier(self.plan.batch, device) if search else nullcontext()
         with attached as refiner, judging as verifier:
             chunks = sample(
-                network, context, self.plan, seed=self.seed, noise=self.noise, initial=self.initial,
-                method=self.sampler(verifier), refiner=refiner, callback=callback, device=device, dtype=dtype,
-            )  # fmt: skip
-            for chunk in finite(
-                (chunk.float().cpu() for chunk in chunks), len(self.plan.given_chunks)
-            ):
-                made.append(chunk)
+                network,
+                context,
+                self.plan,
+                seed=self.seed,
+                noise=self.noise,
+                initial=self.initial,
+                method=self.sampler(verifier),
+                refiner=refiner,
+                callback=callback,
+                device=device,
+                dtype=dtype,
+            )
+            on_cpu = (chunk.float().cpu() for chunk in chunks)
+            for chunk in finite(on_cpu, len(self.plan.given_chunks)):
+                clips.append(chunk)
                 if stop is not None and stop():
                     chunks.close()
                     break
-        return torch.cat(made, dim=2)
+        return torch.cat(clips, dim=2)
 
 
 def video_latents(latent: dict, name: str) -> Tensor:
-    """The tensor [B, 16, F, h, w] of a LATENT; ValueError, with the input's name, when it is of
-    something else."""
+    """Return the tensor [B, 16, F, h, w] of a LATENT; ValueError names the input."""
     samples = latent.get("samples")
     shape = tuple(samples.shape) if isinstance(samples, Tensor) and not samples.is_nested else ()
     if len(shape) != 5 or shape[1] != CHANNELS or 0 in shape:
         raise ValueError(
-            f"{name} has latents of shape {shape}, expected [batch, {CHANNELS}, frames, height/8, width/8]: encode"
-            " with Wan2.1's VAE, or use EmptyARVideoLatent or Empty HunyuanVideo Latent"
+            f"{name} has latents of shape {shape}, expected [batch, {CHANNELS}, frames, height/8,"
+            " width/8]: encode with Wan2.1's VAE, or use EmptyARVideoLatent or Empty HunyuanVideo"
+            " Latent"
         )
     return samples
 
@@ -147,8 +145,7 @@ def video_latents(latent: dict, name: str) -> Tensor:
 def clip_shape(
     latent: dict | None, width: int, height: int, length: int, batch: int
 ) -> tuple[int, int, int, int]:
-    """(batch, latent frames, height, width) of the clip: those of `latent` where it is connected,
-    else the widgets'."""
+    """Return the clip's (batch, latent frames, height, width): of `latent`, else of the widgets."""
     if latent is not None:
         samples = video_latents(latent, "latent")
         return (samples.shape[0], *samples.shape[2:])
@@ -161,19 +158,19 @@ def clip_shape(
 
 
 def start_of(start: dict | None, facts: ModelFacts) -> dict | None:
-    """The LATENT that a run goes on from: the connected one, or the MODEL's; ValueError where both
-    are there."""
+    """Return the LATENT that a run continues: the connected one or the MODEL's, not both."""
     if facts.start is None:
         return start
     if start is not None:
         raise ValueError(
-            "start is connected, and MODEL has a start image of its own (ARVideoI2V): keep one of them"
+            "start is connected, and MODEL has a start image of its own (ARVideoI2V): keep one of"
+            " them"
         )
     return {"samples": facts.start}
 
 
 def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """The normalised latents that a clip of `shape` goes on from; ValueError when it cannot."""
+    """Return the normalised latents that a clip of `shape` continues; ValueError if unfit."""
     if start is None:
         return None
     batch, frames, height, width = shape
@@ -181,7 +178,8 @@ def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor |
     if samples.shape[3:] != (height, width):
         came, wanted = (f"{8 * w}x{8 * h}" for h, w in (samples.shape[3:], (height, width)))
         raise ValueError(
-            f"start is of {came} pixels and the clip of {wanted}: scale the image before it is encoded"
+            f"start is of {came} pixels and the clip of {wanted}: scale the image before it is"
+            " encoded"
         )
     if len(samples) not in (1, batch):
         raise ValueError(
@@ -189,62 +187,56 @@ def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor |
         )
     if samples.shape[2] >= frames:
         raise ValueError(
-            f"start holds {samples.shape[2]} latent frames and the clip has {frames} in all, start included: set a"
-            f" length of at least {4 * samples.shape[2] + 1}"
+            f"start holds {samples.shape[2]} latent frames and the clip has {frames} in all, start"
+            f" included: set a length of at least {4 * samples.shape[2] + 1}"
         )
     return normalized(samples.float()).expand(batch, -1, -1, -1, -1).contiguous()
 
 
 def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor | None) -> RunPlan:
-    """The plan of a clip of `shape` (batch, frames, height, width); ValueError where it does not
-    fit the chunks."""
+    """Plan a clip of `shape` (batch, frames, height, width); ValueError if chunks do not fit."""
     batch, frames, height, width = shape
     given = 0 if initial is None else initial.shape[2]
     return RunPlan(preset, frames - given, height, width, batch, given)
 
 
 def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> MemoryPlan:
-    """The memory of a run of a model that need not be loaded."""
+    """Plan the memory of a run; the model need not be loaded."""
     return plan.memory(facts.config, facts.dtype, refined)
 
 
 def kv_bytes(run: Run, facts: ModelFacts) -> int:
-    """Bytes of the keys and values that a run holds, in all its memories."""
+    """Count the bytes of keys and values in all memories of a run."""
     return run.plan.memory_bytes(facts.config, facts.dtype, run.refined is not None, run.caches)
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
-    """Of what a run holds beside the model: keys and values, its refiner, and what a search decodes
-    and scores with."""
-    more = (run.refined.nbytes if run.refined else 0) + (
-        run.search.nbytes(run.plan) if run.search else 0
-    )
-    return kv_bytes(run, facts) + more
+    """Count the bytes that a run takes besides the model: K/V, refiner and search."""
+    refiner = run.refined.nbytes if run.refined else 0
+    search = run.search.nbytes(run.plan) if run.search else 0
+    return kv_bytes(run, facts) + refiner + search
 
 
-def told(run: Run, facts: ModelFacts) -> str:
-    """One line: what a run makes, the bytes of its keys and values, what refines it, and how it
-    searches."""
+def summary(run: Run, facts: ModelFacts) -> str:
+    """Describe a run in one line: its frames, K/V bytes, refiner and search."""
     plan = run.plan
-    held = kv_bytes(run, facts) / 1e6
-    line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held:,.1f} MB of keys and values"
+    held = f"{kv_bytes(run, facts) / 1e6:,.1f} MB of keys and values"
+    line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held}"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
-    if note := run.sampler().note(
-        plan.preset.all_levels, run.refined.levels if run.refined else ()
-    ):
+    refined = run.refined.levels if run.refined else ()
+    if note := run.sampler().note(plan.preset.all_levels, refined):
         line += f"; {note}"
     return line + (f"; {run.search.describe()}" if run.search else "")
 
 
 def check_memory(run: Run, facts: ModelFacts) -> None:
-    """Raise ValueError when what a run holds beside the model, or its latents, are more than there
-    is memory."""
+    """Raise ValueError if latents, or what a run holds besides the model, exceed the memory."""
     nbytes, latents = held_bytes(run, facts), 4 * math.prod(run.shape)
     if latents > (free := available_bytes(torch.device("cpu"))):
         raise ValueError(
-            f"the latents of this clip take {latents / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: make it"
-            " smaller, shorter, or the batch smaller"
+            f"the latents of this clip take {latents / 1e9:.1f} GB and {free / 1e9:.1f} GB of"
+            " memory are free: make it smaller, shorter, or the batch smaller"
         )
     if nbytes > facts.device_bytes:
         what = "keys and values" + (" and the refiner" if run.refined else "")
@@ -252,10 +244,8 @@ def check_memory(run: Run, facts: ModelFacts) -> None:
             "connect a Reflective Cache with a smaller window, or make the clip smaller or shorter"
         )
         if run.search:
-            what, instead = (
-                f"{what} and the search's VAE and reward",
-                f"choose another method, {instead}",
-            )
+            what += " and the search's VAE and reward"
+            instead = f"choose another method, {instead}"
         raise ValueError(
             f"the {what} of this clip take {nbytes / 1e9:.2f} GB and the device has"
             f" {facts.device_bytes / 1e9:.2f} GB: {instead}"

@@ -7,7 +7,7 @@ from .chunk_schedule import ChunkScheduleType
 from .options import FALLBACK, preset_for
 from .refiner import RefinerType
 from .refiner_plan import plan_refiner
-from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, told
+from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, summary
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels of a side
@@ -141,5 +141,5 @@ class PathwiseRefinedSampler(io.ComfyNode):
         plan = plan_run(preset, shape, initial)
         run = host.settled(model, Run(plan, seed, method, initial, refined=refined, search=search))
         check_memory(run, facts)
-        shown = host.show(told(run, facts))
+        shown = host.show(summary(run, facts))
         return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)

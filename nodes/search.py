@@ -1,5 +1,4 @@
-"""Search methods of the sampler nodes: candidates, of which a reward chooses by the frames that
-they decode to."""
+"""Search methods of the sampler nodes: a reward chooses among decoded candidates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,12 @@ from .api import host, io
 from .rewards import Rewards, RewardType
 
 METHODS = tuple(METHODS_BY_NAME)
-CANDIDATES, MOST_CANDIDATES = 5, 64  # by default; at most
+CANDIDATES, MOST_CANDIDATES = 5, 64  # default, maximum
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSearch:
-    """A search method with what it chooses by."""
+    """A search method with the rewards, VAE and prompt that it chooses by."""
 
     method: str  # of SEARCHES
     rewards: Rewards
@@ -33,55 +32,58 @@ class RewardSearch:
     candidates: int
 
     def sampler(self, verifier: Verifier | None = None) -> Method:
-        """The method; without a verifier it cannot run, but says what it takes."""
+        """Return the method; without a verifier it can be checked and counted, but not run."""
         return SEARCHES[self.method](verifier, self.candidates)
 
     def describe(self) -> str:
-        """A few words."""
+        """Describe the search in a few words."""
         names = ", ".join(reward.name for reward, _ in self.rewards.parts)
         return f"{self.method} of {self.candidates} candidates by {names}"
 
     def nbytes(self, plan: RunPlan) -> int:
-        """Of the rewards' models, a VAE of its own, and of every sample: what the VAE takes to
-        decode a candidate, its state behind the chunks that were chosen, and the frames that the
-        rewards see, twice while they are joined."""
-        dim, height, width, chunk = (
-            host.vae_width(self.vae),
-            8 * plan.height,
-            8 * plan.width,
-            plan.preset.chunk,
-        )
+        """Count the bytes of the rewards' models, of a VAE, and of decoding every sample.
+
+        A sample takes the memory to decode a candidate, the decoder's state after the chosen
+        chunks, and the frames that the rewards see, twice while they are concatenated.
+        """
+        dim, chunk = host.vae_width(self.vae), plan.preset.chunk
+        height, width = 8 * plan.height, 8 * plan.width
         frames = Mixture(self.rewards.parts).reach + 4 * chunk
         sample = WanVAE.decode_bytes(dim, height, width, chunk, torch.float32)
-        sample += (
-            WanVAE.state_bytes(dim, height, width, torch.float32) + 2 * 12 * frames * height * width
-        )
+        sample += WanVAE.state_bytes(dim, height, width, torch.float32)
+        sample += 2 * 12 * frames * height * width
         with torch.device("meta"):
             weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
         return self.rewards.nbytes + weights + plan.batch * sample
 
     @contextmanager
     def verifier(self, batch: int, device: torch.device) -> Iterator[Verifier]:
-        """What it chooses by, with its models on a device until it is left."""
+        """Enter with the verifier, whose models stay on the device until exit."""
         with self.rewards.on(device) as rewards:
             yield RewardVerifier(rewards, host.own_vae(self.vae), [self.prompt] * batch)
 
 
 def search_inputs() -> list:
-    """What a search needs, of a sampler node."""
+    """Return the inputs of a sampler node that only a search needs."""
     return [
-        RewardType.Input("reward", optional=True, tooltip="For best-of-n and search-over-path: what they choose by."),
+        RewardType.Input(
+            "reward", optional=True,
+            tooltip="For best-of-n and search-over-path: what they choose by.",
+        ),
         io.Vae.Input(
-            "vae", optional=True, tooltip="For best-of-n and search-over-path: Wan2.1's VAE, the reward sees frames.",
+            "vae", optional=True,
+            tooltip="For best-of-n and search-over-path: Wan2.1's VAE, the reward sees frames.",
         ),
         io.String.Input(
             "prompt", default="", optional=True,
-            tooltip="For best-of-n and search-over-path: the prompt as text, which only the reward reads.",
+            tooltip="For best-of-n and search-over-path: the prompt as text, which only the reward"
+            " reads.",
         ),
         io.Int.Input(
-            "candidates", default=CANDIDATES, min=2, max=MOST_CANDIDATES, optional=True, advanced=True,
-            tooltip="best-of-n makes each chunk so often, search-over-path each level of it, and keeps the best. The"
-            " time grows with it: 5 take more than five times as long.",
+            "candidates", default=CANDIDATES, min=2, max=MOST_CANDIDATES, optional=True,
+            advanced=True,
+            tooltip="best-of-n makes each chunk so often, search-over-path each level of it, and"
+            " keeps the best. The time grows with it: 5 take more than five times as long.",
         ),
     ]  # fmt: skip
 
@@ -89,21 +91,19 @@ def search_inputs() -> list:
 def search_of(
     method: str, reward: Rewards | None, vae: Any, prompt: str, candidates: int
 ) -> RewardSearch | None:
-    """What a sampler node was asked to choose by; None for a method that does not search.
+    """Return the search of a sampler node; None for a method that does not search.
 
-    Raises ValueError where a search lacks something.
+    Raises ValueError when an input of a search is missing.
     """
     if method not in SEARCHES:
         return None
     given = {"reward": reward, "vae": vae, "prompt": prompt.strip() or None}
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        do = (
-            "write what the video is to show into prompt"
-            if missing[0] == "prompt"
-            else f"connect {missing[0]}"
-        )
+        advice = f"connect {missing[0]}"
+        if missing[0] == "prompt":
+            advice = "write what the video is to show into prompt"
         raise ValueError(
-            f"method {method} chooses by a reward and needs {' and '.join(missing)}: {do}"
+            f"method {method} chooses by a reward and needs {' and '.join(missing)}: {advice}"
         )
     return RewardSearch(method, reward, vae, prompt, candidates)

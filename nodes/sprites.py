@@ -7,11 +7,11 @@ from ..refiner.wan.checkpoint import inspect
 
 
 def sprite_file(network: str) -> Path:
-    """The file of the demo's student or teacher."""
+    """Return the file of the demo's student or teacher."""
     demo = BUNDLES[DEMO]
     return demo.training.teacher if network == "teacher" else demo.model
 
 
 def sprite_preset() -> str | None:
-    """The preset that the demo's student names."""
+    """Return the preset that the demo's student names."""
     return inspect(sprite_file("student")).preset

@@ -170,7 +170,7 @@ def advanced_widgets() -> list:
 
 
 def text_of(value: object) -> str | None:
-    """The text of a widget, given alone or in a list; None for a link, not known before it runs."""
+    """Return the text of a widget, alone or in a list; None for a link, unknown before it runs."""
     single = value[0] if isinstance(value, (list, tuple)) and value else value
     return None if single is None else str(single)
 

@@ -130,7 +130,7 @@ class TrainRequest:
             )
 
     def lines(self) -> list[str]:
-        """The prompts in text form; ValueError for too many prompts, or none in any form."""
+        """Return the prompts in text form; ValueError for too many, or none in any form."""
         lines = [line.strip() for line in self.prompts.splitlines() if line.strip()]
         if len(lines) > MOST_PROMPTS or len(self.positive) > MOST_PROMPTS:
             count = len(lines) or len(self.positive)
@@ -214,7 +214,7 @@ def check_fit(base: ModelFacts, teacher: ModelFacts) -> None:
 def refiner_of(
     name: str, pairs: Mapping[str, LoraPair], options: RefineOptions, base: str | None
 ) -> RefinerLora:
-    """The trained REFINER, on the CPU."""
+    """Return the trained REFINER, on the CPU."""
     pairs = {
         layer: LoraPair(pair.down.cpu(), pair.up.cpu(), pair.scale) for layer, pair in pairs.items()
     }

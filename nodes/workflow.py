@@ -88,7 +88,7 @@ def _node(key: str, node: dict) -> Node:
 
 
 def prompt_of(nodes: dict[str, Node]) -> str:
-    """The nodes as JSON in API format, for the metadata of files."""
+    """Format the nodes as JSON in API format, for the metadata of files."""
     prompt = {
         node.id: {"class_type": node.kind, "inputs": node.inputs, "_meta": {"title": node.title}}
         for node in nodes.values()
@@ -128,7 +128,7 @@ def with_values(nodes: dict[str, Node], settings: Sequence[str]) -> dict[str, No
 
 
 def outputs_of(nodes: dict[str, Node]) -> list[Node]:
-    """The nodes that save or show; ValueError for nodes that need ComfyUI, or none that saves."""
+    """Return the nodes that save or show; ValueError if none does, or if some need ComfyUI."""
     runnable = CLASSES.keys() - NEEDS_COMFYUI
     foreign = [node for node in nodes.values() if node.kind not in runnable]
     if foreign:
@@ -279,7 +279,7 @@ def execute(nodes: dict[str, Node]) -> dict[str, NodeOutput]:
 
 
 def written(results: dict[str, NodeOutput]) -> list[Path]:
-    """The files that the nodes wrote."""
+    """List the files that the nodes wrote."""
     shown = []
     for output in results.values():
         shown += output.ui if isinstance(output.ui, list) else [output.ui]

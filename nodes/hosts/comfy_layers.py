@@ -17,7 +17,7 @@ from ...refiner.noise.refiner import target_modules
 def weights_on(
     device: torch.device, dtype: torch.dtype
 ) -> Callable[[nn.Module], tuple[Tensor, Tensor | None]]:
-    """A function that copies a layer's weight and bias to a device, patched and dequantised."""
+    """Return a function that copies a layer's patched, dequantised weight and bias to a device."""
 
     def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         weight, bias, stream = comfy.ops.cast_bias_weight(
@@ -60,7 +60,7 @@ def room_beside(model: ModelPatcher) -> int:
 
 
 def fingerprint_of_live(network: nn.Module) -> str | None:
-    """The fingerprint of loaded weights; None unless they are plain floats of 16 bits or more."""
+    """Fingerprint loaded weights; None unless they are plain floats of 16 bits or more."""
     tensors = {name: network.get_parameter(name) for name in FINGERPRINTED}
     return fingerprint_of(tensors) if all(map(is_plain, tensors.values())) else None
 

@@ -15,7 +15,7 @@ BASE = "autorefiner.base"  # attachment of a MODEL: the fingerprint of its file
 
 
 def network_of(model: ModelPatcher) -> nn.Module:
-    """The Wan2.1 text-to-video module tree of a MODEL; ValueError for another model."""
+    """Return the Wan2.1 text-to-video module tree of a MODEL; ValueError for another model."""
     network = model.model.diffusion_model
     kind = type(model.model).__name__
     causal = isinstance(network, comfy.ldm.wan.model.WanModel) and network.in_dim == CHANNELS
@@ -42,5 +42,5 @@ def facts(model: ModelPatcher) -> ModelFacts:
 
 
 def base_of(model: ModelPatcher) -> str | None:
-    """The fingerprint taken at loading, or the live weights' for a MODEL of another loader."""
+    """Return the fingerprint from loading, or of the live weights of another loader's MODEL."""
     return model.get_attachment(BASE) or comfy_layers.fingerprint_of_live(network_of(model))

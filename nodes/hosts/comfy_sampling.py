@@ -72,7 +72,7 @@ def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
 
 
 def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
-    """The context [B, L, text_dim] of a guider's only prompt; ValueError for any other guidance."""
+    """Return the context [B, L, text_dim] of a guider's only prompt; ValueError if it has others."""
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
         kind = type(guider).__name__
         raise ValueError(
@@ -158,7 +158,7 @@ def make_room(model: ModelPatcher, nbytes: int) -> None:
 
 
 def pictures_of(model: ModelPatcher) -> Callable[[Tensor], Image]:
-    """A function from a latent frame [1, C, 1, h, w] to a picture, by ComfyUI's linear map."""
+    """Return ComfyUI's linear map from a latent frame [1, C, 1, h, w] to a picture."""
     wan = model.model.latent_format
     return latent_preview.Latent2RGBPreviewer(
         wan.latent_rgb_factors, wan.latent_rgb_factors_bias, wan.latent_rgb_factors_reshape
@@ -168,7 +168,7 @@ def pictures_of(model: ModelPatcher) -> Callable[[Tensor], Image]:
 def reporter(
     model: ModelPatcher, run: Run, callback: Callable | None, watch: page.Watch | None
 ) -> Callable[[Progress], None]:
-    """A callback that shows each prediction's progress and newest frame, and raises interrupts."""
+    """Return a callback that shows progress and the newest frame, and raises interrupts."""
     passes = Passes(run)
     bar = comfy.utils.ProgressBar(passes.total) if callback is None else None
     previewer = None

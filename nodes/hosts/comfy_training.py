@@ -51,7 +51,7 @@ def _folders(kind: str) -> dict[str, Path]:
 
 
 def torch_device(nbytes: int = 0) -> torch.device:
-    """Where models run; unloads ComfyUI's models there until `nbytes` are free."""
+    """Return the device of models; unload ComfyUI's models there until `nbytes` are free."""
     device = management.get_torch_device()
     if nbytes and not management.is_device_cpu(device):
         management.free_memory(nbytes + management.minimum_inference_memory(), device)
@@ -110,13 +110,13 @@ def output_folder() -> Path:
 
 
 def placed(path: Path) -> dict[str, str]:
-    """The page's address of a file in the output folder."""
+    """Return the page's address of a file in the output folder."""
     subfolder = os.path.relpath(path.parent, output_folder()).replace(os.sep, "/")
     return {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
 
 def sheets_of(folder: Path) -> list[Path]:
-    """The sample sheets of a run, oldest first."""
+    """List the sample sheets of a run, oldest first."""
     return sorted(folder.glob("sheet_*.png"))
 
 

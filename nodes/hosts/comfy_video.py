@@ -30,7 +30,7 @@ GROUP = 8  # frames between key frames
 
 
 def wan_vae(vae: comfy.sd.VAE) -> nn.Module:
-    """The modules of a VAE; ValueError for a VAE that is not Wan2.1's."""
+    """Return the modules of a VAE; ValueError for a VAE that is not Wan2.1's."""
     model = vae.first_stage_model
     if not isinstance(model, comfy.ldm.wan.vae.WanVAE):
         raise ValueError(
@@ -87,7 +87,7 @@ def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Pa
 
 
 def graph_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
-    """The prompt and the workflow, as core's SaveVideo writes them into a file."""
+    """Return the prompt and the workflow, as core's SaveVideo writes them into a file."""
     if args.disable_metadata:
         return {}
     graphs = dict(hidden.extra_pnginfo or {})
