@@ -1,1 +1,1 @@
-"""The keys and values of the past: what stays, where it lies, what each read sees."""
+"""The K/V memory: which past frames stay, where they are stored, what each read sees."""

@@ -1,4 +1,4 @@
-"""The memory of training: every write makes a new tensor, so a graph behind it stays valid."""
+"""The memory of training: every write makes a new tensor, so the autograd graph stays valid."""
 
 from collections.abc import Sequence
 
@@ -14,35 +14,30 @@ from .ring import mixed
 
 
 class GraphMemory:
-    """K/V of a window as immutable tensors, past frames oldest first; the same policies as
-    `RingMemory`.
+    """K/V of a window as immutable tensors, oldest frame first; same policies as `RingMemory`.
 
-    Gradients flow into history when it was committed with a graph, and do not when it was committed
-    under no_grad.
+    Gradients flow into history that was committed with gradients enabled.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | None = None) -> None:
-        """Tensors lie where they are written: `device` is there for the signature of
-        `RingMemory`."""
+        """Take a plan; `device` is ignored and matches the signature of `RingMemory`."""
         self.plan = plan
         self.ledger = FrameLedger(plan)
-        self.past: list[KeyValue] = []  # by layer: stored keys and values of the ledger's frames
-        self.means: list[
-            Tensor
-        ] = []  # by layer: mean raw key of each [B, F, H, D], where the policy reads it
+        self.past: list[KeyValue] = []  # of the ledger's frames, by layer
+        # by layer, mean raw key of each frame [B, F, H, D]; empty unless the policy reads it
+        self.means: list[Tensor] = []
         self.current: GraphView | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes now held as history."""
-        return sum(part.nbytes for layer in self.past for part in layer) + sum(
-            mean.nbytes for mean in self.means
-        )
+        """Bytes of the history held now."""
+        tensors = [tensor for layer in self.past for tensor in layer]
+        return sum(tensor.nbytes for tensor in (*tensors, *self.means))
 
     def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "GraphView":
-        """A fresh view for one pass over a chunk of these absolute latent frames.
+        """Return a new view for one pass over a chunk of these absolute latent frames.
 
-        Where keep_pending[b], it has the K/V of sample b that the pass before wrote.
+        Where keep_pending[b], it holds the K/V of sample b from the previous pass.
         """
         if self.current is None and (leaving := self.ledger.leaving(len(frames))):
             self.plan.policy.evicting(HistoryFrames(self, leaving))
@@ -50,14 +45,14 @@ class GraphMemory:
         return self.current
 
     def commit(self) -> None:
-        """Turn what the last pass wrote into past; evict frames that no later chunk can see."""
+        """Append the K/V of the last pass; evict frames that no future chunk can attend to."""
         if self.current is None:
             raise ValueError("nothing to commit: no chunk was predicted since the last commit")
         layers, current = range(self.plan.layers), self.current
         new = [current.new[layer] for layer in layers]
         means = [current.new_means[layer] for layer in layers] if self.plan.policy.means else []
         if self.past:
-            new = [join(old, own) for old, own in zip(self.past, new, strict=True)]
+            new = [join(*layer) for layer in zip(self.past, new, strict=True)]
             means = [torch.cat(pair, 1) for pair in zip(self.means, means, strict=True)]
         self.past, self.means = new, means
         stored = [held.frame for held in self.ledger.held] + list(current.frames)
@@ -66,13 +61,13 @@ class GraphMemory:
         self._evict(stored)
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> None:
-        """Forget all but the sink and the last `keep_last` frames."""
+        """Drop all frames but the sink and the last `keep_last`."""
         stored = [held.frame for held in self.ledger.held]
         self.ledger.flush(keep_last, keep_sink)
         self._evict(stored)
 
     def free(self) -> None:
-        """Let go of every tensor."""
+        """Free every tensor."""
         self.past, self.means, self.current = [], [], None
 
     def _evict(self, stored: list[int]) -> None:
@@ -84,42 +79,42 @@ class GraphMemory:
 
 
 def ranks_of(wanted: Sequence[Held], stored: Sequence[int]) -> list[int] | None:
-    """Where the wanted frames lie among those with the absolute indices `stored`; None for all of
-    them."""
-    return None if len(wanted) == len(stored) else [stored.index(held.frame) for held in wanted]
+    """Return the ranks of frames among the absolute indices `stored`; None for all of them."""
+    if len(wanted) == len(stored):
+        return None
+    return [stored.index(held.frame) for held in wanted]
 
 
 def select(layer: KeyValue, ranks: list[int] | None, frame_tokens: int) -> KeyValue:
-    """The frames of a layer at these ranks; all where None."""
+    """Select the frames of a layer at these ranks; all of them if None."""
     if ranks is None:
         return layer
     index = torch.tensor(ranks, dtype=torch.long, device=layer.key.device)
-    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
-    return KeyValue(*(part[:, index].flatten(1, 2) for part in frames))
+    frames = (tensor.unflatten(1, (-1, frame_tokens)) for tensor in layer)
+    return KeyValue(*(tensor[:, index].flatten(1, 2) for tensor in frames))
 
 
 def take(layer: KeyValue, ranks_BF: Tensor, frame_tokens: int) -> KeyValue:
-    """The frames of a layer at these ranks, for each sample."""
+    """Select the frames of a layer at these ranks, for each sample."""
     samples = torch.arange(len(ranks_BF), device=ranks_BF.device)[:, None]
-    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
-    return KeyValue(*(part[samples, ranks_BF].flatten(1, 2) for part in frames))
+    frames = (tensor.unflatten(1, (-1, frame_tokens)) for tensor in layer)
+    return KeyValue(*(tensor[samples, ranks_BF].flatten(1, 2) for tensor in frames))
 
 
 def join(old: KeyValue, new: KeyValue) -> KeyValue:
-    """Keys and values of both, in this order."""
+    """Concatenate keys and values along the tokens."""
     return KeyValue(torch.cat((old.key, new.key), 1), torch.cat((old.value, new.value), 1))
 
 
 class HistoryFrames:
-    """Past frames of a GraphMemory without a chunk (`refiner.memory.policy.Frames`); keys as they
-    are stored."""
+    """Past frames of a GraphMemory, keys as stored (see `refiner.memory.policy.Frames`)."""
 
     chunk = 0
 
     def __init__(
         self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None
     ) -> None:
-        """`stored` are the absolute indices of the frames in memory, the ledger's unless given."""
+        """Select `past`; `stored` are the absolute indices in memory, by default the ledger's."""
         self.past = past
         stored = [held.frame for held in memory.ledger.held] if stored is None else stored
         ranks = ranks_of(past, stored)
@@ -141,8 +136,7 @@ class HistoryFrames:
 
 
 class GraphView:
-    """One pass over one chunk: what it sees is fixed when the view is made, what it wrote may be
-    committed."""
+    """One pass over a chunk, which attends to the past as it was when the view was made."""
 
     first = 0
 
@@ -151,9 +145,9 @@ class GraphView:
     ) -> None:
         self.plan = memory.plan
         self.keep_pending = keep_pending
-        self.before = (
-            None if keep_pending is None else (memory.current.new, memory.current.new_means)
-        )
+        self.previous = None  # keys and values, and means, of the previous pass
+        if keep_pending is not None:
+            self.previous = (memory.current.new, memory.current.new_means)
         self.frames, self.chunk = frames, len(frames)
         self.past_positions, self.positions = memory.ledger.place(frames)
         self.history = HistoryFrames(memory, memory.ledger.visible(len(frames)))
@@ -169,40 +163,46 @@ class GraphView:
         raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`."""
-        own = KeyValue(raw_key if self.plan.keys == "raw" else rotate(raw_key, table), value)
+        current = KeyValue(raw_key if self.plan.keys == "raw" else rotate(raw_key, table), value)
         if self.keep_pending is not None:
-            own = mixed(self.keep_pending, self.before[0][layer], own)
+            current = mixed(self.keep_pending, self.previous[0][layer], current)
         # Recomputation calls extend() again; keep the tensors of the first run, which autograd
         # knows.
-        self.new.setdefault(layer, own)
+        self.new.setdefault(layer, current)
         if self.plan.policy.means:
             self._summarise(layer, raw_key)
         if raw_query is None:
             return None
-        return self.plan.policy.read(layer, raw_query, self.reading(own, self.positions))
+        return self.plan.policy.read(layer, raw_query, self.reading(current, self.positions))
 
     def reading(
         self, current: KeyValue, positions: Sequence[int], history: bool = True
     ) -> "GraphFrames":
-        """What a policy reads of: the visible past and these tokens at these positions."""
+        """Return the visible past and these tokens at these positions, for a policy to read."""
         past = self.history if history and self.past_positions else None
         return GraphFrames(self.plan, past, self.past_positions if past else (), current, positions)
 
     def _summarise(self, layer: int, raw_key: Tensor) -> None:
-        """Remember the mean key of each frame of the chunk."""
+        """Store the mean key of each frame of the chunk."""
         mean = raw_key.detach().unflatten(1, (self.chunk, -1)).mean(dim=2)
         if self.keep_pending is not None:
-            mean = torch.where(self.keep_pending[:, None, None, None], self.before[1][layer], mean)
+            mean = torch.where(
+                self.keep_pending[:, None, None, None], self.previous[1][layer], mean
+            )
         self.new_means.setdefault(layer, mean)
 
 
 class GraphFrames:
-    """The visible past and the tokens of one pass in one layer (`refiner.memory.policy.Frames`)."""
+    """The visible past and the tokens of one pass in a layer (`refiner.memory.policy.Frames`)."""
 
     def __init__(
-        self, plan: MemoryPlan, history: HistoryFrames | None, past_positions: Sequence[int], current: KeyValue,
+        self,
+        plan: MemoryPlan,
+        history: HistoryFrames | None,
+        past_positions: Sequence[int],
+        current: KeyValue,
         positions: Sequence[int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.plan, self.history, self.current = plan, history, current
         self.past = history.past if history else ()
         self.chunk = len(positions)
@@ -217,10 +217,8 @@ class GraphFrames:
         seen = join(self.history.all(layer), self.current) if self.history else self.current
         if self.plan.keys == "rotated":
             return seen
-        plan = self.plan
-        table = rotation_table(
-            self.positions, plan.height, plan.width, plan.head_dim, like=seen.key
-        )
+        grid = self.plan.height, self.plan.width
+        table = rotation_table(self.positions, *grid, self.plan.head_dim, like=seen.key)
         return KeyValue(rotate(seen.key, table), seen.value)
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:

@@ -1,4 +1,4 @@
-"""Sizes of a memory, checked and counted in bytes before anything is allocated."""
+"""Plan a K/V memory: check its sizes and count its bytes before anything is allocated."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,10 +17,10 @@ Keys = Literal["rotated", "raw"]
 class MemoryPlan:
     """Sizes of a K/V memory, and how it is read.
 
-    `window_frames` latent frames are held: the sink (the first `sink_frames` of the video), the
-    most recent past and the current chunk. A window as long as the video is full history. Keys lie
-    in memory rotated by RoPE (as in the reference), or raw and are rotated on every read, which
-    moving positions need.
+    The memory holds `window_frames` latent frames: the sink (the first `sink_frames` of the video),
+    the most recent past and the current chunk. A window as long as the video is full history. Keys
+    are stored rotated by RoPE (as in the reference), or raw and rotated on every read, which moving
+    positions need.
     """
 
     layers: int
@@ -34,16 +34,15 @@ class MemoryPlan:
     keys: Keys = "rotated"
     positions: Positions = field(default_factory=Absolute)
     dtype: torch.dtype = torch.float32
-    spare_frames: int = (
-        0  # slots behind the window for the tokens of a refine pass, which nothing reads later
-    )
+    spare_frames: int = 0  # slots after the window for the tokens of a refine pass
     policy: Policy = field(default_factory=Window)
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
             raise ValueError(
-                f"window of {self.window_frames} frames with a sink of {self.sink_frames}: the window counts sink, past"
-                f" and current chunk, so it must be larger than the sink; raise the window or lower the sink"
+                f"window of {self.window_frames} frames with a sink of {self.sink_frames}: the"
+                " window counts sink, past and current chunk, so it must be larger than the sink;"
+                " raise the window or lower the sink"
             )
         if self.keys not in ("rotated", "raw"):
             raise ValueError(f"keys {self.keys!r}: expected rotated or raw")
@@ -66,20 +65,29 @@ class MemoryPlan:
         spare_frames: int = 0,
         policy: Policy | None = None,
     ) -> "MemoryPlan":
-        """Plan for latents [B, C, F, h, w], F counting given and new frames; a window of -1 is full
-        history.
+        """Plan for latents of `shape` [B, C, F, h, w], where F counts given and new frames.
 
-        Keys are raw where positions move, unless given.
+        A window of -1 is full history. Keys default to raw where positions move.
         """
         positions = positions or Absolute()
         batch, _, frames, height, width = shape
         if window_frames < 0 or window_frames >= frames:  # nothing is evicted, so no sink is needed
             window_frames, sink_frames = frames, 0
         return cls(
-            config.num_layers, config.num_heads, config.head_dim, batch, height // PATCH[1], width // PATCH[2],
-            window_frames, sink_frames, keys or ("raw" if positions.moving else "rotated"), positions, dtype,
-            spare_frames, policy or Window(),
-        )  # fmt: skip
+            layers=config.num_layers,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            batch=batch,
+            height=height // PATCH[1],
+            width=width // PATCH[2],
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+            keys=keys or ("raw" if positions.moving else "rotated"),
+            positions=positions,
+            dtype=dtype,
+            spare_frames=spare_frames,
+            policy=policy or Window(),
+        )
 
     @property
     def frame_tokens(self) -> int:
@@ -87,43 +95,35 @@ class MemoryPlan:
 
     @property
     def recent_frames(self) -> int:
-        """Frames of the window behind the sink: the recent past and the current chunk."""
+        """Frames of the window after the sink: the recent past and the current chunk."""
         return self.window_frames - self.sink_frames
 
     @property
     def held_frames(self) -> int:
-        """Frames that there is room for."""
+        """Frames that are allocated."""
         return self.window_frames + self.spare_frames
 
     @property
     def layer_bytes(self) -> int:
-        """Of the keys (or values) of one layer."""
-        return (
-            self.batch
-            * self.held_frames
-            * self.frame_tokens
-            * self.heads
-            * self.head_dim
-            * self.dtype.itemsize
-        )
+        """Bytes of the keys (or values) of one layer."""
+        tokens = self.batch * self.held_frames * self.frame_tokens
+        return tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Of all keys and values, one layer's rotated keys where they lie raw, and the means of a
-        policy."""
+        """Bytes of all keys and values, one layer's rotated keys if raw, and a policy's means."""
         means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
         return self.layer_bytes * (2 * self.layers + (self.keys == "raw")) + means
 
     @property
     def read_bytes(self) -> int:
-        """At most, of what a policy copies to read a layer."""
+        """Most bytes that a policy copies to read a layer."""
         return 0 if isinstance(self.policy, Window) else 2 * self.layer_bytes
 
     def check_chunk(self, frames: int) -> None:
-        """Raise ValueError when the sink and a chunk of `frames` do not fit in the window
-        together."""
+        """Raise ValueError when the sink and a chunk of `frames` do not fit in the window."""
         if frames > self.recent_frames:
             raise ValueError(
-                f"window of {self.window_frames} frames is smaller than sink {self.sink_frames} + chunk {frames}: use a"
-                f" window of at least {self.sink_frames + frames}"
+                f"window of {self.window_frames} frames is smaller than sink {self.sink_frames} +"
+                f" chunk {frames}: use a window of at least {self.sink_frames + frames}"
             )

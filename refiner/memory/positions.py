@@ -1,5 +1,4 @@
-"""Temporal RoPE positions: at which index a stored frame is read, and where the current chunk
-stands."""
+"""Temporal RoPE positions of stored frames and of the current chunk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +15,19 @@ class Placement(NamedTuple):
 
 
 class Positions(Protocol):
-    """How frames are placed. `moving` positions change from chunk to chunk, so keys are stored
-    before RoPE."""
+    """A rule for positions; `moving` ones change from chunk to chunk and need keys before RoPE."""
 
     name: ClassVar[str]
     moving: ClassVar[bool]
 
     def place(self, past: Sequence[int], chunk: Sequence[int], sink: int) -> Placement:
-        """Place visible frames and a chunk, given by absolute latent index; the first `sink` of the
-        past are sink."""
+        """Place past frames, of which the first `sink` are sink, and a chunk, by absolute index."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Absolute:
-    """A frame stands at its index in the video (Self-Forcing)."""
+    """The position of a frame is its index in the video (Self-Forcing)."""
 
     name: ClassVar[str] = "absolute"
     moving: ClassVar[bool] = False
@@ -41,8 +38,7 @@ class Absolute:
 
 @dataclass(frozen=True, slots=True)
 class Relative:
-    """A frame stands at its rank in the window, so distances stay in the training range at any
-    length.
+    """The position of a frame is its rank in the window: distances stay in the training range.
 
     LongLive's infinite variant; the block-relativistic RoPE of Infinity-RoPE.
     """
@@ -56,8 +52,7 @@ class Relative:
 
 @dataclass(frozen=True, slots=True)
 class SinkAdjacent:
-    """Absolute positions, but the sink stands right before the oldest recent frame (Rolling
-    Forcing)."""
+    """Absolute, with the sink right before the oldest recent frame (Rolling Forcing)."""
 
     name: ClassVar[str] = "sink-adjacent"
     moving: ClassVar[bool] = True
@@ -70,8 +65,7 @@ class SinkAdjacent:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Relative positions whose chunk jumps to `position`, away from its history (RoPE cut of
-    Infinity-RoPE)."""
+    """Relative, with the chunk at `position`, away from its history (RoPE cut of Infinity-RoPE)."""
 
     name: ClassVar[str] = "cut"
     moving: ClassVar[bool] = True

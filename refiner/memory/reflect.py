@@ -1,8 +1,7 @@
-"""The reflective K/V cache: what a refine pass sees besides its own tokens (AutoRefiner, section
-3.4).
+"""The reflective K/V cache, which a refine pass attends to (AutoRefiner, section 3.4).
 
-It attends to [history ‖ previous x0 ‖ its own]. Tokens of the previous x0 and of the noise have the
-same positions.
+A refine pass attends to [history ‖ previous x0 ‖ noise]. Tokens of the previous x0 and of the noise
+have the same positions.
 """
 
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ Previous = Literal["pending", "joint", "none"]
 class ReflectiveCache:
     """Table 4 of the paper as two switches.
 
-    `history`: the base network's committed keys and values (`shared`), or `none`. `previous`, of
-    the x0 that the level before predicted: `pending`, the keys and values that the base network
-    wrote in predicting it; `joint`, those of the x0 itself, which goes through the refiner in the
-    same call; or `none`.
+    `history`: `shared`, the base network's committed keys and values, or `none`. `previous`, for
+    the x0 predicted at the level before: `pending`, the keys and values that the base network wrote
+    while predicting it; `joint`, those of the x0 itself, which goes through the refiner in the same
+    call; or `none`.
     """
 
     history: History = "shared"
@@ -43,8 +42,7 @@ class ReflectiveCache:
 def reflect(
     memory: RingMemory | GraphMemory, frames: tuple[int, ...], cache: ReflectiveCache
 ) -> View:
-    """A view for a refine pass over the noise of the chunk `frames`, which was predicted once at
-    least.
+    """Return a view for a refine pass over the noise of the chunk `frames`, predicted before.
 
     With `joint` the pass takes [x0 ‖ noise] along the frames. It changes nothing that a later pass
     reads. A RingMemory needs spare frames in its plan.
@@ -52,7 +50,7 @@ def reflect(
     view = memory.current
     if cache.previous == "pending" and (view is None or view.frames != frames):
         raise ValueError(
-            "a refine pass reads what the prediction before it wrote: predict this chunk first"
+            "a refine pass reads keys and values of a prediction: predict this chunk first"
         )
     if isinstance(memory, GraphMemory):
         return GraphReflection(view or memory.view(frames), cache)
@@ -60,7 +58,7 @@ def reflect(
 
 
 class GraphReflection:
-    """For training: joins tensors, writes nowhere."""
+    """Concatenate tensors for a refine pass in training, without writing to memory."""
 
     def __init__(self, view: GraphView, cache: ReflectiveCache) -> None:
         self.view, self.cache = view, cache
@@ -86,19 +84,17 @@ class GraphReflection:
 
 
 class RingReflection(SlotFrames):
-    """For sampling: the tokens of the pass go into the spare slots right behind the current
-    chunk's."""
+    """Write the tokens of a refine pass to the spare slots after the current chunk (sampling)."""
 
     def __init__(self, memory: RingMemory, view: RingView, cache: ReflectiveCache) -> None:
         chunk, spare = len(view.positions), memory.plan.spare_frames
         if cache.previous != "none" and spare < chunk:
             raise ValueError(
-                f"memory has {spare} spare frames and a refine pass over this chunk writes {chunk}: plan the memory"
-                " with them"
+                f"memory has {spare} spare frames and a refine pass over this chunk writes {chunk}:"
+                " plan the memory with them"
             )
-        super().__init__(
-            memory, view.past, (*view.chunk_slots, *range(view.used, view.used + chunk))
-        )
+        spare_slots = range(view.used, view.used + chunk)
+        super().__init__(memory, view.past, (*view.chunk_slots, *spare_slots))
         self.view, self.cache = view, cache
         self.joint = cache.previous == "joint"
         self.positions = view.positions * 2 if self.joint else view.positions
@@ -117,8 +113,7 @@ class RingReflection(SlotFrames):
         if cache.previous == "none":
             if cache.history == "none":
                 return KeyValue(rotate(raw_key, table), value)
-            # Over the pending K/V, which nothing reads before the next prediction writes them
-            # again.
+            # Overwrites the pending K/V, which the next prediction overwrites before any read.
             return view.extend(layer, raw_key, value, table, raw_query)
         stored = view.stored(raw_key, table)
         if self.joint:

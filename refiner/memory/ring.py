@@ -1,4 +1,4 @@
-"""The memory of sampling: allocated once, written in place, never copied while it grows."""
+"""The memory of sampling: allocated once, written in place, never copied."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def mixed(keep_pending: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
-    """Where `keep_pending` [B] the old keys and values, elsewhere the new ones."""
+    """Take the old keys and values where `keep_pending` [B], else the new ones."""
     rows = keep_pending[:, None, None, None]
     return KeyValue(torch.where(rows, old.key, new.key), torch.where(rows, old.value, new.value))
 
@@ -35,9 +35,9 @@ def mixed(keep_pending: Tensor, old: KeyValue, new: KeyValue) -> KeyValue:
 class RingMemory:
     """K/V of a window in place: sink slots, then a ring by frame.
 
-    The current chunk is written over the frames that it evicts, so past and present are one
-    contiguous read with no copy. Attention does not care in which order keys lie; positions are
-    tracked by slot.
+    The current chunk overwrites the frames that it evicts, so past and present are one contiguous
+    read without a copy. Attention does not depend on the order of keys; positions are tracked by
+    slot.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
@@ -46,26 +46,23 @@ class RingMemory:
         heads = (plan.heads, plan.head_dim)
         shape = (plan.batch, plan.held_frames * plan.frame_tokens, *heads)
         self.store: Store = PlainStore(plan.layers, shape, plan.frame_tokens, plan.dtype, device)
-        self.rotated = (
-            torch.empty(shape, dtype=plan.dtype, device=device) if plan.keys == "raw" else None
-        )
-        self.means: list[Tensor] = []  # of a layer's raw keys, by slot [B, F, H, D]
+        like = dict(dtype=plan.dtype, device=device)
+        self.rotated = torch.empty(shape, **like) if plan.keys == "raw" else None
+        self.means: list[Tensor] = []  # by layer, of the raw keys of each slot [B, F, H, D]
         if plan.policy.means:
             shape = (plan.batch, plan.held_frames, *heads)
-            self.means = [
-                torch.empty(shape, dtype=plan.dtype, device=device) for _ in range(plan.layers)
-            ]
+            self.means = [torch.empty(shape, **like) for _ in range(plan.layers)]
         self.device = torch.device(device)
         self.current: RingView | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes now held."""
+        """Bytes allocated now."""
         rotated = 0 if self.rotated is None else self.rotated.nbytes
         return self.store.nbytes + rotated + sum(mean.nbytes for mean in self.means)
 
     def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "RingView":
-        """The place of a chunk of these absolute latent frames, behind the past that it sees.
+        """Return the view of a chunk of these absolute latent frames and of its visible past.
 
         Where keep_pending[b], a pass leaves the pending K/V of sample b untouched.
         """
@@ -78,15 +75,15 @@ class RingMemory:
         return self.current
 
     def commit(self) -> None:
-        """Turn the current chunk into past."""
+        """Append the current chunk to the past."""
         if self.current is None:
             raise ValueError("nothing to commit: no chunk was predicted since the last commit")
         if evicted := self.ledger.commit(self.current.frames):
-            self.plan.policy.evicting(Leaving(self, evicted))  # nothing overwrote them yet
+            self.plan.policy.evicting(Leaving(self, evicted))  # not overwritten yet
         self.current = None
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> None:
-        """Forget all but the sink and the last `keep_last` frames (KV flush of Infinity-RoPE)."""
+        """Drop all frames but the sink and the last `keep_last` (KV flush of Infinity-RoPE)."""
         slots = [self.ledger.slot(held.order) for held in self.ledger.flush(keep_last, keep_sink)]
         self.store.move(slots)
         for mean in self.means:
@@ -94,7 +91,7 @@ class RingMemory:
         self.current = None
 
     def free(self) -> None:
-        """Let go of every buffer."""
+        """Free every buffer."""
         self.store.free()
         self.means, self.rotated, self.current = [], None, None
 
@@ -121,8 +118,8 @@ class SlotFrames:
             return self.memory.store.pick(layer, slots_BF)
         whole = self.all(layer)
         samples = torch.arange(len(slots_BF), device=slots_BF.device)[:, None]
-        frames = (part.unflatten(1, (-1, self.memory.plan.frame_tokens)) for part in whole)
-        return KeyValue(*(part[samples, slots_BF].flatten(1, 2) for part in frames))
+        frames = (each.unflatten(1, (-1, self.memory.plan.frame_tokens)) for each in whole)
+        return KeyValue(*(each[samples, slots_BF].flatten(1, 2) for each in frames))
 
     def all(self, layer: int) -> KeyValue:
         """See `Frames`."""
@@ -133,7 +130,7 @@ class SlotFrames:
 
 
 class Leaving(SlotFrames):
-    """Frames that the next chunk overwrites; keys as they are stored."""
+    """Frames that the next chunk overwrites, keys as stored."""
 
     def __init__(self, memory: RingMemory, past: Sequence[Held]) -> None:
         super().__init__(memory, past, ())
@@ -149,8 +146,7 @@ class Leaving(SlotFrames):
 
 
 class RingView(SlotFrames):
-    """Reads and writes of one chunk; every pass over the chunk overwrites the place of the one
-    before."""
+    """Read and write one chunk; every pass overwrites the K/V of the pass before."""
 
     first = 0
     keep_pending: Tensor | None = None  # [B]
@@ -175,7 +171,7 @@ class RingView(SlotFrames):
         table: Tensor,
         raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
-        """See `refiner.wan.causal.View`. Writes in place: not for passes whose graph is kept."""
+        """See `refiner.wan.causal.View`. Writes in place, so not for passes with autograd."""
         self.write(layer, self.stored(raw_key, table), value)
         if self.memory.means:
             self._summarise(layer, raw_key)
@@ -186,11 +182,11 @@ class RingView(SlotFrames):
         return self.read(layer, self.used, self.slot_positions)
 
     def stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
-        """A key as this memory stores it."""
+        """Return a key as this memory stores it."""
         return raw_key if self.memory.rotated is not None else rotate(raw_key, table)
 
     def write(self, layer: int, stored_key: Tensor, value: Tensor) -> None:
-        """Put the chunk's keys and values into its place."""
+        """Write the chunk's keys and values to its slots."""
         new = KeyValue(stored_key, value)
         if self.keep_pending is not None:
             new = mixed(self.keep_pending, self.pending(layer), new)
@@ -206,20 +202,17 @@ class RingView(SlotFrames):
             target.copy_(source)
 
     def pending(self, layer: int) -> KeyValue:
-        """What stands in the chunk's place."""
+        """Return the keys and values in the chunk's slots."""
         size, last = self.memory.plan.frame_tokens, max(self.chunk_slots) + 1
         keys, values = self.memory.store.prefix(layer, last)
         places = [slice(slot * size, (slot + length) * size) for slot, _, length in self.pieces]
         pieces = [KeyValue(keys[:, place], values[:, place]) for place in places]
-        return (
-            pieces[0]
-            if len(pieces) == 1
-            else KeyValue(*(torch.cat(part, 1) for part in zip(*pieces, strict=True)))
-        )
+        if len(pieces) == 1:
+            return pieces[0]
+        return KeyValue(*(torch.cat(tensors, 1) for tensors in zip(*pieces, strict=True)))
 
     def read(self, layer: int, frames: int, positions: Sequence[int]) -> KeyValue:
-        """The first `frames` slots of a layer, keys rotated; `positions` are theirs, for raw
-        keys."""
+        """Return the first `frames` slots of a layer; rotate raw keys to `positions`."""
         memory, plan = self.memory, self.memory.plan
         seen = memory.store.prefix(layer, frames)
         if memory.rotated is None:

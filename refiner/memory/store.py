@@ -1,4 +1,4 @@
-"""Where the keys and values of a sampling memory lie, and in what format."""
+"""Storage of the keys and values of a sampling memory."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..wan.causal import KeyValue
 
-Runs = Sequence[
-    tuple[int, int, int]
-]  # contiguous pieces: (first slot, first frame of the source, frames)
+# contiguous pieces: (first slot, first frame of the source, frames)
+Runs = Sequence[tuple[int, int, int]]
 
 
 class Store(Protocol):
@@ -18,7 +17,7 @@ class Store(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes now allocated."""
+        """Bytes allocated now."""
         ...
 
     def put(self, layer: int, runs: Runs, key_BTHD: Tensor, value_BTHD: Tensor) -> None:
@@ -26,23 +25,23 @@ class Store(Protocol):
         ...
 
     def prefix(self, layer: int, frames: int) -> KeyValue:
-        """The first `frames` slots [B, T, H, D]."""
+        """Return the first `frames` slots [B, T, H, D]."""
         ...
 
     def pick(self, layer: int, slots_BF: Tensor) -> KeyValue:
-        """Slots chosen for each sample, in this order; a copy."""
+        """Copy the slots chosen for each sample, in this order."""
         ...
 
     def prefetch(self, layer: int) -> None:
-        """Announce that a layer is read next."""
+        """Prepare for a read of a layer."""
         ...
 
     def move(self, slots: Sequence[int]) -> None:
-        """Move these slots to the front, in this order; what lay elsewhere is lost."""
+        """Move these slots to the front, in this order; the content of others is lost."""
         ...
 
     def free(self) -> None:
-        """Let go of every buffer."""
+        """Free every buffer."""
         ...
 
 
@@ -50,10 +49,14 @@ class PlainStore:
     """Tensors in the memory's dtype on its device: reads are slices."""
 
     def __init__(
-        self, layers: int, shape: tuple[int, int, int, int], frame_tokens: int, dtype: torch.dtype,
+        self,
+        layers: int,
+        shape: tuple[int, int, int, int],
+        frame_tokens: int,
+        dtype: torch.dtype,
         device: torch.device | str,
-    ) -> None:  # fmt: skip
-        """`shape` is that of a layer's keys, [B, T, H, D]."""
+    ) -> None:
+        """Allocate keys and values of `shape` [B, T, H, D] for every layer."""
         self.frame_tokens = frame_tokens
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -85,7 +88,7 @@ class PlainStore:
         return KeyValue(*(each[samples, slots_BF].flatten(1, 2) for each in frames))
 
     def prefetch(self, layer: int) -> None:
-        """Nothing to do: every layer lies on the device."""
+        """Do nothing: every layer is on the device."""
 
     def move(self, slots: Sequence[int]) -> None:
         """See `Store`."""

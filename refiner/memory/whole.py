@@ -1,5 +1,4 @@
-"""No memory at all: a call that sees its own frames and nothing else, in both directions (a
-bidirectional model)."""
+"""No memory: bidirectional attention within a whole clip."""
 
 from torch import Tensor
 
@@ -8,8 +7,7 @@ from ..wan.rope import rotate, span
 
 
 class WholeClip:
-    """A view (see refiner.wan.causal.View) of a clip of this many frames without a past; it keeps
-    nothing."""
+    """A view of a clip of this many frames without a past (see `refiner.wan.causal.View`)."""
 
     first = 0
 
@@ -24,5 +22,5 @@ class WholeClip:
         table: Tensor,
         raw_query: Tensor | None = None,
     ) -> KeyValue:
-        """Every frame of the call sees every other."""
+        """Let every frame attend to every other."""
         return KeyValue(rotate(raw_key, table), value)

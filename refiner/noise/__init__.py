@@ -1,1 +1,1 @@
-"""The noise path: where each noise comes from, and what is done to it before it is used."""
+"""The noise path: noise sources, and the refiner that adds a residual to their noise."""

@@ -1,5 +1,4 @@
-"""A refiner as a file: NAME.refiner.safetensors, whose keys no LoRA loader matches, and what it
-says of itself."""
+"""Refiner files: NAME.refiner.safetensors, with keys that no LoRA loader matches."""
 
 import hashlib
 import json
@@ -16,14 +15,14 @@ from ..memory.reflect import ReflectiveCache
 from ..wan.checkpoint import INSTEAD, open_checkpoint
 from ..wan.layouts import REFINER_PREFIX
 from ..wan.lora import LoraPair
-from ..wan.weight_file import FLAT, save_safetensors
+from ..wan.weight_file import FLAT, WeightFile, save_safetensors
 from .refiner import HEAD
 
 KEY = "autorefiner"  # of the metadata
 VERSION = 1
 LONGEST_OBJECTIVE = 60  # characters
-# Small, never quantised, and touched by no LoRA: an fp8 copy of a base, or one with LoRAs merged,
-# has the same.
+# Small, never quantised and in no LoRA, so an fp8 copy of a base, or one with merged LoRAs, has the
+# same fingerprint.
 FINGERPRINTED = (
     "patch_embedding.bias",
     "blocks.0.modulation",
@@ -34,7 +33,7 @@ FINGERPRINTED = (
 
 @dataclass(frozen=True, slots=True)
 class RefinerCard:
-    """How a refiner was trained, and so how it is used unless a user says otherwise."""
+    """How a refiner was trained: the defaults of its use."""
 
     rank: int
     levels: tuple[int, ...] = (750, 500, 250)  # nominal steps
@@ -51,16 +50,20 @@ class RefinerCard:
 
     @classmethod
     def parse(cls, text: str) -> "RefinerCard":
-        """From a file's metadata, which is not trusted; ValueError (without the file's name) for
-        what is no card."""
+        """Parse a file's untrusted metadata; ValueError, without the file's name, for no card."""
         try:
-            told: Any = json.loads(text)
+            metadata: Any = json.loads(text)
             card = cls(
-                int(told["rank"]), tuple(int(step) for step in told["levels"]), str(told["history"]),
-                str(told["previous"]), str(told.get("base", "")), plain_words(str(told.get("objective", ""))),
-                int(told.get("steps", 0)), int(told.get("version", VERSION)),
-            )  # fmt: skip
-            card.cache  # noqa: B018, it checks the two modes
+                rank=int(metadata["rank"]),
+                levels=tuple(int(step) for step in metadata["levels"]),
+                history=str(metadata["history"]),
+                previous=str(metadata["previous"]),
+                base=str(metadata.get("base", "")),
+                objective=plain_words(str(metadata.get("objective", ""))),
+                steps=int(metadata.get("steps", 0)),
+                version=int(metadata.get("version", VERSION)),
+            )
+            card.cache  # noqa: B018, it checks history and previous
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"does not say how it was trained ({error}): it is no refiner of this pack"
@@ -78,12 +81,12 @@ def plain_words(text: str) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of a network's own weights: sha256 over a few of its tensors, rounded to bf16."""
+    """Hash a few tensors of a network, rounded to bf16, by sha256."""
     return fingerprint_of({name: model.get_parameter(name) for name in FINGERPRINTED})
 
 
 def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
-    """The same of weights by name, of which only those few are read."""
+    """Hash the same tensors of weights given by name."""
     digest = hashlib.sha256()
     for name in FINGERPRINTED:
         tensor = weights[name].detach().to("cpu", torch.bfloat16)
@@ -93,8 +96,7 @@ def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_refiner(path: Path | str, pairs: Mapping[str, LoraPair], card: RefinerCard) -> None:
-    """Write the factors in bf16, alpha folded into B; whatever stood at `path` stays until the new
-    file is complete."""
+    """Write the factors in bf16, with alpha folded into B; replace `path` once complete."""
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"{REFINER_PREFIX}{name}.lora_A.weight"] = pair.down.bfloat16()
@@ -103,13 +105,15 @@ def save_refiner(path: Path | str, pairs: Mapping[str, LoraPair], card: RefinerC
 
 
 def largest(card: RefinerCard, name: str, up: Tensor) -> int:
-    """The largest rank of a layer: the card's, but on the final layer that of the layer itself."""
+    """Return the largest allowed rank of a layer: the card's, or more on the final layer."""
     return max(card.rank, len(up)) if f".{HEAD}." in name else card.rank
 
 
 def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
-    """Factors by layer, mapped from the file, and the card. ValueError in one line for anything
-    that is no refiner."""
+    """Return the factors by layer, mapped from the file, and the card.
+
+    Raises ValueError for anything that is no refiner.
+    """
     checkpoint = open_checkpoint(path)
     kind, file = checkpoint.info.kind, checkpoint.file
     if kind != "refiner":
@@ -121,35 +125,34 @@ def load_refiner(path: Path | str) -> tuple[dict[str, LoraPair], RefinerCard]:
         card = RefinerCard.parse(file.metadata.get(KEY, "null"))
         names = [name for name in file.groups[FLAT] if name.endswith(".lora_A.weight")]
         for name in names:
-            other = name.replace(".lora_A.", ".lora_B.")
-            if other not in file.groups[FLAT]:
-                raise ValueError(f"has {name} without {other}: it is not complete")
-            down, up = file.read(FLAT, name), file.read(FLAT, other)
-            if (
-                down.ndim != 2
-                or up.ndim != 2
-                or down.shape[0] != up.shape[1]
-                or len(down) > largest(card, other, up)
-            ):
-                raise ValueError(
-                    f"has factors of {list(up.shape)} and {list(down.shape)} for {name} and says rank {card.rank}: its"
-                    " ranks do not match"
-                )
-            if min(down.dtype.itemsize, up.dtype.itemsize) < 2:
-                raise ValueError(
-                    f"has {name} in {down.dtype}, so it is quantised: pass the bf16 file"
-                )
-            pairs[name.removeprefix(REFINER_PREFIX).removesuffix(".lora_A.weight")] = LoraPair(
-                down, up, 1.0
-            )
+            layer = name.removeprefix(REFINER_PREFIX).removesuffix(".lora_A.weight")
+            pairs[layer] = read_pair(file, name, card)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return pairs, card
 
 
-def other_base(card: RefinerCard, own: str | None) -> str | None:
-    """A line of warning where a refiner was trained on another network than one of this fingerprint
-    (if known)."""
-    if not card.base or not own or card.base == own:
+def read_pair(file: WeightFile, name: str, card: RefinerCard) -> LoraPair:
+    """Read the two factors of a layer, of which `name` is the first; ValueError if they are odd."""
+    other = name.replace(".lora_A.", ".lora_B.")
+    if other not in file.groups[FLAT]:
+        raise ValueError(f"has {name} without {other}: it is not complete")
+    down, up = file.read(FLAT, name), file.read(FLAT, other)
+    fits = down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]
+    if not fits or len(down) > largest(card, other, up):
+        raise ValueError(
+            f"has factors of {list(up.shape)} and {list(down.shape)} for {name} and says rank"
+            f" {card.rank}: its ranks do not match"
+        )
+    if min(down.dtype.itemsize, up.dtype.itemsize) < 2:
+        raise ValueError(f"has {name} in {down.dtype}, so it is quantised: pass the bf16 file")
+    return LoraPair(down, up, 1.0)
+
+
+def other_base(card: RefinerCard, base: str | None) -> str | None:
+    """Return a warning if a refiner was trained on a base with another fingerprint, if known."""
+    if not card.base or not base or card.base == base:
         return None
-    return "this refiner was trained on another base model: it may do nothing good here, compare with strength 0"
+    return (
+        "refiner was trained on another base model: results may degrade (compare with strength 0)"
+    )

@@ -1,8 +1,8 @@
-"""The noise refiner T_φ (AutoRefiner, section 3): the base network with LoRA branches and a
-silenced final layer.
+"""The noise refiner T_φ: the base network with LoRA branches and a silenced final layer.
 
-What the refiner adds to a noise is what the LoRA branch of the final layer says, whose base weight
-and bias count as zero. So a fresh refiner, whose B factors are zero, adds exactly nothing.
+AutoRefiner, section 3. The final layer's base weight and bias count as zero, so the refiner's
+output is that of the final layer's LoRA branch, and a fresh refiner, whose B factors are zero, adds
+exactly nothing.
 """
 
 import copy
@@ -21,61 +21,62 @@ from ..wan.linear import Linear
 from ..wan.lora import LoraPair
 
 HEAD = "head.head"
-TARGETS = re.compile(
-    r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|head\.head"
-)  # whole names
+# whole names of layers with a branch
+TARGETS = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|head\.head")
 LEVELS = frozenset((750, 500, 250))
 
 
 @dataclass(frozen=True, slots=True)
 class Refiner:
-    """T_φ on a base network, and when and how it is used.
+    """T_φ on a base network, with the options of its use.
 
-    `network` runs T_φ within `on()`: a merged copy, or the base's own tree with its branches
-    switched on there.
+    `network` computes T_φ within `on()`: a merged copy, or the base itself with its branches
+    switched on.
     """
 
     network: CausalWan
     cache: ReflectiveCache = field(default_factory=ReflectiveCache)
-    levels: frozenset[int] = (
-        LEVELS  # nominal steps whose noise is refined; 1000 is the initial noise
-    )
+    levels: frozenset[int] = LEVELS  # nominal steps of the refined noises; 1000 is the initial one
     strength: float = 1.0
     on: Callable[[], AbstractContextManager] = nullcontext
-    watch: Callable[[Tensor, Tensor, Level], None] | None = (
-        None  # told every noise, and its residual before scaling
-    )
+    # receives every noise, and its residual before scaling
+    watch: Callable[[Tensor, Tensor, Level], None] | None = None
 
     def at(self, level: Level) -> bool:
         """Whether the noise of this level is refined."""
         return self.strength != 0 and level.step in self.levels
 
     def text(self, context_BLE: Tensor, batch: int | None = None) -> list[KeyValue]:
-        """T_φ's own cross-attention keys and values of a prompt, as `CausalWan.text`."""
+        """Compute T_φ's cross-attention keys and values of a prompt; see `CausalWan.text`."""
         with self.on():
             return self.network.text(context_BLE, batch)
 
     def residual(
-        self, noise: Tensor, x0: Tensor | None, level: Level, chunk: Chunk, memory, text: list[KeyValue],
+        self,
+        noise: Tensor,
+        x0: Tensor | None,
+        level: Level,
+        chunk: Chunk,
+        memory,
+        text: list[KeyValue],
         dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        """strength · T_φ(ε; x0, history) [B, C, F, h, w], in the dtype of the noise; one pass in
-        `dtype`.
+    ) -> Tensor:
+        """Return strength · T_φ(ε; x0, history) [B, C, F, h, w], by one pass in `dtype`.
 
-        `x0` is the previous level's prediction; it is read with the `joint` cache only.
+        `x0` is the prediction at the level before, and is read with the `joint` cache only.
         """
         joint = self.cache.previous == "joint"
         if joint and x0 is None:
             raise ValueError(
-                "the joint cache refines a noise by the x0 before it, and the initial noise has none"
+                "the joint cache refines a noise by the x0 before it, and the initial noise has"
+                " none: refine later levels only"
             )
         view = reflect(memory, chunk.frames, self.cache)
         t = torch.full((1, 1), level.t, dtype=torch.float64)
         x = noise
         if joint:
-            t = torch.cat((torch.zeros(1, chunk.length), t.expand(1, chunk.length)), dim=1).to(
-                torch.float64
-            )
+            clean = torch.zeros(1, chunk.length, dtype=torch.float64)
+            t = torch.cat((clean, t.expand(1, chunk.length)), dim=1)
             x = torch.cat((x0, noise), dim=2)
         with self.on():
             flow = self.network(x.to(dtype), t, text, view)
@@ -86,13 +87,12 @@ class Refiner:
 
 
 def target_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with a branch, by name: every Linear of the blocks, and the final layer."""
+    """Return the layers with a branch by name: every Linear of the blocks and the final layer."""
     return {name: module for name, module in model.named_modules() if TARGETS.fullmatch(name)}
 
 
 def check_pairs(pairs: Mapping[str, LoraPair], model: nn.Module) -> None:
-    """Raise ValueError, in one line without a file's name, unless the factors are finite and fit
-    the network."""
+    """Raise ValueError, without a file's name, unless factors are finite and fit the network."""
     targets = target_modules(model)
     missing, foreign = sorted(targets.keys() - pairs.keys()), sorted(pairs.keys() - targets.keys())
     if missing or foreign:
@@ -101,24 +101,22 @@ def check_pairs(pairs: Mapping[str, LoraPair], model: nn.Module) -> None:
             f" ({', '.join((missing + foreign)[:2])} …): it belongs to another architecture"
         )
     for name, pair in pairs.items():
-        down, up, weight = (
-            tuple(pair.down.shape),
-            tuple(pair.up.shape),
-            tuple(targets[name].weight.shape),
-        )
+        down, up = tuple(pair.down.shape), tuple(pair.up.shape)
+        weight = tuple(targets[name].weight.shape)
         if (up[0], down[1]) != weight or up[1] != down[0]:
             raise ValueError(
-                f"has factors of {up} and {down} for {name}, whose weight is {weight}: it belongs to a network of"
-                " another size"
+                f"has factors of {up} and {down} for {name}, whose weight is {weight}: it belongs"
+                " to a network of another size"
             )
         if not (pair.up.isfinite().all() and pair.down.isfinite().all()):
             raise ValueError(
-                f"has values that are not finite for {name}: its training went wrong, use another file"
+                f"has values that are not finite for {name}: its training went wrong, use another"
+                " file"
             )
 
 
 def own_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a plain layer."""
+    """Return the weight and bias of a plain layer."""
     return module.weight, module.bias
 
 
@@ -131,30 +129,31 @@ def merged(
     silent_head: bool = True,
     weights: Weights = own_weights,
 ) -> CausalWan:
-    """T_φ as a second copy of the weights: no LoRA arithmetic in the pass, all memory of a model
-    again.
+    """Merge the factors into a copy of the base: a faster pass for a second set of weights.
 
-    What has no branch is shared with the base. Without `silent_head` it is the base with a plain
-    LoRA. `weights` gives weight and bias of a layer as it computes with them; a host knows better
-    where they are kept elsewhere or patched.
+    Layers without a branch are shared with the base. Without `silent_head` the result is the base
+    with a plain LoRA. `weights` returns the weight and bias that a layer computes with; a host that
+    stores or patches them elsewhere passes its own function.
     """
     check_pairs(pairs, base.model)
     layers = {}
     with torch.no_grad():
         for name, module in target_modules(base.model).items():
             weight, bias = weights(module)
-            up, down = (
-                part.to(weight.device).float() for part in (pairs[name].up, pairs[name].down)
-            )
-            change, silent = pairs[name].scale * (up @ down), silent_head and name == HEAD
-            whole = change if silent else weight.float() + change
-            bias = torch.zeros_like(bias) if silent and bias is not None else bias
+            up = pairs[name].up.to(weight.device).float()
+            down = pairs[name].down.to(weight.device).float()
+            change = pairs[name].scale * (up @ down)
+            if silent_head and name == HEAD:
+                whole = change
+                bias = None if bias is None else torch.zeros_like(bias)
+            else:
+                whole = weight.float() + change
             layers[name] = plain_linear(whole.to(weight.dtype), bias)
     return replace(base, model=with_layers(base.model, layers), checkpointing=False)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen layer of these tensors."""
+    """Make a frozen layer of these tensors."""
     layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -163,8 +162,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def with_layers(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
-    """The tree with these layers, by their names, in the place of its own; all other modules are
-    the same ones."""
+    """Return the module tree with some layers replaced by name; share all other modules."""
     if name in layers:
         return layers[name]
     prefix = f"{name}." if name else ""
@@ -172,27 +170,32 @@ def with_layers(module: nn.Module, layers: Mapping[str, nn.Module], name: str = 
         return module
     new = copy.copy(module)
     new._modules = {
-        child: with_layers(own, layers, prefix + child) for child, own in module._modules.items()
+        child: with_layers(inner, layers, prefix + child)
+        for child, inner in module._modules.items()
     }
     return new
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """New modules over the same parameters and buffers."""
+    """Copy the modules, but share their parameters and buffers."""
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=same)
 
 
 class Branches:
-    """LoRA branches on a live tree, whoever loaded it: off but within `on()`, and gone after
-    `remove()`."""
+    """LoRA branches on a loaded model: active within `on()` only, removed by `remove()`."""
 
     def __init__(
-        self, model: nn.Module, pairs: Mapping[str, LoraPair], dtype: torch.dtype | None = None,
+        self,
+        model: nn.Module,
+        pairs: Mapping[str, LoraPair],
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-    ) -> None:  # fmt: skip
-        """Factors lie on `device` in `dtype`, unless told those of each layer's weight. ValueError
-        as check_pairs."""
+    ) -> None:
+        """Add the branches; `dtype` and `device` of the factors default to those of each weight.
+
+        Raises ValueError as `check_pairs` does.
+        """
         check_pairs(pairs, model)
         self.active = False
         self.handles = []
@@ -208,8 +211,8 @@ class Branches:
             if not self.active:
                 return None
             x = inputs[0]
-            own = (x @ down.to(x).t()) @ up.to(x).t()
-            return own if silent else output + own
+            change = (x @ down.to(x).t()) @ up.to(x).t()
+            return change if silent else output + change
 
         return hook
 
@@ -223,7 +226,7 @@ class Branches:
             self.active = False
 
     def remove(self) -> None:
-        """Leave the tree as it was."""
+        """Remove the branches from the model."""
         for handle in self.handles:
             handle.remove()
         self.handles = []

@@ -1,4 +1,4 @@
-"""Noise sources: one random stream for every place in a run where noise is drawn."""
+"""Noise sources: one random stream for every draw of a run."""
 
 import hashlib
 import struct
@@ -11,36 +11,35 @@ from torch import Tensor
 
 from ..schedule import Chunk
 
-VERSION = 2  # of the key of WhiteNoise's streams; 1 counted a chunk's levels instead of naming them
+# version of the key of WhiteNoise's streams; 1 counted a chunk's levels instead of naming them
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which noise of a chunk: the nominal step of the level it leads to, a repeat of it, a search
-    candidate."""
+    """Which noise of a chunk is drawn."""
 
-    step: int
-    repeat: int = 0
-    candidate: int = 0
+    step: int  # nominal, of the level that the noise leads to
+    repeat: int = 0  # of the level
+    candidate: int = 0  # of a search
 
 
 class NoiseSource(Protocol):
     """A distribution of noise."""
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        """Noise of `shape` [B, C, F, h, w] for a chunk, fp32."""
+        """Return noise of `shape` [B, C, F, h, w] for a chunk, fp32."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WhiteNoise:
-    """N(0, I) from one CPU generator for each (seed, sample, first latent frame, nominal step,
-    repeat, candidate).
+    """Gaussian noise, from one CPU generator per sample, chunk and draw.
 
-    The same seed gives the same noise on every device, at every batch size, in a resumed run, and
-    at the levels that two level lists share; the global generator is never touched. `first` is the
-    number of the batch's first sample. Raises ValueError for a seed of more than 64 bits, sign
-    included.
+    A generator is seeded by (seed, sample, first latent frame, nominal step, repeat, candidate), so
+    a seed gives the same noise on every device, at every batch size, in a resumed run, and at the
+    levels that two level lists share. The global generator is not used. `first` is the number of
+    the batch's first sample. Raises ValueError for a seed that does not fit into 64 bits.
     """
 
     seed: int
@@ -62,8 +61,7 @@ class WhiteNoise:
 
 @dataclass(frozen=True, slots=True)
 class AntitheticNoise:
-    """Noise in pairs of opposite signs: samples 2i and 2i + 1 are ε and -ε of the source's sample
-    i."""
+    """Noise in pairs of opposite signs: samples 2i and 2i + 1 are ε and -ε of sample i."""
 
     source: NoiseSource
 
@@ -74,10 +72,9 @@ class AntitheticNoise:
 
 @dataclass(frozen=True, slots=True)
 class GivenNoise:
-    """Precomputed noise [levels, B, C, F, h, w] of whole clips, on any device; ignores Draw.repeat
-    and Draw.candidate.
+    """Precomputed noise [levels, B, C, F, h, w]; ignores Draw.repeat and Draw.candidate.
 
-    `steps` are the nominal steps of its levels. Raises ValueError where they are not as many.
+    `steps` are the nominal steps of its levels. Raises ValueError when the numbers differ.
     """
 
     noise: Tensor
@@ -97,9 +94,9 @@ class GivenNoise:
         frame_shape: tuple[int, int, int, int],
         last: int = 0,
     ) -> "GivenNoise":
-        """Draw every chunk's levels down to the nominal step `last` from a source, on the CPU.
+        """Draw the noise of every chunk down to the nominal step `last` from a source, on the CPU.
 
-        Zeros stand where a chunk lacks a level that another has. `frame_shape` is [B, C, h, w].
+        Zeros fill the levels that a chunk lacks. `frame_shape` is [B, C, h, w].
         """
         batch, channels, height, width = frame_shape
         named = {level.step for chunk in chunks for level in chunk.levels if level.step >= last}

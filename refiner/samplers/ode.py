@@ -1,5 +1,4 @@
-"""The deterministic control of AutoRefiner's Fig. 3: Euler steps along the flow instead of fresh
-noise (eq. 19)."""
+"""Deterministic sampling by Euler steps along the flow (AutoRefiner, Fig. 3 and eq. 19)."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -8,25 +7,24 @@ from torch import Tensor
 from ..rollout import Rollout, add_noise
 from .method import Method
 
-# but an initial noise
+# unless the initial noise is refined
 IDLE = "ode draws no noise between levels, so the refiner has nothing to refine"
 
 
 def ode() -> Method:
-    """Integrate the flow; only the noise that a chunk starts from is random."""
+    """Integrate the flow; only the initial noise of a chunk is random."""
     return Method("ode", run, note=note)
 
 
 def note(levels: Sequence[int], refined: Collection[int]) -> str | None:
-    """Whether a refiner would refine nothing."""
+    """Return a line if a refiner would refine nothing."""
     return IDLE if refined and levels[0] not in refined else None
 
 
 def run(rollout: Rollout) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] of each chunk.
 
-    An Euler step x + (σ' − σ) v is renoising with the noise that the prediction implies, ε = (x −
-    (1 − σ) x0) / σ.
+    An Euler step x + (σ' − σ) v renoises with the implied noise ε = (x − (1 − σ) x0) / σ.
     """
     for chunk in rollout:
         level, *rest = chunk.levels

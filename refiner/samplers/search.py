@@ -1,5 +1,4 @@
-"""Search for good noise with a verifier: the controls that spend passes instead of learning
-(AutoRefiner, Table 2)."""
+"""Search for good noise with a verifier, without learning (AutoRefiner, Table 2)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,24 +14,22 @@ from .self_forcing import predict_chunk
 
 
 class Judge(Protocol):
-    """Follows one run and scores the candidates for its next chunk; it may decode them."""
+    """Scores the candidates for each chunk of one run; it may decode them."""
 
     def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
-        """One number a sample [B], higher is better, of a candidate [B, C, F, h, w] behind the
-        chunks chosen so far."""
+        """Score a candidate [B, C, F, h, w] for the next chunk; [B], higher is better."""
         ...
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
-        """These latents [B, C, F, h, w] are the chunk that was chosen or given: what comes next
-        goes on from them."""
+        """Append the chosen or given chunk [B, C, F, h, w] to the judged video."""
         ...
 
 
 class Verifier(Protocol):
-    """What a search chooses by."""
+    """The criterion of a search."""
 
     def begin(self) -> Judge:
-        """A judge for a run from its first chunk on, a given one where there are any."""
+        """Return a judge for a run, before its first chunk."""
         ...
 
 
@@ -46,14 +43,13 @@ def check_cache(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Raise ValueError for a refiner's cache that Search over Path overwrites."""
     if cache is not None and cache.previous == "pending":
         raise ValueError(
-            "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N, or a refiner"
-            " trained with the joint cache"
+            "Search over Path overwrites the pending keys that this refiner reads: use Best-of-N,"
+            " or a refiner trained with the joint cache"
         )
 
 
 def judge_of(verifier: Verifier, rollout: Rollout) -> Judge:
-    """A judge that stands behind the chunks that were given: a clip that is extended is judged as
-    one video."""
+    """Return a judge that has seen the given chunks, so an extended clip is judged as a whole."""
     judge = verifier.begin()
     for latents, chunk in rollout.given:
         judge.keep(latents, chunk)
@@ -61,13 +57,12 @@ def judge_of(verifier: Verifier, rollout: Rollout) -> Judge:
 
 
 def score_all(judge: Judge, candidates: Sequence[Tensor], chunk: Chunk) -> Tensor:
-    """Scores [candidates, B] of candidates for a chunk."""
+    """Score candidates for a chunk; [candidates, B]."""
     return torch.stack([judge.score(x0, chunk) for x0 in candidates])
 
 
 def best_of_n(verifier: Verifier, candidates: int = 5) -> Method:
-    """Sample every chunk N times from noise of its own; the best one becomes history
-    (Best-of-N)."""
+    """Sample every chunk several times from other noise and commit the best (Best-of-N)."""
     check_candidates(candidates)
 
     def run(rollout: Rollout) -> Iterator[Tensor]:
@@ -83,10 +78,9 @@ def best_of_n(verifier: Verifier, candidates: int = 5) -> Method:
 
 
 def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
-    """Try several noises at every level; the best prediction goes on (Search over Path; Ma et al.
-    2025).
+    """Try several noises at every level and go on from the best prediction (Search over Path).
 
-    It does not go together with a refiner that reads pending keys: those in memory are the last
+    Ma et al. 2025. Refuses a refiner that reads pending keys: those in memory are the last
     candidate's.
     """
     check_candidates(candidates)
@@ -94,10 +88,8 @@ def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
     def run(rollout: Rollout) -> Iterator[Tensor]:
         judge = judge_of(verifier, rollout)
         for chunk in rollout:
-            forks, x0 = (
-                rollout.fork(candidates),
-                None,
-            )  # anew, as an event may have changed the prompt
+            forks = rollout.fork(candidates)  # per chunk, as an event may have changed the prompt
+            x0 = None
             for level in chunk.levels:
                 predictions = []
                 for fork in forks:

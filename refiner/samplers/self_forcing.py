@@ -1,5 +1,4 @@
-"""Self-Forcing's stochastic few-step sampler (AutoRefiner eqs. 2-4): predict, renoise with fresh
-noise, repeat."""
+"""Self-Forcing's stochastic few-step sampler (AutoRefiner, eqs. 2-4)."""
 
 from collections.abc import Iterator
 
@@ -11,12 +10,12 @@ from .method import Method
 
 
 def self_forcing() -> Method:
-    """Sample each chunk from noise to x0, then make it history."""
+    """Predict, renoise with fresh noise and repeat down the levels, then commit the chunk."""
     return Method("self-forcing", run)
 
 
 def run(rollout: Rollout) -> Iterator[Tensor]:
-    """Yield the x0 [B, C, F, h, w] of each chunk as soon as it is part of the history."""
+    """Yield the x0 [B, C, F, h, w] of each chunk as soon as it is committed."""
     for chunk in rollout:
         x0 = predict_chunk(rollout, chunk)
         rollout.commit(x0, chunk)
@@ -24,7 +23,7 @@ def run(rollout: Rollout) -> Iterator[Tensor]:
 
 
 def predict_chunk(rollout: Rollout, chunk: Chunk) -> Tensor:
-    """x0 of a chunk, after all its levels."""
+    """Return the x0 of a chunk after all its levels."""
     first, *rest = chunk.levels
     x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
     for level in rest:

@@ -1,13 +1,11 @@
-"""Predict and perturb (P&P, Self-Refining Video Sampling): repeat a level with fresh noise where it
-is unsure.
+"""Predict and perturb (Self-Refining Video Sampling): repeat uncertain levels with fresh noise.
 
-It learns nothing: AutoRefiner's loop with "draw again" in the place of the refiner, and so its
-natural control. On top of a refiner every repeated noise is refined, too.
+Nothing is learnt: AutoRefiner's loop with another draw in place of the refiner, and so its natural
+control. With a refiner, every repeated noise is refined, too.
 
-Whether a further repeat is needed is read from the device, the one place in the samplers where the
-host waits for it: a pass over a chunk that is saved costs far more than the wait, and one that
-would change nothing still would overwrite the pending keys that a refiner reads. Behind the last
-repeat nothing is read.
+Whether another repeat is needed is read from the device, the one place in the samplers where the
+host waits for it: the wait costs far less than a pass over a chunk, and a pass that changes nothing
+would still overwrite the pending keys that a refiner reads. After the last repeat nothing is read.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,17 +25,16 @@ Repeat = Callable[[Rollout, Tensor, Level, Chunk], Tensor]
 def self_refine(
     repeats: Mapping[int, int] = REPEATS, threshold: float = 0.25, enough: float = 0.999
 ) -> Method:
-    """Repeat levels, by nominal step; the first one is pure noise, where there is nothing to
-    repeat.
+    """Repeat levels, by nominal step; the first level is pure noise and cannot be repeated.
 
-    A place whose prediction changes by less than `threshold`, the mean |change| over channels in
-    units of the latents, stays as it is. Repeating stops once more than the share `enough` of a
-    sample is certain.
+    A position is certain once its prediction changes by less than `threshold` (mean |change| over
+    channels, in units of the latents), and stays as it is. Repeating stops once more than the share
+    `enough` of a sample is certain.
     """
     if any(count < 0 for count in repeats.values()) or threshold < 0 or not 0 < enough <= 1:
         raise ValueError(
-            f"repeats {dict(repeats)}, threshold {threshold}, enough {enough}: give counts and a threshold of 0 or"
-            " more, and a share within (0, 1]"
+            f"repeats {dict(repeats)}, threshold {threshold}, enough {enough}: give counts and a"
+            " threshold of 0 or more, and a share within (0, 1]"
         )
 
     def repeat(rollout: Rollout, x0: Tensor, level: Level, chunk: Chunk) -> Tensor:
@@ -81,11 +78,10 @@ def repeated(
     threshold: float,
     enough: float,
 ) -> Tensor:
-    """x0 after a level's repeats: a place that was certain once stays as it is, and so does a whole
-    sample.
+    """Return x0 after a level's repeats; certain positions and finished samples stay as they are.
 
-    A sample stops by its own share and leaves the pending keys that a refiner reads of it, so what
-    it becomes does not depend on the others in the batch.
+    A sample finishes by its own share of certain positions and then keeps its pending keys, which a
+    refiner reads, so it does not depend on the other samples of the batch.
     """
     certain, finished = torch.zeros_like(x0[:, :1], dtype=torch.bool), None
     for count in range(1, repeats + 1):
