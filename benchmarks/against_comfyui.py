@@ -1,10 +1,10 @@
-"""Side by side, in one process: our sampler and ComfyUI's own SamplerARVideo, same weights, noise
-levels and threads.
+"""Compare our sampler with ComfyUI's SamplerARVideo: same process, weights, levels and threads.
 
-    COMFYUI_PATH=~/ComfyUI ~/ComfyUI/.venv/bin/python benchmarks/against_comfyui.py [--case tiny|wide] [--runs N]
+    COMFYUI_PATH=~/ComfyUI ~/ComfyUI/.venv/bin/python benchmarks/against_comfyui.py \\
+        [--case tiny|wide] [--runs N]
 
-Prints a line a sampler (seconds, best and median of the runs) and the ratio of the medians. Run it
-with ComfyUI's interpreter; ours is imported from the checkout that this file lies in.
+Prints one line for each sampler (seconds, best and median of the runs) and the ratio of the
+medians. Run it with ComfyUI's interpreter; our package is imported from this file's checkout.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CHUNK = 3
 
 
 def import_ours():
-    """The package of this checkout under its own name, without installing it."""
+    """Import the package of this checkout under its name, without installing it."""
     spec = importlib.util.spec_from_file_location(
         "autorefiner", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -42,7 +42,7 @@ def import_ours():
 
 
 def comfyui_sampler(path: Path, weights: dict, context, frames: int, height: int, width: int):
-    """A function that runs SamplerARVideo through SamplerCustom's own path, as a workflow would."""
+    """Return a function that runs SamplerARVideo through SamplerCustom, as a workflow would."""
     skip_torchvision_fakes()
     sys.path.insert(0, str(path))
     sys.argv = [sys.argv[0], "--cpu"]
@@ -116,9 +116,8 @@ def main() -> None:
             if run:
                 seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
-        print(
-            f"{name:<16} best {min(values):7.3f} s   median {statistics.median(values):7.3f} s   ({args.runs} runs)"
-        )
+        best, median = min(values), statistics.median(values)
+        print(f"{name:<16} best {best:7.3f} s   median {median:7.3f} s   ({args.runs} runs)")
     ratio = statistics.median(seconds["SamplerARVideo"]) / statistics.median(seconds["autorefiner"])
     print(f"{args.case}: {ratio:.2f} times as fast, {frames} latent frames, {args.threads} threads")
 

@@ -1,9 +1,9 @@
 """Count how dense the code is: python benchmarks/density.py [--check].
 
-Prints a row a folder of refiner/ and nodes/, and one for all: files, functions, code lines,
-characters a code line (without indentation, blank lines, comments and docstrings, and the same with
-docstrings), the 90th percentile and the maximum of the functions' lengths in lines, and the longest
-file. With --check, exits with 1 where a file or the average is over its limit.
+Prints one row for each folder of refiner/ and nodes/, and one for all: files, functions, code
+lines, characters per code line (without indentation, blank lines, comments and docstrings, and the
+same with docstrings), the 90th percentile and the maximum of the functions' lengths in lines, and
+the longest file. With --check, exits with 1 if a file or the average is over its limit.
 """
 
 import argparse
@@ -55,12 +55,12 @@ class Counts:
 
 def code_lines(source: str, without: set[int]) -> list[str]:
     """Return the lines with code and strings, stripped, without comments and the lines numbered."""
-    ends: dict[int, int] = {}  # column behind the last token of each line
+    ends: dict[int, int] = {}  # column after the last token of each line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in NO_CODE:
             continue
-        (first, _), (last, column) = token.start, token.end
-        ends |= {line: sys.maxsize for line in range(first, last)}
+        (start, _), (last, column) = token.start, token.end
+        ends |= {line: sys.maxsize for line in range(start, last)}
         ends[last] = column
     lines = source.splitlines()
     code = (lines[line - 1][: ends[line]].strip() for line in sorted(ends) if line not in without)
@@ -120,7 +120,7 @@ def row(name: str, files: list[Counts]) -> list[str]:
 
 
 def table(files: list[Counts]) -> str:
-    """Format a row a folder, one a room and one for all."""
+    """Format one row for each folder, each room and all files."""
     folders: dict[str, list[Counts]] = {}
     for file in files:
         folders.setdefault(file.path.parent.relative_to(ROOT).as_posix() + "/", []).append(file)
@@ -155,7 +155,7 @@ def complaints(files: list[Counts]) -> list[str]:
 
 
 def main() -> int:
-    """Print the table; with --check, what is over a limit too."""
+    """Print the table; with --check, also what exceeds a limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 beyond a limit")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Memory does not grow with length: resident size while a tiny model streams a long video to a
-file.
+"""Measure the resident size while a tiny model streams a long video to a file.
 
     python benchmarks/long_video.py [--frames 2001] [--window 9] [--out FOLDER]
 
-Prints the process's resident size every 100 latent frames, and the growth after the first hundred.
+Prints the process's resident size every 100 latent frames, and its growth after the first hundred:
+memory does not grow with length.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CONFIG = WanConfig(dim=128, num_heads=1, ffn_dim=256, num_layers=2, text_dim=64,
 
 
 def resident() -> float:
-    """Resident size of this process in MB."""
+    """Return the resident size of this process in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
@@ -54,15 +54,13 @@ def main() -> None:
             video.write(to_frames(vae.decode(x0, state)))
             done += x0.shape[2]
             if done % 100 < preset.chunk or done == args.frames:
-                sizes[done] = resident()
-                print(
-                    f"{done:6d} latent frames {sizes[done]:9.1f} MB {time.perf_counter() - start:7.1f} s",
-                    flush=True,
-                )
+                sizes[done], seconds = resident(), time.perf_counter() - start
+                figures = f"{sizes[done]:9.1f} MB {seconds:7.1f} s"
+                print(f"{done:6d} latent frames {figures}", flush=True)
     first, *later = sizes.values()
-    print(
-        f"growth after the first hundred: {max(later) - first:+.1f} MB; {path} {path.stat().st_size / 1e6:.1f} MB"
-    )
+    written = path.stat().st_size / 1e6
+    growth = max(later) - first
+    print(f"growth after the first hundred: {growth:+.1f} MB; {path} {written:.1f} MB")
 
 
 if __name__ == "__main__":
