@@ -41,8 +41,8 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     out, sheet = tmp_path / "new" / "fox.mp4", tmp_path / "fox.png"
     assert main(command(files, out, "--seed", "7", "--sheet", str(sheet))) == 0
     assert decoded(out).shape == (FRAMES, 32, 48, 3)
-    told = read_metadata(out)
-    assert (told["prompt"], told["seed"], told["preset"], told["model"]) == (
+    metadata = read_metadata(out)
+    assert (metadata["prompt"], metadata["seed"], metadata["preset"], metadata["model"]) == (
         "a fox",
         "7",
         "self-forcing",
@@ -52,9 +52,9 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     assert [file.name for file in out.parent.iterdir()] == ["fox.mp4"]
     assert f"{FRAMES} frames in" in capsys.readouterr().out
     assert main(["inspect", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "prompt    a fox" in told
-    assert f"made      {FRAMES} frames" in told
+    output = capsys.readouterr().out
+    assert "prompt    a fox" in output
+    assert f"made      {FRAMES} frames" in output
 
 
 @pytest.mark.parametrize("preset", ["causal-forcing-framewise", "self-forcing"])
@@ -128,8 +128,8 @@ def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> N
             "a red star",
         ]
         assert main([*command, "--save-latents", "--overwrite", "--out", str(out), *more]) == 0
-        (found,) = load_file(out.with_suffix(".latents.safetensors")).values()
-        return found
+        (latents,) = load_file(out.with_suffix(".latents.safetensors")).values()
+        return latents
 
     plain = latents()
     assert torch.equal(latents("--policy", "top-frames:k=15"), plain)
@@ -157,9 +157,9 @@ def test_inspect_knows_latents_finished_or_not(files, tmp_path, capsys) -> None:
             path.write_bytes((tmp_path / "a.latents.safetensors").read_bytes()[:-10])
         capsys.readouterr()
         assert main(["inspect", str(path)]) == 0
-        told = capsys.readouterr().out
-        assert "kind      latents" in told
-        assert "prompt    a fox" in told
+        output = capsys.readouterr().out
+        assert "kind      latents" in output
+        assert "prompt    a fox" in output
 
 
 def test_extending_saved_latents_gives_the_video_that_was_not_interrupted(files, tmp_path) -> None:
@@ -206,17 +206,17 @@ def test_a_run_may_go_on_from_the_partial_file_that_it_writes(files, tmp_path) -
     next(iterator), next(iterator)
     iterator.close()
     partial = tmp_path / "fox.latents.partial.safetensors"
-    kept = read_latents(partial)[0]
+    before = read_latents(partial)[0]
     with pytest.raises(ValueError, match=r"--extend .*partial.safetensors"):
         prepare(parse(command(files, out, "--save-latents")))
-    assert torch.equal(read_latents(partial)[0], kept)
+    assert torch.equal(read_latents(partial)[0], before)
     iterator = generate(
         prepare(parse(command(files, out, "--save-latents", "--extend", str(partial))))
     )
     next(iterator)
-    assert torch.equal(read_latents(partial)[0], kept)
+    assert torch.equal(read_latents(partial)[0], before)
     assert list(iterator) == [21, FRAMES]
-    assert torch.equal(read_latents(tmp_path / "fox.latents.safetensors")[0][:, :, :6], kept)
+    assert torch.equal(read_latents(tmp_path / "fox.latents.safetensors")[0][:, :, :6], before)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +249,15 @@ def test_a_stopped_run_leaves_every_finished_chunk_and_can_be_continued(
     run.send_signal(sent)
     _, errors = run.communicate()
     assert run.returncode == code
-    frames, kept = len(read_frames(partial)), read_latents(latents)[0]
+    frames, saved = len(read_frames(partial)), read_latents(latents)[0]
     assert frames >= 21, "the third chunk's pixels come after its latents"
-    assert kept.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), (
+    assert saved.shape[2] in ((frames + 3) // 4, (frames + 3) // 4 + 3), (
         "a chunk may be cut off between the two files"
     )
     assert out.read_bytes() == b"old"
     if sent is not signal.SIGKILL:
         assert f"{frames} frames are in {partial}" in errors.decode()
-    total = 4 * (kept.shape[2] + 3) - 3
+    total = 4 * (saved.shape[2] + 3) - 3
     again = tmp_path / "again.mp4"
     assert (
         main(
@@ -299,9 +299,9 @@ def test_a_stop_before_the_first_chunk_leaves_nothing(files, tmp_path, capsys, m
 
 def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, capsys) -> None:
     assert main(command(files, tmp_path / "fox.mp4", "--dry-run", "--size", "832x480")) == 0
-    told = capsys.readouterr()
-    assert "K/V memory" in told.out
-    assert "33 frames of 832x480" in told.err
+    output = capsys.readouterr()
+    assert "K/V memory" in output.out
+    assert "33 frames of 832x480" in output.err
     assert not list(tmp_path.iterdir())
 
 
@@ -329,8 +329,8 @@ def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, sai
         str(tmp_path / "x.mp4"),
     ]
     assert main([*command, *extra]) == 0
-    told = capsys.readouterr().err
-    assert said in told if said else "nothing" not in told
+    errors = capsys.readouterr().err
+    assert said in errors if said else "nothing" not in errors
 
 
 def test_the_untrained_model_needs_no_file(tmp_path, capsys) -> None:
@@ -397,9 +397,9 @@ def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, caps
         )
     except SystemExit as end:  # argparse's own way
         assert end.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("autorefiner: error: ")
-    assert message in told[-1]
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("autorefiner: error: ")
+    assert message in errors[-1]
     assert out.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["fox.mp4"]
 
@@ -452,8 +452,8 @@ def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command,
     add, _ = cli.COMMANDS[command[0]]
     monkeypatch.setitem(cli.COMMANDS, command[0], (add, fails))
     assert main(command) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "out of memory" in told[0] and said in told[0]
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "out of memory" in errors[0] and said in errors[0]
 
 
 def test_several_loras_change_the_clip_each_by_its_strength(files, tmp_path, capsys) -> None:

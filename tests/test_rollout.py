@@ -192,16 +192,16 @@ def test_a_pending_commit_keeps_the_keys_of_the_last_prediction(network, context
 
 
 def test_closing_the_iterator_frees_the_memory(network, context) -> None:
-    kept = []
+    memories = []
 
     def watched(run_):
-        kept.append((run_.memory, weakref.ref(run_.memory.store.keys[0])))
+        memories.append((run_.memory, weakref.ref(run_.memory.store.keys[0])))
         yield from self_forcing().run(run_)
 
     plan = RunPlan(SF, FRAMES, HEIGHT, WIDTH)
     iterator = sample(network, context, plan, method=Method("watched", watched))
     next(iterator)
-    ((memory, buffer),) = kept
+    ((memory, buffer),) = memories
     assert memory.nbytes > 0
     iterator.close()
     assert memory.nbytes == 0
@@ -209,19 +209,19 @@ def test_closing_the_iterator_frees_the_memory(network, context) -> None:
 
 
 def test_progress_tells_every_prediction(network, context) -> None:
-    told = []
+    reports = []
     run(
         network,
         context,
         frames=6,
         given=3,
         initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH),
-        callback=told.append,
+        callback=reports.append,
     )
-    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [
+    assert [(p.chunk.index, p.level, p.chunks) for p in reports] == [
         (i, j, 3) for i in (1, 2) for j in range(4)
     ]
-    assert told[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
+    assert reports[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
 
 
 @torch.no_grad()

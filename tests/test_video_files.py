@@ -28,7 +28,8 @@ from autorefiner.refiner.video import (
 from decoding import decoded
 
 PATTERNS = [
-    (1, 4, 4, 4), (1, 8, 8), (1, 12, 12), (9, 12, 12), (9, 12, 12, 4), (1,), (1, 1), (1,) * 9, (2, 1, 7), (12, 1, 12),
+    (1, 4, 4, 4), (1, 8, 8), (1, 12, 12), (9, 12, 12), (9, 12, 12, 4), (1,), (1, 1), (1,) * 9,
+    (2, 1, 7), (12, 1, 12),
     (1, 4, 1), (5, 4, 4), (3, 300, 2),
 ]  # fmt: skip
 
@@ -244,8 +245,9 @@ def test_a_finished_file_is_plain_and_starts_with_its_index(tmp_path, fps) -> No
     ("fps", "rate"),
     [
         (16, Fraction(16)), (23.976, Fraction(2997, 125)), (24000 / 1001, Fraction(24000, 1001)),
-        (12.5, Fraction(25, 2)), (29.97, Fraction(2997, 100)), (Fraction(30000, 1001), Fraction(30000, 1001)),
-        (1.4, Fraction(7, 5)), (120, 120), (np.float32(23.976), Fraction(2997, 125)), (np.int64(24), 24),
+        (12.5, Fraction(25, 2)), (29.97, Fraction(2997, 100)),
+        (Fraction(30000, 1001), Fraction(30000, 1001)), (1.4, Fraction(7, 5)), (120, 120),
+        (np.float32(23.976), Fraction(2997, 125)), (np.int64(24), 24),
     ],
 )  # fmt: skip
 def test_frames_come_at_the_rate_that_was_asked_for(tmp_path, fps, rate) -> None:

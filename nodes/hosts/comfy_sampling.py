@@ -72,7 +72,7 @@ def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
 
 
 def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
-    """Return the context [B, L, text_dim] of a guider's only prompt; ValueError if it has others."""
+    """Return the context [B, L, text_dim] of a guider's only prompt; ValueError if it has more."""
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
         kind = type(guider).__name__
         raise ValueError(

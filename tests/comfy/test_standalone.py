@@ -1,4 +1,4 @@
-"""Workflows without ComfyUI: what they make, and what wrong ones are told."""
+"""Workflows without ComfyUI: their results, and the errors of wrong ones."""
 
 import json
 import os
@@ -112,9 +112,9 @@ def test_a_prompt_that_is_like_no_caption_is_told(base: Path, capsys) -> None:
     graph = small("text_to_video")
     graph["2"]["inputs"]["text"] = "a red dragon by a star on a blue ground"
     execute(graph, base)
-    told = capsys.readouterr().err
-    assert "'dragon', 'by'" in told
-    assert "motion" in told
+    errors = capsys.readouterr().err
+    assert "'dragon', 'by'" in errors
+    assert "motion" in errors
 
 
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
@@ -129,14 +129,14 @@ def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
     ]
     assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
     assert len(decoded(base / "output" / "a" / "b_00001_.mp4")) == 5
-    for wrong, told in (
+    for wrong, message in (
         ("3.lenght=5", "'lenght'"),
         ("9.length=5", "1 (Load AR-VDM Demo)"),
         ("length", "give node.input=value"),
         ("3.length=many", "input length: 'many'"),
     ):
         assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", wrong]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_images_and_webp_are_written(base: Path) -> None:
@@ -144,9 +144,15 @@ def test_images_and_webp_are_written(base: Path) -> None:
     graph["3"]["inputs"]["length"] = 5
     graph["6"] = {
         "class_type": "SaveAnimatedWEBP",
-        "inputs": {"images": ["4", 0], "filename_prefix": "w", "fps": 8.0, "lossless": True, "quality": 80,
-                   "method": "default"},
-    }  # fmt: skip
+        "inputs": {
+            "images": ["4", 0],
+            "filename_prefix": "w",
+            "fps": 8.0,
+            "lossless": True,
+            "quality": 80,
+            "method": "default",
+        },
+    }
     graph["7"] = {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "i"}}
     execute(graph, base)
     assert (base / "output" / "w_00001_.webp").read_bytes()[:4] == b"RIFF"
@@ -237,26 +243,26 @@ def test_what_an_interrupted_run_left_stays(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "kept"),
+    ("size", "box"),
     [((97, 80), (8, 89, 0, 80)), ((80, 97), (0, 80, 8, 89)), ((1, 999), (0, 1, 499, 500))],
 )
-def test_a_picture_is_cropped_about_its_centre_as_in_comfyui(size: tuple, kept: tuple) -> None:
+def test_a_picture_is_cropped_about_its_centre_as_in_comfyui(size: tuple, box: tuple) -> None:
     width, height = size
     image = torch.arange(width * height * 3).reshape(1, height, width, 3).float()
-    left, right, top, bottom = kept
+    left, right, top, bottom = box
     side = {"width": 64, "height": 64}
     crop = workflow.CLASSES["ImageScale"].execute
-    found = crop(image, "nearest-exact", **side, crop="center").args[0]
+    cropped = crop(image, "nearest-exact", **side, crop="center").args[0]
     assert torch.equal(
-        found,
+        cropped,
         crop(image[:, top:bottom, left:right], "nearest-exact", **side, crop="disabled").args[0],
     )
 
 
 def test_a_workflow_of_other_nodes_needs_comfyui(base: Path) -> None:
     graph = small("sampler_custom_advanced")
-    told = refusal(graph, base)
-    assert "ModelSamplingSD3" in told and "needs ComfyUI" in told
+    message = refusal(graph, base)
+    assert "ModelSamplingSD3" in message and "needs ComfyUI" in message
 
 
 SAMPLER = "node 3 (Pathwise Refined Sampler)"
@@ -299,10 +305,10 @@ WRONG = {
 def test_wrong_input_is_told_with_its_node_and_what_to_do(case: str, base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
-    changes, told = WRONG[case]
+    changes, message = WRONG[case]
     for key, inputs in changes.items():
         graph[key]["inputs"] |= inputs
-    assert told in refusal(graph, base)
+    assert message in refusal(graph, base)
 
 
 def test_a_missing_input_is_told(base: Path) -> None:
@@ -346,14 +352,14 @@ def test_own_windows_and_levels_that_do_not_fit_are_told(base: Path) -> None:
     graph["3"]["inputs"] |= {"chunk_schedule": ["9", 0], "length": 9}
     graph["9"] = {"class_type": "AutoRefinerChunkSchedule", "inputs": schedule}
     assert execute(graph, base)["3"][0]["samples"].shape[2] == 3
-    for change, told in (
+    for change, message in (
         ({"levels": "500, 1000"}, "levels 500,1000"),
         ({"levels": "900, 500"}, "begin with 1000"),
         ({"first_levels": "a"}, "first_levels 'a'"),
         ({"refined_levels": "500"}, "refined_levels"),
     ):
         graph["9"]["inputs"] = schedule | change
-        assert told in refusal(graph, base)
+        assert message in refusal(graph, base)
 
 
 def test_untrusted_files_are_refused(base: Path) -> None:
@@ -386,23 +392,25 @@ def test_all_that_is_wrong_is_told_at_once(base: Path) -> None:
             for name in ("file", "vae_name", "clip_name")
             if name in each["inputs"]
         }
-    told = refusal(graph, base)
-    assert told.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in told.strip()
+    message = refusal(graph, base)
+    assert (
+        message.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in message.strip()
+    )
 
 
 def test_what_a_workflow_calls_its_nodes_stays_one_plain_line(base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["_meta"]["title"] = "Sampler\n\x1b[2J" + "x" * 1000
     graph["3"]["inputs"] |= {"length": 5, "positive": ["gone\n\x1b[2J", 0]}
-    told = refusal(graph, base)
-    assert "node 3 (Sampler  [2Jx" in told and "gone  [2J" in told and len(told) < 300
+    message = refusal(graph, base)
+    assert "node 3 (Sampler  [2Jx" in message and "gone  [2J" in message and len(message) < 300
     graph["3"]["class_type"] = "Other\n\x1b[2J"
     assert "Other  [2J" in refusal(graph, base)
 
 
 def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
     path = base / "graph.json"
-    for text, told in (
+    for text, message in (
         ("{", "is not JSON"),
         ("[]", "API format"),
         ('{"nodes": [], "links": []}', "of the page"),
@@ -411,7 +419,7 @@ def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
     ):
         path.write_text(text, encoding="utf-8")
         assert main(["run", str(path), "--base", str(base)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(["run", str(base / "none.json")]) == 2
     assert main(["run", str(path), "--base", str(base / "none")]) == 2
     path.write_text(json.dumps(small("text_to_video")))
@@ -452,8 +460,8 @@ def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
     for kind in NODES:
         if (validate := getattr(kind, "validate_inputs", None)) is not None:
             link = (None,) if kind.define_schema().is_input_list else None
-            told = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
-            assert told is True, f"{kind.__name__}: {told}"
+            result = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
+            assert result is True, f"{kind.__name__}: {result}"
     one, other = (
         LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto")
         for by in (1.0, 0.5)
