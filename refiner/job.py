@@ -215,8 +215,8 @@ def notes(job: Job) -> list[str]:
     others = job.extended and differences(job.extended, job.metadata, job.plan.given)
     if others:
         lines.append(
-            f"{options.extend} was made with {others}: the clip goes on otherwise than it would"
-            " have"
+            f"{options.extend} was made with {others}: the clip will continue differently than in"
+            " that run"
         )
     refined = job.refiner.levels if job.refiner else ()
     if note := job.method.note(job.preset.all_levels, refined):
