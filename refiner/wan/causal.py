@@ -146,6 +146,9 @@ def attend(
     """Self-attention of a call [B, N, H·D], by groups of heads where `seen` is a list of them."""
     if isinstance(seen, KeyValue):
         return attend_group(query_BNHD, *seen, None, first, kernels)
+    if not isinstance(seen, list):
+        kind = type(seen).__name__
+        raise ValueError(f"a memory policy returned {kind}: return KeyValue or a list of Seen")
     groups = (
         attend_group(
             query_BNHD[:, :, group.heads], group.key, group.value, group.bias, first, kernels
