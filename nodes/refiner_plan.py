@@ -11,8 +11,6 @@ from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
 from .options import CacheOptions, ChunkSchedule
 
-FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branches"}
-
 
 @dataclass(frozen=True, slots=True)
 class RefinerLora:

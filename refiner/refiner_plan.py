@@ -16,7 +16,7 @@ from .wan.causal import CausalWan
 from .wan.lora import LoraPair
 from .wan.transformer import WanConfig, WanTransformer
 
-Form = Literal["auto", "merged", "branches"]
+Form = Literal["auto", "merged", "unmerged"]
 FORMS = get_args(Form)
 
 
@@ -96,11 +96,11 @@ class RefinerPlan:
     @property
     def nbytes(self) -> int:
         """What it takes beside the base."""
-        return self.branch_bytes if self.form == "branches" else self.merged_bytes
+        return self.branch_bytes if self.form == "unmerged" else self.merged_bytes
 
     def chosen(self, merge: bool) -> "RefinerPlan":
         """The plan with its form settled."""
-        return replace(self, form="merged" if merge else "branches")
+        return replace(self, form="merged" if merge else "unmerged")
 
     def describe(self) -> str:
         """A few words for metadata and the terminal."""
@@ -122,7 +122,7 @@ class RefinerPlan:
         are (`merged`).
         """
         used = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
-        if self.form != "branches":
+        if self.form != "unmerged":
             yield Refiner(merged(network, self.pairs, weights=weights), **used)
             return
         branches = Branches(network.model, self.pairs, dtype, device)

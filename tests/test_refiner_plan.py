@@ -54,7 +54,7 @@ def test_a_refiner_takes_its_layers_merged_or_its_factors_as_branches(dtype) -> 
     assert plan.nbytes == merged, "the larger, until the form is settled"
 
 
-@pytest.mark.parametrize("form", ["merged", "branches"])
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
 def test_an_attached_refiner_is_the_planned_one_and_leaves_the_network_as_it_was(form) -> None:
     network = tiny_network()
     before = flow_of(network)

@@ -97,16 +97,16 @@ with torch.inference_mode():
     model = host.load_model(student, "self-forcing", "fp32", "auto")
     told["hooks"]["before"] = hooks(model)
     made = {}
-    for form in ("merged", "branches"):
+    for form in ("merged", "unmerged"):
         made[form] = sampled(model, refined(model, form), look_on)
         told["asked"][form] = asked[-1]
-    told["forms"] = (made["merged"] - made["branches"]).abs().max().item()
+    told["forms"] = (made["merged"] - made["unmerged"]).abs().max().item()
     while_it_runs(
-        model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model))
+        model, refined(model, "unmerged"), lambda: told["hooks"].update(during=hooks(model))
     )
     told["hooks"]["after"] = hooks(model)
     try:
-        while_it_runs(model, refined(model, "branches"), interrupt)
+        while_it_runs(model, refined(model, "unmerged"), interrupt)
     except comfy.model_management.InterruptProcessingException:
         told["hooks"]["interrupted"] = hooks(model)
     joint = refined(model, "merged")
@@ -127,11 +127,11 @@ with torch.inference_mode():
         host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")
     ]
     told["odd made"] = (
-        (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
+        (sampled(model, refined(model, "merged")) - made["unmerged"]).abs().max().item()
     )
     layer.__class__ = kind
     narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
-    both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
+    both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "unmerged")]
     told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
     told["chunk"], told["frame"] = (
         model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1)

@@ -300,7 +300,7 @@ def test_the_memory_that_is_asked_for_holds_the_refiner_and_one_more_chunk(insid
     pairs = random_pairs()
     sizes = {
         "merged": 4 * sum(pair.up.shape[0] * pair.down.shape[1] for pair in pairs.values()),
-        "branches": 4 * sum(pair.up.numel() + pair.down.numel() for pair in pairs.values()),
+        "unmerged": 4 * sum(pair.up.numel() + pair.down.numel() for pair in pairs.values()),
     }
     kv = 2 * STAND_IN.num_layers * (21 + 3) * 64 * STAND_IN.dim * 4
     for form, nbytes in sizes.items():
@@ -314,8 +314,8 @@ def test_a_joint_cache_asks_for_a_pass_over_two_chunks(inside: dict) -> None:
 
 
 def test_layers_of_another_kind_and_little_memory_make_it_run_unmerged(inside: dict) -> None:
-    assert inside["auto"] == ["merged", "branches"]
-    assert inside["odd"] == ["branches", "branches"] and inside["odd made"] == 0
+    assert inside["auto"] == ["merged", "unmerged"]
+    assert inside["odd"] == ["unmerged", "unmerged"] and inside["odd made"] == 0
 
 
 def test_no_hook_stays_behind(inside: dict) -> None:
