@@ -126,7 +126,7 @@ def test_what_it_takes_is_told_and_the_memory_chooses_the_form(
     factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
     monkeypatch.setattr(standalone, "available_bytes", lambda device: 900_000)
     execute(refined(length=9), base)
-    assert f"pending, branches, {4 * factors / 1e6:,.1f} MB" in capsys.readouterr().err
+    assert f"pending, unmerged, {4 * factors / 1e6:,.1f} MB" in capsys.readouterr().err
 
 
 def test_ode_has_nothing_to_refine_and_self_refine_has(base: Path, capsys) -> None:
