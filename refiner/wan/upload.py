@@ -1,4 +1,4 @@
-"""Small tensors that are made on the CPU and used on a device: noise, timesteps, rotations."""
+"""Small tensors computed on the CPU and used on a device: noise, timesteps, rotations."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -10,35 +10,35 @@ from torch import Tensor
 
 Tables = dict[Hashable, Tensor]
 
-_held: ContextVar[Tables | None] = ContextVar(
-    "tables that whoever replays a pass holds", default=None
-)
+_tables: ContextVar[Tables | None] = ContextVar("tables of the pass being replayed", default=None)
 
 
 def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on a device in this dtype, without waiting for the work that is queued there.
+    """Copy a tensor to a device and dtype without waiting for work queued there.
 
-    It is cast first: MPS has no float64. CUDA stages ordinary memory before the call returns, so
-    the source may go; MPS may read it later, so there it waits.
+    Cast first, as MPS has no float64. CUDA stages pageable memory before the call returns, so the
+    source may be freed; MPS may read it later, so there the copy blocks.
     """
     return tensor.to(dtype).to(device, non_blocking=device.type != "mps")
 
 
-def remembered(kept: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Of a function of hashable arguments, whose last `kept` tensors are remembered; what was made
-    while sampling may be asked for in training."""
+def cached_tensors(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """LRU-cache a tensor-valued function of hashable arguments.
+
+    Runs outside inference mode, so cached tensors also work under autograd.
+    """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        last = lru_cache(maxsize=kept)(torch.inference_mode(False)(function))
+        cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
 
         @wraps(function)
         def get(*key: Hashable) -> Tensor:
-            held = _held.get()
-            if held is None:
-                return last(*key)
-            if (function, key) not in held:
-                held[function, key] = last(*key)
-            return held[function, key]
+            tables = _tables.get()
+            if tables is None:
+                return cached(*key)
+            if (function, key) not in tables:
+                tables[function, key] = cached(*key)
+            return tables[function, key]
 
         return get
 
@@ -47,10 +47,12 @@ def remembered(kept: int) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
 @contextmanager
 def holding(tables: Tables) -> Iterator[None]:
-    """Every table that is asked for inside comes from `tables`, and is put there first where it is
-    missing."""
-    token = _held.set(tables)
+    """Look cached tensors up in `tables`, adding those that are missing.
+
+    CUDA graphs read tensors in place, so their tables must not be evicted.
+    """
+    token = _tables.set(tables)
     try:
         yield
     finally:
-        _held.reset(token)
+        _tables.reset(token)

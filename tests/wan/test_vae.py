@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from autorefiner.refiner.wan.vae import DecoderState, WanVAE, stacked_conv, volume_conv
+from autorefiner.refiner.wan.vae import DecoderState, WanVAE
+from autorefiner.refiner.wan.vae_layers import stacked_conv, volume_conv
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
 
@@ -71,7 +72,7 @@ def test_a_batch_decodes_and_encodes_as_its_clips_do(vae, latents) -> None:
 def test_only_a_single_clip_stacks_its_frames(vae, latents, monkeypatch) -> None:
     stacked = []
     monkeypatch.setattr(
-        "autorefiner.refiner.wan.vae.stacked_conv",
+        "autorefiner.refiner.wan.vae_layers.stacked_conv",
         lambda x, *rest: stacked.append(len(x)) or stacked_conv(x, *rest),
     )
     vae.decode(latents.expand(2, -1, -1, -1, -1))
