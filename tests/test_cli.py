@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from autorefiner.refiner import cli
 from autorefiner.refiner.bench import bench
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.commands.arguments import refiner_form
 from autorefiner.refiner.generate import generate
 from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import HEADER, read_latents
@@ -448,7 +449,8 @@ def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command,
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte.\nand more"
         )
 
-    monkeypatch.setattr(cli, f"run_{command[0]}", fails)
+    add, _ = cli.COMMANDS[command[0]]
+    monkeypatch.setitem(cli.COMMANDS, command[0], (add, fails))
     assert main(command) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "out of memory" in told[0] and said in told[0]
@@ -471,7 +473,7 @@ def test_several_loras_change_the_clip_each_by_its_strength(files, tmp_path, cap
 
 
 def test_an_unmerged_refiner_was_called_branches(capsys) -> None:
-    assert {cli.refiner_form("unmerged"), cli.refiner_form("branches")} == {"unmerged"}
+    assert {refiner_form("unmerged"), refiner_form("branches")} == {"unmerged"}
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     usage = capsys.readouterr().out

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from autorefiner.refiner.cli import build_parser, options_of
+from autorefiner.refiner.cli import build_parser
+from autorefiner.refiner.commands.generate import options_of
 from autorefiner.refiner.latents import LatentWriter
 from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.wan.vae import WanVAE
