@@ -18,6 +18,7 @@ from autorefiner.refiner.wan.transformer import (
     WanConfig,
     WanTransformer,
 )
+from autorefiner.refiner.wan.upload import cached_tensors
 
 from tiny import TINY, tiny_network
 
@@ -212,3 +213,23 @@ def test_wrong_shapes_are_one_clear_line(network, context) -> None:
         network.text(torch.zeros(1, 8, 33))
     with pytest.raises(ValueError, match="3 heads"):
         WanConfig(dim=128, num_heads=3)
+
+
+def test_a_cached_tensor_stays_where_somebody_holds_it() -> None:
+    made = []
+
+    @cached_tensors(1)
+    def ones(count: int) -> torch.Tensor:
+        made.append(count)
+        return torch.ones(count)
+
+    with torch.inference_mode():
+        assert ones(2) is ones(2) and not ones(2).is_inference()
+    assert ones(3) is ones(3)
+    ones(2)
+    assert made == [2, 3, 2], "the least recently used went"
+    ones.held = {}
+    first = [ones(4), ones(5)]
+    assert [ones(4), ones(5)][0] is first[0] and len(ones.held) == 2 and made[3:] == [4, 5]
+    ones.held = None
+    assert ones(5) is first[1]

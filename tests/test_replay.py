@@ -16,9 +16,9 @@ from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training import dmd_objective, refine
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refiner_stage import RefinerStage
-from autorefiner.refiner.training.replay import Captured, Outputs, Replay, replayable
+from autorefiner.refiner.training.replay import Captured, Outputs, Replay, holding, replayable
 from autorefiner.refiner.training.self_rollout import self_rollout
-from autorefiner.refiner.wan.upload import holding, upload
+from autorefiner.refiner.wan.upload import upload
 
 from test_objectives import SMALL, encode, stage_of
 from tiny import TINY, tiny_network

@@ -1,16 +1,12 @@
 """Small tensors computed on the CPU and used on a device: noise, timesteps, rotations."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache, wraps
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Tables = dict[Hashable, Tensor]
-
-_tables: ContextVar[Tables | None] = ContextVar("tables of the pass being replayed", default=None)
 
 
 def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -22,37 +18,28 @@ def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).to(device, non_blocking=device.type != "mps")
 
 
-def cached_tensors(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """LRU-cache a tensor-valued function of hashable arguments.
+class TensorCache:
+    """An LRU cache of a tensor-valued function of hashable arguments.
 
-    Runs outside inference mode, so cached tensors also work under autograd.
+    The function runs outside inference mode, so cached tensors also work under autograd. While
+    `held` is a table, every tensor asked for stays in it: a CUDA graph reads tensors in place, so
+    whoever captures one keeps those of its pass from eviction.
     """
 
-    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
+    def __init__(self, function: Callable[..., Tensor], maxsize: int) -> None:
+        self.function = function
+        self.cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
+        self.held: Tables | None = None
 
-        @wraps(function)
-        def get(*key: Hashable) -> Tensor:
-            tables = _tables.get()
-            if tables is None:
-                return cached(*key)
-            if (function, key) not in tables:
-                tables[function, key] = cached(*key)
-            return tables[function, key]
-
-        return get
-
-    return decorate
+    def __call__(self, *key: Hashable) -> Tensor:
+        if self.held is None:
+            return self.cached(*key)
+        place = (self.function, key)
+        if place not in self.held:
+            self.held[place] = self.cached(*key)
+        return self.held[place]
 
 
-@contextmanager
-def holding(tables: Tables) -> Iterator[None]:
-    """Look cached tensors up in `tables`, adding those that are missing.
-
-    CUDA graphs read tensors in place, so their tables must not be evicted.
-    """
-    token = _tables.set(tables)
-    try:
-        yield
-    finally:
-        _tables.reset(token)
+def cached_tensors(maxsize: int) -> Callable[[Callable[..., Tensor]], TensorCache]:
+    """Decorate a function with a `TensorCache` of this size."""
+    return lambda function: TensorCache(function, maxsize)
