@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorefiner.refiner.noise.source import Draw, GivenNoise, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
-from autorefiner.refiner.training import dmd_objective, refine
+from autorefiner.refiner.training import dmd_objective, refiner_stage
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.training.replay import Captured, Outputs, Replay, holding, replayable
@@ -92,7 +92,7 @@ class Alone(TorchDispatchMode):
 
 def replaying(monkeypatch: pytest.MonkeyPatch, options: RefineOptions) -> RefinerStage:
     with monkeypatch.context() as patch:
-        for module in (refine, dmd_objective):
+        for module in (refiner_stage, dmd_objective):
             patch.setattr(module, "Replay", Repeated)
         return stage_of(options)
 
@@ -136,7 +136,7 @@ def test_a_steps_passes_need_nothing_from_the_cpu(
 ) -> None:
     """On a device without numbers, whose values nobody can read."""
     options = replace(SMALL, **changes)
-    for module in (refine, dmd_objective):
+    for module in (refiner_stage, dmd_objective):
         monkeypatch.setattr(module, "mixed_precision", lambda *_: nullcontext())
     with pytest.raises(AssertionError, match="from the CPU"), Alone():
         upload(torch.ones(2), torch.device("meta"), torch.float32)
