@@ -1,4 +1,4 @@
-"""A refiner's file: what it says, what it is refused for, and whose it is."""
+"""Refiner files: metadata, refused files, and the base they belong to."""
 
 import json
 
@@ -67,8 +67,9 @@ def test_the_fingerprint_is_of_the_base_and_survives_a_lora_and_bf16() -> None:
 
 def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
     lora = tmp_path / "lora.safetensors"
-    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 8),
-               "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(8, 4)}, lora)  # fmt: skip
+    factors = {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}
+    prefix = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{prefix}.{name}.weight": factor for name, factor in factors.items()}, lora)
     with pytest.raises(ValueError, match="is a LoRA"):
         load_refiner(lora)
     bare = tmp_path / "bare.safetensors"

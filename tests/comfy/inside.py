@@ -1,7 +1,6 @@
-"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES...
-prints it as JSON.
+"""Report internals of the pack in ComfyUI's process as JSON.
 
-Run with ComfyUI's interpreter.
+Usage: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES..., with ComfyUI's interpreter.
 """
 
 import json
@@ -30,14 +29,13 @@ asked: list[float] = []
 
 
 def look_on(executor, model, noise_shape, conds, *args, **options):
-    """Note what the shape that memory is asked for comes to."""
+    """Record memory_required() of the shape that sampling is prepared for."""
     asked.append(model.model.memory_required(list(noise_shape)))
     return executor(model, noise_shape, conds, *args, **options)
 
 
 def told_of_saved_repeats() -> list[tuple[int, int, int]]:
-    """What the page is told of a chunk whose last level is repeated less often than it may be:
-    (pass, of, pictures)."""
+    """Return (level, levels, pictures) events of a chunk whose last level stops repeating early."""
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
     page.send = lambda event, node, prompt, told: sent.append(
@@ -57,7 +55,7 @@ def told_of_saved_repeats() -> list[tuple[int, int, int]]:
 
 
 def freed_for(nbytes: int) -> list[tuple[int, str]]:
-    """What is asked of ComfyUI where a reward's models come on a GPU."""
+    """Return what free_memory is asked for when a reward's models move to a GPU."""
     found, own = [], (management.get_torch_device, management.free_memory)
     management.get_torch_device = lambda: torch.device("cuda")
     management.free_memory = lambda nbytes, device: found.append((nbytes, device.type))

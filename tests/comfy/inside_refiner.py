@@ -1,7 +1,6 @@
-"""What a refiner does inside ComfyUI: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER prints it
-as JSON.
+"""Report what a refiner does in ComfyUI's process as JSON.
 
-Run with ComfyUI's interpreter.
+Usage: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER, with ComfyUI's interpreter.
 """
 
 import dataclasses
@@ -24,13 +23,13 @@ told: dict = {"asked": {}, "hooks": {}}
 
 
 def look_on(executor, model, noise_shape, conds, *args, **options):
-    """Note what the shape that memory is asked for comes to."""
+    """Record memory_required() of the shape that sampling is prepared for."""
     asked.append(model.model.memory_required(list(noise_shape)))
     return executor(model, noise_shape, conds, *args, **options)
 
 
 def refined(model, form: str):
-    """A run with the refiner in a form."""
+    """Return a run with the refiner in the given form."""
     facts = host.facts(model)
     lora = RefinerLora("a.refiner.safetensors", *load_refiner(refiner), form=form)
     return plain_run(
@@ -39,12 +38,12 @@ def refined(model, form: str):
 
 
 def hooks(model) -> int:
-    """Forward hooks on the layers now."""
+    """Count the forward hooks on the layers."""
     return sum(len(module._forward_hooks) for module in target_modules(network_of(model)).values())
 
 
 def while_it_runs(model, run, wish) -> None:
-    """A run in which `wish` is called at the first prediction of the second chunk."""
+    """Sample, and call `wish` at the first prediction of the second chunk."""
 
     def clip(self, network, *args, **options):
         callback = args[3]
@@ -68,7 +67,7 @@ def interrupt() -> None:
 
 
 def patched(model):
-    """A clone with a LoRA on one layer."""
+    """Return a clone of the model with a LoRA on one layer."""
     generator = torch.Generator().manual_seed(1)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 128), (128, 2)))
     lora = {f"{LORA}.lora_A.weight": 0.3 * down, f"{LORA}.lora_B.weight": 0.3 * up}
@@ -76,7 +75,7 @@ def patched(model):
 
 
 def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
-    """Every layer's weight as it is merged, of a model loaded whole or one byte of it."""
+    """Return every merged weight of a model loaded whole, or with a budget of one byte."""
     with torch.inference_mode():
         model.load(
             torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True})

@@ -1,7 +1,6 @@
-"""What a training takes of a MODEL inside ComfyUI: inside_training.py COMFYUI_PATH PACK STUDENT
-prints it as JSON.
+"""Report the weights that a training takes from a MODEL in ComfyUI's process as JSON.
 
-Run with ComfyUI's interpreter.
+Usage: inside_training.py COMFYUI_PATH PACK STUDENT, with ComfyUI's interpreter.
 """
 
 import json
@@ -19,7 +18,7 @@ told = {}
 
 
 def taken(model) -> dict[str, torch.Tensor]:
-    """The weights of the copy that a training gets."""
+    """Return the weights of the copy that a training gets."""
     with host.training():
         network = host.own_network(model).model
         parameters = dict(network.named_parameters())

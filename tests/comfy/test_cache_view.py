@@ -1,5 +1,4 @@
-"""What the page is told of a Reflective Cache before anything is loaded: what a run holds, and
-errors of one line."""
+"""The page's preview of a Reflective Cache: bytes of a run, and one-line errors."""
 
 import json
 from pathlib import Path
@@ -20,8 +19,9 @@ from autorefiner.refiner.wan.causal import CausalWan
 
 SIZE = {"width": 64, "height": 64, "length": 81, "batch_size": 1}
 ASKED = {
-    "window": -1, "sink": 0, "positions": "the model's", "history": "as trained", "previous_x0": "as trained",
-    "model": {"demo": True}, "size": SIZE, "refiner": None, "schedule": None,
+    "window": -1, "sink": 0, "positions": "the model's", "history": "as trained",
+    "previous_x0": "as trained", "model": {"demo": True}, "size": SIZE, "refiner": None,
+    "schedule": None,
 }  # fmt: skip
 FILE = {"file": "self_forcing_dmd.pt", "preset": "auto", "dtype": "auto", "weights": "auto"}
 SCHEDULE = {
@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(files: Path, tmp_path: Path, monkeypatch) -> None:
-    """The standalone host at a folder as ComfyUI's; the bundle is a stand-in."""
+    """Point the standalone host at a ComfyUI-like folder; the bundle is a stand-in."""
     use_demo_files(files, monkeypatch)
     write_base(tmp_path, files)
     (tmp_path / "secret.safetensors").write_bytes(b"")
@@ -126,12 +126,14 @@ def test_a_real_server_tells_what_the_run_then_tells(dtype: str, server: Server)
 @pytest.mark.parametrize(
     "odd",
     [
-        None, [], "text", {}, {**ASKED, "window": "9"}, {**ASKED, "window": 2, "sink": 3}, {**ASKED, "window": 10**9},
-        {**ASKED, "positions": "elsewhere"}, {**ASKED, "model": []}, {**ASKED, "size": {**SIZE, "length": 80}},
-        {**ASKED, "size": {**SIZE, "length": 10**6 + 1}}, {**ASKED, "size": {**SIZE, "width": 1 << 14}},
-        {**ASKED, "model": {**FILE, "file": "../../secret.safetensors"}}, {**ASKED, "model": {**FILE, "file": ["x"]}},
-        {**ASKED, "model": {**FILE, "dtype": "int4"}}, {**ASKED, "refiner": {"file": "../../secret.safetensors"}},
-        {**ASKED, "refiner": 7}, {**ASKED, "schedule": {"preset": "no such"}},
+        None, [], "text", {}, {**ASKED, "window": "9"}, {**ASKED, "window": 2, "sink": 3},
+        {**ASKED, "window": 10**9}, {**ASKED, "positions": "elsewhere"}, {**ASKED, "model": []},
+        {**ASKED, "size": {**SIZE, "length": 80}}, {**ASKED, "size": {**SIZE, "length": 10**6 + 1}},
+        {**ASKED, "size": {**SIZE, "width": 1 << 14}},
+        {**ASKED, "model": {**FILE, "file": "../../secret.safetensors"}},
+        {**ASKED, "model": {**FILE, "file": ["x"]}}, {**ASKED, "model": {**FILE, "dtype": "int4"}},
+        {**ASKED, "refiner": {"file": "../../secret.safetensors"}}, {**ASKED, "refiner": 7},
+        {**ASKED, "schedule": {"preset": "no such"}},
         {**ASKED, "schedule": {**SCHEDULE, "levels": "high"}}, {**ASKED, "history": "none"},
     ],
     ids=lambda odd: json.dumps(odd)[-50:],

@@ -1,4 +1,4 @@
-"""Compare Videos: what it tells of two clips, which it refuses, and the files that a page plays."""
+"""Compare Videos: figures of two clips, refused input, and files for the page to play."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_it_tells_how_far_two_clips_are_apart(tmp_path: Path) -> None:
         writer.write(as_bytes(clip()))
     for same in (clip(), VideoFile(8, clip()), VideoFile(8, path=tmp_path / "a.mp4")):
         apart = float(CompareVideos.execute(clip(), same, 16).ui.split()[4])
-        assert apart < 2  # of a file, what its encoder loses
+        assert apart < 2  # encoding loss of a file
     assert CompareVideos.execute(clip(), clip(), 16).ui == "5 frames; mean difference 0.0 of 255"
     assert (
         CompareVideos.execute(clip(), clip(value=1.0), 16).ui

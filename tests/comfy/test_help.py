@@ -1,5 +1,4 @@
-"""Help pages and locales say something of every node and input, and the English ones what the nodes
-themselves say."""
+"""Help pages and locales cover every node and input; the English locale matches the schema."""
 
 import json
 from pathlib import Path

@@ -8,16 +8,15 @@ import pytest
 from autorefiner.nodes.hosts.plain import plain_text
 from autorefiner.refiner.noise.file import RefinerCard
 
-LINK = re.compile(r"(https?|ftp|file)://|\bwww\.", re.IGNORECASE)  # what the page makes links of
+LINK = re.compile(r"(https?|ftp|file)://|\bwww\.", re.IGNORECASE)  # the page turns these into links
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "<a href=//evil.example>Update now</a>", "<img src=x onerror=alert(1)>", "&lt;b&gt;", "\x1b[2J",
-        '" onmouseover="x',
-        "see http://evil.example/x or HTTPS://evil.example", "www.evil.example WwW.evil.example",
-        "file://etc", "a\nb\u202e",
+        "<a href=//evil.example>Update now</a>", "<img src=x onerror=alert(1)>", "&lt;b&gt;",
+        "\x1b[2J", '" onmouseover="x', "see http://evil.example/x or HTTPS://evil.example",
+        "www.evil.example WwW.evil.example", "file://etc", "a\nb\u202e",
     ],
 )  # fmt: skip
 def test_no_markup_and_no_link_is_left(text: str) -> None:
