@@ -38,8 +38,8 @@ def is_link(value: object) -> bool:
 def inputs_of(definition: dict) -> Iterator[tuple[str, str, dict, bool]]:
     """Return (name, type, options, is widget) of a node's inputs in order."""
     for part in ("required", "optional"):
-        for name, told in definition["input"].get(part, {}).items():
-            kind, options = told[0], told[1] if len(told) > 1 else {}
+        for name, spec in definition["input"].get(part, {}).items():
+            kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             kind = "COMBO" if isinstance(kind, list) else kind
             yield name, kind, options, kind in WIDGETS and not options.get("forceInput")
 

@@ -27,8 +27,8 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     out, sheet = tmp_path / "new" / "fox.mp4", tmp_path / "fox.png"
     assert main(command(files, out, "--seed", "7", "--sheet", str(sheet))) == 0
     assert decoded(out).shape == (FRAMES, 32, 48, 3)
-    told = read_metadata(out)
-    assert (told["prompt"], told["seed"], told["preset"], told["model"]) == (
+    metadata = read_metadata(out)
+    assert (metadata["prompt"], metadata["seed"], metadata["preset"], metadata["model"]) == (
         "a fox",
         "7",
         "self-forcing",
@@ -38,9 +38,9 @@ def test_generate_writes_a_video_that_says_how_it_was_made(files, tmp_path, caps
     assert [file.name for file in out.parent.iterdir()] == ["fox.mp4"]
     assert f"{FRAMES} frames in" in capsys.readouterr().out
     assert main(["inspect", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "prompt    a fox" in told
-    assert f"made      {FRAMES} frames" in told
+    printed = capsys.readouterr().out
+    assert "prompt    a fox" in printed
+    assert f"made      {FRAMES} frames" in printed
 
 
 @pytest.mark.parametrize("preset", ["causal-forcing-framewise", "self-forcing"])
@@ -143,16 +143,16 @@ def test_inspect_knows_latents_finished_or_not(files, tmp_path, capsys) -> None:
             path.write_bytes((tmp_path / "a.latents.safetensors").read_bytes()[:-10])
         capsys.readouterr()
         assert main(["inspect", str(path)]) == 0
-        told = capsys.readouterr().out
-        assert "kind      latents" in told
-        assert "prompt    a fox" in told
+        printed = capsys.readouterr().out
+        assert "kind      latents" in printed
+        assert "prompt    a fox" in printed
 
 
 def test_a_dry_run_says_what_it_would_take_and_makes_nothing(files, tmp_path, capsys) -> None:
     assert main(command(files, tmp_path / "fox.mp4", "--dry-run", "--size", "832x480")) == 0
-    told = capsys.readouterr()
-    assert "K/V memory" in told.out
-    assert "33 frames of 832x480" in told.err
+    printed = capsys.readouterr()
+    assert "K/V memory" in printed.out
+    assert "33 frames of 832x480" in printed.err
     assert not list(tmp_path.iterdir())
 
 

@@ -36,8 +36,8 @@ def test_a_method_that_changes_nothing_here_is_told(tmp_path, capsys, extra, sai
         str(tmp_path / "x.mp4"),
     ]
     assert main([*command, *extra]) == 0
-    told = capsys.readouterr().err
-    assert said in told if said else "nothing" not in told
+    errors = capsys.readouterr().err
+    assert said in errors if said else "nothing" not in errors
 
 
 WRONG = {
@@ -82,9 +82,9 @@ def test_wrong_input_is_one_line_and_leaves_what_was_there(files, tmp_path, caps
         )
     except SystemExit as end:  # argparse exits by itself
         assert end.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("autorefiner: error: ")
-    assert message in told[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("autorefiner: error: ")
+    assert message in lines[-1]
     assert out.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["fox.mp4"]
 
@@ -121,5 +121,5 @@ def test_what_takes_less_memory_is_said_by_command(monkeypatch, capsys, command,
 
     monkeypatch.setattr(cli, f"run_{command[0]}", fails)
     assert main(command) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "out of memory" in told[0] and said in told[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "out of memory" in lines[0] and said in lines[0]

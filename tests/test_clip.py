@@ -89,8 +89,8 @@ def test_pictures_go_in_as_transformers_sends_them(folder, size) -> None:
 def test_older_and_newer_ways_to_write_sizes(tmp_path) -> None:
     stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def read(**told) -> Preprocessing:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated | told))
+    def read(**changes) -> Preprocessing:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated | changes))
         return Preprocessing.read(tmp_path)
 
     image = torch.rand(1, 3, 24, 30)

@@ -30,9 +30,9 @@ def test_a_run_that_goes_on_never_lacks_a_line_of_its_log(tmp_path) -> None:
 
 def test_a_state_of_another_training_is_refused_in_one_line(tmp_path) -> None:
     train(Line(2), LoopOptions(tmp_path, 1))
-    with pytest.raises(ValueError, match="another training") as told:
+    with pytest.raises(ValueError, match="another training") as error:
         restore(Line(3), tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert restore(Line(2), tmp_path) == 1
 
 
@@ -57,9 +57,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypat
     train(Line(2), LoopOptions(tmp_path, 1))
     before = (tmp_path / "state.pt").read_bytes()
     broken(tmp_path, monkeypatch)
-    with pytest.raises(OSError, match="could not be written") as told:
+    with pytest.raises(OSError, match="could not be written") as error:
         save(Line(2), tmp_path, 2)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert not list(tmp_path.glob(".state*"))
 
@@ -75,9 +75,9 @@ def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path) -> None:
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100], ids=["empty", "garbage"])
 def test_a_damaged_state_is_refused_in_one_line(tmp_path, content) -> None:
     (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt is empty or damaged") as told:
+    with pytest.raises(ValueError, match=r"state\.pt is empty or damaged") as error:
         restore(Line(2), tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_state_that_was_cut_short_or_is_none_is_not_another_training(tmp_path) -> None:

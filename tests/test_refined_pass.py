@@ -137,7 +137,9 @@ def test_a_refine_pass_needs_its_own_chunks_prediction_and_room_for_what_it_writ
 def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
     network, seen = tiny_network(), []
     base = Refiner(
-        t_phi(network), ReflectiveCache("shared", "none"), watch=lambda *told: seen.append(told)
+        t_phi(network),
+        ReflectiveCache("shared", "none"),
+        watch=lambda *arguments: seen.append(arguments),
     )
     found = []
     for strength in (1.0, -0.5):
@@ -155,7 +157,7 @@ def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
         )
     assert torch.equal(found[1], -0.5 * found[0])
     assert all(torch.equal(residual, found[0]) for _, residual, _ in seen)
-    assert all(torch.equal(told, noise) for told, _, _ in seen)
+    assert all(torch.equal(watched, noise) for watched, _, _ in seen)
 
 
 @torch.no_grad()

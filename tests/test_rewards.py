@@ -157,9 +157,9 @@ def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(
     numbers = [
         draw for until in (given + 3, given + 6) for draw in rewards.newest(4 * until - 3, 12)
     ]
-    assert {told for told, _ in seen} == set(numbers)
+    assert {draw for draw, _ in seen} == set(numbers)
     for wanted in numbers:
-        frames = [frames for told, frames in seen if told == wanted]
+        frames = [frames for draw, frames in seen if draw == wanted]
         # The frames of one candidate, the chosen one, are those of the clip.
         nearest = min((one - whole[:, list(wanted)]).abs().max() for one in frames)
         assert nearest < 3e-5

@@ -208,19 +208,19 @@ def test_closing_the_iterator_frees_the_memory(network, context) -> None:
 
 
 def test_progress_tells_every_prediction(network, context) -> None:
-    told = []
+    events = []
     run(
         network,
         context,
         frames=6,
         given=3,
         initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH),
-        callback=told.append,
+        callback=events.append,
     )
-    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [
+    assert [(p.chunk.index, p.level, p.chunks) for p in events] == [
         (i, j, 3) for i in (1, 2) for j in range(4)
     ]
-    assert told[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
+    assert events[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
 
 
 @torch.no_grad()

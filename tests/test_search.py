@@ -184,8 +184,8 @@ def test_self_refinement_repeats_the_second_and_third_level_by_default() -> None
         6,
         7,
     ]
-    told = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
-    assert torch.equal(run(network, method=self_refine()), run(network, method=told))
+    explicit = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
+    assert torch.equal(run(network, method=self_refine()), run(network, method=explicit))
 
 
 def test_a_method_says_where_it_changes_nothing() -> None:

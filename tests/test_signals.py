@@ -92,7 +92,7 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, number) -> None
     """Python prints and forgets an exception raised in a finaliser."""
     monkeypatch.setattr(stopping, "AGAIN", 0.05)
     seen: list[str] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda told: seen.append(told.exc_type.__name__))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(args.exc_type.__name__))
 
     class Swallows:
         def __del__(self) -> None:

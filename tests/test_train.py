@@ -142,11 +142,11 @@ def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(
             )
             == 0
         )
-        told = capsys.readouterr().out
+        printed = capsys.readouterr().out
         assert (
-            "3 batches of 2 clips" in told
-            and "Δ at 750" in told
-            and "gain over the base +0.00000" in told
+            "3 batches of 2 clips" in printed
+            and "Δ at 750" in printed
+            and "gain over the base +0.00000" in printed
         )
         assert len(rows_of(probed / "small_run")) == 1
         assert not (probed / "small.safetensors").exists() and not [
@@ -308,9 +308,9 @@ def test_the_ends_of_what_may_be_told() -> None:
     least = dict(
         rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1
     )
-    for told in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
-        options = RefineOptions(**told)
-        assert {name: getattr(options, name) for name in told} == told
+    for values in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
+        options = RefineOptions(**values)
+        assert {name: getattr(options, name) for name in values} == values
     for method in ("init-noise", "lora"):
         assert (
             RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"]).levels
@@ -367,11 +367,11 @@ def test_another_base_takes_no_default_of_the_sprites(tmp_path, capsys) -> None:
 def test_the_preset_is_the_bases_unless_told(tmp_path) -> None:
     metadata = {"config": json.dumps({"transformer": {"num_heads": 2, "text_len": 32}})}
     model = WanTransformer(SIZES)
-    for told in ("longlive", None):
-        more = {"autorefiner": json.dumps({"preset": told})} if told else {}
+    for stored in ("longlive", None):
+        more = {"autorefiner": json.dumps({"preset": stored})} if stored else {}
         save_safetensors(tmp_path / "own.safetensors", model.state_dict(), metadata | more)
         said = 'base = "own.safetensors"\nprompts = "own.txt"\nvae = "sprites"\n'
-        for preset, expected in (("", told), ('preset = "causvid"\n', "causvid")):
+        for preset, expected in (("", stored), ('preset = "causvid"\n', "causvid")):
             path = write(tmp_path, said + preset, "height = 4\nwidth = 4")
             if expected is None:
                 with pytest.raises(ValueError, match="set preset to raven or self-forcing"):

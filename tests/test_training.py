@@ -75,8 +75,8 @@ def test_every_chunk_ends_at_the_same_step() -> None:
     ends: dict[int, int] = {}
     rollout = rollout_of(tiny_network(), None)
     rollout.chunks = plan_chunks(PRESETS["causal-forcing-2step"], 3)[1]
-    rollout.callback = lambda told: ends.update(
-        {told.chunk.index: told.chunk.levels[told.level].step}
+    rollout.callback = lambda progress: ends.update(
+        {progress.chunk.index: progress.chunk.levels[progress.level].step}
     )
     with torch.no_grad():
         self_rollout(rollout, exit_level=1)

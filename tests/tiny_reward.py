@@ -67,14 +67,14 @@ def write_clip(folder: Path) -> Path:
         json.dumps({word: number for number, word in enumerate(words)})
     )
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
-    told |= dict(
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
+    tokenizer |= dict(
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     config = transformers.CLIPConfig(
         text_config=TOWER
         | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
@@ -84,7 +84,7 @@ def write_clip(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.CLIPModel(config).save_pretrained(folder, safe_serialization=True)
-    told = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
-    told |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    pictures = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
+    pictures |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
     return folder

@@ -34,12 +34,12 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
     return executor(model, noise_shape, conds, *args, **options)
 
 
-def told_of_saved_repeats() -> list[tuple[int, int, int]]:
+def events_of_saved_repeats() -> list[tuple[int, int, int]]:
     """Return (level, levels, pictures) events of a chunk whose last level stops repeating early."""
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
-    page.send = lambda event, node, prompt, told: sent.append(
-        (told["level"], told["levels"], told["pictures"])
+    page.send = lambda event, node, prompt, detail: sent.append(
+        (detail["level"], detail["levels"], detail["pictures"])
     )
     watch, passes = (
         page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))),
@@ -93,7 +93,7 @@ print(
             "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
             "freed": freed_for(1000),
             "least": management.minimum_inference_memory(),
-            "told": told_of_saved_repeats(),
+            "events": events_of_saved_repeats(),
             "published": answers,
             "host": mismatches(NodeHost, host),
             "preset": fresh.get_attachment(PRESET),

@@ -19,7 +19,7 @@ from pack.refiner.noise.refiner import target_modules
 student, refiner = files
 LORA = "diffusion_model.blocks.1.ffn.2"
 asked: list[float] = []
-told: dict = {"asked": {}, "hooks": {}}
+report: dict = {"asked": {}, "hooks": {}}
 
 
 def look_on(executor, model, noise_shape, conds, *args, **options):
@@ -94,20 +94,20 @@ def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
 
 with torch.inference_mode():
     model = host.load_model(student, "self-forcing", "fp32", "auto")
-    told["hooks"]["before"] = hooks(model)
+    report["hooks"]["before"] = hooks(model)
     made = {}
     for form in ("merged", "branches"):
         made[form] = sampled(model, refined(model, form), look_on)
-        told["asked"][form] = asked[-1]
-    told["forms"] = (made["merged"] - made["branches"]).abs().max().item()
+        report["asked"][form] = asked[-1]
+    report["forms"] = (made["merged"] - made["branches"]).abs().max().item()
     while_it_runs(
-        model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model))
+        model, refined(model, "branches"), lambda: report["hooks"].update(during=hooks(model))
     )
-    told["hooks"]["after"] = hooks(model)
+    report["hooks"]["after"] = hooks(model)
     try:
         while_it_runs(model, refined(model, "branches"), interrupt)
     except comfy.model_management.InterruptProcessingException:
-        told["hooks"]["interrupted"] = hooks(model)
+        report["hooks"]["interrupted"] = hooks(model)
     joint = refined(model, "merged")
     cache = dataclasses.replace(joint.refined.cache, previous="joint")
     sampled(
@@ -115,30 +115,30 @@ with torch.inference_mode():
         dataclasses.replace(joint, refined=dataclasses.replace(joint.refined, cache=cache)),
         look_on,
     )
-    told["asked"]["joint"] = asked[-1]
-    told["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
+    report["asked"]["joint"] = asked[-1]
+    report["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
     own, comfy_layers.available_bytes = comfy_layers.available_bytes, lambda device: 1000
-    told["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
+    report["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
     comfy_layers.available_bytes = own
     layer = network_of(model).blocks[0].ffn[0]
     layer.__class__, kind = type("Odd", (type(layer),), {"__module__": "gguf"}), type(layer)
-    told["odd"] = [
+    report["odd"] = [
         host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")
     ]
-    told["odd made"] = (
+    report["odd made"] = (
         (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
     )
     layer.__class__ = kind
     narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
     both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
-    told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
-    told["chunk"], told["frame"] = (
+    report["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
+    report["chunk"], report["frame"] = (
         model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1)
     )
 
 plain = weights_of(model, lowvram=False)
 whole, waiting = (weights_of(patched(model), lowvram) for lowvram in (False, True))
 name = LORA.removeprefix("diffusion_model.")
-told["patched"] = (whole[name] - plain[name]).abs().max().item()
-told["offloaded"] = max((whole[name] - waiting[name]).abs().max().item() for name in whole)
-print(json.dumps(told))
+report["patched"] = (whole[name] - plain[name]).abs().max().item()
+report["offloaded"] = max((whole[name] - waiting[name]).abs().max().item() for name in whole)
+print(json.dumps(report))

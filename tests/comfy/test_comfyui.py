@@ -85,7 +85,7 @@ def memory_of(server: Server) -> int:
     """Return the resident bytes of the server's process."""
     status = Path(f"/proc/{server.process.pid}/status")
     if not status.exists():
-        pytest.skip("no /proc: the memory of a process is not told")
+        pytest.skip("no /proc: the memory of a process cannot be read")
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024
 
 

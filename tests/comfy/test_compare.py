@@ -58,10 +58,10 @@ class TestInComfyUI:
         graph["3"]["inputs"]["length"] = 21
         shown = ["4", 0] if kind == "images" else ["5", 0]
         graph["9"] = node("AutoRefinerCompareVideos", base=["4", 0], refined=shown, fps=8)
-        told = server.run(graph)["outputs"]["9"]
-        assert told["text"] == ["21 frames; mean difference 0.0 of 255"]
-        paths = [server.base / "temp" / clip["filename"] for clip in told["autorefiner_compare"]]
-        assert [clip["type"] for clip in told["autorefiner_compare"]] == ["temp", "temp"] and len(
+        output = server.run(graph)["outputs"]["9"]
+        assert output["text"] == ["21 frames; mean difference 0.0 of 255"]
+        paths = [server.base / "temp" / clip["filename"] for clip in output["autorefiner_compare"]]
+        assert [clip["type"] for clip in output["autorefiner_compare"]] == ["temp", "temp"] and len(
             set(paths)
         ) == 2
         assert [len(read_frames(path)) for path in paths] == [21, 21]

@@ -27,7 +27,7 @@ def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
 
 def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict) -> None:
     # One pass, and one of three whose two repeats were not needed: 3 pictures.
-    assert inside["told"][-1] == [4, 4, 3]
+    assert inside["events"][-1] == [4, 4, 3]
 
 
 def test_others_make_way_for_a_rewards_models(inside: dict) -> None:

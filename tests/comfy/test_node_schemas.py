@@ -25,8 +25,8 @@ def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
     for kind in NODES:
         if (validate := getattr(kind, "validate_inputs", None)) is not None:
             link = (None,) if kind.define_schema().is_input_list else None
-            told = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
-            assert told is True, f"{kind.__name__}: {told}"
+            result = validate(**dict.fromkeys(inspect.signature(validate).parameters, link))
+            assert result is True, f"{kind.__name__}: {result}"
     one, other = (
         LoadRefiner.fingerprint_inputs(file=None, model=None, strength=by, form="auto")
         for by in (1.0, 0.5)

@@ -156,7 +156,7 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
     name = "page_test.refiner.safetensors"
     (server.base / "models" / "loras" / name).touch()
     page.tab.evaluate("() => window.app.graph.clear()")
-    for kind, value, told in (
+    for kind, value, count in (
         ("LoraLoaderModelOnly", "plain.safetensors", 0),
         ("LoraLoaderModelOnly", name, 1),
     ):
@@ -175,7 +175,7 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
         texts = page.tab.evaluate(
             "() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)"
         )
-        assert sum("Load Refiner LoRA" in text for text in texts) == told
+        assert sum("Load Refiner LoRA" in text for text in texts) == count
     picture(page, "lora-notice")
     (server.base / "models" / "loras" / name).unlink()
 
@@ -389,7 +389,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
     assert drawn() == {"sink": 0, "gone": 0, "recent": 18, "now": 3, "previous": 0}
     page.set("AutoRefinerReflectiveCache", window=2)
     says("window")
-    assert [told for told in page.errors if "autorefiner/cache" not in told] == []
+    assert [error for error in page.errors if "autorefiner/cache" not in error] == []
 
 
 def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(

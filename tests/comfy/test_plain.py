@@ -33,13 +33,13 @@ def test_ordinary_text_stays_as_it_is() -> None:
     "objective", ["<b>x</b>", "x" * 5000, "\x1b[2J", "http://evil.example", "a\nb"]
 )
 def test_a_card_says_what_it_was_trained_for_in_plain_words(objective: str) -> None:
-    told = {
+    metadata = {
         "rank": 4,
         "levels": [750],
         "history": "shared",
         "previous": "joint",
         "objective": objective,
     }
-    card = RefinerCard.parse(json.dumps(told))
+    card = RefinerCard.parse(json.dumps(metadata))
     assert re.fullmatch(r"[\w +.,-]{0,60}", card.objective)
-    assert RefinerCard.parse(json.dumps({**told, "objective": "dmd"})).objective == "dmd"
+    assert RefinerCard.parse(json.dumps({**metadata, "objective": "dmd"})).objective == "dmd"

@@ -39,16 +39,17 @@ def status(page: Page, widget: str = "head") -> str:
     return page.tab.inner_text(f".autorefiner-{widget} .autorefiner-status")
 
 
-def tell(page: Page, event: str, **told: object) -> None:
+def tell(page: Page, event: str, **detail: object) -> None:
     """Send a server event for the node of the strip or of the training."""
     page.tab.evaluate(
-        """([event, told]) => {
+        """([event, detail]) => {
             const kind = event === "chunk" ? "AutoRefinerSampler" : "AutoRefinerTrainRefiner";
             const node = String(window.app.graph.nodes.find((node) => node.comfyClass === kind).id);
-            const workflow = told.workflow === "this" ? window.app.graph.id : told.workflow;
-            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, { ...told, node, workflow });
+            const workflow = detail.workflow === "this" ? window.app.graph.id : detail.workflow;
+            const full = { ...detail, node, workflow };
+            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, full);
         }""",
-        [event, told],
+        [event, detail],
     )
 
 
@@ -204,12 +205,12 @@ def test_what_is_recorded_is_what_the_server_says(server: Server) -> None:
         server.get("/object_info"),
     )
     assert recorded.keys() == kinds() & now.keys()
-    for kind, told in recorded.items():
-        for definition in (told, now[kind]):
+    for kind, before in recorded.items():
+        for definition in (before, now[kind]):
             definition["sockets"] = [
                 (name, sort, widget) for name, sort, _, widget in inputs_of(definition)
             ]
         for part in ("sockets", "output", "output_name"):
-            assert told[part] == now[kind][part], (
+            assert before[part] == now[kind][part], (
                 f"{kind} has changed: python tests/recorded_page.py"
             )

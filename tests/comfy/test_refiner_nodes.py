@@ -114,13 +114,16 @@ def test_what_it_takes_is_told_and_the_memory_chooses_the_form(
     base: Path, capsys, monkeypatch
 ) -> None:
     execute(refined(length=9), base)
-    told = capsys.readouterr().err
-    assert "rank 2, levels 750, 500, 250, history shared, previous x0 pending" in told
-    assert "sprites.refiner.safetensors, strength 1, levels 750,500,250, pending, merged, " in told
+    printed = capsys.readouterr().err
+    assert "rank 2, levels 750, 500, 250, history shared, previous x0 pending" in printed
     assert (
-        f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys" in told
+        "sprites.refiner.safetensors, strength 1, levels 750,500,250, pending, merged, " in printed
     )
-    assert "another base" not in told
+    assert (
+        f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys"
+        in printed
+    )
+    assert "another base" not in printed
     pairs = random_pairs()
     factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
     monkeypatch.setattr(standalone, "available_bytes", lambda device: 900_000)
@@ -195,8 +198,8 @@ def test_levels_that_the_run_does_not_have_are_refused(base: Path) -> None:
         (with_levels(refined(), "", "1000, 500"), "refined levels 250, 750"),
         (with_levels(refined(), "1000, 500"), "initial noise"),
     ):
-        told = refusal(graph, base)
-        assert "node 3 (Pathwise Refined Sampler)" in told and expected in told
+        message = refusal(graph, base)
+        assert "node 3 (Pathwise Refined Sampler)" in message and expected in message
     initial = with_cache(with_levels(refined(form="merged"), "1000, 500"), previous_x0="none")
     assert torch.equal(made(initial, base), core(ReflectiveCache("shared", "none"), (1000, 500)))
 

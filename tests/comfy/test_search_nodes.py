@@ -72,7 +72,7 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
 
 @pytest.mark.parametrize("method", SEARCHES)
 @pytest.mark.parametrize(
-    ("lacking", "told"),
+    ("lacking", "message"),
     [
         (("reward",), "needs reward:"),
         (("vae",), "needs vae:"),
@@ -81,9 +81,9 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
     ],
 )
 def test_a_search_that_lacks_something_says_what(
-    method: str, lacking: tuple, told: str, base: Path
+    method: str, lacking: tuple, message: str, base: Path
 ) -> None:
-    expected = f"method {method} chooses by a reward and {told}"
+    expected = f"method {method} chooses by a reward and {message}"
     assert f"node 3 (Pathwise Refined Sampler): {expected}" in refusal(
         searching(method, **dict.fromkeys(lacking)), base
     )

@@ -103,9 +103,9 @@ def test_a_prompt_that_is_like_no_caption_is_told(base: Path, capsys) -> None:
     graph = small("text_to_video")
     graph["2"]["inputs"]["text"] = "a red dragon by a star on a blue ground"
     execute(graph, base)
-    told = capsys.readouterr().err
-    assert "'dragon', 'by'" in told
-    assert "motion" in told
+    message = capsys.readouterr().err
+    assert "'dragon', 'by'" in message
+    assert "motion" in message
 
 
 def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
@@ -120,14 +120,14 @@ def test_values_are_set_by_id_and_by_title(base: Path, capsys) -> None:
     ]
     assert main(["run", str(base / "graph.json"), "--base", str(base), *values]) == 0
     assert len(decoded(base / "output" / "a" / "b_00001_.mp4")) == 5
-    for wrong, told in (
+    for wrong, message in (
         ("3.lenght=5", "'lenght'"),
         ("9.length=5", "1 (Load AR-VDM Demo)"),
         ("length", "give node.input=value"),
         ("3.length=many", "input length: 'many'"),
     ):
         assert main(["run", str(base / "graph.json"), "--base", str(base), "--set", wrong]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_images_and_webp_are_written(base: Path) -> None:

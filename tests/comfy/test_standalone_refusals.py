@@ -16,8 +16,8 @@ from autorefiner.refiner.demo import bundle
 
 def test_a_workflow_of_other_nodes_needs_comfyui(base: Path) -> None:
     graph = small("sampler_custom_advanced")
-    told = refusal(graph, base)
-    assert "ModelSamplingSD3" in told and "needs ComfyUI" in told
+    message = refusal(graph, base)
+    assert "ModelSamplingSD3" in message and "needs ComfyUI" in message
 
 
 SAMPLER = "node 3 (Pathwise Refined Sampler)"
@@ -62,10 +62,10 @@ WRONG = {
 def test_wrong_input_is_told_with_its_node_and_what_to_do(case: str, base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["inputs"]["length"] = 5
-    changes, told = WRONG[case]
+    changes, message = WRONG[case]
     for key, inputs in changes.items():
         graph[key]["inputs"] |= inputs
-    assert told in refusal(graph, base)
+    assert message in refusal(graph, base)
 
 
 def test_a_missing_input_is_told(base: Path) -> None:
@@ -109,14 +109,14 @@ def test_own_windows_and_levels_that_do_not_fit_are_told(base: Path) -> None:
     graph["3"]["inputs"] |= {"chunk_schedule": ["9", 0], "length": 9}
     graph["9"] = {"class_type": "AutoRefinerChunkSchedule", "inputs": schedule}
     assert execute(graph, base)["3"][0]["samples"].shape[2] == 3
-    for change, told in (
+    for change, message in (
         ({"levels": "500, 1000"}, "levels 500,1000"),
         ({"levels": "900, 500"}, "begin with 1000"),
         ({"first_levels": "a"}, "first_levels 'a'"),
         ({"refined_levels": "500"}, "refined_levels"),
     ):
         graph["9"]["inputs"] = schedule | change
-        assert told in refusal(graph, base)
+        assert message in refusal(graph, base)
 
 
 def test_untrusted_files_are_refused(base: Path) -> None:
@@ -149,23 +149,25 @@ def test_all_that_is_wrong_is_told_at_once(base: Path) -> None:
             for name in ("file", "vae_name", "clip_name")
             if name in each["inputs"]
         }
-    told = refusal(graph, base)
-    assert told.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in told.strip()
+    message = refusal(graph, base)
+    assert (
+        message.count("'gone.safetensors' is not one of the") >= 2 and "\n" not in message.strip()
+    )
 
 
 def test_what_a_workflow_calls_its_nodes_stays_one_plain_line(base: Path) -> None:
     graph = small("text_to_video")
     graph["3"]["_meta"]["title"] = "Sampler\n\x1b[2J" + "x" * 1000
     graph["3"]["inputs"] |= {"length": 5, "positive": ["gone\n\x1b[2J", 0]}
-    told = refusal(graph, base)
-    assert "node 3 (Sampler  [2Jx" in told and "gone  [2J" in told and len(told) < 300
+    message = refusal(graph, base)
+    assert "node 3 (Sampler  [2Jx" in message and "gone  [2J" in message and len(message) < 300
     graph["3"]["class_type"] = "Other\n\x1b[2J"
     assert "Other  [2J" in refusal(graph, base)
 
 
 def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
     path = base / "graph.json"
-    for text, told in (
+    for text, message in (
         ("{", "is not JSON"),
         ("[]", "API format"),
         ('{"nodes": [], "links": []}', "of the page"),
@@ -174,7 +176,7 @@ def test_files_that_are_no_workflow_are_told(base: Path, capsys) -> None:
     ):
         path.write_text(text, encoding="utf-8")
         assert main(["run", str(path), "--base", str(base)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(["run", str(base / "none.json")]) == 2
     assert main(["run", str(path), "--base", str(base / "none")]) == 2
     path.write_text(json.dumps(small("text_to_video")))

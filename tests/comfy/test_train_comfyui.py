@@ -118,6 +118,6 @@ def test_a_training_takes_copies_of_the_weights_with_their_loras(
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert told.pop("lora") < 1e-5
-    assert all(told.values()), told
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report.pop("lora") < 1e-5
+    assert all(report.values()), report

@@ -179,8 +179,8 @@ def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
     graph = training(
         run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None
     )
-    told = training()["3"]["inputs"]["prompts"].splitlines()
-    graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in told)
+    prompts = training()["3"]["inputs"]["prompts"].splitlines()
+    graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in prompts)
     graph["8"] = node("CLIPTextEncode", text="", clip=["1", 1])
     with pytest.MonkeyPatch.context() as patch:
         combine = {"execute": classmethod(lambda cls, one, other: workflow.NodeOutput(one + other))}
@@ -204,7 +204,7 @@ def combined(body: dict) -> type:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "told"),
+    ("inputs", "message"),
     [
         ({"teacher": None}, "teacher"),
         ({"clip": None, "prompts": ""}, "empty prompt"),
@@ -220,8 +220,8 @@ def combined(body: dict) -> type:
         ({"model": ["1", 1]}, "MODEL"),
     ],
 )
-def test_what_cannot_be_trained_is_said(inputs: dict, told: str, base: Path) -> None:
-    assert told in refusal(training(**inputs), base)
+def test_what_cannot_be_trained_is_said(inputs: dict, message: str, base: Path) -> None:
+    assert message in refusal(training(**inputs), base)
     assert not (base / "output" / "autorefiner").exists()
 
 
