@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_graphs import node, of_kind, small
+from comfy_runs import NEAR, custom
 from comfy_server import Server, find_comfyui
-from demo_files import STAND_IN, random_pairs, use_demo_files, write_refiner
+from demo_files import STAND_IN, random_pairs, write_refiner
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
@@ -23,14 +24,11 @@ from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
 from autorefiner.refiner.wan.vae import raw_latents
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
-NEAR = {"atol": 1e-4, "rtol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(weights: Path, monkeypatch) -> None:
-    """The standalone host has the same bundle as the server."""
-    use_demo_files(weights, monkeypatch)
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI"),
+    pytest.mark.usefixtures("stand_ins"),
+]
 
 
 def refined(
@@ -154,14 +152,6 @@ def test_a_lora_that_is_bypassed_makes_a_merged_refiner_run_unmerged(server: Ser
     made, base = sampled(server, graph, "3", "60")
     assert not torch.equal(made, base)
     assert "injections" in server.log()
-
-
-def custom(method: str = "self-forcing", **inputs: object) -> dict:
-    """Return the SamplerCustomAdvanced workflow, short; node 8 is the SAMPLER."""
-    graph = small("sampler_custom_advanced")
-    graph["7"]["inputs"]["length"] = 21
-    graph["8"]["inputs"] |= {"method": method, **inputs}
-    return graph
 
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
