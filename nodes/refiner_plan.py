@@ -11,8 +11,6 @@ from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
 from .options import CacheOptions, ChunkSchedule
 
-FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branches"}
-
 
 @dataclass(frozen=True, slots=True)
 class RefinerLora:
@@ -29,10 +27,8 @@ class RefinerLora:
         card = self.card
         levels = ", ".join(map(str, card.levels))
         trained = f"; {card.objective[:40]}, {card.steps} steps" if card.objective else ""
-        return (
-            f"rank {card.rank}, levels {levels}, history {card.history}, previous x0"
-            f" {card.previous}{trained}"
-        )
+        modes = f"history {card.history}, previous x0 {card.previous}"
+        return f"rank {card.rank}, levels {levels}, {modes}{trained}"
 
 
 def plan_refiner(

@@ -15,7 +15,7 @@ from .wan.causal import CausalWan
 from .wan.lora import LoraPair
 from .wan.transformer import WanConfig, WanTransformer
 
-Form = Literal["auto", "merged", "branches"]
+Form = Literal["auto", "merged", "unmerged"]
 FORMS = get_args(Form)
 
 
@@ -109,11 +109,11 @@ class RefinerPlan:
     @property
     def nbytes(self) -> int:
         """Bytes that the refiner takes besides the base."""
-        return self.branch_bytes if self.form == "branches" else self.merged_bytes
+        return self.branch_bytes if self.form == "unmerged" else self.merged_bytes
 
     def chosen(self, merge: bool) -> "RefinerPlan":
         """Return the plan with its form settled."""
-        return replace(self, form="merged" if merge else "branches")
+        return replace(self, form="merged" if merge else "unmerged")
 
     def describe(self) -> str:
         """Describe the refiner for metadata and the terminal."""
@@ -141,7 +141,7 @@ class RefinerPlan:
         that returns a layer's weights (see `merged`).
         """
         options = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
-        if self.form != "branches":
+        if self.form != "unmerged":
             yield Refiner(merged(network, self.pairs, weights=weights), **options)
             return
         branches = Branches(network.model, self.pairs, dtype, device)

@@ -248,7 +248,10 @@ class Rollout:
     def renoise(
         self, x0: Tensor, level: Level, chunk: Chunk, repeat: int = 0, cache: Hashable = None
     ) -> Tensor:
-        """Take x0 to `level` with fresh noise from the noise path."""
+        """Take x0 to `level` with fresh noise from the noise path.
+
+        `repeat` 0 is the level's first draw; count further draws of it from 1.
+        """
         return add_noise(x0, self.draw(chunk, level, repeat, x0, cache), level.sigma)
 
     def commit(self, x: Tensor, chunk: Chunk, t: float = 0.0, cache: Hashable = None) -> None:

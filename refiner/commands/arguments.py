@@ -40,7 +40,7 @@ def levels(text: str) -> tuple[int, ...]:
 
 def refiner_form(text: str) -> str:
     """Parse the form of a refiner; `branches` is the older name of `unmerged`."""
-    form = {"unmerged": "branches"}.get(text, text)
+    form = {"branches": "unmerged"}.get(text, text)
     if form not in FORMS:
         raise argparse.ArgumentTypeError(f"{text!r}: give auto, merged or unmerged")
     return form

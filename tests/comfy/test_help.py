@@ -1,5 +1,4 @@
-"""Help pages and locales say something of every node and input, and the English ones what the nodes
-themselves say."""
+"""Help pages and locales cover every node and input; the English locale matches the schema."""
 
 import json
 from pathlib import Path
@@ -36,23 +35,21 @@ def test_make_locales_writes_the_same_file_each_time(tmp_path: Path) -> None:
 
 
 def test_the_chinese_locale_has_every_node_and_input() -> None:
-    translated = locale("zh")
-    assert set(translated) == set(SCHEMAS)
+    found = locale("zh")
+    assert set(found) == set(SCHEMAS)
     for kind, schema in SCHEMAS.items():
-        assert translated[kind]["display_name"] and translated[kind]["description"]
-        assert set(translated[kind]["inputs"]) == {socket.id for socket in schema.inputs}
-        assert all(
-            texts["name"] and texts["tooltip"] for texts in translated[kind]["inputs"].values()
-        )
+        assert found[kind]["display_name"] and found[kind]["description"]
+        assert set(found[kind]["inputs"]) == {socket.id for socket in schema.inputs}
+        assert all(spec["name"] and spec["tooltip"] for spec in found[kind]["inputs"].values())
 
 
 def test_the_page_has_each_of_its_words_in_every_language() -> None:
-    texts = words()
-    assert set(texts) == {"en", "zh"} and set(texts["en"]) == set(texts["zh"])
-    assert all(text for language in texts.values() for text in language.values())
-    assert asked() and asked() <= set(texts["en"])
+    found = words()
+    assert set(found) == {"en", "zh"} and set(found["en"]) == set(found["zh"])
+    assert all(text for language in found.values() for text in language.values())
+    assert asked() and asked() <= set(found["en"])
     source = (ROOT / "web" / "words.js").read_text(encoding="utf-8")
-    assert sum(map(len, texts.values())) == source.count('",\n'), "each word on a line of its own"
+    assert sum(map(len, found.values())) == source.count('",\n'), "each word on a line of its own"
 
 
 @pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
