@@ -53,9 +53,10 @@ class ReflectiveCacheNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "positions", options=list(POSITIONS), default=MODELS_OWN, advanced=True,
-                    tooltip="Temporal position of a remembered frame: its place in the video (absolute),"
-                    " or in the window (relative), which stays in the training range at any length."
-                    " sink-adjacent: as absolute, with the sink right before the oldest other frame.",
+                    tooltip="Temporal position of a remembered frame: its place in the video"
+                    " (absolute), or in the window (relative), which stays in the training range at"
+                    " any length. sink-adjacent: as absolute, with the sink right before the oldest"
+                    " other frame.",
                 ),
                 io.Combo.Input(
                     "history", options=list(HISTORY_MODES), default=HISTORY_MODES[0], advanced=True,

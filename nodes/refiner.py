@@ -7,12 +7,12 @@ from pathlib import Path
 from ..refiner.bundles import bundled_refiners, refiner_file
 from ..refiner.files import is_taken
 from ..refiner.noise.file import load_refiner, other_base, save_refiner
-from ..refiner.refiner_plan import check_fit
+from ..refiner.refiner_plan import FORMS, check_fit
 from ..refiner.wan.checkpoint import inspect
 from .api import CATEGORY, host, io
 from .load import stamped
 from .paths import SHOWN, check_inside
-from .refiner_plan import FORMS, RefinerLora
+from .refiner_plan import RefinerLora
 
 RefinerType = io.Custom("REFINER")
 SUFFIX = ".refiner.safetensors"
@@ -40,7 +40,7 @@ def read_refiner(file: str, strength: float, form: str) -> RefinerLora:
         raise ValueError(
             f"{file} is an ordinary LoRA and no refiner: connect it with LoraLoaderModelOnly"
         )
-    return RefinerLora(path.name, *load_refiner(path), strength, FORMS[form])
+    return RefinerLora(path.name, *load_refiner(path), strength, form)
 
 
 def is_plain_name(name: str) -> bool:

@@ -11,8 +11,6 @@ from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
 from .options import CacheOptions, ChunkSchedule
 
-FORMS: dict[str, Form] = {"auto": "auto", "merged": "merged", "unmerged": "branches"}
-
 
 @dataclass(frozen=True, slots=True)
 class RefinerLora:
@@ -29,7 +27,8 @@ class RefinerLora:
         card = self.card
         levels = ", ".join(map(str, card.levels))
         trained = f"; {card.objective[:40]}, {card.steps} steps" if card.objective else ""
-        return f"rank {card.rank}, levels {levels}, history {card.history}, previous x0 {card.previous}{trained}"
+        modes = f"history {card.history}, previous x0 {card.previous}"
+        return f"rank {card.rank}, levels {levels}, {modes}{trained}"
 
 
 def plan_refiner(
@@ -50,7 +49,8 @@ def plan_refiner(
         raise ValueError(f"REFINER {refiner.name} {error}: use a refiner of this MODEL") from error
     try:
         plan = RefinerPlan.of(
-            refiner.name, refiner.pairs, card, sorted(run_levels, reverse=True), dtype, form=refiner.form,
+            refiner.name, refiner.pairs, card, sorted(run_levels, reverse=True), dtype,
+            form=refiner.form,
             strength=refiner.strength, levels=(schedule and schedule.refined) or None,
             cache=cache.reflected(card.cache) if cache is not None else None,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Speed and memory of sampling on this machine, with random weights of a published size."""
+"""Measure the speed and memory of sampling with random weights of a published size."""
 
 import statistics
 import sys
@@ -30,13 +30,12 @@ from .wan.vae import DecoderState, WanVAE
 
 @dataclass(frozen=True, slots=True)
 class BenchSize:
-    """A model size and the clip that it is measured on (latent height and width, VAE base
-    width)."""
+    """A model size and the clip that it is measured on."""
 
     config: WanConfig
-    height: int
-    width: int
-    vae_dim: int
+    height: int  # latent
+    width: int  # latent
+    vae_dim: int  # base width of the VAE
 
 
 SIZES = {
@@ -48,7 +47,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Figures of one run; times are medians over the chunks after the first."""
+    """Figures of one run; times are medians over all chunks but the first."""
 
     size: str
     device: str
@@ -57,38 +56,41 @@ class BenchReport:
     chunks: int
     pass_ms: float  # one denoise pass
     chunk_ms: float  # all passes of a chunk, commit included
-    dit_fps: float  # pixel frames a second, without decoding
+    dit_fps: float  # pixel frames a second of the transformer alone
     decode_fps: float  # pixel frames a second of the VAE alone
     peak_bytes: int  # of the device, or of the process on a CPU
     kv_bytes: int
-    pass_gflop: float  # arithmetic of one denoise pass of the last chunk
-    matmul_gflops: float  # this device's matrix product, measured in this run
+    pass_gflop: float  # arithmetic of one denoise pass over the last chunk
+    matmul_gflops: float  # of a large matrix product with our Linear, in this run
     torch_matmul_gflops: float  # the same product through torch.nn.functional.linear
-    peak_share: float  # of that product's speed which the denoise pass reaches
+    peak_share: float  # speed of the denoise pass over that of the faster product
 
     def table(self) -> str:
-        """Aligned, one figure a line."""
-        head = f"{self.size}, {self.device}, {self.dtype}, {self.threads} threads, {self.chunks} chunks"
+        """Format as an aligned table, one figure a line."""
+        head = (
+            f"{self.size}, {self.device}, {self.dtype}, {self.threads} threads,"
+            f" {self.chunks} chunks"
+        )
+        fps = 1 / (1 / self.dit_fps + 1 / self.decode_fps)
+        product = f"{self.matmul_gflops:.0f} GFLOP/s"
+        torch_product = f"{self.torch_matmul_gflops:.0f}"
         rows = [
             ("a denoise pass", f"{self.pass_ms:.1f} ms"),
             ("a chunk", f"{self.chunk_ms:.1f} ms"),
             ("DiT alone", f"{self.dit_fps:.2f} frames/s"),
             ("decoding alone", f"{self.decode_fps:.2f} frames/s"),
-            ("both", f"{1 / (1 / self.dit_fps + 1 / self.decode_fps):.2f} frames/s"),
+            ("both", f"{fps:.2f} frames/s"),
             ("peak memory", f"{self.peak_bytes / 1e9:.3f} GB"),
             ("K/V memory", f"{self.kv_bytes / 1e9:.4f} GB"),
             ("arithmetic of a pass", f"{self.pass_gflop:.1f} GFLOP"),
-            (
-                "matrix product",
-                f"{self.matmul_gflops:.0f} GFLOP/s (torch's linear: {self.torch_matmul_gflops:.0f})",
-            ),
+            ("matrix product", f"{product} (torch's linear: {torch_product})"),
             ("share of it", f"{100 * self.peak_share:.0f} %"),
         ]
         return "\n".join([head, *(f"  {name:<22}{value:>14}" for name, value in rows)])
 
 
 def pass_flops(config: WanConfig, tokens: int, keys: int, text_tokens: int) -> float:
-    """Multiplications and additions of one pass: projections, both attentions, feed-forward."""
+    """Count multiplications and additions of a pass: projections, both attentions, feed-forward."""
     projections = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
     attention = 2 * config.dim * (keys + text_tokens)
     return 2 * config.num_layers * tokens * (projections + attention)
@@ -100,7 +102,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `run` takes, to its end on the device."""
+    """Return the seconds that `run` takes, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -111,14 +113,15 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
 def matmul_gflops(
     linear: Callable[[Tensor], Tensor], side: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Best of five of a product of square matrices, large enough that the launch does not count."""
+    """Return the best speed of five products of square matrices, large enough to hide launches."""
     x = torch.randn(side, side, device=device, dtype=dtype)
     linear(x)
-    return 2 * side**3 / min(clock(lambda: linear(x), device) for _ in range(5)) / 1e9
+    seconds = min(clock(lambda: linear(x), device) for _ in range(5))
+    return 2 * side**3 / seconds / 1e9
 
 
 def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-    """Weights drawn where and as they are used, so that nothing larger is ever allocated."""
+    """Draw random weights on the device in the dtype of use, so nothing larger is allocated."""
     with torch.device("meta"):
         model = WanTransformer(config).to(dtype)
     model.to_empty(device=device).requires_grad_(False)
@@ -130,9 +133,10 @@ def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) ->
 def bench(
     size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1
 ) -> BenchReport:
-    """Sample `chunks` chunks of 3 latent frames (at least 2) and decode them; see BenchReport.
+    """Sample and decode `chunks` chunks of 3 latent frames; see BenchReport.
 
-    Raises ValueError, before anything is loaded, when the model does not fit.
+    Raises ValueError for fewer than 2 chunks, and before anything is loaded when the model does not
+    fit into memory.
     """
     if chunks < 2:
         raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
@@ -140,18 +144,7 @@ def bench(
     config = case.config
     run = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
     plan = run.memory(config, dtype)
-    vae_bytes = WanVAE.decode_bytes(
-        case.vae_dim, 8 * case.height, 8 * case.width, preset.chunk, dtype
-    )
-    Estimate(
-        weights=parameter_count(config) * dtype.itemsize,
-        kv=plan.nbytes,
-        text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
-        activations=pass_bytes(config, plan, preset.chunk),
-        decode=vae_bytes,
-    ).check(available_bytes(device))
-
-    side = 8192 if device.type == "cuda" else 2048
+    estimate_bytes(case, run, dtype).check(available_bytes(device))
     with torch.no_grad():
         network = CausalWan(random_model(config, device, dtype), config)
         context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
@@ -159,17 +152,11 @@ def bench(
         pass_times, chunk_times, latents = measure_sampling(rollout, device)
         vae = WanVAE(case.vae_dim).to(device, dtype).requires_grad_(False)
         decode_fps = measure_decode(vae, latents, device)
-        layer = Linear(side, side, device=device, dtype=dtype)
-        ours = matmul_gflops(layer, side, device, dtype)
-        theirs = matmul_gflops(lambda x: F.linear(x, layer.weight, layer.bias), side, device, dtype)
+        matmul, torch_matmul = measure_matmul(device, dtype)
 
     pass_seconds, chunk_seconds = statistics.median(pass_times), statistics.median(chunk_times)
-    flops = pass_flops(
-        config,
-        preset.chunk * plan.frame_tokens,
-        plan.window_frames * plan.frame_tokens,
-        config.text_len,
-    )
+    tokens, keys = preset.chunk * plan.frame_tokens, plan.window_frames * plan.frame_tokens
+    flops = pass_flops(config, tokens, keys, config.text_len)
     return BenchReport(
         size=size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -183,17 +170,42 @@ def bench(
         peak_bytes=peak_bytes(device),
         kv_bytes=plan.nbytes,
         pass_gflop=flops / 1e9,
-        matmul_gflops=ours,
-        torch_matmul_gflops=theirs,
-        peak_share=flops / pass_times[-1] / 1e9 / max(ours, theirs),
+        matmul_gflops=matmul,
+        torch_matmul_gflops=torch_matmul,
+        peak_share=flops / pass_times[-1] / 1e9 / max(matmul, torch_matmul),
     )
+
+
+def estimate_bytes(case: BenchSize, run: RunPlan, dtype: torch.dtype) -> Estimate:
+    """Estimate the memory of a measured run."""
+    config, chunk = case.config, run.preset.chunk
+    plan = run.memory(config, dtype)
+    pixels = 8 * case.height, 8 * case.width
+    return Estimate(
+        weights=parameter_count(config) * dtype.itemsize,
+        kv=plan.nbytes,
+        text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
+        activations=pass_bytes(config, plan, chunk),
+        decode=WanVAE.decode_bytes(case.vae_dim, *pixels, chunk, dtype),
+    )
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return GFLOP/s of a large matrix product, through our Linear and through torch's."""
+    side = 8192 if device.type == "cuda" else 2048
+    layer = Linear(side, side, device=device, dtype=dtype)
+    ours = matmul_gflops(layer, side, device, dtype)
+    theirs = matmul_gflops(lambda x: F.linear(x, layer.weight, layer.bias), side, device, dtype)
+    return ours, theirs
 
 
 def measure_sampling(
     rollout: Rollout, device: torch.device
 ) -> tuple[list[float], list[float], list[Tensor]]:
-    """Seconds of single denoise passes (with their renoising) and of whole chunks, the first one
-    left out; latents."""
+    """Return seconds of denoise passes, seconds of chunks (without the first), and latents.
+
+    A pass counts with its renoising.
+    """
     marks: list[tuple[int, float]] = []
 
     def mark(progress: Progress) -> None:
@@ -212,22 +224,21 @@ def measure_sampling(
 
 
 def measure_decode(vae: WanVAE, latents: list[Tensor], device: torch.device) -> float:
-    """Pixel frames a second of the streaming decoder over all chunks but the first."""
+    """Return pixel frames a second of the streaming decoder over all chunks but the first."""
     state, dtype = DecoderState(), next(vae.parameters()).dtype
     vae.decode(latents[0].to(dtype), state)
-    seconds = [
-        clock(lambda part=part: vae.decode(part.to(dtype), state), device) for part in latents[1:]
-    ]
+    seconds = [clock(lambda x0=x0: vae.decode(x0.to(dtype), state), device) for x0 in latents[1:]]
     return 4 * latents[1].shape[2] / statistics.median(seconds)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest allocation on the device so far; on a CPU the process's largest resident size (0 on
-    Windows)."""
+    """Return the device's peak allocation; on a CPU the process's peak resident size.
+
+    0 on Windows, which does not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

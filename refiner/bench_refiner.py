@@ -1,8 +1,7 @@
-"""What a refiner costs: the base and every form of the refiner, taking turns in one run."""
+"""Measure the cost of a refiner: the base and every form of the refiner, taking turns."""
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,8 +21,7 @@ RANK, HEAD_RANK, ROUNDS = 128, 64, 5
 
 @dataclass(frozen=True, slots=True)
 class RefinerReport:
-    """Median milliseconds of a chunk by form, over all rounds and all chunks but the first and the
-    last."""
+    """Median milliseconds of a chunk by form, without the first and the last chunk of a run."""
 
     size: str
     device: str
@@ -31,10 +29,10 @@ class RefinerReport:
     threads: int
     rank: int
     chunk_ms: dict[str, float]
-    passes: dict[str, int]  # of the transformer, for a whole run, base's and refiner's
+    passes: dict[str, int]  # transformer passes of a whole run, by base and refiner together
 
     def table(self) -> str:
-        """Aligned, a form a line."""
+        """Format as an aligned table, one form a line."""
         base = self.chunk_ms["base"]
         lines = [
             f"{self.size}, {self.device}, {self.dtype}, {self.threads} threads, rank {self.rank}"
@@ -49,78 +47,76 @@ class RefinerReport:
 def bench_refiner(
     size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1
 ) -> RefinerReport:
-    """Sample `chunks` chunks (at least 3) with random weights and every form of a random refiner,
-    in turns.
+    """Sample `chunks` chunks with random weights, with the base and every form of a refiner.
 
-    Raises ValueError, before anything is loaded, when base and merged copy do not fit.
+    Raises ValueError for fewer than 3 chunks, and before anything is loaded when base and merged
+    copy do not fit into memory.
     """
     if chunks < 3:
         raise ValueError(
             f"{chunks} chunks: give at least 3, the first warms up and the last is not committed"
         )
     case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
-    needed, there = 2 * parameter_count(case.config) * dtype.itemsize, available_bytes(device)
-    if needed > there:
+    needed, free = 2 * parameter_count(case.config) * dtype.itemsize, available_bytes(device)
+    if needed > free:
         raise ValueError(
-            f"base and merged copy take {needed / 1e9:.1f} GB and {there / 1e9:.1f} GB are free"
+            f"base and merged copy take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free:"
+            " measure a smaller --size"
         )
     with torch.no_grad():
         base = CausalWan(random_model(case.config, device, dtype), case.config)
         pairs = random_pairs(base, device, dtype)
         copied, branches = merged(base, pairs), Branches(base.model, pairs)
-        forms: dict[str, Callable[[], Refiner] | None] = {"base": None}
+        forms: dict[str, Refiner | None] = {"base": None}
         for previous in ("pending", "joint"):
             cache = ReflectiveCache("shared", previous)
-            forms[f"{previous}, merged"] = lambda cache=cache: Refiner(copied, cache)
-            forms[f"{previous}, branches"] = lambda cache=cache: Refiner(
-                base, cache, on=branches.on
-            )
-        context = torch.randn(
-            1, case.config.text_len, case.config.text_dim, device=device, dtype=dtype
-        )
+            forms[f"{previous}, merged"] = Refiner(copied, cache)
+            forms[f"{previous}, branches"] = Refiner(base, cache, on=branches.on)
+        tokens = case.config.text_len, case.config.text_dim
+        context = torch.randn(1, *tokens, device=device, dtype=dtype)
         plan = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
         times: dict[str, list[float]] = {name: [] for name in forms}
         counts: dict[str, int] = {}
         for round_ in range(ROUNDS + 1):
-            for name, make in forms.items():
-                seconds, passes = chunk_seconds(
-                    base, copied, context, plan, make() if make else None, device
-                )
+            for name, refiner in forms.items():
+                seconds, passes = chunk_seconds(base, copied, context, plan, refiner, device)
                 counts[name] = passes
                 times[name] += seconds if round_ else []  # the first round warms up
-    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-    told = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return RefinerReport(
-        size,
-        told,
-        str(dtype).removeprefix("torch."),
-        torch.get_num_threads(),
-        RANK,
-        medians,
-        counts,
+        size=size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        rank=RANK,
+        chunk_ms={name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
+        passes=counts,
     )
 
 
 def random_pairs(base: CausalWan, device: torch.device, dtype: torch.dtype) -> dict[str, LoraPair]:
-    """Factors of the usual rank for every layer."""
+    """Draw factors of the usual rank for every layer."""
     pairs = {}
     for name, module in target_modules(base.model).items():
         out, into = module.weight.shape
         rank = min(RANK, HEAD_RANK if name == "head.head" else RANK)
-        down, up = (
-            0.01 * torch.randn(*shape, device=device, dtype=dtype)
-            for shape in ((rank, into), (out, rank))
-        )
+        down = 0.01 * torch.randn(rank, into, device=device, dtype=dtype)
+        up = 0.01 * torch.randn(out, rank, device=device, dtype=dtype)
         pairs[name] = LoraPair(down, up, 1.0)
     return pairs
 
 
 def chunk_seconds(
-    base: CausalWan, copied: CausalWan, context: torch.Tensor, plan: RunPlan, refiner: Refiner | None,
+    base: CausalWan,
+    copied: CausalWan,
+    context: torch.Tensor,
+    plan: RunPlan,
+    refiner: Refiner | None,
     device: torch.device,
-) -> tuple[list[float], int]:  # fmt: skip
-    """Seconds of each chunk but the first and the last, and how often a time embedding was asked
-    for: the passes."""
+) -> tuple[list[float], int]:
+    """Return seconds of each chunk but the first and the last, and the number of passes.
+
+    A pass is counted by its call of a time embedding.
+    """
     passes = 0
 
     def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The models that come with the package: a row each, with all that sampling and training need."""
+"""The bundled models: one row each, with everything that sampling and training need."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ ChooseFrames = Callable[[FrameDraw], FrameDraw]  # the frames a reward sees, giv
 
 @dataclass(frozen=True, slots=True)
 class TrainingKit:
-    """What a refiner's training takes from a bundle beside model, VAE and text encoder."""
+    """Inputs of a refiner's training besides model, VAE and text encoder."""
 
     teacher: Path  # a bidirectional network on the same latents: the real score
     prompts: Callable[[int], list[str]]  # the first n training prompts
@@ -40,7 +40,7 @@ class TrainingKit:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundled model. Add one as a row of BUNDLES; nothing else asks for its name."""
+    """A bundled model. To add one, add a row to BUNDLES; no other code names it."""
 
     name: str
     model: Path | WanConfig  # a file, or the sizes of a network with random weights
@@ -48,12 +48,12 @@ class Bundle:
     text: Callable[[torch.device | str], Encode]
     notes: Callable[[str | None, int, int], list[str]]  # warnings on prompt, width, height
     size: tuple[int, int] = PUBLISHED_SIZE
-    preset: str = "self-forcing"  # where no file names one
+    preset: str = "self-forcing"
     refiners: Mapping[str, Path] = field(default_factory=dict)
     training: TrainingKit | None = None  # None: trainings cannot use it
 
     def prompt_notes(self, prompt: str) -> list[str]:
-        """Warnings on a prompt at the size that the model was trained for."""
+        """Return warnings on a prompt at the size that the model was trained for."""
         return self.notes(prompt, *self.size)
 
 
@@ -78,7 +78,7 @@ def sprites(folder: Path = WEIGHTS) -> Bundle:
 
 
 def random_tiny() -> Bundle:
-    """Describe a tiny untrained model, which tries the machinery on any machine."""
+    """Describe a tiny untrained model, to try the commands on any machine."""
     return Bundle(
         name="random-tiny",
         model=WAN_TINY,
@@ -89,7 +89,10 @@ def random_tiny() -> Bundle:
 
 
 def sprite_notes(prompt: str | None, width: int, height: int) -> list[str]:
-    """Warn of words and sizes the sprites were not trained on; `prompt` is None with a context."""
+    """Warn of words and sizes that the sprites were not trained on.
+
+    `prompt` is None where the run has a context instead.
+    """
     if prompt is None:
         return []
     lines = misread(prompt)
@@ -100,7 +103,7 @@ def sprite_notes(prompt: str | None, width: int, height: int) -> list[str]:
 
 
 def random_context(config: WanConfig, prompts: list[str]) -> Tensor:
-    """Contexts [B, text_len, text_dim] drawn at random, each seeded by a hash of its prompt."""
+    """Draw contexts [B, text_len, text_dim], each seeded by a hash of its prompt."""
     contexts = []
     for prompt in prompts:
         digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
@@ -113,23 +116,26 @@ BUNDLES = {bundle.name: bundle for bundle in (sprites(), random_tiny())}
 
 
 def find_bundle(name: str) -> Bundle | None:
-    """The bundle of this name; None for a file."""
+    """Return the bundle of this name; None for a file."""
     return BUNDLES.get(name)
 
 
 def find_training_bundle(name: str) -> Bundle | None:
-    """The bundle of this name that trainings can use; None for a file."""
+    """Return the bundle of this name if trainings can use it, else None."""
     bundle = find_bundle(name)
     return bundle if bundle and bundle.training else None
 
 
 def bundled_refiners() -> dict[str, Path]:
-    """The files of all bundled refiners by name, whether they are there or not."""
+    """Return the files of all bundled refiners by name; they may be missing."""
     return {name: path for bundle in BUNDLES.values() for name, path in bundle.refiners.items()}
 
 
 def refiner_file(name: str) -> Path | None:
-    """The file of a bundled refiner; None for another name. ValueError where it is missing."""
+    """Return the file of a bundled refiner; None for another name.
+
+    Raises ValueError when the file is missing.
+    """
     path = bundled_refiners().get(name)
     if path and not path.exists():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Devices and dtypes by the names that a user gives them."""
+"""Look up devices and dtypes by the names that users give."""
 
 import torch
 
@@ -6,7 +6,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is the first GPU, else the CPU. ValueError if absent."""
+    """Return the device of this name; `auto` is the first GPU, else the CPU.
+
+    Raises ValueError for a device that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +28,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of this name; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Return the dtype of this name; `auto` is bf16 on a GPU and fp32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]

@@ -1,4 +1,4 @@
-"""How much memory a run takes and how much there is: known before anything is loaded."""
+"""Estimate the memory of a run before anything is loaded, and compare it with what is free."""
 
 import ctypes
 import os
@@ -16,30 +16,24 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes of a run on one device, by what takes them."""
+    """Bytes that a run takes on one device, by use."""
 
     weights: int  # of the transformer
     kv: int  # keys and values of the past and the current chunk
     text_kv: int  # cross-attention keys and values of the prompt
     activations: int  # of one pass over one chunk
     decode: int  # weights, state and activations of the VAE decoder
-    refiner: int = 0  # its branches, or a merged second copy of the weights that they change
-    text_encoder: int = 0  # its weights, which are gone before the transformer's are loaded
+    refiner: int = 0  # its branches, or a merged copy of the weights that they change
+    text_encoder: int = 0  # its weights, freed before the transformer is loaded
 
     @property
     def total(self) -> int:
-        """What is never alive at once does not add up: the larger counts."""
-        return max(
-            self.text_encoder,
-            self.weights
-            + self.refiner
-            + self.kv
-            + self.text_kv
-            + max(self.activations, self.decode),
-        )
+        """Peak, not sum: the text encoder is freed before the transformer is loaded."""
+        stored = self.weights + self.refiner + self.kv + self.text_kv
+        return max(self.text_encoder, stored + max(self.activations, self.decode))
 
     def lines(self) -> str:
-        """An aligned table."""
+        """Format as an aligned table."""
         rows = {
             "transformer weights": self.weights,
             "refiner": self.refiner,
@@ -53,8 +47,7 @@ class Estimate:
         return "\n".join(f"{name:<32}{size / GB:9.3f} GB" for name, size in rows.items())
 
     def check(self, available: int) -> None:
-        """Raise ValueError, with the numbers and what to lower, when this does not fit in
-        `available` bytes."""
+        """Raise ValueError, which says what to lower, when this exceeds `available` bytes."""
         if self.total <= available:
             return
         causes = {
@@ -68,40 +61,37 @@ class Estimate:
                 "encode the prompt elsewhere and give --context or --context-cache",
             ),
         }
-        name, (size, lower) = max(causes.items(), key=lambda cause: cause[1][0])
+        name, (size, advice) = max(causes.items(), key=lambda cause: cause[1][0])
         raise ValueError(
-            f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are free; the most is the"
-            f" {name} with {size / GB:.1f} GB: {lower}"
+            f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are free;"
+            f" the largest share is the {name} with {size / GB:.1f} GB: {advice}"
         )
 
 
 def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
-    """Of a prompt's cross-attention keys and values in every layer."""
+    """Bytes of a prompt's cross-attention keys and values in every layer."""
     return 2 * config.num_layers * batch * tokens * config.dim * dtype.itemsize
 
 
 def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
-    """About the most that is alive in a pass over `chunk` frames: in the feed-forward, or in the
-    attention."""
+    """Approximate peak of a pass over `chunk` frames, in the feed-forward or in the attention."""
     tokens = plan.batch * chunk * plan.frame_tokens
     values = tokens * max(2 * config.ffn_dim + 12 * config.dim, 18 * config.dim)
-    turned = (
-        plan.batch * plan.window_frames * plan.frame_tokens * config.dim
-        if plan.keys == "raw"
-        else 0
-    )
-    # Raw keys are rotated in fp32: they and the result.
-    return values * plan.dtype.itemsize + 8 * turned + plan.read_bytes
+    rotated = 0
+    if plan.keys == "raw":
+        rotated = plan.batch * plan.window_frames * plan.frame_tokens * config.dim
+    # Raw keys are rotated in fp32: two tensors of 4 bytes a value, the keys and the result.
+    return values * plan.dtype.itemsize + 8 * rotated + plan.read_bytes
 
 
 def parameter_count(config: WanConfig) -> int:
-    """Of a Wan2.1 transformer of these sizes."""
+    """Count the parameters of a Wan2.1 transformer of these sizes."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in WanTransformer(config).parameters())
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free now on the device (of a CPU: what the kernel says is available)."""
+    """Return the memory that is free now on a GPU, or that the kernel reports as available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "win32":
@@ -115,9 +105,9 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_room(nbytes: int, what: str, instead: str) -> None:
-    """Raise ValueError, which says what to do instead, when something takes more of a CPU's memory
-    than is free."""
-    if nbytes > (free := available_bytes(torch.device("cpu"))):
+    """Raise ValueError, with the advice `instead`, when `what` exceeds the free CPU memory."""
+    free = available_bytes(torch.device("cpu"))
+    if nbytes > free:
         raise ValueError(
             f"{what} takes {nbytes / GB:.1f} GB and {free / GB:.1f} GB are free: {instead}"
         )
@@ -127,9 +117,12 @@ class MemoryStatus(ctypes.Structure):
     """Windows' MEMORYSTATUSEX."""
 
     _fields_ = (
-        ("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("total", ctypes.c_uint64), ("free", ctypes.c_uint64),
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("free", ctypes.c_uint64),
         ("others", ctypes.c_uint64 * 5),
-    )  # fmt: skip
+    )
 
 
 def _windows_bytes() -> int:

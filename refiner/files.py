@@ -1,5 +1,4 @@
-"""Files that grow while they are written: their names, their locks, and whether they can be made at
-all."""
+"""Output files: names of partial and numbered ones, locks, and checks before a run."""
 
 import errno
 import io
@@ -12,20 +11,22 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# What file systems without locks answer, as some of clusters and network shares do.
+# Errors of file systems without locks, such as some network shares and those of clusters.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
-MOST_FOLDERS = 200  # of a path that is written
-INSTEAD = "give another --out, or wait"  # what to do while another run writes
+MOST_FOLDERS = 200  # in an output path
+INSTEAD = "give another --out, or wait"  # advice while another run writes
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file lies until it is finished."""
+    """Return the name of a file until it is finished."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
 def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
-    """Return the first NAME_00001_.mp4, counting from `counter`, that no finished or partial file
-    uses."""
+    """Return the first free NAME_00001_.mp4, counting from `counter`.
+
+    A name is free where neither a finished nor a partial file uses it.
+    """
     while True:
         path = folder / f"{name}_{counter:05}_{suffix}"
         if not is_taken(path) and not is_taken(partial_path(path)):
@@ -34,8 +35,10 @@ def unused_path(folder: Path, name: str, suffix: str, counter: int = 1) -> Path:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something has this name, be it a link that leads nowhere. OSError for what cannot be
-    a name."""
+    """Whether a file, a folder or a link, even a dangling one, has this name.
+
+    Raises OSError for a name that the system does not allow.
+    """
     try:
         path.lstat()
     except FileNotFoundError:
@@ -44,15 +47,15 @@ def is_taken(path: Path) -> bool:
 
 
 def renames_open_files() -> bool:
-    """Whether a file may be renamed and deleted while it is open, as on any system but Windows."""
+    """Whether the system can rename and delete open files; Windows cannot."""
     return fcntl is not None
 
 
 def lock(file: io.FileIO, path: Path, instead: str) -> None:
-    """Lock an open file for this run; ValueError, which says what to do instead, where another run
-    holds the lock.
+    """Lock an open file for this run.
 
-    A file system without locks is warned of and written to all the same. OSError names the path.
+    Raises ValueError, which says what to do `instead`, when another run holds the lock. Warns of a
+    file system without locks and goes on. OSError names the path.
     """
     if fcntl is None:
         return
@@ -69,7 +72,7 @@ def lock(file: io.FileIO, path: Path, instead: str) -> None:
 
 
 def open_locked(path: Path, instead: str) -> io.FileIO:
-    """Open a file for writing, locked and as it is; ValueError where another run writes it."""
+    """Open a file for writing, locked and not truncated; ValueError while another run writes it."""
     while True:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
@@ -80,11 +83,11 @@ def open_locked(path: Path, instead: str) -> io.FileIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # the run that held the lock until now has renamed it
+        file.close()  # the run that held the lock has renamed the file in the meantime
 
 
 def is_open(file: io.FileIO, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
+    """Whether an open file is still the file at a path."""
     if not renames_open_files():
         return True
     try:
@@ -94,15 +97,14 @@ def is_open(file: io.FileIO, path: Path) -> bool:
 
 
 def open_exclusive(path: Path, instead: str = INSTEAD) -> io.FileIO:
-    """An empty file that no other run writes; ValueError, which says what to do instead, where one
-    does."""
+    """Open a file for writing, locked and emptied; ValueError while another run writes it."""
     file = open_locked(path, instead)
     file.truncate(0)
     return file
 
 
 def check_output(path: Path) -> None:
-    """Raise ValueError unless a file can be made at `path`, whose folder is made if need be."""
+    """Create the folder of `path`; ValueError unless a file can be written there."""
     if len(path.parts) > MOST_FOLDERS:
         raise ValueError(
             f"output of {len(path.parts)} folders: give a name in at most {MOST_FOLDERS}"

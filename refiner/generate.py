@@ -1,4 +1,4 @@
-"""Generate a video: load the models, then sample, decode and write it chunk by chunk."""
+"""Generate a video: load the models, then sample, decode and write chunk by chunk."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,9 +26,10 @@ SHEET_FRAMES = 24
 
 
 def read_context(path: Path, config: WanConfig) -> Tensor:
-    """Read a text encoder's output from a .safetensors; zero-padded [1, text_len, text_dim].
+    """Read an encoded prompt from a .safetensors file, zero-padded to [1, text_len, text_dim].
 
-    Its key is `prompt_embeds` or `context`. ValueError for another encoder's, or one too long.
+    Its key is `prompt_embeds` or `context`. Raises ValueError for the output of another encoder,
+    and for too many tokens.
     """
     file = open_weights(path)
     tensors = file.groups.get("flat", {})
@@ -54,7 +55,7 @@ def read_context(path: Path, config: WanConfig) -> Tensor:
 
 
 def make_context(job: Job) -> Tensor:
-    """The prompt as the network takes it, [1, text_len, text_dim]."""
+    """Read or encode the prompt; [1, text_len, text_dim]."""
     options = job.options
     if options.context:
         return read_context(options.context, job.config)
@@ -71,9 +72,12 @@ def encode_prompt(job: Job) -> Tensor:
     """Encode the prompt with the text encoder, then free it; [1, text_len, text_dim]."""
     options, config = job.options, job.config
     encoder = load_text_encoder(
-        options.text_encoder, options.tokenizer, device=job.device, text_len=config.text_len,
+        options.text_encoder,
+        options.tokenizer,
+        device=job.device,
+        text_len=config.text_len,
         cache_dir=options.context_cache,
-    )  # fmt: skip
+    )
     if encoder.text_dim != config.text_dim:
         raise ValueError(
             f"{options.text_encoder} gives tokens of {encoder.text_dim}, this model takes"
@@ -111,9 +115,9 @@ def load_vae(job: Job) -> WanVAE:
 
 @torch.no_grad()
 def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> Iterator[int]:
-    """Sample, decode and write chunk by chunk; yield the pixel frames in the file after each.
+    """Sample, decode and write chunk by chunk; yield the number of frames in the file after each.
 
-    An error or an interrupt leaves NAME.partial.mp4 (and the partial latents) with every finished
+    After an error or an interrupt, NAME.partial.mp4 (and the partial latents) hold every finished
     chunk.
     """
     options = job.options
@@ -140,9 +144,9 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
 
 
 def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[Tensor | None]:
-    """Load the models and yield None, then yield the x0 of each new chunk.
+    """Load the models and yield None, then the x0 of each new chunk.
 
-    Loads nothing where all chunks are given.
+    Loads nothing when all chunks are given.
     """
     if not job.plan.frames:
         yield None
@@ -153,14 +157,20 @@ def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[T
     with job.refiner.attached(network) if job.refiner else nullcontext() as refiner:
         yield None
         chunks = sample(
-            network, context, job.plan, seed=job.options.seed, initial=job.initial,
-            method=job.method, callback=callback, refiner=refiner,
-        )  # fmt: skip
+            network,
+            context,
+            job.plan,
+            seed=job.options.seed,
+            initial=job.initial,
+            method=job.method,
+            callback=callback,
+            refiner=refiner,
+        )
         yield from finite(chunks, len(job.plan.given_chunks))
 
 
 def saving(chunks: Iterator[Tensor], latents: LatentWriter) -> Iterator[Tensor]:
-    """Write each chunk to disk before passing it on, so that the latents never lag the video."""
+    """Write each chunk to disk before passing it on, so the latents never lag behind the video."""
     for x0 in chunks:
         latents.write(x0)
         yield x0

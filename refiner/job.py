@@ -1,4 +1,4 @@
-"""A request for a video, checked against its files and counted in bytes before any loading."""
+"""Check a request for a video against its files, and estimate its memory, before any loading."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,7 @@ PUBLISHED_VAE_DIM = 96
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request, with its memory estimate. Its files are open, and nothing is loaded
-    yet."""
+    """A checked request with its memory estimate. Its files are open, no weights are loaded."""
 
     options: GenerateOptions
     files: "OpenFiles"
@@ -48,16 +47,15 @@ class Job:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of the video and latents files."""
+        """Metadata of the video and latents files."""
         options = self.options
-        return {
+        metadata = {
             "prompt": options.prompt,
             "seed": str(options.seed),
             "preset": self.preset_name,
             "levels": ",".join(map(str, self.preset.levels)),
             "model": Path(options.model).name,
             "method": options.method,
-            **({"policy": options.policy} if options.policy != "window" else {}),
             "frames": str(options.frames),
             "size": f"{options.width}x{options.height}",
             "window": f"{self.preset.window}, sink {self.preset.sink}",
@@ -65,39 +63,39 @@ class Job:
             "weights": options.weights,
             "noise": str(NOISE_VERSION),
             "chunk_lengths": format_lengths(self.plan.lengths),
-            **(
-                {"lora": ", ".join(lora.describe() for lora in options.lora)}
-                if options.lora
-                else {}
-            ),
-            **({"refiner": self.refiner.describe()} if self.refiner else {}),
         }
+        if options.policy != "window":
+            metadata["policy"] = options.policy
+        if options.lora:
+            metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
+        if self.refiner:
+            metadata["refiner"] = self.refiner.describe()
+        return metadata
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """The model files of a run, each opened once; None for random weights, or where none is
-    named."""
+    """The model files of a run, each opened once; None for random weights and for no file."""
 
     model: Checkpoint | None
     vae: Checkpoint | None
 
     @classmethod
     def of(cls, options: GenerateOptions) -> "OpenFiles":
-        """Open what a request names; ValueError where a file cannot be."""
-        model, vae = options.model_source, options.vae_source
-        return cls(
-            open_checkpoint(model, weights=options.weights, lora=options.lora)
-            if isinstance(model, Path)
-            else None,
-            open_checkpoint(vae) if isinstance(vae, Path) else None,
-        )
+        """Open the files that a request names; ValueError for one that cannot be read."""
+        model, vae = None, None
+        if isinstance(options.model_source, Path):
+            weights, lora = options.weights, options.lora
+            model = open_checkpoint(options.model_source, weights=weights, lora=lora)
+        if isinstance(options.vae_source, Path):
+            vae = open_checkpoint(options.vae_source)
+        return cls(model, vae)
 
 
 def prepare(options: GenerateOptions) -> Job:
     """Check a request and estimate its memory, without loading weights.
 
-    ValueError says what to change. A dry run may ask for more memory than is free.
+    Raises ValueError, which says what to change. A dry run may ask for more memory than is free.
     """
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
@@ -122,9 +120,21 @@ def prepare(options: GenerateOptions) -> Job:
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
     job = Job(
-        options, files, config, preset, name, reason, plan, method, device, dtype, initial, estimate,
-        refiner, extended,
-    )  # fmt: skip
+        options=options,
+        files=files,
+        config=config,
+        preset=preset,
+        preset_name=name,
+        preset_reason=reason,
+        plan=plan,
+        method=method,
+        device=device,
+        dtype=dtype,
+        initial=initial,
+        estimate=estimate,
+        refiner=refiner,
+        extended=extended,
+    )
     if not options.dry_run:
         options.outputs.check(job.metadata)
         estimate.check(available_bytes(device))
@@ -132,7 +142,7 @@ def prepare(options: GenerateOptions) -> Job:
 
 
 def identify(options: GenerateOptions, checkpoint: Checkpoint | None) -> tuple[WanConfig, str, str]:
-    """The model's sizes, the name of its preset, and how that is known."""
+    """Return the model's sizes, its preset's name, and the reason for that preset."""
     if checkpoint is None:
         return options.model_source, options.preset or options.bundle.preset, "untrained"
     info = checkpoint.info
@@ -147,19 +157,28 @@ def identify(options: GenerateOptions, checkpoint: Checkpoint | None) -> tuple[W
 def plan_refiner(
     options: GenerateOptions, config: WanConfig, preset: Preset, dtype: torch.dtype
 ) -> RefinerPlan:
-    """Read the refiner and check it against the model; not yet on a device."""
-    path = refiner_file(options.refiner) or Path(options.refiner)
+    """Read the refiner and check it against the model; its tensors are not on a device yet."""
     return RefinerPlan.read(
-        path, config, preset.all_levels, dtype, form=options.refiner_form,
-        strength=options.refiner_strength, levels=options.refined_levels,
-    )  # fmt: skip
+        refiner_file(options.refiner) or Path(options.refiner),
+        config,
+        preset.all_levels,
+        dtype,
+        form=options.refiner_form,
+        strength=options.refiner_strength,
+        levels=options.refined_levels,
+    )
 
 
 def estimate_memory(
-    options: GenerateOptions, files: OpenFiles, config: WanConfig, plan: RunPlan, method: Method,
-    dtype: torch.dtype, refiner: RefinerPlan | None,
-) -> Estimate:  # fmt: skip
-    """Count the bytes of each part of a run."""
+    options: GenerateOptions,
+    files: OpenFiles,
+    config: WanConfig,
+    plan: RunPlan,
+    method: Method,
+    dtype: torch.dtype,
+    refiner: RefinerPlan | None,
+) -> Estimate:
+    """Estimate the bytes of a run by use."""
     chunk = plan.preset.chunk
     memory = plan.memory(config, dtype, refined=refiner is not None)
     caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
@@ -177,9 +196,9 @@ def estimate_memory(
 
 
 def text_encoder_bytes(options: GenerateOptions) -> int:
-    """Bytes of the text encoder's weights in the dtype they run in (fp8 runs in bf16).
+    """Return the bytes of the text encoder's weights in the dtype they run in (bf16 for fp8).
 
-    0 with a context cache, which may hold the prompt.
+    0 with a context cache, which may already hold the prompt.
     """
     if options.context or not options.text_encoder or options.context_cache:
         return 0
@@ -188,7 +207,7 @@ def text_encoder_bytes(options: GenerateOptions) -> int:
 
 
 def notes(job: Job) -> list[str]:
-    """What a user should know of the request before it runs, a line each."""
+    """List what a user should know of the request before it runs, one line each."""
     options = job.options
     lines = [f"{name} does nothing in this run" for name in options.unused()]
     if options.extend and job.initial is None:

@@ -1,8 +1,7 @@
-"""Latents of a video in a .safetensors file that grows by a chunk at a time and is readable
-whenever it stops.
+"""Latents of a video in a .safetensors file that grows chunk by chunk and is always readable.
 
-Only whole chunks are ever read. The metadata `chunk_lengths` says how the frames are cut, like
-`1,3x6,2`: a kill can leave a part of the last chunk, and a run that went on from it would make
+Only whole chunks are read. The metadata `chunk_lengths`, like `1,3x6,2`, says how the frames are
+cut: a killed run can leave an incomplete last chunk, and a run that continued from it would produce
 another clip.
 """
 
@@ -26,33 +25,26 @@ from .files import partial_path
 from .reading import open_regular
 from .schedule import PRESETS, chunk_lengths, latent_frames
 
-# [F, C, h, w], fp32, normalised; frame-major, so that a chunk is appended and nothing is moved
+# [F, C, h, w], fp32, normalised; frame-major, so a new chunk is appended and nothing moves
 KEY = "latents"
-HEADER = (
-    16384  # bytes, padded with spaces: written again with the final shape when the file is closed
-)
+# bytes, padded with spaces; rewritten with the final shape when the file is closed
+HEADER = 16384
 LENGTHS = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?")
-OTHER_FILE = (
-    OSError,
-    struct.error,
-    ValueError,
-    TypeError,
-    KeyError,
-    RecursionError,
-)  # what reading its header raises
+# raised when the header of a file of another kind is read
+OTHER_FILE = (OSError, struct.error, ValueError, TypeError, KeyError, RecursionError)
 
 
 class LatentWriter:
-    """Appends chunks to NAME.partial.safetensors; closing it well renames it to NAME.
+    """Append chunks to NAME.partial.safetensors; closing it without an error renames it to NAME.
 
-    A file that was cut off by a kill lacks only its final shape, which `read_latents` does without.
-    `given` latents [1, C, F, h, w] stand in it from the start, so a run may go on from the partial
-    file that it is about to write. A chunk is on disk when `write` returns.
+    The file of a killed run lacks only its final shape, which `read_latents` does not need. `given`
+    latents [1, C, F, h, w] are written first, so a run may continue from the partial file that it
+    replaces. A chunk is on disk when `write` returns.
     """
 
     @staticmethod
     def check(metadata: dict[str, str]) -> None:
-        """Raise ValueError when metadata does not fit into the header."""
+        """Raise ValueError for metadata that does not fit into the header."""
         size = len(json.dumps(metadata, ensure_ascii=False).encode())
         if size > HEADER - 256:
             raise ValueError(
@@ -72,20 +64,19 @@ class LatentWriter:
         self.metadata = metadata
         self.frames = 0
         self.check(metadata)
-        begun = self.partial.with_name(f".{self.partial.name}")
-        self.file = open(begun, "wb")  # noqa: SIM115, closed below
+        hidden = self.partial.with_name(f".{self.partial.name}")
+        self.file = open(hidden, "wb")  # noqa: SIM115, closed below
         self.file.write(self._header())
         if given is not None:
             self.write(given)
         os.fsync(self.file.fileno())
-        self.file.close()  # Windows renames no open file
-        os.replace(begun, self.partial)
+        self.file.close()  # Windows cannot rename open files
+        os.replace(hidden, self.partial)
         self.file = open(self.partial, "r+b", buffering=0)  # noqa: SIM115, closed by close()
         self.file.seek(0, os.SEEK_END)
 
     def write(self, latents_BCFhw: Tensor) -> None:
-        """Append a chunk [1, C, F, h, w], whole or, where the disk is full (OSError), not at
-        all."""
+        """Append a chunk [1, C, F, h, w]; on a full disk (OSError) nothing of it is left."""
         frames = latents_BCFhw[0].transpose(0, 1).float().cpu().contiguous()
         end, rest = self.file.tell(), memoryview(frames.numpy().tobytes())
         try:
@@ -96,7 +87,8 @@ class LatentWriter:
         except OSError as error:
             self.file.truncate(end)
             raise OSError(
-                f"{self.partial}: a chunk could not be written ({error.strerror}): make room, then go on with --extend"
+                f"{self.partial}: a chunk could not be written ({error.strerror}): make room, then"
+                " go on with --extend"
             ) from error
         self.frames += len(frames)
 
@@ -107,10 +99,9 @@ class LatentWriter:
         self.close(finished=kind is None)
 
     def close(self, finished: bool) -> Path:
-        """Write the final header; a finished file takes its name, a stopped one stays partial."""
-        self.file.truncate(
-            8 + HEADER + 4 * self.frames * math.prod(self.frame_shape)
-        )  # an interrupted write ends here
+        """Write the final header; rename a finished file, leave a stopped one partial."""
+        nbytes = 4 * self.frames * math.prod(self.frame_shape)
+        self.file.truncate(8 + HEADER + nbytes)  # cut off an interrupted write
         self.file.seek(0)
         self.file.write(self._header())
         os.fsync(self.file.fileno())
@@ -132,18 +123,19 @@ class LatentWriter:
 
 @dataclass(frozen=True, slots=True)
 class LatentsInfo:
-    """A latents file by its header and size: whole frames in whole chunks, shape [C, h, w] of a
-    frame, metadata."""
+    """Contents of a latents file, by its header and size."""
 
-    frames: int
-    frame_shape: tuple[int, int, int]
+    frames: int  # in whole chunks
+    frame_shape: tuple[int, int, int]  # [C, h, w]
     metadata: dict[str, str]
-    cut: bool  # whether a part of a chunk follows
+    cut: bool  # whether an incomplete chunk follows
 
 
 def inspect_latents(path: Path) -> LatentsInfo:
-    """Read the header of a file by `LatentWriter`, finished, stopped or cut off by a kill;
-    ValueError for another."""
+    """Read the header of a file by `LatentWriter`, be it finished, stopped or killed.
+
+    Raises ValueError for another file.
+    """
     try:
         with open_regular(path) as file:
             (written, *frame_shape), metadata = _read_header(file)
@@ -160,17 +152,15 @@ def inspect_latents(path: Path) -> LatentsInfo:
 
 
 def count_latents(path: Path) -> int:
-    """Latent frames in whole chunks of a file by `LatentWriter`; 0 where its run ended before the
-    first one."""
+    """Count the latent frames in whole chunks of a file by `LatentWriter`."""
     return inspect_latents(path).frames
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """Latents [1, C, F, h, w] and metadata of a file by `LatentWriter`, finished, stopped or cut
-    off by a kill.
+    """Read latents [1, C, F, h, w] and metadata of a file by `LatentWriter`.
 
-    Warns when it drops the part of a chunk that a kill left. Raises ValueError for a file without a
-    whole chunk, and for one of another kind.
+    Warns when it drops the incomplete chunk of a killed run. Raises ValueError for a file without a
+    whole chunk, and for a file of another kind.
     """
     info = inspect_latents(path)
     if not info.frames:
@@ -190,27 +180,26 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def whole_frames(metadata: Mapping[str, str], frames: int, written: int) -> int:
-    """Frames in whole chunks, of the `frames` in a file whose header was last `written` with so
-    many.
+    """Count frames in whole chunks, of `frames` in a file whose header counts `written`.
 
-    Files without `chunk_lengths` (0.1) are cut as their preset cuts them; without a preset every
-    frame counts. Raises ValueError for lengths that are not understood.
+    Files without `chunk_lengths` (version 0.1) are cut as their preset cuts them; without a preset
+    every frame counts. Raises ValueError for malformed lengths.
     """
-    if frames == written:  # closed well, or nothing was added
+    if frames == written:  # closed without an error, or nothing was appended
         return frames
-    kept = 0
+    whole = 0
     for length, count in _planned_chunks(metadata, written if written < frames else 0, frames):
-        fitting = min(count, (frames - kept) // length)
-        kept += fitting * length
+        fitting = min(count, (frames - whole) // length)
+        whole += fitting * length
         if fitting < count:
             break
-    return kept
+    return whole
 
 
 def _planned_chunks(
     metadata: Mapping[str, str], given: int, frames: int
 ) -> Sequence[tuple[int, int]]:
-    """(length, count) of the chunks of a run, from its metadata."""
+    """Return (length, count) of the chunks of a run, from its metadata."""
     if "chunk_lengths" in metadata:
         return parse_lengths(metadata["chunk_lengths"])
     preset = PRESETS.get(metadata.get("preset", ""))
@@ -222,21 +211,21 @@ def _planned_chunks(
 
 
 def format_lengths(lengths: Iterable[int]) -> str:
-    """Chunk lengths as the metadata has them: `3,3,3,1` is `3x3,1`."""
+    """Format chunk lengths for metadata: 3, 3, 3, 1 become `3x3,1`."""
     runs = ((length, len(list(same))) for length, same in groupby(lengths))
     return ",".join(f"{length}x{count}" if count > 1 else f"{length}" for length, count in runs)
 
 
 def parse_lengths(text: str) -> list[tuple[int, int]]:
-    """(length, count) of each run of equal chunk lengths; ValueError for another text."""
-    runs = [LENGTHS.fullmatch(part) for part in text.split(",")]
+    """Parse each run of equal chunk lengths as (length, count); ValueError for another text."""
+    runs = [LENGTHS.fullmatch(run) for run in text.split(",")]
     if not all(runs):
         raise ValueError(f"chunk lengths {text[:40]!r}: expected a list like 1,3x6,2")
     return [(int(run[1]), int(run[2] or 1)) for run in runs]
 
 
 def first_lengths(text: str, frames: int) -> list[int]:
-    """The lengths of the first chunks in a `chunk_lengths` text, as many as fit in `frames`."""
+    """Return the lengths of as many chunks of a `chunk_lengths` text as fit in `frames`."""
     lengths: list[int] = []
     for length, count in parse_lengths(text):
         fitting = min(count, (frames - sum(lengths)) // length)
@@ -247,7 +236,7 @@ def first_lengths(text: str, frames: int) -> list[int]:
 
 
 def is_latents(path: Path) -> bool:
-    """Whether a file is one by `LatentWriter`, from its header alone."""
+    """Whether a file was written by `LatentWriter`; reads its header only."""
     try:
         inspect_latents(path)
     except ValueError:
@@ -256,8 +245,10 @@ def is_latents(path: Path) -> bool:
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], dict[str, str]]:
-    """Shape [F, C, h, w] as last written, and metadata; raises one of several errors for a file of
-    another kind."""
+    """Read the shape [F, C, h, w] as last written, and the metadata.
+
+    Raises one of OTHER_FILE for a file of another kind.
+    """
     (length,) = struct.unpack("<Q", file.read(8))
     if length != HEADER:
         raise ValueError

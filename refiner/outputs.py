@@ -1,5 +1,4 @@
-"""Files that a run writes, and the saved latents that it goes on from: nothing of another run is
-lost or left stale."""
+"""The files of a run: refuse to lose those of another run, leave none stale, read given latents."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,8 +10,8 @@ from torch import Tensor
 from .files import check_output, partial_path
 from .latents import LatentWriter, count_latents, first_lengths, format_lengths, read_latents
 
-# Metadata that decides how a clip goes on, and what it was in files that do not say; a prompt may
-# change.
+# Metadata that decides how a clip goes on (a prompt may change), with its value in files that lack
+# it.
 DECIDING = {
     name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")
 }
@@ -31,12 +30,12 @@ class Outputs:
 
     @property
     def latents(self) -> Path:
-        """Where `--save-latents` writes for a video of this name."""
+        """The latents file that `--save-latents` writes beside the video."""
         return self.video.with_suffix(".latents.safetensors")
 
     @property
     def stopped(self) -> Path:
-        """The latents of a run that was stopped."""
+        """The latents file of a stopped run."""
         return partial_path(self.latents)
 
     def check(self, metadata: dict[str, str]) -> None:
@@ -57,16 +56,13 @@ class Outputs:
     def _check_new(self) -> None:
         """Raise ValueError for files that this run would replace, or leave stale beside its video.
 
-        A clip that is extended into its own file replaces what it goes on from.
+        A clip that is extended under its own name may replace its files.
         """
-        if (
-            self.stopped.exists()
-            and not self._extends(self.stopped)
-            and count_latents(self.stopped)
-        ):
+        is_foreign = self.stopped.exists() and not self._extends(self.stopped)
+        if is_foreign and count_latents(self.stopped):
             raise ValueError(
-                f"{self.stopped} is of a run that was stopped: if none is writing it, go on with --extend"
-                f" {self.stopped}, or start anew with --overwrite"
+                f"{self.stopped} is of a run that was stopped: if none is writing it, go on with"
+                f" --extend {self.stopped}, or start anew with --overwrite"
             )
         if self._extends(self.latents) or self._extends(self.stopped):
             return
@@ -75,7 +71,7 @@ class Outputs:
                 raise ValueError(f"{path} exists: give another name, or --overwrite")
 
     def remove_stale(self) -> None:
-        """Remove an overwritten video's latents where this run saved none of its own."""
+        """Remove the latents of an overwritten video, unless this run saved new ones."""
         if self.overwrite and not self.save_latents:
             for path in (self.latents, self.stopped):
                 if not self._extends(path):
@@ -88,28 +84,27 @@ class Outputs:
 def read_given(
     path: Path, frames: int, shape: tuple[int, int, int], chunk: int
 ) -> tuple[Tensor | None, dict[str, str]]:
-    """Latents [1, C, F, h, w] of an earlier run and its metadata, to be extended to `frames` of
-    `shape` [C, h, w].
+    """Read the latents [1, C, F, h, w] and metadata of an earlier run, to be extended.
 
-    A last chunk that no clip in chunks of `chunk` frames goes on from is left out, with a warning.
-    Returns no latents for a run that was stopped before its first chunk. Raises ValueError when
-    this run cannot go on from the file.
+    The new clip has `frames` latent frames of `shape` [C, h, w] in chunks of `chunk`. A shorter
+    last chunk, which no clip can continue from, is left out with a warning. Returns no latents for
+    a run that was stopped before its first chunk. Raises ValueError when the file does not fit.
     """
     if not count_latents(path):
         return None, {}
     given, metadata = read_latents(path)
-    if "steps" in metadata:  # what older files call levels
+    if "steps" in metadata:  # the name of `levels` in older files
         metadata = {"levels": metadata["steps"], **metadata}
     _, channels, count, height, width = given.shape
     if (channels, height, width) != shape:
         raise ValueError(
-            f"{path} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes {shape[0]} of"
-            f" {8 * shape[2]}x{8 * shape[1]}: use its --size and its model"
+            f"{path} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes"
+            f" {shape[0]} of {8 * shape[2]}x{8 * shape[1]}: use its --size and its model"
         )
     if count > frames:
         raise ValueError(
-            f"{path} holds {4 * count - 3} pixel frames and --frames asks for {4 * frames - 3} in all: ask for at least"
-            f" {4 * count - 3}"
+            f"{path} holds {4 * count - 3} pixel frames and --frames asks for {4 * frames - 3} in"
+            f" all: ask for at least {4 * count - 3}"
         )
     rest = count % chunk
     if count > chunk and rest > 1 and count < frames:
@@ -122,13 +117,15 @@ def read_given(
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str], given: int) -> str:
-    """List what decides how a clip goes on and was different in the run that made its first `given`
-    latent frames."""
-    pairs = [
+    """List the deciding settings that differ between an earlier run and this one.
+
+    `given` are the latent frames that this run takes from the earlier one.
+    """
+    settings = [
         (name, before.get(name, default), now.get(name, default))
         for name, default in DECIDING.items()
     ]
     if "chunk_lengths" in before:
         lengths = (first_lengths(metadata["chunk_lengths"], given) for metadata in (before, now))
-        pairs.append(("chunks of", *map(format_lengths, lengths)))
-    return ", ".join(f"{name} {then} (now {own})" for name, then, own in pairs if then != own)
+        settings.append(("chunks of", *map(format_lengths, lengths)))
+    return ", ".join(f"{name} {old} (now {new})" for name, old, new in settings if old != new)

@@ -17,10 +17,9 @@ def contact_sheet(
     gap: int = 2,
     marks: Sequence[np.ndarray] = (),
 ) -> None:
-    """Write the frames [H, W, 3] side by side, in reading order on white, as a PNG.
+    """Write frames [H, W, 3] in rows on white, as a PNG.
 
-    With `marks`, pictures [H, any, 3] of one width, each row begins with the next of them, over and
-    over.
+    Each row starts with the next of `marks`, pictures [H, any, 3] of one width, taken in turn.
     """
     if not len(frames) or columns < 1:
         raise ValueError(
@@ -43,7 +42,7 @@ def contact_sheet(
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write an RGB image [H, W, 3], uint8, as a PNG; an existing file is replaced atomically."""
+    """Write an RGB image [H, W, 3], uint8, as a PNG; replace an existing file atomically."""
     path = Path(path)
     check_output(path)
     temporary = path.with_name(f".{path.name}.partial")

@@ -6,7 +6,7 @@ HEADINGS = ("preset", "levels", "warp", "shift", "chunk", "window/sink", "positi
 
 
 def preset_table() -> str:
-    """All presets, a row each, in aligned columns."""
+    """Format all presets, one row each, in aligned columns."""
     rows = [HEADINGS, *(_row(name, preset) for name, preset in PRESETS.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -1,5 +1,4 @@
-"""Read files that nobody vouches for: regular files only, and no more bytes than such a file may
-have."""
+"""Read untrusted files: regular files only, up to a limit of bytes for their kind."""
 
 import codecs
 import io
@@ -22,10 +21,9 @@ KINDS = (
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError in one line unless `path` is a regular file. A pipe would block whoever
-    opened it.
+    """Raise ValueError unless `path` is a regular file: opening a pipe would block.
 
-    OSError where there is nothing, or it may not be looked at.
+    Raises OSError for a missing file, and for a folder that may not be read.
     """
     _check_mode(path, os.stat(path).st_mode)
 
@@ -37,12 +35,13 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading; ValueError for anything else, also where it takes the file's
-    place meanwhile."""
+    """Open a regular file for reading; ValueError for anything else.
+
+    Checks the opened file again, in case another one has taken its place.
+    """
     check_regular(path)
-    file = os.fdopen(
-        os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)), "rb"
-    )
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
     try:
         _check_mode(path, os.fstat(file.fileno()).st_mode)
     except BaseException:
@@ -52,8 +51,10 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Read a whole regular file; ValueError where it gives more than `most` bytes, whatever size it
-    claims."""
+    """Read a whole regular file; ValueError for more than `most` bytes.
+
+    Counts the bytes read, as a file may report another size.
+    """
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -64,10 +65,9 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Read UTF-8, or UTF-16 as Windows saves it, with or without a byte order mark; ValueError for
-    other text.
+    """Read UTF-8, or UTF-16 as Windows saves it, with or without a byte order mark.
 
-    ValueError for more than `most` bytes, too.
+    Raises ValueError for other text, and for more than `most` bytes.
     """
     content = read_bytes(path, most)
     try:
@@ -80,8 +80,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-16 by its byte order mark, or by NULs in nearly every second byte of its beginning; else
-    UTF-8."""
+    """Detect UTF-16 by its byte order mark or by NULs in every second byte; else UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     beginning = content[:4096]

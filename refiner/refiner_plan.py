@@ -1,5 +1,4 @@
-"""A refiner in a run: read, checked against the model and the preset, counted in bytes, and
-attached in a form."""
+"""Plan a refiner in a run: check it against model and preset, count its bytes, attach it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,12 @@ from .wan.causal import CausalWan
 from .wan.lora import LoraPair
 from .wan.transformer import WanConfig, WanTransformer
 
-Form = Literal["auto", "merged", "branches"]
+Form = Literal["auto", "merged", "unmerged"]
 FORMS = get_args(Form)
 
 
 def check_fit(pairs: Mapping[str, LoraPair], config: WanConfig) -> None:
-    """As `check_pairs`, for a network of these sizes that is not loaded."""
+    """Run `check_pairs` for a network of these sizes that is not loaded."""
     with torch.device("meta"):
         model = WanTransformer(config)
     check_pairs(pairs, model)
@@ -29,7 +28,7 @@ def check_fit(pairs: Mapping[str, LoraPair], config: WanConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RefinerPlan:
-    """What a run's refiner will be. `form` is `auto` until the memory is known."""
+    """A refiner checked for a run. `form` stays `auto` until the free memory is known."""
 
     name: str
     pairs: Mapping[str, LoraPair]
@@ -43,12 +42,19 @@ class RefinerPlan:
 
     @classmethod
     def read(
-        cls, path: Path | str, config: WanConfig, run_levels: Sequence[int], dtype: torch.dtype, *, form: Form = "auto",
-        strength: float = 1.0, levels: Sequence[int] | None = None,
-    ) -> "RefinerPlan":  # fmt: skip
+        cls,
+        path: Path | str,
+        config: WanConfig,
+        run_levels: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        form: Form = "auto",
+        strength: float = 1.0,
+        levels: Sequence[int] | None = None,
+    ) -> "RefinerPlan":
         """Read a refiner for a network of these sizes and a run of these nominal levels.
 
-        Raises ValueError where it does not fit.
+        Raises ValueError when it does not fit.
         """
         pairs, card = load_refiner(path)
         try:
@@ -68,14 +74,21 @@ class RefinerPlan:
 
     @classmethod
     def of(
-        cls, name: str, pairs: Mapping[str, LoraPair], card: RefinerCard, run_levels: Sequence[int],
-        dtype: torch.dtype, *, form: Form = "auto", strength: float = 1.0, levels: Sequence[int] | None = None,
+        cls,
+        name: str,
+        pairs: Mapping[str, LoraPair],
+        card: RefinerCard,
+        run_levels: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        form: Form = "auto",
+        strength: float = 1.0,
+        levels: Sequence[int] | None = None,
         cache: ReflectiveCache | None = None,
-    ) -> "RefinerPlan":  # fmt: skip
-        """Of a refiner that was read. `levels` and `cache` are those it was trained with unless
-        told.
+    ) -> "RefinerPlan":
+        """Plan a loaded refiner; `levels` and `cache` default to those of its training.
 
-        ValueError for levels that the run does not have, or whose noise it cannot refine.
+        Raises ValueError for levels that the run does not have, or whose noise it cannot refine.
         """
         chosen, cache = tuple(card.levels if levels is None else levels), cache or card.cache
         if foreign := sorted(set(chosen) - set(run_levels)):
@@ -95,38 +108,44 @@ class RefinerPlan:
 
     @property
     def nbytes(self) -> int:
-        """What it takes beside the base."""
-        return self.branch_bytes if self.form == "branches" else self.merged_bytes
+        """Bytes that the refiner takes besides the base."""
+        return self.branch_bytes if self.form == "unmerged" else self.merged_bytes
 
     def chosen(self, merge: bool) -> "RefinerPlan":
-        """The plan with its form settled."""
-        return replace(self, form="merged" if merge else "branches")
+        """Return the plan with its form settled."""
+        return replace(self, form="merged" if merge else "unmerged")
 
     def describe(self) -> str:
-        """A few words for metadata and the terminal."""
+        """Describe the refiner for metadata and the terminal."""
         levels = ",".join(map(str, self.levels))
-        return f"{self.name}, strength {self.strength:g}, levels {levels}, {self.cache.previous}, {self.form}"
+        return (
+            f"{self.name}, strength {self.strength:g}, levels {levels}, {self.cache.previous},"
+            f" {self.form}"
+        )
 
     def warning(self, network: CausalWan) -> str | None:
-        """A line where the refiner belongs to another base."""
+        """Return a warning if the refiner was trained on another base model."""
         return other_base(self.card, fingerprint(network.model))
 
     @contextmanager
     def attached(
-        self, network: CausalWan, device: torch.device | None = None, dtype: torch.dtype | None = None,
+        self,
+        network: CausalWan,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
         weights: Weights = own_weights,
-    ) -> Iterator[Refiner]:  # fmt: skip
-        """T_φ on a loaded network, for the time of a run; afterwards the network is as it was.
+    ) -> Iterator[Refiner]:
+        """Attach T_φ to a loaded network for a run; afterwards the network is as it was before.
 
-        A host that keeps weights elsewhere says where and in what branches lie, or what the weights
-        are (`merged`).
+        A host that stores weights elsewhere passes device and dtype of the branches, and a function
+        that returns a layer's weights (see `merged`).
         """
-        used = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
-        if self.form != "branches":
-            yield Refiner(merged(network, self.pairs, weights=weights), **used)
+        options = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
+        if self.form != "unmerged":
+            yield Refiner(merged(network, self.pairs, weights=weights), **options)
             return
         branches = Branches(network.model, self.pairs, dtype, device)
         try:
-            yield Refiner(network, on=branches.on, **used)
+            yield Refiner(network, on=branches.on, **options)
         finally:
             branches.remove()

@@ -1,4 +1,4 @@
-"""A request for a video: the options of `autorefiner generate`, each checked on its own."""
+"""A request for a video: the options of `autorefiner generate`, each checked by itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ class GenerateOptions:
     out: Path
     prompt: str = ""
     preset: str | None = None
-    levels: tuple[int, ...] | None = None  # None here and in the next two: the preset's
-    window: int | None = None
-    sink: int | None = None
+    levels: tuple[int, ...] | None = None  # None: the preset's
+    window: int | None = None  # None: the preset's
+    sink: int | None = None  # None: the preset's
     weights: str = "auto"
     lora: tuple[LoraFile, ...] = ()
     text_encoder: Path | None = None
@@ -33,7 +33,7 @@ class GenerateOptions:
     height: int = 480
     seed: int = 0
     method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
-    policy: str = "window"  # one of POLICIES, likewise
+    policy: str = "window"  # one of POLICIES, with knobs
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for
@@ -70,21 +70,21 @@ class GenerateOptions:
 
     @property
     def bundle(self) -> Bundle | None:
-        """The bundle that the model is; None for a file."""
+        """The bundle that `model` names; None for a file."""
         return find_bundle(self.model)
 
     @property
     def model_source(self) -> Path | WanConfig:
-        """The transformer's file, or the sizes of one with random weights."""
+        """The transformer's file, or the sizes of a random one."""
         return self.bundle.model if self.bundle else Path(self.model)
 
     @property
     def vae_source(self) -> Path | int | None:
-        """The VAE's file, or the base width of one with random weights; None if there is no VAE."""
+        """The VAE's file, or the base width of a random one; None without a VAE."""
         return self.vae or (self.bundle.vae if self.bundle else None)
 
     def unused(self) -> list[str]:
-        """Options that were given and do nothing in this run, as on the command line."""
+        """List the command-line options that were given but have no effect in this run."""
         bundled = self.bundle is not None
         untrained = isinstance(self.model_source, WanConfig)
         idle = {
@@ -97,14 +97,14 @@ class GenerateOptions:
         return [name for name, is_idle in idle.items() if is_idle]
 
     def notes_of_bundle(self) -> list[str]:
-        """What the bundle has to say of this prompt and size."""
+        """Return the bundle's warnings on this prompt and size."""
         if self.bundle is None:
             return []
         return self.bundle.notes(None if self.context else self.prompt, self.width, self.height)
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise ValueError for text that is not UTF-8 (Python keeps lone surrogates) and for NULs."""
+    """Raise ValueError for NULs and for text that is not UTF-8 (Python allows lone surrogates)."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -1,5 +1,4 @@
-"""The five verbs of which every sampling method is made: predict, renoise, commit, fork/select,
-event."""
+"""The verbs that sampling methods consist of: predict, renoise, commit, fork/select, event."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -34,7 +33,7 @@ __all__ = [
 
 
 class Memory(Protocol):
-    """Keys and values of the past (refiner/memory)."""
+    """Keys and values of past frames (refiner/memory)."""
 
     plan: MemoryPlan
     ledger: FrameLedger
@@ -50,56 +49,56 @@ class Progress:
     """A prediction, as a callback receives it."""
 
     chunk: Chunk
-    chunks: int | None  # in all, given ones included; None where the end is not known
+    chunks: int | None  # number of chunks, given ones included; None where the end is unknown
     level: int  # index into chunk.levels
     x0: Tensor  # [B, C, F, h, w], the prediction
 
 
 def predict_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """x0 = x_t − σ v, in float64 where the device has it, returned in the dtype of x."""
+    """Return x0 = x_t − σ v, computed in float64 where the device has it, in the dtype of x."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     return (x.to(wide) - sigma * flow.to(wide)).to(x.dtype)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Ψ(x0, ε) = (1 − σ) x0 + σ ε (AutoRefiner eq. 4, with sigma = 1 as pure noise)."""
+    """Return Ψ(x0, ε) = (1 − σ) x0 + σ ε (AutoRefiner eq. 4, where σ = 1 is pure noise)."""
     return (1 - sigma) * x0 + sigma * noise
+
+
+def latents_of(chunk: Chunk, latents: Tensor) -> Tensor:
+    """Slice a chunk's frames from a whole clip [B, C, F, h, w]."""
+    return latents[:, :, chunk.start : chunk.start + chunk.length]
 
 
 @dataclass(slots=True)
 class Rollout:
-    """A video in the making: the network, its prompt, its memory of the past and its noise path.
+    """State of a sampling run: the network, its prompt, its memory and its noise path.
 
     Latents are [B, C, F, h, w], normalised, in `dtype`; the network runs in `network_dtype`.
-    Iterate over a rollout for its chunks: a timeline's events happen before the chunk that they
-    precede.
+    Iterating over a rollout yields its new chunks, and applies a timeline's events before the chunk
+    that they precede.
     """
 
     network: CausalWan
     text: list[KeyValue]
     memory: Memory
     noise: NoiseSource
-    chunks: Iterable[Chunk]  # new ones; may be an iterator without a known end
+    chunks: Iterable[Chunk]  # new chunks; may be an iterator without a known end
     frame_shape: tuple[int, int, int, int]  # [B, C, h, w]
     device: torch.device
     network_dtype: torch.dtype
     dtype: torch.dtype = torch.float32
     callback: Callable[[Progress], None] | None = None
-    given: Sequence[
-        tuple[Tensor, Chunk]
-    ] = ()  # clean latents [B, C, F, h, w] that the new chunks follow
+    given: Sequence[tuple[Tensor, Chunk]] = ()  # clean latents that the new chunks follow
     candidate: int = 0
     refiner: Refiner | None = None
     refiner_text: list[KeyValue] | None = None
     timeline: Timeline[Tensor] | None = None
-    caches: Mapping[Hashable, Memory] = field(
-        default_factory=dict
-    )  # more memories than `memory`, by name
-    last: Chunk | None = None  # known once the iteration has reached it: it is not committed
+    caches: Mapping[Hashable, Memory] = field(default_factory=dict)  # besides `memory`, by name
+    last: Chunk | None = None  # set once the iteration has reached it: it is not committed
     before: Chunk | None = None  # the chunk that was entered last
-    recent: deque[tuple[Tensor, Chunk]] = field(
-        default_factory=deque
-    )  # committed x0s that a recache may need
+    # committed x0s that a recache may need
+    recent: deque[tuple[Tensor, Chunk]] = field(default_factory=deque)
 
     @classmethod
     def of(
@@ -117,20 +116,20 @@ class Rollout:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Rollout":
-        """Make a rollout of a plan.
+        """Prepare the run of a plan.
 
-        `context` is [1 or B, L, text_dim]; `initial` holds the plan's given clean latents. Device
-        and dtype of a pass are those of the weights, unless a host that keeps them elsewhere says
-        where and in what it computes.
+        `context` is [1 or B, L, text_dim], or a timeline of contexts; `initial` holds the plan's
+        given clean latents. `device` and `dtype` of a pass default to those of the weights; a host
+        that stores weights elsewhere passes those it computes with.
         """
         parameter = next(network.model.parameters())
         device, dtype = device or parameter.device, dtype or parameter.dtype
         timeline = context if isinstance(context, Timeline) else Timeline.of(context)
-        first = timeline.scenes[0].prompt.to(device, dtype)
+        opening = timeline.scenes[0].prompt.to(device, dtype)
         memory_plan = plan.memory(network.config, dtype, refined=refiner is not None)
         return cls(
             network=network,
-            text=network.text(first, plan.batch),
+            text=network.text(opening, plan.batch),
             memory=memory(memory_plan, device),
             noise=noise,
             chunks=plan.chunks,
@@ -139,22 +138,17 @@ class Rollout:
             network_dtype=dtype,
             callback=callback,
             given=[
-                (
-                    initial[:, :, chunk.start : chunk.start + chunk.length].to(
-                        device, torch.float32
-                    ),
-                    chunk,
-                )
+                (latents_of(chunk, initial).to(device, torch.float32), chunk)
                 for chunk in plan.given_chunks
             ],
             refiner=refiner,
-            refiner_text=refiner.text(first, plan.batch) if refiner else None,
+            refiner_text=refiner.text(opening, plan.batch) if refiner else None,
             timeline=timeline,
             caches={name: memory(memory_plan, device) for name in caches},
         )
 
     def __iter__(self) -> Iterator[Chunk]:
-        """The new chunks; what the timeline says happens before each."""
+        """Yield the new chunks, each after the timeline's events before it."""
         chunks = iter(self.chunks)
         chunk = next(chunks, None)
         while chunk is not None:
@@ -165,21 +159,21 @@ class Rollout:
             chunk = following
 
     def enter(self, chunk: Chunk) -> None:
-        """Let happen what the timeline says before this chunk."""
+        """Apply the timeline's events before this chunk."""
         events = self.timeline.events(chunk, self.before) if self.timeline else ()
         for event in events:
             self.event(event)
         self.before = chunk
 
     def commit_given(self) -> None:
-        """Make the given latents history, in every cache."""
+        """Commit the given latents to every memory."""
         for latents, chunk in self.given:
             self.enter(chunk)
             for name in (None, *self.caches):
                 self.commit(latents, chunk, cache=name)
 
     def cache(self, name: Hashable = None) -> Memory:
-        """A memory by its name; None is the one that there always is."""
+        """Return a memory by name; None is the main one."""
         return self.memory if name is None else self.caches[name]
 
     def draw(
@@ -190,11 +184,10 @@ class Rollout:
         x0: Tensor | None = None,
         cache: Hashable = None,
     ) -> Tensor:
-        """Noise of the path for this chunk and level (the chunk's first level: the noise it starts
-        from).
+        """Draw noise for a chunk and level; at the chunk's first level, its initial noise.
 
-        It is the source's, plus the refiner's residual where the level is refined; `x0` is the
-        prediction before it.
+        The noise is the source's, plus the refiner's residual where the level is refined. `x0` is
+        the prediction at the level before.
         """
         batch, channels, height, width = self.frame_shape
         draw = Draw(level.step, repeat, self.candidate)
@@ -207,13 +200,13 @@ class Rollout:
     def residual(
         self, noise: Tensor, x0: Tensor | None, level: Level, chunk: Chunk, cache: Hashable = None
     ) -> Tensor:
-        """What the refiner adds to a noise."""
+        """Return the refiner's residual for a noise."""
         memory, text = self.cache(cache), self.refiner_text
         return self.refiner.residual(noise, x0, level, chunk, memory, text, self.network_dtype)
 
     @property
     def reads_pending(self) -> bool:
-        """Whether the noise path reads the keys and values that a prediction left."""
+        """Whether the refiner reads the keys and values that a prediction left pending."""
         return self.refiner is not None and self.refiner.cache.previous == "pending"
 
     def predict(
@@ -224,7 +217,7 @@ class Rollout:
         keep_pending: Tensor | None = None,
         cache: Hashable = None,
     ) -> Tensor:
-        """x0 of the chunk at this level; its keys and values stand in memory as pending.
+        """Predict x0 of the chunk; leave its keys and values in memory as pending.
 
         Where keep_pending[b], the cached K/V of sample b are left untouched; ignore its x0.
         """
@@ -234,20 +227,20 @@ class Rollout:
         return x0
 
     def predict_together(
-        self, parts: Sequence[tuple[Tensor, Level, Chunk]], cache: Hashable = None
+        self, inputs: Sequence[tuple[Tensor, Level, Chunk]], cache: Hashable = None
     ) -> list[Tensor]:
-        """x0s of neighbouring chunks in one pass, each at its own level; they attend to each other.
+        """Predict the x0s of neighbouring chunks in one pass, each at its own level.
 
-        The window must have room for all of them.
+        The chunks attend to each other. The window must have room for all of them.
         """
-        frames = tuple(frame for _, _, chunk in parts for frame in chunk.frames)
-        times = [level.t for _, level, chunk in parts for _ in chunk.frames]
-        x = torch.cat([x for x, _, _ in parts], dim=2).to(self.network_dtype)
+        frames = tuple(frame for _, _, chunk in inputs for frame in chunk.frames)
+        times = [level.t for _, level, chunk in inputs for _ in chunk.frames]
+        x = torch.cat([x for x, _, _ in inputs], dim=2).to(self.network_dtype)
         view = self.cache(cache).view(frames)
         flow = self.network(x, torch.tensor([times], dtype=torch.float64), self.text, view)
-        flows = flow.split([chunk.length for _, _, chunk in parts], dim=2)
+        flows = flow.split([chunk.length for _, _, chunk in inputs], dim=2)
         results = []
-        for (x, level, chunk), flow in zip(parts, flows, strict=True):
+        for (x, level, chunk), flow in zip(inputs, flows, strict=True):
             results.append(predict_x0(x, flow, level.sigma))
             self._report(results[-1], level, chunk)
         return results
@@ -255,14 +248,16 @@ class Rollout:
     def renoise(
         self, x0: Tensor, level: Level, chunk: Chunk, repeat: int = 0, cache: Hashable = None
     ) -> Tensor:
-        """x0 taken to `level` with fresh noise from the noise path."""
+        """Take x0 to `level` with fresh noise from the noise path.
+
+        `repeat` 0 is the level's first draw; count further draws of it from 1.
+        """
         return add_noise(x0, self.draw(chunk, level, repeat, x0, cache), level.sigma)
 
     def commit(self, x: Tensor, chunk: Chunk, t: float = 0.0, cache: Hashable = None) -> None:
-        """Make the chunk history: one pass over its latents at timestep t that writes their keys
-        and values.
+        """Write the chunk's keys and values at timestep t to memory, by one pass over its latents.
 
-        Not for the last chunk of the run: nothing would read it.
+        Does nothing for the last chunk of the run, which no later chunk would read.
         """
         if chunk == self.last:
             return
@@ -272,20 +267,19 @@ class Rollout:
             self._remember(x, chunk)
 
     def commit_pending(self) -> None:
-        """Make the chunk history as the last prediction left it in memory, without a pass (diagonal
-        forcing)."""
+        """Commit the keys and values of the last prediction, without a pass (diagonal forcing)."""
         self.memory.commit()
 
     def fork(self, n: int) -> "list[Rollout]":
-        """`n` candidates that share this memory and draw their own noise; candidate 0 draws the
-        run's own.
+        """Return `n` candidates that share this memory; each draws other noise.
 
-        Each prediction overwrites the chunk's place in memory, so commit the one that is chosen.
+        Candidate 0 draws the same noise as this rollout. Each prediction overwrites the chunk's
+        place in memory, so commit the chosen one.
         """
         return [replace(self, candidate=self.candidate * n + i) for i in range(n)]
 
     def select(self, candidates: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """Of each sample the candidate with the highest score; `scores` is [candidates, B]."""
+        """Select the best candidate of each sample; `scores` is [candidates, B]."""
         if scores.shape != (len(candidates), self.frame_shape[0]):
             raise ValueError(
                 f"scores have shape {tuple(scores.shape)}, expected [{len(candidates)} candidates,"
@@ -293,14 +287,14 @@ class Rollout:
             )
         if not scores.isfinite().all():
             raise ValueError(
-                "a score is NaN or infinite, so candidates cannot be compared: check the reward's model"
+                "a score is NaN or infinite, so candidates cannot be compared: check the reward's"
+                " model"
             )
         best = scores.argmax(0)
         return torch.stack(list(candidates))[best, torch.arange(len(best), device=best.device)]
 
     def event(self, event: Event) -> None:
-        """Something that happens between two chunks: a prompt switch, a flush of the past, a
-        cut."""
+        """Apply an event between two chunks: a prompt switch, a flush of the past, a cut."""
         memories = (self.memory, *self.caches.values())
         match event:
             case PromptSwitch(context, recache):
@@ -317,7 +311,7 @@ class Rollout:
                     memory.ledger.cut(event)
 
     def free(self) -> None:
-        """Let go of every memory."""
+        """Free every memory."""
         for memory in (self.memory, *self.caches.values()):
             memory.free()
 
@@ -327,15 +321,14 @@ class Rollout:
             self.callback(Progress(chunk, chunks, chunk.levels.index(level), x0.detach()))
 
     def _remember(self, x0: Tensor, chunk: Chunk) -> None:
-        """Hold a clean chunk until no recache can need it."""
+        """Store a clean chunk until no recache can need it."""
         self.recent.append((x0, chunk))
         frames = sum(each.length for _, each in self.recent)
         while frames - self.recent[0][1].length >= self.timeline.recached:
             frames -= self.recent.popleft()[1].length
 
     def _recache(self, frames: int) -> None:
-        """Write the last chunks into memory anew, as many as hold `frames`; the sink stays unless
-        they reach it."""
+        """Rewrite the last chunks of at least `frames` in memory; the sink stays unless reached."""
         chunks, count = [], 0
         for x0, chunk in reversed(self.recent):
             if count >= frames:
@@ -351,14 +344,18 @@ class Rollout:
                 self.memory.commit()
 
     def _network(
-        self, x: Tensor, t: float, chunk: Chunk, keys_only: bool = False, keep_pending: Tensor | None = None,
+        self,
+        x: Tensor,
+        t: float,
+        chunk: Chunk,
+        keys_only: bool = False,
+        keep_pending: Tensor | None = None,
         cache: Hashable = None,
-    ) -> Tensor | None:  # fmt: skip
+    ) -> Tensor | None:
+        x = x.to(self.network_dtype)
         timestep = torch.full((1, 1), t, dtype=torch.float64)
         view = self.cache(cache).view(chunk.frames, keep_pending)
-        return self.network(
-            x.to(self.network_dtype), timestep, self.text, view, keys_only=keys_only
-        )
+        return self.network(x, timestep, self.text, view, keys_only=keys_only)
 
 
 Sampler = Callable[[Rollout], Iterator[Tensor]]

@@ -1,4 +1,4 @@
-"""What a run will make, checked and counted before anything is loaded."""
+"""Plan a run: check its size and count its memory before anything is loaded."""
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
@@ -15,10 +15,9 @@ from .wan.transformer import WanConfig
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """`frames` new latent frames of `height` x `width` (latent, even) that follow `given` clean
-    ones.
+    """A run of `frames` new latent frames after `given` clean ones; `height`, `width` are latent.
 
-    `given_chunks` and `chunks` are those frames as the sampler takes them.
+    `given_chunks` and `chunks` are the given and the new frames, cut into chunks.
     """
 
     preset: Preset
@@ -35,8 +34,8 @@ class RunPlan:
     def __post_init__(self) -> None:
         if self.height < 2 or self.width < 2 or self.height % 2 or self.width % 2:
             raise ValueError(
-                f"latents of {self.height}x{self.width}: height and width must be even and at least 2, so pixel sizes"
-                " are multiples of 16"
+                f"latents of {self.height}x{self.width}: height and width must be even and at"
+                " least 2, so pixel sizes are multiples of 16"
             )
         if self.batch < 1:
             raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
@@ -50,8 +49,7 @@ class RunPlan:
         return tuple(chunk.length for chunk in (*self.given_chunks, *self.chunks))
 
     def memory(self, config: WanConfig, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
-        """Plan the K/V memory of a network of these sizes. A refiner needs room for a chunk
-        more."""
+        """Plan the K/V memory of a network of these sizes; a refiner needs one more chunk of it."""
         plan = MemoryPlan.of(
             config,
             (self.batch, config.in_dim, self.given + self.frames, self.height, self.width),
@@ -73,5 +71,5 @@ class RunPlan:
         refined: bool = False,
         caches: Collection[Hashable] = (),
     ) -> int:
-        """Bytes of the run's memory, and of as many more as its method has named caches."""
+        """Count the bytes of the run's memory, and of one more for each named cache."""
         return self.memory(config, dtype, refined).nbytes * (1 + len(caches))

@@ -1,4 +1,4 @@
-"""A whole run: from a network, a prompt and a seed to chunks of latents, one after the other."""
+"""Sample a video: from a network, a prompt and a seed to chunks of latents, one by one."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -33,13 +33,13 @@ def sample(
 ) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
 
-    `context` is [1 or B, L, text_dim], or a timeline of such; `initial` holds the `plan.given`
-    clean latents [B, C, given, h, w] to go on from; `noise` replaces the seed's white noise;
-    `method` is Self-Forcing unless given; `refiner` works on whatever noise that is. Device and
-    dtype of a pass are those of the weights, unless a host that keeps its weights elsewhere
-    (offloaded, quantised) says where and in what it computes. Closing the iterator frees the
-    memory. Raises ValueError when `initial`, `context` or the method do not fit the plan. No chunk
-    is checked here, which would wait for the device: see `finite`.
+    `context` is [1 or B, L, text_dim], or a timeline of contexts; `initial` holds the `plan.given`
+    clean latents [B, C, given, h, w] to continue; `noise` replaces the seed's white noise; `method`
+    defaults to Self-Forcing; `refiner` refines the noise of either source. `device` and `dtype` of
+    a pass default to those of the weights; a host that stores weights elsewhere (offloaded,
+    quantised) passes those it computes with. Closing the iterator frees the memory. Raises
+    ValueError when `initial`, `context` or the method do not fit the plan. Chunks are not checked
+    for finite values, which would wait for the device: see `finite`.
     """
     method = method or self_forcing()
     if not isinstance(method, Method):
@@ -47,24 +47,23 @@ def sample(
             f"method {method!r} is no Method: give one, like self_forcing(), or Method(name, run)"
         )
     method.check(plan.preset, refiner.cache if refiner else None)
-    shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
-    if (initial is not None or plan.given) and (initial is None or tuple(initial.shape) != shape):
-        came = "none" if initial is None else str(tuple(initial.shape))
-        raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
+    check_initial(initial, plan, network)
     timeline = context if isinstance(context, Timeline) else Timeline.of(context)
-    for scene in timeline.scenes:
-        if len(scene.prompt) not in (1, plan.batch):
-            raise ValueError(
-                f"context of {len(scene.prompt)} prompts for {plan.batch} videos: give one for all, or one for each"
-            )
-    if initial is not None:
-        check_finite(initial, "the clip to start from")
+    check_prompts(timeline, plan.batch)
     if not plan.chunks:
         return
     rollout = Rollout.of(
-        network, timeline, plan, noise or WhiteNoise(seed), caches=method.caches(plan.chunks[-1].levels),
-        refiner=refiner, initial=initial, callback=callback, device=device, dtype=dtype,
-    )  # fmt: skip
+        network,
+        timeline,
+        plan,
+        noise or WhiteNoise(seed),
+        caches=method.caches(plan.chunks[-1].levels),
+        refiner=refiner,
+        initial=initial,
+        callback=callback,
+        device=device,
+        dtype=dtype,
+    )
     try:
         rollout.commit_given()
         yield from method.run(rollout)
@@ -72,11 +71,33 @@ def sample(
         rollout.free()
 
 
-def finite(chunks: Iterable[Tensor], given: int = 0) -> Iterator[Tensor]:
-    """Pass chunks on, each once its device has made it; ValueError at the first one that is not
-    finite.
+def check_initial(initial: Tensor | None, plan: RunPlan, network: CausalWan) -> None:
+    """Raise ValueError unless the clean latents are finite and as many as the plan says."""
+    shape = (plan.batch, network.config.in_dim, plan.given, plan.height, plan.width)
+    if initial is None:
+        if plan.given:
+            raise ValueError(f"latents to start from: none came, the plan expects {shape}")
+        return
+    if tuple(initial.shape) != shape:
+        came = tuple(initial.shape)
+        raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
+    check_finite(initial, "the clip to start from")
 
-    `given` chunks came before them.
+
+def check_prompts(timeline: Timeline[Tensor], batch: int) -> None:
+    """Raise ValueError unless each context holds one prompt, or one for each video."""
+    for scene in timeline.scenes:
+        if len(scene.prompt) not in (1, batch):
+            raise ValueError(
+                f"context of {len(scene.prompt)} prompts for {batch} videos: give one for all, or"
+                " one for each"
+            )
+
+
+def finite(chunks: Iterable[Tensor], given: int = 0) -> Iterator[Tensor]:
+    """Pass chunks on, waiting for each; ValueError at the first chunk that is not finite.
+
+    `given` is the number of chunks before them.
     """
     for number, x0 in enumerate(chunks, start=given + 1):
         check_finite(x0, f"chunk {number}")
@@ -87,6 +108,6 @@ def check_finite(latents: Tensor, name: str) -> None:
     """Raise ValueError unless every value is finite."""
     if not latents.isfinite().all():
         raise ValueError(
-            f"{name} holds NaN or infinite values: try another dtype (bf16 or fp32), download the model again, or lower"
-            " the strength of a LoRA or refiner"
+            f"{name} holds NaN or infinite values: try another dtype (bf16 or fp32), download the"
+            " model again, or lower the strength of a LoRA or refiner"
         )

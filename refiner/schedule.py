@@ -1,4 +1,4 @@
-"""Levels, chunk sizes and presets: when a sampler denoises what."""
+"""Noise levels, chunks and the presets of published models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,17 +13,16 @@ STEPS = 1000  # of the training schedule; a timestep is 1000 · sigma
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One noise level: its nominal step, by which it is named, the timestep for the network, and
-    sigma in [0, 1]."""
+    """A noise level."""
 
-    step: int
-    t: float
-    sigma: float
+    step: int  # nominal, its name
+    t: float  # timestep for the network
+    sigma: float  # in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of latent frames that is denoised together."""
+    """Consecutive latent frames that are denoised together."""
 
     index: int  # among all chunks of the run, given ones included
     start: int  # absolute first latent frame
@@ -38,17 +37,19 @@ class Chunk:
 
 @lru_cache(maxsize=8)
 def sigma_table(shift: float) -> Tensor:
-    """The 1000 sigmas of Wan's flow-matching schedule, falling from 1, shifted: s·u / (1 + (s −
-    1)·u), fp32."""
+    """Return the 1000 shifted sigmas of Wan's flow-matching schedule, falling from 1, in fp32.
+
+    σ = s·u / (1 + (s − 1)·u) for u from 1 down.
+    """
     u = torch.linspace(1, 0, STEPS + 1)[:-1]
     return shift * u / (1 + (shift - 1) * u)
 
 
 def make_level(step: int, shift: float, warp: bool) -> Level:
-    """A level from its nominal step: with `warp` the step is an index into the shifted table, else
-    a timestep.
+    """Make a level from its nominal step.
 
-    Sigma is always the table's nearest entry, as the reference looks it up.
+    With `warp` the step is an index into the shifted table, else a timestep. Sigma is the nearest
+    entry of the table, as in the reference implementation.
     """
     table = sigma_table(shift)
     timesteps = table * STEPS
@@ -58,19 +59,18 @@ def make_level(step: int, shift: float, warp: bool) -> Level:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How a published model is sampled. Levels are nominal; frames are latent; window −1 is full
-    history."""
+    """Sampling configuration of a published model; levels are nominal, frames are latent."""
 
     levels: tuple[int, ...]
     warp: bool
     shift: float
     chunk: int
-    first_levels: tuple[int, ...] = ()  # the first chunk's own; none: the same
+    first_levels: tuple[int, ...] = ()  # of the first chunk; empty: as the others
     first_alone: bool = False  # an independent first frame: chunks of 1, n, n, …
-    window: int = -1
+    window: int = -1  # -1: full history
     sink: int = 0
     positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS
-    source: str = field(default="", repr=False, compare=False)  # whose configuration it is
+    source: str = field(default="", repr=False, compare=False)  # repository or model
 
     def __post_init__(self) -> None:
         for levels in (self.levels, self.first_levels or self.levels):
@@ -81,29 +81,30 @@ class Preset:
             raise ValueError(f"{self.chunk} frames a chunk: give at least 1")
         if self.sink < 0 or self.window < -1:
             raise ValueError(
-                f"window {self.window}, sink {self.sink}: frames are not negative, a window of -1 is all"
+                f"window {self.window}, sink {self.sink}: frames are not negative, a window of -1"
+                " is all"
             )
         if self.window >= 0 and self.window < self.sink + self.chunk:
             raise ValueError(
-                f"window of {self.window} frames is smaller than sink {self.sink} + chunk {self.chunk}: use a window of"
-                f" at least {self.sink + self.chunk}, or -1 for full history"
+                f"window of {self.window} frames is smaller than sink {self.sink} + chunk"
+                f" {self.chunk}: use a window of at least {self.sink + self.chunk}, or -1 for full"
+                " history"
             )
 
     @property
     def all_levels(self) -> tuple[int, ...]:
-        """Nominal levels of any chunk, from the highest down."""
+        """Nominal levels of all chunks, from the highest down."""
         return tuple(sorted({*self.levels, *self.first_levels}, reverse=True))
 
     def chunk_levels(self, first: bool = False) -> tuple[Level, ...]:
-        """Levels of a chunk, from pure noise down."""
+        """Return the levels of a chunk, from pure noise down."""
         levels = self.first_levels if first and self.first_levels else self.levels
         return tuple(make_level(step, self.shift, self.warp) for step in levels)
 
     def changed(self, **changes) -> "Preset":
-        """This preset with the options that are not None in place of its own."""
-        return replace(
-            self, **{name: value for name, value in changes.items() if value is not None}
-        )
+        """Return a copy with the changes that are not None."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, **given)
 
 
 def check_levels(levels: Sequence[int]) -> None:
@@ -116,76 +117,88 @@ def check_levels(levels: Sequence[int]) -> None:
         )
 
 
+ONE = (1000,)
+TWO = (1000, 500)
+THREE = (1000, 757, 522)
 FOUR = (1000, 750, 500, 250)
+RELATIVE = "relative"
 
 # fmt: off
-# From the inference configuration of each public repository; windows count sink + past + current chunk.
+# From the inference configuration of each public repository; windows count sink, past and chunk.
 PRESETS: dict[str, Preset] = {
-    #                                    steps            warp   shift chunk
-    "self-forcing":             Preset(FOUR,             True,  5.0,  3, source="guandeh17/Self-Forcing dmd"),
-    "causvid":                  Preset((1000, 757, 522), False, 8.0,  3, source="tianweiy/CausVid autoregressive"),
-    "longlive":                 Preset(FOUR,             True,  5.0,  3, window=12, sink=3,
+    #                                  levels warp shift chunk
+    "self-forcing":             Preset(FOUR,  True,  5.0, 3, source="guandeh17/Self-Forcing dmd"),
+    "causvid":                  Preset(THREE, False, 8.0, 3,
+                                       source="tianweiy/CausVid autoregressive"),
+    "longlive":                 Preset(FOUR,  True,  5.0, 3, window=12, sink=3,
                                        source="NVlabs/LongLive v1.0"),
-    "causal-forcing":           Preset(FOUR,             True,  5.0,  3, source="thu-ml/Causal-Forcing chunkwise"),
-    "causal-forcing-framewise": Preset(FOUR,             True,  5.0,  1, source="thu-ml/Causal-Forcing framewise"),
-    "causal-forcing-2step":     Preset((1000, 500),      True,  5.0,  1, FOUR, source="Causal-Forcing++ 2-step"),
-    "causal-forcing-1step":     Preset((1000,),          True,  5.0,  1, FOUR, source="Causal-Forcing++ 1-step"),
-    # Krea's server rebuilds 3 context frames (first, last two) before every chunk; this keeps their K/V instead.
-    "krea-14b":                 Preset(FOUR,             True,  8.0,  3, window=6, sink=1, positions="relative",
+    "causal-forcing":           Preset(FOUR,  True,  5.0, 3,
+                                       source="thu-ml/Causal-Forcing chunkwise"),
+    "causal-forcing-framewise": Preset(FOUR,  True,  5.0, 1,
+                                       source="thu-ml/Causal-Forcing framewise"),
+    "causal-forcing-2step":     Preset(TWO,   True,  5.0, 1, FOUR,
+                                       source="Causal-Forcing++ 2-step"),
+    "causal-forcing-1step":     Preset(ONE,   True,  5.0, 1, FOUR,
+                                       source="Causal-Forcing++ 1-step"),
+    # Krea's server recomputes 3 context frames (first, last two) a chunk; here their K/V stay.
+    "krea-14b":                 Preset(FOUR,  True,  8.0, 3, window=6, sink=1, positions=RELATIVE,
                                        source="krea-ai/realtime-video, context kept"),
-    "raven":                    Preset(FOUR,             True,  5.0,  3, source="RAVEN and CM-GRPO"),
-    # Its sink is an average of the frames that leave the window; this keeps the first frames instead.
-    "reward-forcing":           Preset(FOUR,             True,  5.0,  3, window=9, sink=3,
+    "raven":                    Preset(FOUR,  True,  5.0, 3, source="RAVEN and CM-GRPO"),
+    # Its sink is an average of the frames that leave the window; here it is the first frames.
+    "reward-forcing":           Preset(FOUR,  True,  5.0, 3, window=9, sink=3,
                                        source="Reward Forcing, first frames as sink"),
-    "infinite-forcing":         Preset(FOUR,             True,  5.0,  3, window=6, sink=1, positions="relative",
+    "infinite-forcing":         Preset(FOUR,  True,  5.0, 3, window=6, sink=1, positions=RELATIVE,
                                        source="Infinite-Forcing"),
-    "one-forcing":              Preset((1000,),          True,  5.0,  1, source="One-Forcing infer.sh"),
-    "opsd-v":                   Preset(FOUR,             True,  5.0,  3, window=12, sink=3, positions="relative",
+    "one-forcing":              Preset(ONE,   True,  5.0, 1, source="One-Forcing infer.sh"),
+    "opsd-v":                   Preset(FOUR,  True,  5.0, 3, window=12, sink=3, positions=RELATIVE,
                                        source="OPSD-V LoRAs"),
-    "self-forcing-14b":         Preset(FOUR,             True,  5.0,  3, source="LightX2V self_forcing_dmd_14b"),
-    "longlive-14b":             Preset(FOUR,             True,  5.0,  3, window=12, sink=3,
+    "self-forcing-14b":         Preset(FOUR,  True,  5.0, 3,
+                                       source="LightX2V self_forcing_dmd_14b"),
+    "longlive-14b":             Preset(FOUR,  True,  5.0, 3, window=12, sink=3,
                                        source="LongLive 1's settings at 14B"),
-    "streamdiffusion-v2":       Preset(FOUR,             False, 8.0,  3, source="StreamDiffusionV2, text to video"),
+    "streamdiffusion-v2":       Preset(FOUR,  False, 8.0, 3,
+                                       source="StreamDiffusionV2, text to video"),
 }
 # fmt: on
 
 
 def get_preset(name: str) -> Preset:
-    """A preset by name; ValueError lists the names."""
+    """Return a preset by name; ValueError lists the names."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is not known: use one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def latent_frames(pixel_frames: int) -> int:
-    """Latent frames of a clip of 1 + 4n pixel frames; ValueError names the nearest two lengths."""
+    """Convert 1 + 4n pixel frames to latent frames; ValueError names the nearest lengths."""
     if pixel_frames < 1 or (pixel_frames - 1) % 4:
         below = max(1, 1 + 4 * ((pixel_frames - 1) // 4))
         raise ValueError(
-            f"{pixel_frames} frames: a clip has 1 + 4n pixel frames, the nearest are {below} and {below + 4}"
+            f"{pixel_frames} frames: a clip has 1 + 4n pixel frames, the nearest are {below} and"
+            f" {below + 4}"
         )
     return 1 + (pixel_frames - 1) // 4
 
 
 def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:
-    """Cut latent frames into chunks, the last maybe shorter, the first maybe alone."""
+    """Cut latent frames into chunks; the last may be shorter, the first a single frame."""
     alone = [1] if first_alone and frames else []
     whole, left = divmod(frames - len(alone), chunk)
     return alone + [chunk] * whole + ([left] if left else [])
 
 
 def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk], list[Chunk]]:
-    """Chunks of `given` clean latent frames (without levels) and of the `frames` new ones that
-    follow.
+    """Cut `given` clean latent frames and the `frames` new ones that follow into chunks.
 
-    Given frames are 1, k·chunk or 1 + k·chunk, else ValueError; their first frame stands alone in
-    the last case. Without new frames there may be any number of them.
+    Given chunks have no levels. Given frames are 1, k·chunk or 1 + k·chunk (then the first frame is
+    a chunk of its own), else ValueError; without new frames any number is allowed.
     """
     if frames < (0 if given else 1):
         raise ValueError(f"{frames} new latent frames: ask for at least 1")
     if frames and given % preset.chunk not in (0, 1) and given != 1:
         raise ValueError(
-            f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one more than a multiple"
+            f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one"
+            " more than a multiple"
         )
     lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
     past = len(lengths)

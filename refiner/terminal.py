@@ -1,4 +1,4 @@
-"""Print text of unknown origin: nothing in it steers the terminal."""
+"""Print untrusted text without letting it control the terminal."""
 
 import sys
 import unicodedata
@@ -8,10 +8,10 @@ LONGEST = 4000  # characters of a line
 
 
 def printable(text: str) -> str:
-    """Escape what is not seen: control characters, line and paragraph separators, directional
-    overrides, surrogates.
+    """Escape invisible characters, turn tabs into spaces and cut text that is too long.
 
-    Turn tabs into spaces, cut text that is too long, and leave everything else as it is.
+    Invisible are control characters, line and paragraph separators, directional overrides and
+    surrogates.
     """
     shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
     return "".join(map(_visible, shown))
@@ -27,10 +27,10 @@ def _visible(character: str) -> str:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print each line on one line, on stdout unless `file` says otherwise."""
+    """Print each text on one line, on stdout by default."""
     print("\n".join(map(printable, lines)), file=file or sys.stdout)
 
 
 def warn(*lines: str) -> None:
-    """Print each line on one line of stderr."""
+    """Print each text on one line of stderr."""
     say(*lines, file=sys.stderr)

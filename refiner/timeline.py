@@ -1,4 +1,4 @@
-"""What a video is told, and when: prompts by the latent frame from which they hold."""
+"""Timelines of prompts: each prompt holds from a latent frame on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +20,14 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Recache:
-    """Write the last `frames` into memory anew under the new prompt; forget the rest but the sink
-    (LongLive)."""
+    """Rewrite the last `frames` in memory under the new prompt; keep the sink only (LongLive)."""
 
     frames: int
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Forget all of the past but the sink and its last frames (KV flush of Infinity-RoPE)."""
+    """Drop all past frames but the sink and the last ones (KV flush of Infinity-RoPE)."""
 
     keep_last: int = 1
 
@@ -38,8 +37,7 @@ Transition = Keep | Recache | Flush | Cut
 
 @dataclass(frozen=True, slots=True)
 class PromptSwitch:
-    """From the next pass on, another context [B, L, text_dim]; the last `recache` frames are
-    written anew."""
+    """Use another context [B, L, text_dim] from now on; rewrite the last `recache` frames."""
 
     context: Tensor
     recache: int = 0
@@ -50,50 +48,50 @@ Event = PromptSwitch | Flush | Cut
 
 @dataclass(frozen=True, slots=True)
 class Scene(Generic[Prompt]):
-    """A prompt that holds from the first chunk that begins at or behind a latent frame."""
+    """A prompt that holds from the first chunk that starts at latent frame `start` or later."""
 
     start: int
     prompt: Prompt
     transition: Transition = Keep()
 
 
+def recached_frames(scene: Scene) -> int:
+    """Return the latent frames that a scene's transition rewrites."""
+    return scene.transition.frames if isinstance(scene.transition, Recache) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Timeline(Generic[Prompt]):
-    """Scenes in order, the first one from frame 0. One scene is a run with one prompt."""
+    """Scenes in order, the first at frame 0. A run with one prompt has one scene."""
 
     scenes: tuple[Scene[Prompt], ...]
 
     def __post_init__(self) -> None:
         starts = [scene.start for scene in self.scenes]
-        if not starts or starts[0] != 0 or any(late <= early for early, late in pairwise(starts)):
+        rises = all(early < late for early, late in pairwise(starts))
+        if not starts or starts[0] != 0 or not rises:
             raise ValueError(
                 f"scenes start at frames {starts}: the first starts at 0, each later one behind it"
             )
 
     @classmethod
     def of(cls, prompt: Prompt) -> "Timeline[Prompt]":
-        """The timeline of one prompt."""
+        """Make the timeline of one prompt."""
         return cls((Scene(0, prompt),))
 
     @property
     def recached(self) -> int:
-        """Most latent frames that a transition writes anew."""
-        frames = (
-            scene.transition.frames
-            for scene in self.scenes
-            if isinstance(scene.transition, Recache)
-        )
-        return max(frames, default=0)
+        """The largest number of latent frames that a transition rewrites."""
+        return max(map(recached_frames, self.scenes))
 
     def map(self, encode: Callable[[Prompt], Tensor]) -> "Timeline[Tensor]":
-        """The same timeline of encoded prompts."""
+        """Encode every prompt."""
         return Timeline(tuple(replace(scene, prompt=encode(scene.prompt)) for scene in self.scenes))
 
     def events(self, chunk: Chunk, before: Chunk | None) -> Sequence[Event]:
-        """What happens before a chunk; nothing at the first one, whose prompt is that of the run's
-        start.
+        """Return the events before a chunk; none before the first chunk of a run.
 
-        Of several scenes that begin within a chunk the last one counts.
+        Of several scenes that start within a chunk, the last one counts.
         """
         if before is None:
             return ()
@@ -101,6 +99,5 @@ class Timeline(Generic[Prompt]):
         if not due:
             return ()
         scene = due[-1]
-        recache = scene.transition.frames if isinstance(scene.transition, Recache) else 0
         changes = (scene.transition,) if isinstance(scene.transition, (Flush, Cut)) else ()
-        return (*changes, PromptSwitch(scene.prompt, recache))
+        return (*changes, PromptSwitch(scene.prompt, recached_frames(scene)))

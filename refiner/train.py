@@ -1,4 +1,4 @@
-"""`autorefiner train CONFIG`: a TOML file to a trained refiner's file."""
+"""Train a refiner from a TOML file: the work of `autorefiner train`."""
 
 import hashlib
 import warnings
@@ -36,24 +36,24 @@ from .wan.vae import WanVAE
 MAX_PROMPTS = 1_000_000
 BUNDLED_PROMPTS = 4096
 HELD_OUT = 16  # prompts
-MAY_CHANGE = ("steps", "shown", "compiled", "checkpointing")  # when a run goes on
+MAY_CHANGE = ("steps", "shown", "compiled", "checkpointing")  # options of a continued run
 
 Encode = Callable[[list[str]], Tensor]  # prompts to contexts [B, L, text_dim]
 
 
 def run_training(path: Path, device: torch.device) -> Path:
-    """Run the training that a file describes; returns the path of the result."""
+    """Run the training that a file describes; return the path of the result."""
     return train_refiner(TrainConfig.read(path), device)
 
 
 def train_on_demo(options: RefineOptions, out: Path, run: Path, device: torch.device) -> Path:
-    """Train a refiner of the demo, with the demo's teacher, prompts and reward."""
+    """Train a refiner of the demo's model, with its teacher, prompts and reward."""
     rewards = (RewardConfig(DEMO),) if options.objective == "reward" else ()
     return train_refiner(TrainConfig(out, run, refiner=options, rewards=rewards), device)
 
 
 def train_refiner(config: TrainConfig, device: torch.device) -> Path:
-    """Train to the end, from where the run stands, and write the result; returns its path."""
+    """Start or continue a training, write the result and return its path."""
     stage, base = prepare(config, device)
     options = stage.options
     train(stage, LoopOptions(config.run, options.steps, config.save_every, config.show_every))
@@ -69,7 +69,7 @@ def train_refiner(config: TrainConfig, device: torch.device) -> Path:
 
 
 def card_of(options: RefineOptions, base: str) -> RefinerCard:
-    """Describe a trained refiner; `base` is the fingerprint of its base."""
+    """Describe a trained refiner; `base` is the fingerprint of its base model."""
     return RefinerCard(
         rank=options.rank,
         levels=tuple(sorted(options.refined, reverse=True)),
@@ -82,9 +82,9 @@ def card_of(options: RefineOptions, base: str) -> RefinerCard:
 
 
 def run_probe(path: Path, device: torch.device, batches: int) -> Probe:
-    """Probe the training that a file describes where its run stands.
+    """Probe the training that a file describes, in the current state of its run.
 
-    The critic's warm-up comes first, and is saved.
+    Runs the critic's warm-up before, if it is missing, and saves it.
     """
     config = TrainConfig.read(path)
     stage, _ = prepare(config, device)
@@ -96,12 +96,12 @@ def run_probe(path: Path, device: torch.device, batches: int) -> Probe:
 
 
 def nothing_shown(folder: Path, index: int) -> dict[str, float]:
-    """Draw no sheet: the refiner has not learnt yet."""
+    """Draw no sheet: the refiner is still untrained."""
     return {}
 
 
 def prepare(config: TrainConfig, device: torch.device) -> tuple[RefinerStage, str]:
-    """Begin a run, or go on with it: its stage and the base's fingerprint."""
+    """Start or continue a run; return its stage and the fingerprint of the base model."""
     if not config.out.parent.is_dir():
         raise ValueError(f"{config.out.parent} is not a folder: make it, `out` is written there")
     if device.type == "cpu":
@@ -118,7 +118,7 @@ def prepare(config: TrainConfig, device: torch.device) -> tuple[RefinerStage, st
 
 
 def run_identity(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict[str, Any]:
-    """Everything that a run depends on, except where its files lie."""
+    """Return everything that a run depends on, except the places of its files."""
     rewards = [asdict(reward) for reward in config.rewards]
     for reward in rewards:
         del reward["path"]
@@ -132,15 +132,15 @@ def run_identity(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict
         "prompts": digest(prompts),
         "rewards": rewards,
         **{name: seal(path) for name, path in models.items()},
-        "reward models": [seal(Path(one.path)) for one in config.rewards if one.path],
+        "reward models": [seal(Path(reward.path)) for reward in config.rewards if reward.path],
     }
 
 
 def seal(path: Path) -> str:
     """Hash the size and the first MiB of a model's file, or of each file in its folder."""
     hashed = hashlib.sha256()
-    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    for each in files:
+    paths = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    for each in paths:
         with open_regular(each) as file:
             hashed.update(f"{each.stat().st_size} ".encode() + file.read(1 << 20))
     return hashed.hexdigest()
@@ -164,7 +164,7 @@ def make_stage(config: TrainConfig, device: torch.device) -> RefinerStage:
 
 
 def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and held-out ones."""
+    """Read the prompts to train on and the held-out ones."""
     prompts = read_prompts(config.prompts)
     if bundle := find_training_bundle(config.prompts):
         return prompts, bundle.training.held_out(HELD_OUT)
@@ -172,7 +172,7 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
 
 
 def read_prompts(name: str) -> list[str]:
-    """Read the prompts of a UTF-8 file or of a bundle; ValueError for a file with none."""
+    """Read the prompts of a UTF-8 file or of a bundle; ValueError for an empty file."""
     if bundle := find_training_bundle(name):
         return bundle.training.prompts(BUNDLED_PROMPTS)
     path = Path(name)
@@ -186,13 +186,13 @@ def read_prompts(name: str) -> list[str]:
 
 
 def hold_out(prompts: list[str]) -> tuple[list[str], list[str]]:
-    """Hold out the last tenth of the prompts, at most 16, to compare with the base on."""
+    """Hold out the last tenth of the prompts, at most 16, for comparisons with the base model."""
     count = min(HELD_OUT, len(prompts) // 10)
     return prompts[: len(prompts) - count], prompts[len(prompts) - count :]
 
 
 def warn_of_misread(bundle: Bundle, prompts: Sequence[str]) -> None:
-    """Warn, once, of prompts that a bundle does not understand as a person would."""
+    """Warn once if prompts differ from the captions that a bundle was trained on."""
     noted = {prompt: lines for prompt in prompts if (lines := bundle.prompt_notes(prompt))}
     count = sum(prompt in noted for prompt in prompts)
     if not noted:
@@ -206,7 +206,7 @@ def warn_of_misread(bundle: Bundle, prompts: Sequence[str]) -> None:
 
 
 def make_encoder(config: TrainConfig, base: CausalWan, device: torch.device) -> Encode:
-    """Load the text encoder: prompts to contexts [B, L, text_dim]."""
+    """Load the text encoder; return a function from prompts to contexts [B, L, text_dim]."""
     bundle = find_training_bundle(config.base)
     if bundle and not config.text_encoder:
         return bundle.text(device)
@@ -226,35 +226,33 @@ def make_encoder(config: TrainConfig, base: CausalWan, device: torch.device) -> 
 
 
 def teacher_file(name: str) -> Path:
-    """The file of a teacher, or of a bundle's."""
+    """Return the file of a teacher, which may be named by its bundle."""
     bundle = find_training_bundle(name)
     return bundle.training.teacher if bundle else Path(name)
 
 
 def vae_file(name: str) -> Path:
-    """The file of a VAE, or of a bundle's."""
+    """Return the file of a VAE, which may be named by its bundle."""
     bundle = find_training_bundle(name)
     return bundle.vae if bundle else Path(name)
 
 
 def load_network(path: Path, device: torch.device) -> CausalWan:
-    """Load a transformer, fp32."""
+    """Load a transformer in fp32."""
     model, info = load_transformer(path, device=device, dtype=torch.float32)
     return CausalWan(model, info.config)
 
 
 def load_vae(path: Path, device: torch.device) -> WanVAE:
-    """Load a VAE, fp32."""
+    """Load a VAE in fp32."""
     return WanVAE.from_state_dict(load_vae_state(path)).to(device, torch.float32)
 
 
-def make_objective(
-    config: TrainConfig, base: CausalWan, encode: Encode, vae: WanVAE
-) -> Objective:  # fmt: skip
-    """Load the models that the clips are judged by: the rewards, or the teacher."""
+def make_objective(config: TrainConfig, base: CausalWan, encode: Encode, vae: WanVAE) -> Objective:
+    """Load the reward models or the teacher."""
     device = vae.conv1.weight.device
     if config.refiner.objective == "reward":
-        rewards = Mixture(tuple((one.load(device), one.weight) for one in config.rewards))
+        rewards = Mixture(tuple((reward.load(device), reward.weight) for reward in config.rewards))
         return RewardObjective(config.refiner, rewards, vae)
     teacher = load_network(teacher_file(config.teacher), device)
     base_inputs = base.config.in_dim, base.config.text_dim
@@ -269,7 +267,7 @@ def make_objective(
 def make_sheets(
     bundle: Bundle | None, base: CausalWan, encode: Encode, vae: WanVAE, prompts: list[str]
 ) -> Show:
-    """Sample sheets of the first prompts, or those of the base's bundle."""
+    """Make sample sheets of the first prompts, or those of the base's bundle."""
     if bundle:
         return bundle.training.sheets(base, encode, vae)
     return Sheets(base, encode, vae, prompts[:SHEET_PROMPTS])

@@ -1,4 +1,4 @@
-"""The TOML file of `autorefiner train`, checked before any model is loaded."""
+"""Read and check the TOML file of `autorefiner train` before any model is loaded."""
 
 import sys
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ else:
 KINDS = (*(name for name in BUNDLES if find_training_bundle(name)), *FORMULAS)
 FALLBACK_PRESET = "self-forcing"
 PATHS = ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer")
-TYPES = {int: int, float: (int, float), str: str, Path: str, bool: bool}  # of a field: in TOML
+# types of fields: types of their values in TOML
+TYPES = {int: int, float: (int, float), str: str, Path: str, bool: bool}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class RewardConfig:
     kind: str
     path: str = ""
     weight: float = 1.0
-    frames: int = 0  # drawn a step; 0: as is good for the kind
-    interval: int = 0  # of a clip of frames; 0: single ones
+    frames: int = 0  # drawn per step; 0: the default of the kind
+    interval: int = 0  # between the frames of a clip; 0: single frames
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -49,14 +50,13 @@ class RewardConfig:
             raise ValueError(f"rewards.path of {self.kind} is {self.path!r}: {advice}")
         if self.interval and not self.frames:
             raise ValueError(
-                f"rewards.interval {self.interval} of {self.kind} is said without `frames`: say"
-                " both"
+                f"rewards.interval {self.interval} of {self.kind} is set without `frames`: set both"
             )
         if not abs(self.weight) < inf:
             raise ValueError(f"rewards.weight {self.weight} of {self.kind}: give a finite number")
 
     def draw(self, usual: FrameDraw) -> FrameDraw:
-        """The frames that the reward sees, where the kind's `usual` ones are not overridden."""
+        """Return the frames that the reward sees: `usual` ones unless the table overrides them."""
         if not self.frames:
             return usual
         return FrameDraw(self.frames, self.interval, usual.opening)
@@ -70,22 +70,22 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """A training file. Paths are relative to the file; a bundle's name stands for its own models.
+    """A training file. Paths are relative to the file; a bundle's name stands for its files.
 
-    `out` gets the refiner (or, with method lora, a LoRA that ComfyUI's own loader reads); `run` the
-    state, log and sample sheets, from which the same command goes on.
+    `out` is the file of the refiner (with method lora, of a LoRA for ComfyUI's loader); `run` is
+    the folder of the state, from which the same command continues, the log and sample sheets.
     """
 
     out: Path
     run: Path
     base: str = DEMO
     teacher: str = DEMO  # a bidirectional model of the same latents: the real score
-    prompts: str = DEMO  # a text file, a prompt a line
-    vae: str = DEMO  # of the sample sheets and the rewards
+    prompts: str = DEMO  # a text file, one prompt a line
+    vae: str = DEMO  # for sample sheets and rewards
     text_encoder: str = ""
     tokenizer: str = ""
     preset: str = FALLBACK_PRESET
-    sampler_levels: tuple[int, ...] = ()  # nominal, falling from 1000; none: the preset's
+    sampler_levels: tuple[int, ...] = ()  # nominal, falling from 1000; empty: the preset's
     save_every: int = 100
     show_every: int = 500
     refiner: RefineOptions = field(default_factory=RefineOptions)
@@ -102,7 +102,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: Path) -> "TrainConfig":
-        """Read a TOML file; ValueError in one line for anything that it cannot say."""
+        """Read a TOML file; ValueError for anything that a training file does not allow."""
         try:
             document = tomllib.loads(read_text(path, CONFIG_BYTES))
         except tomllib.TOMLDecodeError as error:
@@ -129,7 +129,7 @@ class TrainConfig:
         levels = options.get("levels", [*preset.levels[1:]])
         options["levels"] = _parse_levels(levels, "refiner.levels")
         if not document.get("out"):
-            raise ValueError("does not say `out`, the file to write")
+            raise ValueError("does not set `out`, the file to write")
         if "betas" in options:
             options["betas"] = _parse_betas(options["betas"])
         _check_complete(document, options)
@@ -153,28 +153,28 @@ def _parse_reward(table: dict[str, Any], folder: Path) -> RewardConfig:
 
 
 def _preset_of(base: str, folder: Path) -> str:
-    """The preset of a base; ValueError names the likely ones where its file proves none."""
+    """Return the preset of a base; ValueError when its file does not prove one."""
     if bundle := find_training_bundle(base):
         return bundle.preset
     path = folder / base
     if not path.exists():
-        return FALLBACK_PRESET  # loading the base says that it is not there
+        return FALLBACK_PRESET  # loading the base reports the missing file
     info = inspect(path)
     if info.preset is None:
         reason = info.preset_reason.replace("pass --preset", "set preset to")
-        raise ValueError(f"does not say the preset of {base}: {reason}")
+        raise ValueError(f"does not set the preset of {base}: {reason}")
     return info.preset
 
 
 def _parse_levels(value: object, name: str) -> tuple[int, ...]:
-    """The whole numbers of a TOML list; ValueError for anything else."""
+    """Return the whole numbers of a TOML list; ValueError for anything else."""
     if not isinstance(value, list) or not all(type(level) is int for level in value):
         raise ValueError(f"{name} is {value!r}, expected a list of whole numbers, like [750, 500]")
     return tuple(value)
 
 
 def _parse_betas(value: object) -> tuple[float, ...]:
-    """The numbers of a TOML list; ValueError for anything else."""
+    """Return the numbers of a TOML list; ValueError for anything else."""
     if not isinstance(value, list) or not all(type(beta) in (int, float) for beta in value):
         raise ValueError(
             f"refiner.betas is {value!r}, expected a list of two numbers, like [0.9, 0.999]"
@@ -183,21 +183,21 @@ def _parse_betas(value: object) -> tuple[float, ...]:
 
 
 def _check_complete(document: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError where the bundle's defaults would decide what another base is trained on."""
+    """Raise ValueError when another base would be trained with the bundle's defaults."""
     if find_training_bundle(document.get("base", DEMO)):
         return
     missing = [name for name in ("prompts", "vae") if name not in document]
     missing += [f"refiner.{name}" for name in ("height", "width") if name not in options]
     if missing:
         raise ValueError(
-            f"does not say {', '.join(missing)}: with a base of your own say them, as nothing else"
-            " can"
+            f"does not set {', '.join(missing)}: with a base of your own set them, they have no"
+            " defaults"
         )
 
 
 def _check_tables(document: Mapping[str, Any], options: object, rewards: object) -> None:
-    """Raise ValueError for a table, a name or a type that a training file does not have."""
-    lists_tables = isinstance(rewards, list) and all(isinstance(one, dict) for one in rewards)
+    """Raise ValueError for a table, a name or a type that a training file does not allow."""
+    lists_tables = isinstance(rewards, list) and all(isinstance(reward, dict) for reward in rewards)
     if not isinstance(options, dict) or not lists_tables:
         raise ValueError(
             "the options of the refiner are a table, [refiner], and each reward is one, [[rewards]]"
@@ -207,15 +207,15 @@ def _check_tables(document: Mapping[str, Any], options: object, rewards: object)
     for reward in rewards:
         _check_names(reward, RewardConfig, "rewards.")
         if "kind" not in reward:
-            raise ValueError(f"a [[rewards]] does not say its `kind`: use {', '.join(KINDS)}")
+            raise ValueError(f"a [[rewards]] does not set its `kind`: use {', '.join(KINDS)}")
 
 
 def _check_names(table: Mapping[str, Any], kind: type, prefix: str) -> None:
     """Raise ValueError for a name or a type that the dataclass does not have."""
-    known = {one.name: one for one in fields(kind)}
+    known = {each.name: each for each in fields(kind)}
     for name, value in table.items():
         if name == "preset" and prefix:
-            raise ValueError("refiner.preset is not known: say `preset` above [refiner]")
+            raise ValueError("refiner.preset is not known: set `preset` above [refiner]")
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
@@ -224,7 +224,7 @@ def _check_names(table: Mapping[str, Any], kind: type, prefix: str) -> None:
 
 
 def _check_type(value: object, wanted: Field, prefix: str) -> None:
-    """Raise ValueError for a value that a field cannot hold; lists are checked where parsed."""
+    """Raise ValueError for a value of the wrong type; lists are checked where they are parsed."""
     types = TYPES.get(wanted.type)
     if types is None:
         return

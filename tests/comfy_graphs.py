@@ -1,4 +1,4 @@
-"""The pack's workflows, cut down to what random weights sample in a second."""
+"""The pack's workflows, reduced to what random weights sample in a second."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,16 @@ NAMES = sorted(path.stem for path in API.glob("*.json"))
 NEED_COMFYUI = {"sampler_custom_advanced"}
 NEED_PEFT = {"train_a_refiner"}
 SIZE = {"width": 64, "height": 64}
+SHORT_TRAINING = {"steps": 2, "batch_size": 1, "length": 9, "rank": 2, "preview_every": 2}
 SMALL = {
-    "AutoRefinerSampler": SIZE, "ImageScale": SIZE,
-    "AutoRefinerTrainRefiner": {**SIZE, "steps": 2, "batch_size": 1, "length": 9, "rank": 2, "preview_every": 2},
-}  # fmt: skip
+    "AutoRefinerSampler": SIZE,
+    "ImageScale": SIZE,
+    "AutoRefinerTrainRefiner": {**SIZE, **SHORT_TRAINING},
+}
 
 
 def small(name: str) -> dict:
-    """A workflow at 64x64, with the demo's text encoder where it has umT5."""
+    """Return a workflow at 64x64, with the demo's text encoder in place of umT5."""
     graph = json.loads((API / f"{name}.json").read_text())
     for node in graph.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
@@ -32,18 +34,18 @@ def small(name: str) -> dict:
 
 
 def node(kind: str, /, **inputs: object) -> dict:
-    """A node of a graph."""
+    """Return a node of a graph in API format."""
     return {"class_type": kind, "inputs": inputs}
 
 
 def training(**inputs: object) -> dict:
-    """A training of the demo's student by its teacher that takes a second, saved as
-    mine.refiner.safetensors."""
+    """Return a one-second training of the demo's student, saved as mine.refiner.safetensors."""
     widgets = {
-        "run": "mine", "objective": "dmd", "prompts": "a red star\na blue square that spins", "steps": 4,
-        "batch_size": 2, "width": 32, "height": 32, "length": 21, "rank": 2, "learning_rate": 1e-3, "seed": 0,
-        "preview_every": 2, "method": "autorefiner", "levels": "", "accumulation": 1, "l2": 1.0, "critic_ratio": 2,
-        "precision": "fp32", "checkpointing": False, "save_every": 100,
+        "run": "mine", "objective": "dmd", "prompts": "a red star\na blue square that spins",
+        "steps": 4, "batch_size": 2, "width": 32, "height": 32, "length": 21, "rank": 2,
+        "learning_rate": 1e-3, "seed": 0, "preview_every": 2, "method": "autorefiner", "levels": "",
+        "accumulation": 1, "l2": 1.0, "critic_ratio": 2, "precision": "fp32",
+        "checkpointing": False, "save_every": 100,
     }  # fmt: skip
     sockets = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "teacher": ["2", 0]}
     given = {
@@ -58,5 +60,5 @@ def training(**inputs: object) -> dict:
 
 
 def of_kind(graph: dict, kind: str) -> str:
-    """The id of the last node of a class."""
+    """Return the id of the last node of a class."""
     return [key for key, found in graph.items() if found["class_type"] == kind][-1]

@@ -1,4 +1,4 @@
-"""Workflows from API format to the page's and back, by the node definitions of a running ComfyUI.
+"""Convert workflows between API format and the page's, by a running ComfyUI's node definitions.
 
 python tests/comfy_page.py URL writes workflows/NAME.json for every workflows/api/NAME.json.
 """
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from comfy_graphs import API, WORKFLOWS
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP = 400, 60  # pixels of the page
-HEAD, SOCKET, WIDGET, TEXT = 62, 20, 30, 100  # heights in the renderer that needs more
-SHOWN = {  # of what the page adds to nodes
+COLUMN, GAP = 400, 60  # pixels
+HEAD, SOCKET, WIDGET, TEXT = 62, 20, 30, 100  # heights in the taller renderer
+SHOWN = {  # of elements that the page adds to nodes
     "AutoRefinerSampler": 150, "AutoRefinerCustomSampler": 130, "AutoRefinerReflectiveCache": 150,
     "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310, "LoadImage": 220,
 }  # fmt: skip
@@ -36,23 +36,23 @@ def is_link(value: object) -> bool:
 
 
 def inputs_of(definition: dict) -> Iterator[tuple[str, str, dict, bool]]:
-    """(name, type, options, whether it is a widget) of a node's inputs in their order."""
+    """Return (name, type, options, is widget) of a node's inputs in order."""
     for part in ("required", "optional"):
-        for name, told in definition["input"].get(part, {}).items():
-            kind, options = told[0], told[1] if len(told) > 1 else {}
+        for name, spec in definition["input"].get(part, {}).items():
+            kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             kind = "COMBO" if isinstance(kind, list) else kind
             yield name, kind, options, kind in WIDGETS and not options.get("forceInput")
 
 
 def after_widget(name: str, options: dict) -> list[str]:
-    """Values of the widgets that the page puts behind one of its own accord."""
+    """Return the values of widgets that the page itself adds after one."""
     if options.get("control_after_generate"):
         return ["fixed"]
     return ["image"] if options.get("image_upload") else []
 
 
 def depths(graph: dict) -> dict[str, int]:
-    """Column of each node: one behind the last of those that it needs."""
+    """Return the column of each node: one past the last of its inputs."""
     found: dict[str, int] = {}
 
     def depth(key: str) -> int:
@@ -65,7 +65,7 @@ def depths(graph: dict) -> dict[str, int]:
 
 
 def to_page(graph: dict, info: dict) -> dict:
-    """A workflow as the page saves it."""
+    """Convert a graph in API format to the workflow that the page saves."""
     links, nodes, heights = [], [], {}
     columns = depths(graph)
     for order, key in enumerate(sorted(graph, key=lambda key: (columns[key], int(key)))):
@@ -98,9 +98,10 @@ def to_page(graph: dict, info: dict) -> dict:
         heights[columns[key]] = top + height + GAP
         nodes.append(
             {
-                "id": int(key), "type": node["class_type"], "pos": [GAP + COLUMN * columns[key], top],
-                "size": [COLUMN - 80, height], "flags": {}, "order": order, "mode": 0, "inputs": sockets,
-                "outputs": outputs, "title": node["_meta"]["title"],
+                "id": int(key), "type": node["class_type"],
+                "pos": [GAP + COLUMN * columns[key], top], "size": [COLUMN - 80, height],
+                "flags": {}, "order": order, "mode": 0, "inputs": sockets, "outputs": outputs,
+                "title": node["_meta"]["title"],
                 "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": values,
             }
         )  # fmt: skip
@@ -120,7 +121,7 @@ def to_page(graph: dict, info: dict) -> dict:
 
 
 def to_api(page: dict, info: dict) -> dict:
-    """What the page sends to the queue for a workflow."""
+    """Convert a workflow of the page to the graph that the page queues."""
     ends = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
     graph = {}
     for node in sorted(page["nodes"], key=lambda node: node["id"]):

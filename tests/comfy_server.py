@@ -20,12 +20,11 @@ PACK = Path(autorefiner.__file__).parent
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "tests", "*.egg-info", "__pycache__", "build", "outputs", "benchmarks"
 )
-START_SECONDS, RUN_SECONDS = 600, 600  # for a slow machine
+START_SECONDS, RUN_SECONDS = 600, 600  # seconds, for a slow machine
 
 
 def find_comfyui() -> tuple[Path, Path] | None:
-    """(checkout, interpreter) of the ComfyUI that COMFYUI_PATH and COMFYUI_PYTHON name, or of the
-    usual places."""
+    """Return ComfyUI's (checkout, interpreter) from the environment or the usual places."""
     named = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
     for path in (*named, Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"):
         pythons = [
@@ -42,8 +41,7 @@ def find_comfyui() -> tuple[Path, Path] | None:
 
 
 def install_pack(base: Path, weights: Path) -> None:
-    """A copy of the pack in custom_nodes/, as a clone is, with these files in the place of its
-    bundle."""
+    """Copy the pack into custom_nodes/ like a clone, with these files as its bundle."""
     pack = base / "custom_nodes" / "autorefiner"
     shutil.copytree(PACK, pack, ignore=LEFT_OUT)
     own = pack / bundle.WEIGHTS.relative_to(PACK)
@@ -52,7 +50,7 @@ def install_pack(base: Path, weights: Path) -> None:
 
 
 class Refused(Exception):
-    """The server's answer to a prompt that it does not take."""
+    """The server's answer to a prompt that it refuses."""
 
     def __init__(self, answer: dict) -> None:
         super().__init__(json.dumps(answer)[:2000])
@@ -61,7 +59,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Server:
-    """A running server. `base` holds its models, input, output and custom_nodes."""
+    """A running server; `base` holds its models, input, output and custom_nodes."""
 
     base: Path
     port: int
@@ -105,7 +103,7 @@ class Server:
         raise RuntimeError(f"ComfyUI did not start: {server.log()[-3000:]}")
 
     def stop(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self.process.terminate()
         try:
             self.process.wait(20)
@@ -113,16 +111,16 @@ class Server:
             self.process.kill()
 
     def log(self) -> str:
-        """What the server printed."""
+        """Return what the server printed."""
         return (self.base / "comfyui.log").read_text(errors="replace")
 
     def get(self, path: str) -> dict:
-        """A JSON answer."""
+        """Return a JSON answer."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=120) as answer:
             return json.loads(answer.read())
 
     def post(self, path: str, body: dict) -> dict:
-        """The JSON answer to a request; Refused when it is an error."""
+        """Return the JSON answer to a POST; raise Refused if it is an error."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(),
@@ -135,12 +133,12 @@ class Server:
             raise Refused(json.loads(error.read())) from None
 
     def queue(self, graph: dict, **extra: object) -> str:
-        """The id of a prompt that was put into the queue; `extra` is its extra_data."""
+        """Queue a graph and return its prompt id; `extra` is the prompt's extra_data."""
         body = {"prompt": graph, "client_id": self.client, "extra_data": extra}
         return self.post("/prompt", body)["prompt_id"]
 
     def wait(self, prompt: str) -> dict:
-        """The history of a prompt when it has ended."""
+        """Wait until a prompt has ended; return its history."""
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             found = self.get(f"/history/{prompt}").get(prompt)
@@ -155,20 +153,20 @@ class Server:
         raise RuntimeError(f"the prompt did not end: {self.log()[-3000:]}")
 
     def run(self, graph: dict) -> dict:
-        """The history of a graph that ran to its good end."""
+        """Run a graph that must succeed; return its history."""
         ended = self.wait(self.queue(graph))
         assert ended["status"]["status_str"] == "success", json.dumps(ended["status"])[:3000]
         return ended
 
     def error(self, graph: dict) -> dict:
-        """The `execution_error` of a graph that fails while it runs."""
+        """Run a graph that must fail; return its `execution_error`."""
         ended = self.wait(self.queue(graph))
         return next(
             data for event, data in ended["status"]["messages"] if event == "execution_error"
         )
 
 
-if __name__ == "__main__":  # a server to look at: python tests/comfy_server.py FOLDER WEIGHTS
+if __name__ == "__main__":  # an interactive server: python tests/comfy_server.py FOLDER WEIGHTS
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     install_pack(folder, Path(sys.argv[2]))

@@ -1,4 +1,6 @@
-"""Fixtures that several tests share."""
+"""Shared fixtures."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from autorefiner.refiner.wan.causal import CausalWan
 
 from tiny import TINY, tiny_network
+from tiny_command import write_files
 
 
 @pytest.fixture
@@ -16,3 +19,9 @@ def network() -> CausalWan:
 @pytest.fixture
 def context() -> torch.Tensor:
     return torch.randn(1, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Write the files of a tiny model; see `tiny_command.write_files`."""
+    return write_files(tmp_path_factory.mktemp("files"))

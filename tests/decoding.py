@@ -1,4 +1,4 @@
-"""Readers of video and picture files that share no code with what writes them."""
+"""Decode video and picture files with code that the writers do not share."""
 
 import shutil
 import subprocess
@@ -11,8 +11,7 @@ FFMPEG = shutil.which("ffmpeg")
 
 
 def decoded(path: Path) -> np.ndarray:
-    """Every frame of a video [F, H, W, 3]; an assertion where one is damaged, missing, or not at
-    its time."""
+    """Return every frame [F, H, W, 3]; assert that none is damaged, missing or mistimed."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = sum(1 for packet in container.demux(stream) if packet.size)
@@ -32,6 +31,6 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def decoded_picture(path: Path) -> np.ndarray:
-    """A picture [H, W, 3], read by ffmpeg's decoders."""
+    """Return a picture [H, W, 3], read by ffmpeg's decoders."""
     with av.open(str(path)) as container:
         return next(container.decode(video=0)).to_ndarray(format="rgb24")

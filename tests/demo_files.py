@@ -1,5 +1,4 @@
-"""Files of the demo bundle's kind, tiny and of random weights, for tests that must not wait for the
-real ones."""
+"""Tiny stand-ins with random weights for the demo bundle's files."""
 
 import shutil
 from pathlib import Path
@@ -25,8 +24,7 @@ PREVIEW = [[row / 100, 0.0, -row / 100] for row in range(17)]
 
 
 def write_demo_files(folder: Path) -> Path:
-    """sprites_{vae,text,student,teacher,reward}.safetensors and the refiner's in `folder`, which is
-    returned."""
+    """Write sprites_{vae,text,student,teacher,reward} and the refiner to `folder`; return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_model(folder, "vae", WanVAE(VAE_DIM), None, {"preview": PREVIEW})
@@ -44,14 +42,13 @@ def write_demo_files(folder: Path) -> Path:
 
 
 def use_demo_files(folder: Path, monkeypatch) -> None:
-    """Put the files of a folder in the place of the bundled ones."""
+    """Use the files of a folder in place of the bundled ones."""
     monkeypatch.setattr(bundle, "WEIGHTS", folder)
     monkeypatch.setitem(BUNDLES, DEMO, sprites(folder))
 
 
 def random_pairs(config: WanConfig = STAND_IN, scale: float = 0.1) -> dict[str, LoraPair]:
-    """Factors of rank 2 for a network of these sizes; at a scale of zero those of a fresh
-    refiner."""
+    """Return random factors of rank 2; scale 0 gives those of a fresh refiner."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         targets = target_modules(WanTransformer(config))
@@ -69,15 +66,14 @@ def random_pairs(config: WanConfig = STAND_IN, scale: float = 0.1) -> dict[str, 
 def write_refiner(
     path: Path, config: WanConfig = STAND_IN, scale: float = 0.1, **card: object
 ) -> Path:
-    """A refiner's file of random factors."""
+    """Write a refiner file with random factors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_refiner(path, random_pairs(config, scale), RefinerCard(rank=2, **card))
     return path
 
 
 def write_base(base: Path, weights: Path) -> None:
-    """In `base`, ComfyUI's models/ and input/ with the files that the workflows name, the stand-ins
-    in their place."""
+    """Create ComfyUI's models/ and input/ in `base`, stand-ins under the workflows' file names."""
     named = {
         "diffusion_models/self_forcing_dmd.pt": "student",
         "vae/wan_2.1_vae.safetensors": "vae",

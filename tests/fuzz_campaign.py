@@ -1,9 +1,9 @@
-"""Try hostile input on everything that reads some: python tests/fuzz_campaign.py --help.
+"""Try hostile input on every parser: python tests/fuzz_campaign.py --help.
 
-Every input is made from a seed, in a folder of its own, and run in a fork of this process behind
-its imports. A run may do what it was asked for or refuse in one line. It may not end by a traceback
-or a signal, take ten seconds of a core or a gigabyte, print what steers a terminal, or open a file
-outside of its folder.
+Every input is generated from a seed in its own folder and run in a fork of this process, after the
+imports. A run may succeed or refuse in one line. It must not end with a traceback or a signal, take
+ten seconds of a core or a gigabyte, print terminal control sequences, or open a file outside of its
+folder.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork behind OpenMP's threads would wait for them
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork after OpenMP has started threads would wait for them
 
 import torch
 from fuzz import documents, media, pickles, runs, weights
@@ -39,12 +39,11 @@ from autorefiner.refiner.demo.metrics.classify import templates
 from tiny_bundle import use_bundle, write_tiny_bundle
 from tiny_command import write_files
 
-SECONDS, WALL = 10, 60  # of a core, and by the clock, until an input hangs
+SECONDS, WALL = 10, 60  # CPU seconds, and wall-clock seconds until an input counts as hung
 BLOW_UP = 1 << 30  # bytes
-FREE_BYTES = 1 << 29  # that the machine is said to have free
-KINDS: dict[
-    str, tuple[int, Callable[[Path, random.Random], Attempt]]
-] = {  # and shares of the inputs
+FREE_BYTES = 1 << 29  # reported as free memory
+# Each kind with its share of the inputs.
+KINDS: dict[str, tuple[int, Callable[[Path, random.Random], Attempt]]] = {
     "safetensors": (3, weights.safetensors),
     "torch files": (3, weights.torch_files),
     "folders": (1, weights.folders),
@@ -78,7 +77,7 @@ FREE = (
 
 @dataclass(slots=True)
 class Findings:
-    """Faults by kind of fault; the campaign passes when there are none."""
+    """Faults by kind; the campaign passes if there are none."""
 
     inputs: Counter = field(default_factory=Counter)
     refused: int = 0
@@ -86,8 +85,7 @@ class Findings:
 
 
 def prepare(root: Path) -> Path:
-    """Make the files that inputs are made from, a finished first step of a training, and what
-    nobody may read."""
+    """Write the source files, the finished first step of a training, and a secret file."""
     pristine = root / "pristine"
     for name in (
         "input",
@@ -101,9 +99,7 @@ def prepare(root: Path) -> Path:
     write_files(pristine)
     write_tiny_bundle(root / "bundle")
     use_bundle(root / "bundle")
-    estimate.available_bytes = lambda device: (
-        FREE_BYTES
-    )  # what is checked against free memory is refused
+    estimate.available_bytes = lambda device: FREE_BYTES  # so that checks of free memory refuse
     (root / "secret").mkdir()
     Image.new("RGB", (16, 16)).save(root / "secret" / "secret.png")
     clip = [
@@ -129,11 +125,10 @@ def prepare(root: Path) -> Path:
 
 
 class Watch:
-    """Linux's inotify on a folder that nothing may touch."""
+    """Linux's inotify on a folder that must not be touched."""
 
-    EVENTS = (
-        0x20 | 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200
-    )  # opened, written, changed, moved, made, deleted
+    # Opened, written, changed, moved, created, deleted.
+    EVENTS = 0x20 | 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200
 
     def __init__(self, folder: Path) -> None:
         libc = ctypes.CDLL(None)
@@ -141,7 +136,7 @@ class Watch:
         libc.inotify_add_watch(self.descriptor, os.fsencode(folder), self.EVENTS)
 
     def touched(self) -> bool:
-        """Whether something was opened or changed since the last call."""
+        """Return whether anything was opened or changed since the last call."""
         try:
             return bool(os.read(self.descriptor, 1 << 16))
         except BlockingIOError:
@@ -149,8 +144,7 @@ class Watch:
 
 
 def forbid_outside(folder: Path, report: Callable[[str], None]) -> None:
-    """Report every file that Python opens outside of `folder`, but for those of the system and of
-    Python itself."""
+    """Report every file that Python opens outside of `folder`, the system and Python itself."""
     pack = Path(__file__).parents[1]
     allowed = (
         str(folder.parent / "bundle"),
@@ -181,7 +175,7 @@ def child(
     choose: random.Random,
     outside: bool,
 ) -> int:
-    """Make an input and run it; 0 where it was done, 2 where it was refused in one line, else 1."""
+    """Generate and run an input; return 0 for success, 2 for a one-line refusal, else 1."""
     attempt = make(folder, choose)
     print(f"input: {attempt.name!r}", file=sys.stderr, flush=True)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
@@ -205,7 +199,7 @@ def child(
 def forked(
     make: Callable, folder: Path, choose: random.Random, outside: bool
 ) -> tuple[int, resource.struct_rusage, float]:
-    """Run `child` in a fork; its exit status, what it used, and seconds by the clock."""
+    """Run `child` in a fork; return its exit status, resource usage and wall-clock seconds."""
     began = time.perf_counter()
     pid = os.fork()
     if not pid:
@@ -239,7 +233,7 @@ def forked(
 def judge(
     status: int, used: resource.struct_rusage, seconds: float, base_kb: int, folder: Path
 ) -> list[str]:
-    """What was wrong with a run."""
+    """Return the faults of a run."""
     out, err, outside = (
         folder.with_name(f"{folder.name}.{name}").read_bytes()
         for name in ("stdout", "stderr", "outside")
@@ -258,18 +252,19 @@ def judge(
         faults.append(f"blow-up of {(used.ru_maxrss - base_kb) >> 10} MiB")
     if outside:
         faults.append(f"outside: {outside.decode(errors='replace').splitlines()[0]}")
-    if STEERS.search(out) or STEERS.search(err.replace(b"\x1b[A", b"")):  # a bar goes up a line
+    # Progress bars may move the cursor up a line.
+    if STEERS.search(out) or STEERS.search(err.replace(b"\x1b[A", b"")):
         faults.append("steers the terminal")
     return faults
 
 
 def resident_kb() -> int:
-    """Memory of this process, which a fork begins with."""
+    """Return this process's memory in kB, which every fork starts with."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
 
 
 def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -> Findings:
-    """Try the inputs of these numbers, one after the other."""
+    """Try the inputs with these numbers, one after the other."""
     findings, watch = Findings(), Watch(root / "secret")
     plan = [
         kind
@@ -295,14 +290,9 @@ def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -
         findings.inputs[kind] += 1
         findings.refused += os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2
         if faults:
-            said = (
-                folder.with_name(f"{folder.name}.stderr")
-                .read_bytes()
-                .decode(errors="replace")
-                .strip()
-                .splitlines()
-            )
-            text = f"{kind} {number}: {', '.join(faults)}: {said[0] if said else ''!a}: {said[-1] if said else ''!a}"
+            errors = folder.with_name(f"{folder.name}.stderr").read_bytes()
+            lines = errors.decode(errors="replace").strip().splitlines() or [""]
+            text = f"{kind} {number}: {', '.join(faults)}: {lines[0]!a}: {lines[-1]!a}"
             findings.faults.append(text)
             print(text[:600], flush=True)
         if not (faults and args.keep):
@@ -313,7 +303,7 @@ def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -
 
 
 def campaign(args: argparse.Namespace) -> int:
-    """Share the inputs among some processes; the exit status is 1 where one of them met a fault."""
+    """Split the inputs among processes; return 1 if any of them has a fault."""
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="fuzz_"))
     pristine = prepare(root)
@@ -338,7 +328,7 @@ def campaign(args: argparse.Namespace) -> int:
 
 
 def report(results: list) -> int:
-    """Print what was tried and what was wrong; the exit status."""
+    """Print the counts and the faults; return the exit status."""
     inputs, refused, faults = Counter(), 0, []
     for tried, refusals, wrong in results:
         inputs.update(tried)
@@ -351,7 +341,6 @@ def report(results: list) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=12, help="at most (default %(default)s)")

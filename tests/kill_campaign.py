@@ -1,12 +1,10 @@
-"""Kill runs at random moments and check that nothing finished is lost: python
-tests/kill_campaign.py --help.
+"""Kill runs at random moments and check that nothing finished is lost.
 
-Every run is a fork of this process behind its imports, so a kill meets the run and not the loading
-of libraries. It reports what it finished through a pipe; after the kill every file is read back,
-and the run goes on until it is finished, when it must equal one that nobody killed. In the runs of
-832x480 the networks are stand-ins that hand out latents made before and enlarge them to pixels,
-because the real ones would take minutes a chunk on a CPU; all that writes, reads and resumes is
-real.
+Usage: python tests/kill_campaign.py --help. Every run is a fork of this process after its imports,
+so a kill hits the run and not the loading of libraries. A run reports finished work through a pipe;
+after the kill every file is read back, and the run is resumed until it ends, when its output must
+equal that of a run never killed. At 832x480 stand-ins replace the networks (saved latents, enlarged
+to pixels), as the real ones take minutes a chunk on a CPU; writing, reading and resuming are real.
 """
 
 import argparse
@@ -21,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork behind OpenMP's threads would wait for them
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork after OpenMP has started threads would wait for them
 
 import av
 import numpy as np
@@ -39,14 +37,14 @@ from autorefiner.refiner.training import loop
 from tiny_bundle import use_bundle, write_tiny_bundle
 from tiny_command import command, parse, write_files
 
-Report = Callable[[int], None]  # of what a run has finished so far
+Report = Callable[[int], None]  # reports the work finished so far
 Run = Callable[[Path, Report], None]
 KINDS = ("stream", "large", "train")
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a campaign counts; the last three must stay 0."""
+    """Counts of a campaign; the last three must stay 0."""
 
     kills: Counter = field(default_factory=Counter)
     finished: Counter = field(default_factory=Counter)
@@ -60,7 +58,7 @@ class Tally:
 
 
 def frames_of(path: Path) -> np.ndarray:
-    """Every frame of a video, decoded; none of a file that is not there."""
+    """Return every decoded frame of a video; none if the file is missing."""
     if not path.exists():
         return np.zeros((0, 1, 1, 3), np.uint8)
     with av.open(str(path)) as container:
@@ -68,18 +66,17 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def running(child: int) -> bool:
-    """Whether a child has not ended; it is not waited for."""
+    """Return whether a child is still running, without waiting for it."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def log_of(folder: Path) -> Path:
-    """What the last run in a folder printed."""
+    """Return what the last run in a folder printed."""
     return folder.with_name(f"{folder.name}.log")
 
 
 def forked(run: Run, folder: Path, delay: float | None) -> tuple[int, int, float]:
-    """Run in a child and kill it after `delay` seconds; (exit status, what it reported last,
-    seconds it ran)."""
+    """Run in a child and kill it after `delay`; return (exit status, last report, seconds)."""
     reading, writing = os.pipe()
     began = time.perf_counter()
     child = os.fork()
@@ -113,7 +110,7 @@ def forked(run: Run, folder: Path, delay: float | None) -> tuple[int, int, float
 
 
 def stream(arguments: list[str], report: Report) -> None:
-    """`generate`, told of every chunk that is in the file."""
+    """Run `generate`, reporting every chunk that reached the file."""
     for frames in generate(prepare(parse(arguments))):
         report(frames)
 
@@ -127,7 +124,7 @@ class Clip:
     frames: int
 
     def arguments(self, folder: Path) -> list[str]:
-        """The command, which extends what a kill left where there is anything."""
+        """Return the command; it extends what a kill left, if there is anything."""
         out, sides = folder / "fox.mp4", "x".join(map(str, self.size))
         run = command(
             self.files, out, "--save-latents", "--frames", str(self.frames), "--size", sides
@@ -140,7 +137,7 @@ class Clip:
         stream(self.arguments(folder), report)
 
     def state(self, folder: Path) -> tuple[np.ndarray, torch.Tensor | None]:
-        """Every decoded frame of the video, finished or not, and the latents."""
+        """Return the decoded frames of the video, finished or not, and the latents."""
         videos = (folder / "fox.mp4", folder / "fox.partial.mp4")
         latents = (folder / "fox.latents.safetensors", folder / "fox.latents.partial.safetensors")
         video = next((path for path in videos if path.exists()), videos[0])
@@ -151,7 +148,7 @@ class Clip:
         return (folder / "fox.mp4").exists() and (folder / "fox.latents.safetensors").exists()
 
     def check(self, folder: Path, done: int, before: int, reference: Path, tally: Tally) -> int:
-        """Compare what is there with the reference; the frames that are safe now."""
+        """Compare the files with the reference; return the number of frames that are safe."""
         frames, latents = self.state(folder)
         whole, expected = self.state(reference)
         held = 0 if latents is None else 4 * latents.shape[2] - 3
@@ -174,7 +171,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training that is killed and started again until it is finished; every step is saved."""
+    """A training that is killed and restarted until it ends; every step is saved."""
 
     steps: int
 
@@ -188,8 +185,9 @@ class Training:
         loop.save = reported
         config = folder / "small.toml"
         config.write_text(
-            f'out = "small.safetensors"\nrun = "run"\nsave_every = 1\nshow_every = 3\n[refiner]\nsteps = {self.steps}\n'
-            "batch = 2\nrank = 2\nframes = 6\nratio = 2\nshown = 1\n"
+            'out = "small.safetensors"\nrun = "run"\nsave_every = 1\nshow_every = 3\n'
+            f"[refiner]\nsteps = {self.steps}\nbatch = 2\nrank = 2\nframes = 6\nratio = 2\n"
+            "shown = 1\n"
         )
         if main(["train", str(config), "--device", "cpu"]):
             raise SystemExit("the training failed")
@@ -202,8 +200,7 @@ class Training:
         return (folder / "small.safetensors").exists()
 
     def check(self, folder: Path, done: int, before: int, reference: Path, tally: Tally) -> int:
-        """Compare the saved step with what was reported; a finished refiner with the
-        reference's."""
+        """Compare the saved step with the last report, a finished refiner with the reference."""
         saved = self.saved(folder)
         if saved < max(done, before):
             tally.lost.append(f"{folder}: {done} steps reported, {before} before, {saved} saved")
@@ -223,8 +220,7 @@ class Training:
 
 
 def large_networks() -> None:
-    """Put stand-ins in the place of the networks, for this process: latents made before, enlarged
-    to pixels."""
+    """Replace the networks in this process by saved latents, enlarged to pixels."""
 
     def sample(
         network: object,
@@ -252,7 +248,7 @@ def large_networks() -> None:
 
 
 def campaign(kind: str, kills: int, seed: int, seconds: float, folder: Path, tally: Tally) -> None:
-    """Kill one kind of run until there are enough kills or the time is over."""
+    """Kill one kind of run until there are enough kills or time is up."""
     rng, deadline = random.Random(f"{seed} {kind}"), time.monotonic() + seconds
     if kind == "train":
         write_tiny_bundle(folder / "models")
@@ -290,8 +286,7 @@ def one_run(
     span: float,
     tally: Tally,
 ) -> float:
-    """Kill a run at most four times, then let it end; the longest that a part of it was seen to
-    take, in seconds."""
+    """Kill a run up to four times, then let it end; return the longest seconds of one part."""
     folder.mkdir()
     safe, longest = 0, 0.0
     for attempt in range(5):
@@ -335,7 +330,8 @@ def report(tally: Tally, kinds: list[str]) -> None:
     for kind in kinds:
         print(f"{kind}: {tally.kills[kind]} kills, {tally.finished[kind]} runs finished")
     print(
-        f"lost {len(tally.lost)}, unreadable {len(tally.unreadable)}, different {len(tally.different)}"
+        f"lost {len(tally.lost)}, unreadable {len(tally.unreadable)}, "
+        f"different {len(tally.different)}"
     )
     for fault in tally.faults:
         print(f"  {fault}")

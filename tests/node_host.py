@@ -1,4 +1,4 @@
-"""Compare a host with NodeHost, also inside ComfyUI's interpreter."""
+"""Check that a host satisfies NodeHost; also runs in ComfyUI's interpreter."""
 
 from collections.abc import Iterable
 from inspect import Parameter, getmembers, isfunction, signature
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def mismatches(protocol: type, host: Any) -> dict[str, str]:
-    """What is wrong with a host's functions, by name; empty where it satisfies the protocol."""
+    """Return the problems of a host's functions by name; empty if it satisfies the protocol."""
     wrong = {}
     for name, method in getmembers(protocol, isfunction):
         if name.startswith("_"):
@@ -26,8 +26,7 @@ def fits(parameters: Iterable[Parameter], expected: Iterable[Parameter]) -> bool
 
 
 def matches(actual: Parameter | None, expected: Parameter | None) -> bool:
-    """Whether a host's parameter takes what nodes give; one beyond the protocol's needs a
-    default."""
+    """Return whether a host's parameter accepts the protocol's; extra ones need a default."""
     if actual is None or expected is None:
         return actual is not None and actual.default is not Parameter.empty
     same_default = expected.default in (Parameter.empty, actual.default)

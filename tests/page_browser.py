@@ -1,5 +1,4 @@
-"""A headless Chromium on the page of a running ComfyUI. Needs playwright (pip) and a Chromium of
-the system."""
+"""Drive ComfyUI's page in headless Chromium; needs playwright and a system Chromium."""
 
 import importlib.util
 import json
@@ -15,11 +14,14 @@ from comfy_graphs import WORKFLOWS
 from comfy_server import Server
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-HOW = "apt-get install chromium (or set CHROMIUM to one) and pip install -e '.[page]', then pytest -m page"
-NODES = "[data-node-id]"  # those of the Vue renderer
-STATUS, FINISHED = ".autorefiner-status", ".autorefiner-finished"  # of a strip of chunks
+HOW = (
+    "apt-get install chromium (or set CHROMIUM to one) and pip install -e '.[page]', "
+    "then pytest -m page"
+)
+NODES = "[data-node-id]"  # nodes of the Vue renderer
+STATUS, FINISHED = ".autorefiner-status", ".autorefiner-finished"  # tiles of finished chunks
 SIZE = (1600, 1000)
-SECONDS = 300  # for a slow machine: a wait ends as soon as what it waits for is there
+SECONDS = 300  # for a slow machine; waits end early
 # the pack's modules; before a workflow is loaded, other complaints are the page's own
 OWN = "/extensions/autorefiner/"
 # The page asks other hosts for releases and for sizes of models, which the server forbids it, and
@@ -29,19 +31,18 @@ LOCAL = "http://127.0.0.1:"
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium."""
+    """Return the path of a Chromium, or None."""
     named = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else []
     return next((path for name in (*named, *NAMES) if (path := shutil.which(name))), None)
 
 
 def find_chromium() -> str | None:
-    """The browser's path, where it and playwright are there."""
+    """Return the browser's path if it and playwright are installed, else None."""
     return find_browser() if importlib.util.find_spec("playwright") else None
 
 
 def touch_files(base: Path) -> None:
-    """Empty files by the names that the workflows have: the page looks whether they are there, and
-    none is read."""
+    """Create empty files by the workflows' names, as the page checks that they exist."""
     folders = {"CLIPLoader": "text_encoders", "AutoRefinerLoadRefiner": "loras"}
     nodes = (
         node for path in WORKFLOWS.glob("*.json") for node in json.loads(path.read_text())["nodes"]
@@ -54,7 +55,7 @@ def touch_files(base: Path) -> None:
 
 
 def set_setting(server: Server, name: str, value: object) -> None:
-    """A setting of the page, as its own dialog stores it."""
+    """Change a setting of the page as its dialog does."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/settings/{name}", json.dumps(value).encode(),
         {"Content-Type": "application/json"},
@@ -64,7 +65,7 @@ def set_setting(server: Server, name: str, value: object) -> None:
 
 @dataclass(slots=True)
 class Page:
-    """A page that is open, and what its console complained of."""
+    """An open page and the errors of its console."""
 
     tab: object  # playwright's Page
     errors: list[str] = field(default_factory=list)
@@ -79,30 +80,30 @@ class Page:
             [graph, workflow.stem],
         )
         self.until(
-            f"!LiteGraph.vueNodesMode || document.querySelectorAll('{NODES}').length === {len(graph['nodes'])}"
+            "!LiteGraph.vueNodesMode || "
+            f"document.querySelectorAll('{NODES}').length === {len(graph['nodes'])}"
         )
         self.settle()
 
     def until(self, expression: str) -> None:
-        """Wait until an expression of JavaScript holds."""
+        """Wait until a JavaScript expression is true."""
         self.tab.wait_for_function(f"() => {expression}")
 
     def settle(self) -> None:
-        """Wait until what was changed is drawn."""
+        """Wait until changes are drawn."""
         frame = "new Promise((drawn) => requestAnimationFrame(drawn))"
         self.tab.evaluate(f"async () => {{ await {frame}; await {frame}; await {frame}; }}")
 
     def fit(self) -> None:
-        """Look at the whole graph."""
+        """Zoom to the whole graph."""
         self.tab.evaluate(
             "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
         )
-        self.tab.wait_for_timeout(500)  # it moves there
+        self.tab.wait_for_timeout(500)  # the view is animated
         self.settle()
 
     def look_at(self, node: str) -> None:
-        """Look at the whole of the node of a class, as near as the window lets: what is outside
-        cannot be clicked."""
+        """Zoom to the node of a class so that all of it can be clicked."""
         self.tab.evaluate(
             """(kind) => {
                 const canvas = window.app.canvas;
@@ -118,20 +119,21 @@ class Page:
         self.settle()
 
     def boxes(self) -> dict[int, tuple[float, float, float, float]]:
-        """Where each node is drawn, by id: left, top, right and bottom in the graph's pixels."""
+        """Return each node's left, top, right and bottom in graph pixels, by id."""
         found = self.tab.evaluate(
             """() => window.app.graph.nodes.map((node) => {
                 const { scale, offset } = window.app.canvas.ds;
                 const element = document.querySelector(`[data-node-id="${node.id}"]`);
                 if (!element) return [node.id, [...node.boundingRect]];
                 const { x, y, width, height } = element.getBoundingClientRect();
-                return [node.id, [x / scale - offset[0], y / scale - offset[1], width / scale, height / scale]];
+                const corner = [x / scale - offset[0], y / scale - offset[1]];
+                return [node.id, [...corner, width / scale, height / scale]];
             })"""
         )
         return {node: (x, y, x + width, y + height) for node, (x, y, width, height) in found}
 
     def queue(self) -> None:
-        """Run, as the button does."""
+        """Queue the workflow with the page's Run button."""
         self.tab.evaluate("() => window.app.queuePrompt(0, 1)")
 
     def set(self, node: str, **values: object) -> None:
@@ -148,8 +150,7 @@ class Page:
 
 
 def quiet(vue: bool) -> dict[str, object]:
-    """Settings of the page: its renderer, and nothing that stands before a workflow or draws more
-    than it must."""
+    """Return page settings: the renderer, no dialogs before a workflow, minimal drawing."""
     return {
         "Comfy.VueNodes.Enabled": vue,
         "Comfy.TutorialCompleted": True,
@@ -157,7 +158,7 @@ def quiet(vue: bool) -> dict[str, object]:
         "Comfy.Workflow.Persist": False,
         "Comfy.NodeBadge.ShowApiPricing": False,
         "Comfy.Minimap.Visible": False,
-        "LiteGraph.Canvas.MaximumFps": 20,  # it is drawn by the CPU, which a run needs
+        "LiteGraph.Canvas.MaximumFps": 20,  # drawing takes the CPU from the run
     }
 
 
@@ -168,7 +169,7 @@ def opened(
     size: tuple[int, int] = SIZE,
     prepare: Callable[[object], None] = lambda tab: None,
 ) -> Iterator[Page]:
-    """The page of a server in the standard renderer, or in that of Vue nodes."""
+    """Open a server's page in the standard renderer or in that of Vue nodes."""
     for name, value in quiet(vue).items():
         set_setting(server, name, value)
     with browsed(f"{LOCAL}{server.port}", prepare, size) as page:
@@ -179,8 +180,7 @@ def opened(
 def browsed(
     address: str, prepare: Callable[[object], None], size: tuple[int, int] = SIZE
 ) -> Iterator[Page]:
-    """The page at an address, which asks no other; `prepare` is given playwright's page before it
-    goes there."""
+    """Open a page; `prepare` gets playwright's page before it navigates."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -207,8 +207,7 @@ def browsed(
 
 
 def complaints(page: Page, workflow: Path) -> list[str]:
-    """Open a workflow and look at the whole of it: nodes that are missing or have errors, and what
-    the console says."""
+    """Open a workflow and return its missing or faulty nodes and the console's errors."""
     page.errors.clear()
     page.load(workflow)
     page.fit()
@@ -225,8 +224,7 @@ def complaints(page: Page, workflow: Path) -> list[str]:
 
 
 def note(page: Page, message: object) -> None:
-    """Keep an error of the console: of the pack's own modules any, of the page those that a
-    workflow may cause."""
+    """Record a console error: any from the pack's modules, from the page those of a workflow."""
     address = message.location.get("url", "")
     where = f"{message.text} ({address})"
     elsewhere = FORBIDDEN in where or (REFUSED in where and not address.startswith(LOCAL))
@@ -234,7 +232,5 @@ def note(page: Page, message: object) -> None:
         page.errors.append(where)
 
 
-if (
-    __name__ == "__main__"
-):  # whether there is a browser, for which playwright is worth its installation
+if __name__ == "__main__":  # exit status: is there a browser
     raise SystemExit(find_browser() is None)

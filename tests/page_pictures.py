@@ -1,8 +1,7 @@
-"""Pictures of the nodes for their help pages and of a run for the README, taken in a real ComfyUI
-by Chromium.
+"""Take the node pictures of the help pages and the README's film in a real ComfyUI.
 
 python tests/page_pictures.py writes web/docs/pictures/NODE.png and docs/run.webp; with --film only
-the latter. It needs what the tests of the page need. The videos in them are the bundled models'.
+the latter. It needs what the page tests need; the videos come from the bundled models.
 """
 
 import io
@@ -24,32 +23,30 @@ from autorefiner.refiner.demo import bundle
 
 FOLDER = PACK / "web" / "docs" / "pictures"
 EDGE, COLOURS = 8, 64  # pixels around a node; of a picture
-# Of each workflow the nodes that are shown when it has run, or was only opened.
+# Nodes to show of each workflow, after a run or only opened.
 RUN = {
     "compare_controls": ("LoadDemo", "LoadRefiner", "DecodeChunks", "CompareVideos"),
     "sampler_custom_advanced": ("CustomSampler",),
     "train_a_refiner": ("TrainRefiner", "SaveRefiner", "Sampler"),
 }
 OPENED = {"self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo")}
-ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # in no workflow
+ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # not in any workflow
 LENGTH, STEPS = 81, 6
-SEEN, CORNER, SCALE = (
-    "compare_controls",
-    (440, 40),
-    0.85,
-)  # what docs/comfyui.md shows, from where in the graph
+# The picture in docs/comfyui.md: workflow, corner in the graph, and scale.
+SEEN, CORNER, SCALE = ("compare_controls", (440, 40), 0.85)
 FILMED = PACK / "docs" / "run.webp"
-PLACES = {  # of the nodes of quickstart that the film shows, in the graph
-    1: (60, 60), 2: (60, 262), 3: (60, 524), 4: (430, 60), 5: (800, 60), 6: (1170, 60), 7: (1170, 222), 8: (1170, 384),
+PLACES = {  # of quickstart's nodes in the film's graph
+    1: (60, 60), 2: (60, 262), 3: (60, 524), 4: (430, 60), 5: (800, 60), 6: (1170, 60),
+    7: (1170, 222), 8: (1170, 384),
 }  # fmt: skip
 WINDOW, CLIP = (1360, 800), {"x": 45, "y": 40, "width": 1315, "height": 760}
 RUNNING, PLAYED = 60, 27  # most frames of the film while it runs; frames of the finished clips
-SHOWN_MS, PLAYED_MS, LAST_MS = 160, 190, 1500  # how long each is shown
+SHOWN_MS, PLAYED_MS, LAST_MS = 160, 190, 1500  # milliseconds a frame
 
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """A ComfyUI with the pack and its models."""
+    """Start a ComfyUI with the pack and its models."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "comfyui"
         base.mkdir()
@@ -63,7 +60,7 @@ def server() -> Iterator[Server]:
 
 
 def load(page: Page, server: Server, name: str) -> None:
-    """Open a workflow at a size that a CPU samples."""
+    """Open a workflow at a size that a CPU can sample."""
     graph = small(name)
     for node in graph.values():
         if node["class_type"] == "AutoRefinerSampler":
@@ -76,16 +73,16 @@ def load(page: Page, server: Server, name: str) -> None:
 
 
 def run(page: Page, server: Server) -> None:
-    """Run what is open to its end."""
+    """Run the open workflow to its end."""
     page.queue()
     page.tab.wait_for_timeout(1000)
     while any(server.get("/queue").values()):
         page.tab.wait_for_timeout(500)
-    page.tab.wait_for_timeout(3000)  # videos begin to play
+    page.tab.wait_for_timeout(3000)  # videos start to play
 
 
 def node_box(page: Page, kind: str) -> dict:
-    """Where the last node of a class is on the screen."""
+    """Return the screen box of the last node of a class."""
     return page.tab.evaluate(
         """([kind, edge]) => {
             const node = window.app.graph.nodes.findLast((node) => node.comfyClass === kind);
@@ -101,7 +98,7 @@ def node_box(page: Page, kind: str) -> dict:
 
 
 def keep(picture: bytes, name: str) -> None:
-    """Write a screenshot as a PNG of few colours."""
+    """Write a screenshot as a PNG with few colours."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.png"
     decoded(picture).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -109,12 +106,11 @@ def keep(picture: bytes, name: str) -> None:
 
 
 def decoded(picture: bytes) -> Image.Image:
-    """Decode a screenshot."""
     return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 def take(page: Page, kinds: tuple[str, ...]) -> None:
-    """A picture of each node."""
+    """Take a picture of each node."""
     for kind in (f"AutoRefiner{name}" for name in kinds):
         page.look_at(kind)
         keep(page.tab.screenshot(clip=node_box(page, kind)), kind)
@@ -123,7 +119,7 @@ def take(page: Page, kinds: tuple[str, ...]) -> None:
 def look_from(
     page: Page, corner: tuple[int, int], scale: float, margin: tuple[int, int] = (80, 90)
 ) -> None:
-    """Show the graph from a corner on, at a distance from the window's own."""
+    """Show the graph from a corner, at a multiple of the window's own scale."""
     page.tab.evaluate(
         """([[x, y], scale, [left, top]]) => {
             const canvas = window.app.canvas;
@@ -138,7 +134,7 @@ def look_from(
 
 
 def overview(page: Page) -> bytes:
-    """The part of the graph that docs/comfyui.md shows."""
+    """Take the picture of the graph for docs/comfyui.md."""
     look_from(page, CORNER, SCALE)
     return page.tab.screenshot(clip={"x": 60, "y": 40, "width": 1400, "height": 860})
 
@@ -177,7 +173,7 @@ def film(page: Page, server: Server) -> None:
 
 
 def spread(pictures: list[bytes], count: int) -> list[bytes]:
-    """At most so many of the pictures that differ from the one before, evenly spread."""
+    """Return up to `count` pictures that differ from their predecessor, evenly spread."""
     changed = [new for old, new in zip([b"", *pictures], pictures, strict=False) if new != old]
     count = min(count, len(changed))
     return [changed[place * (len(changed) - 1) // max(1, count - 1)] for place in range(count)]
@@ -219,7 +215,7 @@ def take_all(page: Page, running: Server) -> None:
 
 
 def main() -> None:
-    """All pictures, or the film alone."""
+    """Take all pictures, or only the film."""
     if find_comfyui() is None or find_chromium() is None:
         raise SystemExit("pictures need ComfyUI and Chromium, as the tests of the page do")
     with server() as running:

@@ -1,4 +1,4 @@
-"""The words of the page, read from its module without a browser."""
+"""The page's words, read from its module without a browser."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ WEB = Path(autorefiner.__file__).parent / "web"
 
 
 def words() -> dict[str, dict[str, str]]:
-    """Of each language, by name."""
+    """Return the words of each language by name."""
     text = (WEB / "words.js").read_text(encoding="utf-8")
     languages = re.findall(r"^  (\w+): \{\n(.*?)^  \},$", text, re.MULTILINE | re.DOTALL)
     return {
@@ -19,7 +19,7 @@ def words() -> dict[str, dict[str, str]]:
 
 
 def asked() -> set[str]:
-    """The words that the page's modules ask for by name."""
+    """Return the names of the words that the page's modules use."""
     text = "".join(path.read_text(encoding="utf-8") for path in WEB.glob("*.js"))
     calls = re.findall(r"\bword\(([^()`]*)\)", text)
     return {name for call in calls for name in re.findall(r'"([^"]+)"', call)}

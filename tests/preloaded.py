@@ -1,4 +1,4 @@
-"""What every process of a training takes seconds for: done once by the server that forks them."""
+"""Slow imports of a training process, done once by the server that forks them."""
 
 # ruff: noqa: F401
 import peft

@@ -1,4 +1,4 @@
-"""Random weights in the key layouts of published files, and what tests of loading them share."""
+"""Random weights in the key layouts of published files, and helpers to test loading them."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def equal_bits(found: State, right: State) -> bool:
 
 
 def message(path: Path | str, **options) -> str:
-    """The error of loading a file, which must be one line that names it."""
+    """Return the error of loading a file, which must be one line that names it."""
     with pytest.raises(ValueError) as raised:
         load_transformer(path, **options)
     text = str(raised.value)
@@ -65,7 +65,7 @@ def write(path: Path, content, metadata: dict[str, str] | None = None) -> Path:
 
 
 def diffusers_name(name: str) -> str:
-    """The naming map the other way round, written down apart from the loader's."""
+    """Map a parameter name to diffusers', written independently of the loader."""
     if not name.startswith("blocks."):
         for ours, theirs in (
             ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -91,7 +91,7 @@ def in_diffusers(state: State) -> State:
 
 
 def write_14b(path: Path, prefix: str = "", rename: Callable[[str], str] = str) -> Path:
-    """A 14B file of 28.6 GB that is only a header: the data is a hole."""
+    """Write a sparse 28.6 GB file of a 14B model: a header followed by a hole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         shapes = WanTransformer(WAN_14B).state_dict()

@@ -1,5 +1,4 @@
-"""Synthetic files under published and other names: layout, model and stage, and the right answer
-for each."""
+"""Synthetic files under published and other names, with their expected layout, model and stage."""
 
 import json
 from collections.abc import Callable
@@ -21,15 +20,14 @@ from published import (
 from autorefiner.refiner.wan.transformer import WanConfig
 
 SMALL = WanConfig(dim=128, num_heads=1, ffn_dim=64, num_layers=1, text_dim=8)
-OTHER = {
-    "model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)
-}  # another network in the file, not to be taken
+# A second network in the file that must not be loaded.
+OTHER = {"model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
 Make = Callable[[Path, State], Path]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A file, made by `make` at `name`. Without a preset, `likely` is the first to be asked for."""
+    """A file written by `make` at `name`; without a preset, `likely` is the first suggestion."""
 
     name: str
     make: Make
@@ -42,7 +40,7 @@ class Case:
 
 
 def single(content: Callable[[State], object], metadata: dict | None = None) -> Make:
-    """A file of what `content` makes of the state."""
+    """Return a writer of one file with `content(state)`."""
     texts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
 
     def make(path: Path, state: State) -> Path:
@@ -52,7 +50,7 @@ def single(content: Callable[[State], object], metadata: dict | None = None) -> 
 
 
 def folder(*parts: str, files: dict[str, dict] | None = None) -> Make:
-    """A diffusers folder: `parts` are where the networks lie in it, `files` its JSON files."""
+    """Return a writer of a diffusers folder: `parts` are its networks, `files` its JSON files."""
 
     def make(path: Path, state: State) -> Path:
         for part in parts:
@@ -65,7 +63,7 @@ def folder(*parts: str, files: dict[str, dict] | None = None) -> Make:
 
 
 def shards(one: bool, stem: str = "model") -> Make:
-    """Two shards without an index; the file of the first, or their folder."""
+    """Return a writer of two shards without an index, opened by the first shard or the folder."""
 
     def make(path: Path, state: State) -> Path:
         half = len(state) // 2
@@ -84,7 +82,7 @@ def large(prefix: str) -> Make:
 
 
 def large_expert(path: Path, _: State) -> Path:
-    """A pipeline of two 14B networks; its first is asked for."""
+    """Write a pipeline of two 14B networks and open its first."""
     write_14b(path / "transformer_2" / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
     write_14b(path / "transformer" / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
     (path / "model_index.json").write_text(
@@ -94,14 +92,14 @@ def large_expert(path: Path, _: State) -> Path:
 
 
 def large_causal(path: Path, _: State) -> Path:
-    """A 14B network in a folder whose config.json says that it is autoregressive."""
+    """Write a 14B network in a folder whose config.json names a causal class."""
     write_14b(path / "diffusion_pytorch_model.safetensors", rename=diffusers_name)
     (path / "config.json").write_text(json.dumps(CAUSAL_CLASS))
     return path
 
 
 def alone(path: Path, state: State) -> Path:
-    """The first network of a pipeline of two, whose second was not downloaded."""
+    """Write the first network of a two-network pipeline without the second."""
     index = {"transformer_2": ["diffusers", "CausalWanTransformer3DModel"], "boundary_ratio": 0.875}
     return folder("transformer", files={"model_index.json": index})(path, state)
 
@@ -119,7 +117,7 @@ def averaged(state: State) -> dict:
 
 
 def sharded_ema(state: State) -> dict:
-    """As trainers under FSDP save the average."""
+    """Name the averaged weights as trainers under FSDP do."""
     return {"generator_ema": prefixed(state, FSDP), "generator": OTHER}
 
 
@@ -128,7 +126,7 @@ def raw_beside_ema(state: State) -> dict:
 
 
 def peft_wrapped(state: State) -> State:
-    """Each linear layer of the block with a LoRA that changes nothing beside it."""
+    """Wrap each linear layer of the block with a zero LoRA, as peft names it."""
     stored = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
@@ -158,7 +156,7 @@ def pipeline(state: State) -> State:
 
 
 def fp8(scale_name: str, by_row: bool) -> Callable[[State], State]:
-    """The block's layers in fp8 with scales."""
+    """Quantise the block's layers to fp8 with scales."""
 
     def content(state: State) -> State:
         stored = dict(state)
@@ -189,6 +187,7 @@ def flat(prefix: str) -> Make:
 CAUSAL = {"config": {"transformer": {"causal_ar": True}}}
 OWN = {"autorefiner": {"preset": "causal-forcing-2step"}}
 CAUSAL_CLASS = {"_class_name": "CausalWanTransformer3DModel"}
+CAUSAL_PIPELINE = {"transformer/config.json": CAUSAL_CLASS, "model_index.json": {}}
 SFWAN = "SFWan2.1-T2V-1.3B-Diffusers"
 CACHE = "hub/models--gdhe17--Self-Forcing/snapshots/0a1b2c/checkpoints/self_forcing_dmd.pt"
 CF = "causal-forcing-framewise"
@@ -203,10 +202,10 @@ CASES = (
     Case("self_forcing_dmd.safetensors", flat("generator_ema.model."), "self-forcing"),
     Case("comfyui/self_forcing_dmd_bf16.safetensors", flat("diffusion_model."), "self-forcing"),
     Case("self_forcing_dmd_ema_as_generator.pt", single(generator), "self-forcing"),
-    Case(SFWAN, folder("transformer", files={"transformer/config.json": CAUSAL_CLASS, "model_index.json": {}}),
+    Case(SFWAN, folder("transformer", files=CAUSAL_PIPELINE),
          "self-forcing"),
-    Case(f"hub/models--FastVideo--{SFWAN}/snapshots/0a1b/transformer", folder("", files={"config.json": CAUSAL_CLASS}),
-         "self-forcing"),
+    Case(f"hub/models--FastVideo--{SFWAN}/snapshots/0a1b/transformer",
+         folder("", files={"config.json": CAUSAL_CLASS}), "self-forcing"),
     Case("a/cut", shards(one=True, stem="longlive_base"), "longlive"),
     Case(f"{SFWAN}/transformer", folder("", files={"config.json": CAUSAL_CLASS}), "self-forcing"),
     Case("autoregressive_checkpoint/model.pt", single(generator), "causvid"),
@@ -222,13 +221,16 @@ CASES = (
     Case("cmgrpo_raven_merge.pt", single(dict), "raven"),
     Case("cmgrpo_raven_full.pt", single(peft_wrapped), "raven"),
     Case("rewardforcing.pt", flat("model."), "reward-forcing"),
-    Case("one_forcing.pt", single(lambda s: {"generator": wrapped(s), "generator_ema": prefixed(OTHER, "")}),
+    Case("one_forcing.pt",
+         single(lambda s: {"generator": wrapped(s), "generator_ema": prefixed(OTHER, "")}),
          "one-forcing"),
-    Case("Infinite-Forcing/ckpt/checkpoint_model_000500/model.pt", single(sharded_ema), "infinite-forcing"),
+    Case("Infinite-Forcing/ckpt/checkpoint_model_000500/model.pt", single(sharded_ema),
+         "infinite-forcing"),
     Case("StreamDiffusionV2/wan_causal_dmd_v2v/model.pt", single(generator), "streamdiffusion-v2"),
-    Case("self_forcing_dmd_fp8_scaled.safetensors", single(fp8("scale_weight", by_row=False)), "self-forcing",
-         exact=False),
-    Case("rewardforcing_fp8.safetensors", single(fp8("weight_scale", by_row=True)), "reward-forcing", exact=False),
+    Case("self_forcing_dmd_fp8_scaled.safetensors", single(fp8("scale_weight", by_row=False)),
+         "self-forcing", exact=False),
+    Case("rewardforcing_fp8.safetensors", single(fp8("weight_scale", by_row=True)),
+         "reward-forcing", exact=False),
     # Metadata
     Case("named.safetensors", single(dict, OWN), "causal-forcing-2step"),
     Case("krea-realtime-video-14b_named.safetensors", single(dict, OWN), "causal-forcing-2step"),
@@ -244,39 +246,45 @@ CASES = (
     Case("chunkwise/longvideo.pt", single(sharded_ema), likely=CF),
     Case("rolling_forcing_dmd.pt", single(sharded_ema), likely=CF),
     Case("hiar.pt", single(sharded_ema), likely=CF),
-    # Layouts without a telling name
+    # Layouts under uninformative names
     Case("plain.safetensors", single(dict), likely="raven"),
     Case("causal_forcing.pt", single(sharded_ema), likely="causal-forcing"),
     Case("memflow/base.pt", single(generator), likely="longlive"),
     Case("logs/checkpoint_model_000600/model.pt", single(averaged), likely="self-forcing"),
     Case("a/fsdp.pt", single(sharded_ema), likely=CF),
-    Case("a/ddp.pt", single(lambda s: {"model": prefixed(s, "module."), "optimizer": {"state": {}}}),
+    Case("a/ddp.pt",
+         single(lambda s: {"model": prefixed(s, "module."), "optimizer": {"state": {}}}),
          likely="raven"),
     Case("a/ddp_of_wrapper.safetensors", flat("module.model."), likely="raven"),
-    Case("a/lightning.pt", single(lambda s: {"state_dict": prefixed(s, "generator.model."), "epoch": 1}),
+    Case("a/lightning.pt",
+         single(lambda s: {"state_dict": prefixed(s, "generator.model."), "epoch": 1}),
          likely="longlive"),
     Case("a/lightning_ema.pt", single(lambda s: {"state_dict": prefixed(s, "generator_ema.model.")
          | prefixed(OTHER, "generator.")}), likely="self-forcing"),
     Case("a/pipeline.safetensors", single(pipeline), likely="longlive"),
     Case("a/both.safetensors", single(lambda s: prefixed(s, "generator_ema.model.")
-         | {f"{role}.model.blocks.0.self_attn.q.weight": torch.zeros(2, 2) for role in ("generator", "critic")}),
+         | {f"{role}.model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)
+            for role in ("generator", "critic")}),
          likely="self-forcing"),
     Case("a/merged_peft.safetensors", flat("model.base_model.model."), likely="raven"),
     Case("a/peft.pt", single(peft_wrapped), likely="raven"),
     Case("a/deeper.pt", single(lambda s: {"model": generator(s)}), likely="longlive"),
-    Case("a/deeper_still.pt", single(lambda s: {"state_dict": averaged(s), "step": 1}), likely="self-forcing"),
+    Case("a/deeper_still.pt", single(lambda s: {"state_dict": averaged(s), "step": 1}),
+         likely="self-forcing"),
     Case("a/shadow.pt", single(lambda s: {"generator_ema": {"shadow": wrapped(s), "decay": 0.99}}),
          likely="self-forcing"),
-    Case("a/ema.pt", single(lambda s: {"model_ema": wrapped(s), "model": OTHER}), likely="self-forcing"),
+    Case("a/ema.pt", single(lambda s: {"model_ema": wrapped(s), "model": OTHER}),
+         likely="self-forcing"),
     Case("a/compiled.safetensors", flat("_orig_mod."), likely="raven"),
     Case("a/twice.safetensors", flat("model.model."), likely="raven"),
     Case("a/dit.safetensors", flat("pipe.dit."), likely="raven"),
-    Case("a/diffusers", folder("", files={"config.json": {"_class_name": "WanTransformer3DModel"}}), likely="raven"),
-    Case("a/causal", folder("transformer", files={"transformer/config.json": CAUSAL_CLASS, "model_index.json": {}}),
+    Case("a/diffusers", folder("", files={"config.json": {"_class_name": "WanTransformer3DModel"}}),
+         likely="raven"),
+    Case("a/causal", folder("transformer", files=CAUSAL_PIPELINE),
          likely="self-forcing"),
     Case("a/shards", shards(one=False), likely="raven"),
     Case("a/one_shard", shards(one=True), likely="raven"),
-    # Names that say something else than the file
+    # Names that contradict the file
     Case("LongLive-1.3B/models/krea.safetensors", flat("generator.model."), likely="longlive"),
     Case("krea-realtime-video-14b.safetensors", flat("model."), likely="self-forcing"),
     Case("self_forcing_dmd_14b.safetensors", flat("model."), likely="self-forcing"),
@@ -291,10 +299,13 @@ CASES = (
     Case("krea-realtime-video-14b_fp8_e4m3fn.safetensors", large("model."), "krea-14b", large=True),
     Case("self_forcing_dmd_14b.safetensors", large(""), "self-forcing-14b", large=True),
     Case("longlive_14b.safetensors", large("generator.model."), "longlive-14b", large=True),
-    Case("wan_causal_dmd_v2v_14b/model.safetensors", large("generator.model."), "streamdiffusion-v2", large=True),
-    Case("StreamDiffusionV2-14B/14b.safetensors", large("model."), likely="streamdiffusion-v2", large=True),
+    Case("wan_causal_dmd_v2v_14b/model.safetensors", large("generator.model."),
+         "streamdiffusion-v2", large=True),
+    Case("StreamDiffusionV2-14B/14b.safetensors", large("model."), likely="streamdiffusion-v2",
+         large=True),
     Case("b/my_14b.safetensors", large("model."), likely="krea-14b", large=True),
-    Case("b/generator_14b.safetensors", large("generator.model."), likely="longlive-14b", large=True),
+    Case("b/generator_14b.safetensors", large("generator.model."), likely="longlive-14b",
+         large=True),
     Case("b/longlive_called_krea.safetensors", large("model."), likely="longlive-14b", large=True),
     Case("b/self_forcing_dmd.safetensors", large("model."), likely="self-forcing-14b", large=True),
     Case("b/longlive_base.safetensors", large("model."), likely="longlive-14b", large=True),
@@ -304,7 +315,9 @@ CASES = (
     Case("CausalWan2.2-A14B", large_expert, opens=False, large=True),
     Case("CausalWan2.2-half", alone, opens=False),
     # Other kinds
-    Case("lora.pt", single(lambda s: {"generator_lora": lora("a.lora_A.weight", "a.lora_B.weight")(s)}), kind="lora"),
+    Case("lora.pt",
+         single(lambda s: {"generator_lora": lora("a.lora_A.weight", "a.lora_B.weight")(s)}),
+         kind="lora"),
     Case("opsdv_longlive_lora.pt", single(average_only), kind="lora", opens=False),
     Case("kohya.safetensors", single(lora("lora_unet_blocks_0_ffn_0.lora_down.weight",
          "lora_unet_blocks_0_ffn_0.lora_up.weight")), kind="lora", opens=False),
@@ -312,22 +325,24 @@ CASES = (
          "transformer.blocks.0.attn1.to_q.lora_B.weight")), kind="lora", opens=False),
     Case("own.refiner.safetensors", single(lora("autorefiner.blocks.0.ffn.0.lora_A.weight",
          "autorefiner.blocks.0.ffn.0.lora_B.weight")), kind="refiner", opens=False),
-    Case("vae.safetensors", single(lambda s: {"vae.decoder.head.0.gamma": torch.zeros(2)}), kind="vae", opens=False),
+    Case("vae.safetensors", single(lambda s: {"vae.decoder.head.0.gamma": torch.zeros(2)}),
+         kind="vae", opens=False),
     Case("c/teacher_of.safetensors", flat("distilled_from."), kind="unknown", opens=False),
 )
-# Those that the tests in ComfyUI open, too.
+# Also opened by the tests in ComfyUI.
 IN_COMFYUI = (
-    "checkpoints/self_forcing_dmd.pt", "self_forcing_dmd.safetensors", SFWAN, "models/longlive_base.pt",
-    "self_forcing_dmd_fp8_scaled.safetensors", "rewardforcing_fp8.safetensors",
-    "causal-forcing++/framewise-2step.pt", "cmgrpo_raven_full.pt", "one_forcing.pt", "ode_init.pt",
-    "a/lightning.pt", "a/deeper_still.pt", "a/merged_peft.safetensors", "a/one_shard", "CausalWan2.2-half",
+    "checkpoints/self_forcing_dmd.pt", "self_forcing_dmd.safetensors", SFWAN,
+    "models/longlive_base.pt", "self_forcing_dmd_fp8_scaled.safetensors",
+    "rewardforcing_fp8.safetensors", "causal-forcing++/framewise-2step.pt", "cmgrpo_raven_full.pt",
+    "one_forcing.pt", "ode_init.pt", "a/lightning.pt", "a/deeper_still.pt",
+    "a/merged_peft.safetensors", "a/one_shard", "CausalWan2.2-half",
     "LongLive-1.3B/models/krea.safetensors", "opsdv_longlive_lora.pt", "c/teacher_of.safetensors",
 )
 # fmt: on
 
 
 def write_case(case: Case, root: Path, state: State) -> Path:
-    """The path to open."""
+    """Write a case's file; return the path to open."""
     return case.make(root / case.name, state)
 
 

@@ -1,8 +1,6 @@
-"""The page without ComfyUI: its frontend package alone, with answers that were recorded from the
-real server.
+"""The page without ComfyUI: its frontend package, with recorded answers of a real server.
 
-python tests/recorded_page.py writes tests/comfy/recorded.json. It needs what the tests of the page
-need.
+python tests/recorded_page.py writes tests/comfy/recorded.json. It needs what the page tests need.
 """
 
 import importlib.util
@@ -21,10 +19,10 @@ from page_browser import Page, browsed, find_chromium, opened, quiet, touch_file
 
 RECORDED = Path(__file__).with_name("comfy") / "recorded.json"
 FILES = sorted(WORKFLOWS.glob("*.json"))
-ADDRESS = "http://127.0.0.1:8188"  # nothing need listen there
+ADDRESS = "http://127.0.0.1:8188"  # nothing has to listen there
 OWN, CACHE = "/extensions/autorefiner/", "/autorefiner/cache"
-# What opening a workflow does not need: other templates and translations, folders, and what the
-# package itself has.
+# Not needed to open a workflow: other templates and translations, folders, and the package's own
+# files.
 EMPTY = {
     "/global_subgraphs": {},
     "/i18n": {},
@@ -32,12 +30,12 @@ EMPTY = {
     "/experiment/models": [],
 }
 LEFT_OUT = ("/assets", "/experiment", "/global_subgraphs", "/i18n", "/internal", "/settings")
-PICTURE = PACK / "web" / "docs" / "pictures" / "page.png"  # in the place of any that a node shows
+# Replaces every media file that a node shows.
+PICTURE = PACK / "web" / "docs" / "pictures" / "page.png"
 
 
 def find_frontend() -> Path | None:
-    """The folder that ComfyUI serves its page from, of this environment's package or that of
-    ComfyUI's."""
+    """Return the frontend package's folder, from this environment or ComfyUI's."""
     name = "comfyui_frontend_package"
     if (own := importlib.util.find_spec(name)) is not None:
         return Path(own.origin).parent / "static"
@@ -52,20 +50,18 @@ def find_frontend() -> Path | None:
 
 
 def kinds() -> set[str]:
-    """The classes of nodes that the workflows use."""
+    """Return the node classes that the workflows use."""
     return {node["type"] for path in FILES for node in json.loads(path.read_text())["nodes"]}
 
 
 def key_of(address: str) -> str:
-    """A request as answers are kept by: without the host and the prefix that the page may put
-    before a path."""
+    """Return a request's path and query without the host and the page's optional prefix."""
     parts = urlsplit(address)
     return parts.path.removeprefix("/api") + (f"?{parts.query}" if parts.query else "")
 
 
 def record(server: Server) -> dict[str, object]:
-    """The server's answers in JSON to what the page asks while it opens the workflows; of nodes,
-    those they use."""
+    """Record the JSON answers that the page gets as it opens the workflows."""
     asked: set[str] = set()
     posted: list[str] = []
 
@@ -83,12 +79,12 @@ def record(server: Server) -> dict[str, object]:
     with opened(server, vue=True, prepare=lambda tab: tab.on("request", note)) as page:
         for path in FILES:
             page.load(path)
-        page.tab.wait_for_timeout(2000)  # nodes look at what they are connected to
+        page.tab.wait_for_timeout(2000)  # nodes inspect their inputs
     answers = {CACHE: server.post(CACHE, json.loads(posted[-1]))}
     for key in sorted(asked):
         try:
             answers[key] = server.get(key)
-        except (HTTPError, ValueError):  # what is not there, or no JSON
+        except (HTTPError, ValueError):  # missing, or no JSON
             continue
     known, stats = answers["/object_info"], answers["/system_stats"]
     stats["system"]["argv"] = []
@@ -98,7 +94,7 @@ def record(server: Server) -> dict[str, object]:
 
 
 def answers_to(vue: bool) -> dict[str, object]:
-    """What was recorded, with the settings of a renderer and the pack's modules as they are now."""
+    """Return the recorded answers with a renderer's settings and the pack's current modules."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     others = [name for name in recorded["/extensions"] if not name.startswith(OWN)]
     own = [OWN + path.name for path in sorted((PACK / "web").glob("*.js"))]
@@ -107,7 +103,7 @@ def answers_to(vue: bool) -> dict[str, object]:
 
 @contextmanager
 def replayed(vue: bool) -> Iterator[Page]:
-    """The frontend package's page, which no server answers."""
+    """Open the frontend package's page with every request answered from the recording."""
     static, answers = find_frontend(), answers_to(vue)
 
     def answer(route: object) -> None:
@@ -138,7 +134,7 @@ def replayed(vue: bool) -> Iterator[Page]:
 
 
 def main() -> None:
-    """Record anew."""
+    """Record the answers anew."""
     if find_comfyui() is None or find_chromium() is None:
         raise SystemExit("recording needs ComfyUI and Chromium, as the tests of the page do")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Workflows that tests run without ComfyUI: what each node gave, or the one line that refuses."""
+"""Run workflows without ComfyUI: the outputs of each node, or the one-line refusal."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from autorefiner.nodes.hosts import standalone
 
 
 def run_workflow(graph: dict, base: Path) -> dict[str, workflow.NodeOutput]:
-    """Of a graph in API format, at the folder `base`."""
+    """Run a graph in API format at the folder `base`; return each node's output."""
     path = base / "graph.json"
     path.write_text(json.dumps(graph))
     with standalone.running_at(standalone.place_of(base, None, "cpu")):
@@ -18,12 +18,12 @@ def run_workflow(graph: dict, base: Path) -> dict[str, workflow.NodeOutput]:
 
 
 def execute(graph: dict, base: Path) -> dict[str, tuple]:
-    """What each node gave."""
+    """Run a graph; return each node's output values."""
     return {key: output.args for key, output in run_workflow(graph, base).items()}
 
 
 def refusal(graph: dict, base: Path) -> str:
-    """The message, in one line, of a graph that cannot run."""
+    """Run a graph that must be refused; return the one-line message."""
     with pytest.raises(ValueError) as error:
         run_workflow(graph, base)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Batches that are made ahead are those that would be made when asked for."""
+"""Batches that are prepared ahead equal those prepared on demand."""
 
 import os
 from functools import partial
@@ -12,14 +12,14 @@ from autorefiner.refiner.training.ahead import Ahead, helpers
 
 
 def made(factor: int, index: int) -> tuple[int, int]:
-    """A product, and the process that it was made in."""
+    """Return a product and the id of the process that computed it."""
     return factor * index, os.getpid()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_their_indices(workers) -> None:
     ahead = Ahead(partial(made, 10), end=6, workers=workers)
-    asked = [2, 3, 4, 2, 5, 5, 7]  # from the middle, in order, back, on, again, and past the end
+    asked = [2, 3, 4, 2, 5, 5, 7]  # from the middle, in order, back, on, again, past the end
     found = [ahead(index) for index in asked]
     assert [value for value, _ in found] == [10 * index for index in asked]
     assert [process == os.getpid() for _, process in found] == 6 * [not workers] + [True]

@@ -1,4 +1,4 @@
-"""A bundled model is one row of a table: sampling and training ask the row, never its name."""
+"""A bundled model is one row of a table: sampling and training use the row, never its name."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ PROMPT = "a red star circles on a navy ground"
 
 @pytest.fixture
 def row(tmp_path: Path, monkeypatch) -> bundles.Bundle:
-    """A row more, of files of its own: the same model under another name."""
+    """Add a row with its own files: the same model under another name."""
     folder = write_demo_files(tmp_path / "other")
     shutil.copy(folder / "sprites_student.safetensors", folder / "model.safetensors")
     row = replace(
@@ -38,7 +38,7 @@ def row(tmp_path: Path, monkeypatch) -> bundles.Bundle:
 
 
 def generate(out: Path, model: str, *more: str) -> torch.Tensor:
-    """The latents of a short clip."""
+    """Return the latents of a short clip."""
     arguments = ["generate", "--model", model, "--prompt", PROMPT, "--out", str(out)]
     usual = ["--frames", "9", "--save-latents", "--device", "cpu"]
     assert main([*arguments, *usual, *more]) == 0

@@ -1,5 +1,4 @@
-"""The causal forward: one pass over many chunks equals many passes over one, and gradients are
-right."""
+"""The causal forward: one pass over many chunks equals many over one; gradients are right."""
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from autorefiner.refiner.wan.transformer import (
     WanConfig,
     WanTransformer,
 )
+from autorefiner.refiner.wan.upload import cached_tensors
 
 from tiny import TINY, tiny_network
 
@@ -83,8 +83,7 @@ def test_one_timestep_for_all_equals_one_for_each_frame(network, context) -> Non
 
 @torch.no_grad()
 def test_timesteps_are_per_frame(network, context) -> None:
-    """A frame's own timestep moves its flow; without the past, a later frame in the same call sees
-    it too."""
+    """A frame's timestep changes its own flow and, without a past, that of later frames."""
     text, x = network.text(context), latents((1, 16, 3, 4, 6))
 
     def flow(*t):
@@ -110,8 +109,7 @@ def test_a_keys_only_pass_writes_what_a_whole_pass_writes(network, context) -> N
 
 
 def two_predicts(network: CausalWan, x: torch.Tensor, text) -> torch.Tensor:
-    """Predict a chunk, commit the result with its graph, predict the next one; a number that
-    depends on all of it."""
+    """Predict two chunks, committing the first with its graph; return a scalar of both."""
     memory = GraphMemory(memory_plan((1, 16, 2, 2, 2), network.config))
     first = network(x[:, :, :1], torch.full((1, 1), 800.0), text, memory.view([0]))
     network(first, torch.zeros(1, 1), text, memory.view([0]), keys_only=True)
@@ -139,10 +137,8 @@ def test_gradients_through_two_predicts_and_a_commit_equal_finite_differences(
                 tensor[place] -= sign * step
         return (values[0] - values[1]) / (2 * step)
 
-    for place in (
-        (0, 3, 0, 1, 0),
-        (0, 5, 1, 0, 1),
-    ):  # of the first chunk, which only history carries on, and the second
+    # One place in the first chunk, which the second one sees through memory, and one in the second.
+    for place in ((0, 3, 0, 1, 0), (0, 5, 1, 0, 1)):
         assert x.grad[place].item() == pytest.approx(difference(x, place), rel=1e-5, abs=1e-9)
     assert weight.grad[7, 11].item() == pytest.approx(
         difference(weight, (7, 11)), rel=1e-5, abs=1e-9
@@ -212,3 +208,23 @@ def test_wrong_shapes_are_one_clear_line(network, context) -> None:
         network.text(torch.zeros(1, 8, 33))
     with pytest.raises(ValueError, match="3 heads"):
         WanConfig(dim=128, num_heads=3)
+
+
+def test_a_cached_tensor_stays_where_somebody_holds_it() -> None:
+    made = []
+
+    @cached_tensors(1)
+    def ones(count: int) -> torch.Tensor:
+        made.append(count)
+        return torch.ones(count)
+
+    with torch.inference_mode():
+        assert ones(2) is ones(2) and not ones(2).is_inference()
+    assert ones(3) is ones(3)
+    ones(2)
+    assert made == [2, 3, 2], "the least recently used went"
+    ones.held = {}
+    first = [ones(4), ones(5)]
+    assert [ones(4), ones(5)][0] is first[0] and len(ones.held) == 2 and made[3:] == [4, 5]
+    ones.held = None
+    assert ones(5) is first[1]

@@ -1,4 +1,4 @@
-"""Choices with knobs, as text."""
+"""Parsing of choices with knobs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""CLIP rewards from a local folder: formulas, ranges, preprocessing, and what is refused."""
+"""CLIP rewards from a local folder: formulas, ranges, preprocessing and refused folders."""
 
 import json
 import math
@@ -72,9 +72,8 @@ def test_pictures_keep_their_graph_and_the_model_gets_none(folder, frames) -> No
 
 @pytest.mark.parametrize("size", [(20, 28), (40, 24), (16, 16), (64, 64)])
 def test_pictures_go_in_as_transformers_sends_them(folder, size) -> None:
-    coarse = torch.rand(
-        2, 3, 4, 4, generator=torch.Generator().manual_seed(0)
-    )  # nothing that PIL would cut off
+    # No overshoot for PIL to clip.
+    coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
     pictures = (40 + 160 * smooth).byte().permute(0, 2, 3, 1).numpy()
     kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
@@ -83,16 +82,15 @@ def test_pictures_go_in_as_transformers_sends_them(folder, size) -> None:
     ]
     found = Preprocessing.read(folder)(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
     assert found.shape == expected.shape
-    assert (
-        found - torch.as_tensor(np.asarray(expected))
-    ).abs().max() < 1.1 / 255 / 0.26  # PIL rounds to bytes
+    # PIL rounds to 8 bits.
+    assert (found - torch.as_tensor(np.asarray(expected))).abs().max() < 1.1 / 255 / 0.26
 
 
 def test_older_and_newer_ways_to_write_sizes(tmp_path) -> None:
     stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def read(**told) -> Preprocessing:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated | told))
+    def read(**changes) -> Preprocessing:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated | changes))
         return Preprocessing.read(tmp_path)
 
     image = torch.rand(1, 3, 24, 30)

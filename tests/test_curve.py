@@ -1,4 +1,4 @@
-"""Curves of a log as a picture."""
+"""Pictures of training curves."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from decoding import decoded_picture
 
 @pytest.fixture
 def drawn(tmp_path: Path):
-    """Draw rows of a log; gives the picture as ffmpeg decodes it."""
+    """Draw the rows of a log; return the picture as ffmpeg decodes it."""
 
     def draw(rows: list[dict]) -> np.ndarray:
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -24,7 +24,7 @@ def drawn(tmp_path: Path):
 
 
 def title(panel: np.ndarray) -> np.ndarray:
-    """The band above a curve, within its frame."""
+    """Return the band above a curve, within its frame."""
     return panel[1:TITLE, 1:-1]
 
 

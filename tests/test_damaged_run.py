@@ -1,4 +1,4 @@
-"""A run's folder that something damaged: one line, or what is whole goes on."""
+"""Damaged training folders: a one-line error, or the run resumes from what is intact."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from autorefiner.refiner.training.loop import LoopOptions, restore, save, train
 
 
 class Weights:
-    """A stage of a few numbers, whose steps add 1."""
+    """A stage with a few numbers; every step adds 1."""
 
     def __init__(self) -> None:
         self.values = torch.zeros(64)
@@ -55,8 +55,8 @@ def test_a_state_with_a_single_bit_changed_is_refused_or_the_same(tmp_path: Path
 @pytest.mark.parametrize(
     "state",
     [
-        {"done": "3", "stage": {}}, {"done": -1, "stage": {}}, {"done": 3, "stage": []}, {"done": 3}, [3],
-        {"done": 3, "stage": {}}, {"done": 3, "stage": {"values": "x"}},
+        {"done": "3", "stage": {}}, {"done": -1, "stage": {}}, {"done": 3, "stage": []},
+        {"done": 3}, [3], {"done": 3, "stage": {}}, {"done": 3, "stage": {"values": "x"}},
         {"done": 3, "stage": {"values": torch.zeros(3)}},
         {"done": 3, "stage": {"values": torch.zeros(64).to_sparse()}},
     ],
@@ -99,10 +99,10 @@ def test_a_damaged_half_of_a_step_is_refused(half: dict) -> None:
 
 
 DAMAGED = [
-    b"", b"{}", b"[]", b"3", b'{"step": 1', b'{"step": "1"}', b'{"step": -1}', b'{"step": true}', b'{"step": 1.5}',
-    b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": 1e999}',
-    b'{"step": 1, "loss": [1]}', b'{"step": 1, "loss": null}', b"[" * 100_000, b"\xff\xfe", b"\0" * 50,
-    b'{"step": ' + b"9" * 5000 + b"}",
+    b"", b"{}", b"[]", b"3", b'{"step": 1', b'{"step": "1"}', b'{"step": -1}', b'{"step": true}',
+    b'{"step": 1.5}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": NaN}',
+    b'{"step": 1, "loss": 1e999}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "loss": null}',
+    b"[" * 100_000, b"\xff\xfe", b"\0" * 50, b'{"step": ' + b"9" * 5000 + b"}",
 ]  # fmt: skip
 
 
@@ -143,9 +143,8 @@ def test_words_about_a_preset_are_no_option_of_a_run(tmp_path: Path) -> None:
     preset = {"chunk": 3, "source": "one page"}
     begin(tmp_path, {"preset": preset}, ())
     save(Weights(), tmp_path, 1)
-    begin(
-        tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ()
-    )  # older notes say less
+    # Older notes have fewer keys.
+    begin(tmp_path, {"preset": preset | {"source": "another", "rolling": False}}, ())
     with pytest.raises(ValueError, match="preset"):
         begin(tmp_path, {"preset": preset | {"chunk": 1}}, ())
 

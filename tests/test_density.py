@@ -21,7 +21,7 @@ CODE = ["def f(x):", 'text = """two', 'lines"""', "return x + 1"]
 
 
 def measure(room: Path, source: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a copy of the script on one file of refiner/."""
+    """Run a copy of the script on one file in refiner/ and one in nodes/."""
     for name in ("benchmarks", "refiner", "nodes"):
         (room / name).mkdir(exist_ok=True)
     (room / "benchmarks" / "density.py").write_bytes(DENSITY.read_bytes())

@@ -1,5 +1,4 @@
-"""A training in two processes: the losses and the refiner of one, and it goes on from what both
-have saved."""
+"""Training in two processes equals training in one, and resumes from what both saved."""
 
 import json
 from pathlib import Path
@@ -23,12 +22,12 @@ FRAMES = {"dmd": 4, "reward": 3}  # two chunks and one
 
 
 def write(folder: Path, name: str, steps: int, objective: str) -> Path:
-    """A training's file; all steps of one name share a run."""
+    """Write a training's TOML; all steps of one name share a run."""
     path = folder / f"{name}_{steps}.toml"
     path.write_text(
-        f'out = "{name}.safetensors"\nrun = "{name}_run"\nsave_every = 2\nshow_every = 2\n[refiner]\nsteps = {steps}\n'
-        f'rank = 3\nframes = {FRAMES[objective]}\nshown = 1\nprecision = "fp32"\nlearning_rate = 1e-3\n'
-        f"{INNER[objective]}\n"
+        f'out = "{name}.safetensors"\nrun = "{name}_run"\nsave_every = 2\nshow_every = 2\n'
+        f"[refiner]\nsteps = {steps}\nrank = 3\nframes = {FRAMES[objective]}\nshown = 1\n"
+        f'precision = "fp32"\nlearning_rate = 1e-3\n{INNER[objective]}\n'
     )
     return path
 
@@ -42,8 +41,11 @@ def test_an_older_torch_trains_in_one_process_alone() -> None:
 
 
 def rows_of(run: Path) -> list[dict]:
-    """What the steps logged, but for times, the sheet's scores, what compares a step with the one
-    before, and figures of all noises together, which are no means of the processes'."""
+    """Return the log's rows, less figures that differ between runs or are no means.
+
+    Left out are times, the sheet's scores, comparisons with the step before, and figures over all
+    noises together, which are not means over the processes.
+    """
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     left_out = (
         "seconds",
@@ -65,8 +67,7 @@ def rows_of(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with tiny models to train with; processes are started behind the imports from here
-    on."""
+    """Return a folder of tiny models; from here on processes are forked after the imports."""
     try:
         check_torch(torch.__version__)
     except ValueError as error:
@@ -85,18 +86,18 @@ def test_a_run_goes_on_as_it_was_begun(folder, tmp_path, monkeypatch, capsys) ->
 
 
 def train_two(folder: Path, objective: str, steps: int) -> None:
-    """Train in two processes up to that step."""
+    """Train in two processes up to a step."""
     config = write(folder, f"two_{objective}", steps, objective)
     assert train_in_processes(folder / "models", [config], 2, folder) == [0, 0], (
         folder / "err_1"
     ).read_text()[-4000:]
     assert (folder / "out_0").read_text() == f"{folder}/two_{objective}.safetensors\n"
-    assert not (folder / "out_1").read_text()  # the first process speaks alone
+    assert not (folder / "out_1").read_text()  # only the first process prints
 
 
 @pytest.fixture(scope="module")
 def begun(folder) -> Path:
-    """The folder, where two processes have taken a first step by DMD."""
+    """Return the folder after two processes took a first step with DMD."""
     train_two(folder, "dmd", 1)
     return folder
 
@@ -109,7 +110,7 @@ def test_each_process_writes_its_shard_of_a_state(begun) -> None:
 
 @pytest.fixture(scope="module", params=["dmd", "reward"])
 def objective(begun, request) -> str:
-    """What two processes have trained for; by DMD they went on from what both had saved."""
+    """Train in two processes; with DMD, resume from what both saved."""
     train_two(begun, request.param, 2)
     return request.param
 
@@ -120,7 +121,7 @@ def test_two_processes_train_as_one(begun, monkeypatch, objective) -> None:
         main(["train", str(write(begun, f"one_{objective}", 2, objective)), "--device", "cpu"]) == 0
     )
     found, expected = (rows_of(begun / f"{name}_{objective}_run") for name in ("two", "one"))
-    found[0].pop("held-out", None)  # of the sheet at the end of the first of two runs
+    found[0].pop("held-out", None)  # from the sheet at the end of the first run
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for left, right in zip(found, expected, strict=True):
         assert left == {

@@ -1,4 +1,4 @@
-"""What the documents say holds: links lead somewhere, commands parse, examples run."""
+"""The documents are true: links lead somewhere, commands parse, examples run."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ PAGES = [
 USED = [page for page in PAGES if page.name not in ("RESULTS.md", "CHANGELOG.md")]
 FILE = re.compile(r"`((?:refiner|nodes|tests|benchmarks|workflows|web|docs)/[\w./]*)`")
 PLACEHOLDER = re.compile(r"\b(NAME|ID)\b")
-COMMANDS = ("generate", "inspect", "run", "train", "demo")  # that need arguments
+COMMANDS = ("generate", "inspect", "run", "train", "demo")  # need arguments
 BLOCK = re.compile(r"(?:^    .*\n)+|^```.*\n(?:.*\n)*?```$", re.MULTILINE)
 
 
@@ -35,12 +35,12 @@ def name_of(path: Path) -> str:
 
 
 def without_code(page: Path) -> str:
-    """The text of a page without its code."""
+    """Return the text of a page without its code."""
     return re.sub(r"`[^`\n]+`", "", BLOCK.sub("", page.read_text(encoding="utf-8")))
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page."""
+    """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(
         r"^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE
     )
@@ -48,14 +48,14 @@ def anchors(page: Path) -> set[str]:
 
 
 def fenced(page: Path, language: str) -> list[str]:
-    """The blocks of code of a language."""
+    """Return the code blocks of a language."""
     return re.findall(
         rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """Commands in blocks of code and in `code`, split as a shell does, comments left out."""
+    """Return the commands in code blocks and inline code, split as a shell does."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     indented = re.findall(
         r"^ {4,}((?:autorefiner|torchrun|pytest|python|make) .*)$", text, re.MULTILINE
@@ -102,7 +102,7 @@ def test_commands_are_understood(page: Path) -> None:
 
 
 def understood(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Fail for arguments that the command line refuses, unless the command is only named."""
+    """Fail if the parser refuses the arguments, unless the command is only named."""
     if arguments in ([name] for name in COMMANDS):
         return
     try:
@@ -112,7 +112,7 @@ def understood(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> set[str]:
-    """Every option of a parser and of its subcommands."""
+    """Return every option of a parser and its subcommands."""
     found = set()
     for action in parser._actions:
         found.update(action.option_strings)

@@ -1,5 +1,4 @@
-"""Objective arithmetic against formulas worked by hand, with linear networks whose predictions can
-be written down."""
+"""Objectives against formulas worked by hand, on linear networks."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +26,7 @@ SIGMA = torch.tensor([0.25, 0.8])
 
 
 class Toy:
-    """A network whose flow is a function of the noisy clip and σ [B, 1, 1, 1, 1]; its text is a
-    number."""
+    """A network whose flow is a function of the clip and σ [B, 1, 1, 1, 1]; text is a number."""
 
     def __init__(self, flow: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         self.flow, self.calls = flow, []
@@ -50,7 +48,7 @@ def aiming(target: float | Tensor) -> Toy:
 
 
 def draws(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A clip and a noise."""
+    """Return a clip and noise."""
     generator = torch.Generator().manual_seed(seed)
     clean, noise = torch.randn(2, *SHAPE, generator=generator)
     return clean, noise
@@ -61,8 +59,10 @@ def wide(sigma: Tensor) -> Tensor:
 
 
 def test_x0_and_noise_by_hand() -> None:
-    """x_t = (1 − σ) x0 + σ ε and x0 = x_t − σ v: at σ = 0.25, x0 = 2 and ε = −2, x_t = 1 and v = ε
-    − x0 = −4."""
+    """x_t = (1 − σ) x0 + σ ε and x0 = x_t − σ v.
+
+    At σ = 0.25, x0 = 2 and ε = −2: x_t = 1 and v = ε − x0 = −4.
+    """
     x = add_noise(torch.tensor(2.0), torch.tensor(-2.0), 0.25)
     assert x.item() == 1.0
     assert predict_x0(x, torch.tensor(-4.0), 0.25).item() == 2.0
@@ -80,8 +80,7 @@ def test_x0_is_worked_out_in_double_precision() -> None:
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_the_dmd_gradient_by_hand(guidance: float) -> None:
-    """(x0 of the fake − guided x0 of the real) / mean |x − guided x0|, by sample; a text is added
-    to the flow."""
+    """(x0 of the fake − guided x0 of the real) / mean |x − guided x0|, per sample."""
     clean, noise = draws()
     real, fake, texts = linear(0.5), linear(-0.2), (0.3, -0.1, 0.7)
     noisy = (1 - wide(SIGMA)) * clean + wide(SIGMA) * noise
@@ -97,8 +96,7 @@ def test_the_dmd_gradient_by_hand(guidance: float) -> None:
 
 
 def test_descending_the_dmd_gradient_leads_to_the_real_score() -> None:
-    """The fake says x0 = x, the real says 2: x − step · g goes to 2 from either side, each sample
-    by its own size."""
+    """The fake predicts x0 = x, the real 2: x − step · g approaches 2, scaled per sample."""
     clean, noise = (
         torch.tensor([3.0, -8.0]).view(2, 1, 1, 1, 1).expand(SHAPE).contiguous(),
         draws()[1],
@@ -110,7 +108,7 @@ def test_descending_the_dmd_gradient_leads_to_the_real_score() -> None:
 
 
 def test_guidance_leads_away_from_what_no_prompt_gives() -> None:
-    """With a prompt the real says 1, without −1: guidance 3 aims at 1 + 3 · 2 = 7."""
+    """With a prompt the real predicts 1, without −1: guidance 3 aims at 1 + 3 · 2 = 7."""
     clean, noise = torch.zeros(SHAPE), draws()[1]
     real = Toy(lambda x, sigma, text: (x - text) / sigma)
     gradient = dmd_gradient(clean, noise, SIGMA, real, aiming(clean), (1.0, -1.0, 0.0), 3.0)
@@ -157,8 +155,7 @@ def test_the_dmd_loss_has_the_gradient_divided_by_the_number_of_values() -> None
 
 
 def test_the_critic_learns_the_flow_from_samples_to_noise() -> None:
-    """mean (v(x_t) − (ε − x0))² with x_t = (1 − σ) x0 + σ ε; it is 0 for the network that says ε −
-    x0."""
+    """mean (v(x_t) − (ε − x0))² with x_t = (1 − σ) x0 + σ ε; 0 where the network gives ε − x0."""
     clean, noise = draws()
     toy = linear(0.5)
     noisy = (1 - wide(SIGMA)) * clean + wide(SIGMA) * noise
@@ -193,8 +190,7 @@ def layer(values: list[float]) -> nn.Module:
 
 @pytest.mark.parametrize("average", [0.99, 0.05])
 def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
-    """AdamW's first step is the rate times the gradient's sign; after step i the average keeps
-    min(a, (i+1)/(i+10))."""
+    """AdamW's first step is rate · sign(gradient); the EMA decay is min(a, (i+1)/(i+10))."""
     module = layer([1.0, -2.0])
     learner = Learner(module, 0.1, average, betas=(0.0, 0.999))
     kept = torch.tensor([1.0, -2.0])
@@ -213,8 +209,7 @@ def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
 
 
 def test_the_betas_are_those_that_were_given() -> None:
-    """With β1 = 0 a step follows its own gradient: rate · g / √v̂, v̂ = (β2 (1 − β2) g1² + (1 − β2)
-    g2²) / (1 − β2²)."""
+    """With β1 = 0: rate · g / √v̂, v̂ = (β2 (1 − β2) g1² + (1 − β2) g2²) / (1 − β2²)."""
     module = layer([0.0])
     learner = Learner(module, 0.1, 0.0, betas=(0.0, 0.9))
     learner.step(module.weight.sum() * 3.0, 0, 1.0, clip=100.0)
@@ -252,13 +247,13 @@ def test_a_gradient_is_clipped_to_4_times_the_median_of_the_norms_before() -> No
         )
         return module.weight.grad.norm().item()
 
-    assert after(1e4, 0) == pytest.approx(1e4)  # nothing is known before the first
+    assert after(1e4, 0) == pytest.approx(1e4)  # no norm is known before the first
     assert [after(norm, index) for index, norm in ((1, 1.0), (2, 2.0), (3, 3.0))] == pytest.approx(
         [1, 2, 3]
     )
     assert learner.usual_norm() == 2  # of 1, 2, 3, 1e4: the lower middle
     assert after(100.0, 4) == pytest.approx(8)
-    assert learner.usual_norm() == 3  # what was clipped counts as it was
+    assert learner.usual_norm() == 3  # clipped norms count unclipped
     fresh = Learner(layer([0.0, 0.0]), 0.1, 0.0)
     fresh.load_state_dict(learner.state_dict())
     assert fresh.usual_norm() == 3

@@ -1,5 +1,4 @@
-"""The campaign of hostile input sees every fault that it looks for, and none where there is
-none."""
+"""The fuzzing campaign detects every fault it looks for, and reports none without one."""
 
 import argparse
 import ctypes

@@ -1,7 +1,6 @@
-"""Recorded tensors of the public Self-Forcing implementation: one test a case, within the recorded
-tolerances.
+"""Recorded tensors of the public Self-Forcing implementation, one test a case.
 
-Cases lie in tests/golden; a folder of further ones may be named by AUTOREFINER_GOLDEN.
+Cases are in tests/golden; AUTOREFINER_GOLDEN may name a folder with more.
 """
 
 import json
@@ -58,8 +57,7 @@ class Recorder:
 
 
 class Recorded:
-    """The recorded noise: the initial noise of the whole video, then the path's, in the order
-    drawn."""
+    """Recorded noise: the initial noise of the whole video, then the path's noise in draw order."""
 
     def __init__(self, tensors: dict, given: int) -> None:
         self.initial = tensors["noise"].transpose(1, 2)

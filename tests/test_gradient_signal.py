@@ -1,5 +1,4 @@
-"""What the gradients of independent batches have in common, by hand, and what a training says of
-it."""
+"""Agreement of gradients between independent batches, by hand and as training logs it."""
 
 import math
 import warnings
@@ -11,7 +10,7 @@ import torch
 from autorefiner.refiner.training.gradient_signal import ENOUGH, Signal, agreement, flat
 from autorefiner.refiner.training.probe import probe
 
-from test_objectives import REWARD, SMALL, stage_of
+from tiny_stage import REWARD, SMALL, stage_of
 
 
 def test_equal_gradients_are_all_signal_and_opposite_ones_are_none() -> None:
@@ -27,15 +26,13 @@ def test_equal_gradients_are_all_signal_and_opposite_ones_are_none() -> None:
 
 
 def test_agreement_by_hand() -> None:
-    """Cosines of the pairs are 0, 1/sqrt(2) and 1/sqrt(2); the mean gradient is (2/3, 2/3), its
-    power 8/9."""
+    """Pairwise cosines are 0, 1/√2 and 1/√2; the mean gradient is (2/3, 2/3), its power 8/9."""
     found = agreement(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     assert found.cosine == pytest.approx(2 / 3 / math.sqrt(2))
     power = 4 / 3
     assert found.share == pytest.approx((8 / 9 - (power - 8 / 9) / 2) / power)
-    left_out = torch.tensor(
-        [1 / math.sqrt(2), 1 / math.sqrt(2), 0.0]
-    )  # the pair that is left without each
+    # The pair left after dropping each.
+    left_out = torch.tensor([1 / math.sqrt(2), 1 / math.sqrt(2), 0.0])
     error = math.sqrt(2 / 3 * ((left_out - left_out.mean()) ** 2).sum())
     assert found.error == pytest.approx(error)
 
@@ -77,7 +74,7 @@ def test_a_training_without_a_signal_says_so_once(common: float) -> None:
 @pytest.mark.parametrize(("errors", "warns"), [(1.9, True), (2.1, False)])
 def test_a_signal_is_two_standard_errors(errors: float, warns: bool) -> None:
     signal = Signal()
-    deviation = math.sqrt(ENOUGH / (ENOUGH - 1))  # of as many 1 and -1
+    deviation = math.sqrt(ENOUGH / (ENOUGH - 1))  # as many 1 as -1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for number in range(ENOUGH):

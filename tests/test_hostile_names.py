@@ -1,5 +1,4 @@
-"""Prompts and paths on the command line that nothing can be made of: one line each, before anything
-is sampled."""
+"""Prompts and paths on the command line that are invalid: one line each, before sampling."""
 
 import os
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_latents_that_do_not_fit_in_memory_are_not_read(
     need = 2 * 4 * 3 * 16 * 8 * 8
     monkeypatch.setattr(estimate, "available_bytes", lambda device: need)
     assert read_latents(path)[0].shape[2] == 3
-    os.truncate(path, 1 << 40)  # sparse: it takes no place on the disk
+    os.truncate(path, 1 << 40)  # sparse: takes no disk space
     assert inspect_latents(path).frame_shape == (16, 8, 8)
     with pytest.raises(ValueError, match="free"):
         read_latents(path)

@@ -1,4 +1,4 @@
-"""The latents file: grows by chunks, and is readable whenever it stopped."""
+"""The latents file grows chunk by chunk and is readable wherever writing stopped."""
 
 import os
 import struct
@@ -54,7 +54,7 @@ def test_a_stopped_file_stays_partial_and_leaves_the_old_one(tmp_path, chunks) -
 
 
 def killed(path, chunks, metadata, given=None):
-    """The bytes of a file whose writer never closed it."""
+    """Return the bytes of a file whose writer never closed it."""
     writer = LatentWriter(path, (16, 4, 6), metadata, given)
     for chunk in chunks:
         writer.write(chunk)
@@ -62,11 +62,8 @@ def killed(path, chunks, metadata, given=None):
 
 
 SAYS = {"seed": "7", "chunk_lengths": "3x2,1"}
-OLD = {
-    "seed": "7",
-    "preset": "self-forcing",
-    "frames": "25",
-}  # of 0.1: 7 latent frames in chunks of 3
+# Written by 0.1: 7 latent frames in chunks of 3.
+OLD = {"seed": "7", "preset": "self-forcing", "frames": "25"}
 
 
 @pytest.mark.filterwarnings("ignore:.*unfinished chunk")
@@ -93,7 +90,7 @@ def test_a_file_cut_off_anywhere_gives_its_whole_chunks(tmp_path, chunks, metada
 
 @pytest.mark.filterwarnings("ignore:.*unfinished chunk")
 def test_the_given_frames_of_an_old_file_are_no_chunk_of_its_preset(tmp_path) -> None:
-    """One frame was given, as of a picture, so the chunks of 3 begin behind it."""
+    """One frame was given, as from a picture; the chunks of 3 begin after it."""
     frames = torch.randn(1, 16, 6, 4, 6, generator=torch.Generator().manual_seed(0))
     writer = LatentWriter(tmp_path / "a.safetensors", (16, 4, 6), OLD)
     writer.write(frames[:, :, :1])
@@ -219,7 +216,7 @@ def test_frames_larger_than_the_file_are_no_chunk(tmp_path) -> None:
 
 
 def test_a_full_disk_leaves_whole_chunks(tmp_path, chunks) -> None:
-    """A limit of the process's own, in the middle of the second chunk, stands for the disk's."""
+    """A file-size limit halfway through the second chunk stands for a full disk."""
     first = HEADER + 8 + chunks[0].nbytes
     script = (
         "import resource, signal, sys, torch\n"

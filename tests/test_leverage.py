@@ -1,4 +1,4 @@
-"""A coherent reward moves the path's noises and not the initial one (AutoRefiner, section 3.3)."""
+"""A coherent reward changes the path's noise and not the initial one (AutoRefiner, section 3.3)."""
 
 from dataclasses import replace
 from functools import partial

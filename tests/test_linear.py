@@ -1,4 +1,4 @@
-"""The oneDNN linear layer is torch's, only faster."""
+"""The oneDNN linear layer equals torch's."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The memory: bytes, windows, sinks, raw keys, and two implementations that agree."""
+"""K/V memory: bytes, windows, sinks, raw keys, and two implementations that agree."""
 
 import pytest
 import torch
@@ -23,10 +23,9 @@ def make(kind, *, window=-1, sink=0, **options):
 
 
 def feed(memory, events=None) -> list[dict[int, torch.Tensor]]:
-    """Write fixed keys and values chunk by chunk, twice each (a noisy pass, then a clean one); what
-    each chunk saw.
+    """Write fixed K/V chunk by chunk, a noisy and a clean pass each; return what each chunk sees.
 
-    Returned by temporal position: the rotated key and value of every token of that frame.
+    That is the rotated key and the value of every token, by temporal position.
     """
     plan, seen = memory.plan, []
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Muon is torch's, with products in the dtype that the machine has."""
+"""Muon equals torch's, with matrix products in the dtype of the machine."""
 
 import pytest
 import torch
@@ -26,8 +26,7 @@ def gradients(index: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_steps_equal_those_of_torch(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of matrices of several shapes, over three steps; torch's products are in bf16, hence the
-    tolerance."""
+    """Three steps on matrices of several shapes; torch multiplies in bf16, hence the tolerance."""
     monkeypatch.setattr(muon, "multiplies_bf16", lambda device: bf16)
     ours, reference = matrices(), matrices()
     options = dict(lr=0.02, weight_decay=0.1)

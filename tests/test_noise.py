@@ -1,4 +1,4 @@
-"""Noise belongs to its place in the run and to nothing else."""
+"""Noise depends on its place in the run and on nothing else."""
 
 import hashlib
 import struct
@@ -49,8 +49,7 @@ def test_a_sample_of_a_batch_draws_what_it_draws_alone() -> None:
 
 
 def test_the_key_of_a_stream_is_the_documented_one() -> None:
-    """blake2b over seed, sample, first latent frame, nominal step, repeat and candidate as
-    little-endian 64-bit."""
+    """blake2b over seed, sample, latent frame, nominal step, repeat, candidate (64-bit LE)."""
     digest = hashlib.blake2b(struct.pack("<6q", 7, 2, 3, 750, 1, 4), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
     drawn = WhiteNoise(7, first=2)(chunk(), Draw(750, repeat=1, candidate=4), SHAPE)

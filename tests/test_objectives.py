@@ -1,8 +1,7 @@
-"""What a refiner is trained for: rewards and their penalty, distribution matching, and that parts
-make a whole."""
+"""Refiner objectives: rewards and their penalty, distribution matching, and accumulation."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,61 +13,26 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, make_level
 from autorefiner.refiner.training import dmd_objective, precision
-from autorefiner.refiner.training.dmd_objective import DmdObjective
 from autorefiner.refiner.training.learner import Learner
-from autorefiner.refiner.training.objective import Means, Objective
+from autorefiner.refiner.training.objective import Means
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refiner_stage import RefinerStage
 from autorefiner.refiner.training.residuals import Residuals, describe, normal_distance
-from autorefiner.refiner.training.reward_objective import RewardObjective
 from autorefiner.refiner.training.rewards.reward import FrameDraw, Mixture
 from autorefiner.refiner.training.self_rollout import self_rollout
 
-from tiny import TINY, tiny_network
-from tiny_reward import Brightness, tiny_vae
+from tiny import tiny_network
+from tiny_reward import Brightness
+from tiny_stage import PROMPTS, REWARD, SMALL, encode, objective_of, stage_of
 
 pytest.importorskip("peft")
-
-PROMPTS = ["a", "bb", "ccc"]
-SMALL = RefineOptions(
-    rank=2, steps=8, batch=2, accumulation=1, frames=4, height=4, width=4, ratio=1, critic_warmup=0, score_draws=1,
-    learning_rate=1e-3, l2=1.0, precision="fp32",
-)  # fmt: skip
-REWARD = replace(SMALL, objective="reward")
-BRIGHT = Mixture(((Brightness(), 2.0),))
-
-
-def encode(prompts: list[str]) -> Tensor:
-    """A context of its own for each prompt."""
-    generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
-    return torch.stack(
-        [torch.randn(TINY.text_len, TINY.text_dim, generator=one) for one in generators]
-    )
-
-
-def objective_of(options: RefineOptions, rewards: Mixture = BRIGHT) -> Objective:
-    if options.objective == "dmd":
-        return DmdObjective(options, tiny_network(seed=1), encode)
-    return RewardObjective(options, rewards, tiny_vae())
-
-
-def stage_of(
-    options: RefineOptions, rewards: Mixture = BRIGHT, held_out: Sequence[str] = ()
-) -> RefinerStage:
-    objective = objective_of(options, rewards)
-    return RefinerStage(
-        options, tiny_network(), objective, PROMPTS, encode, lambda *_: {}, held_out
-    )
 
 
 def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
     residuals, level = Residuals(), make_level(750, 5.0, True)
     noise = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for size, graph in (
-        (0.2, True),
-        (0.4, True),
-        (3.0, False),
-    ):  # what has no graph is measured, not penalised
+    # What has no graph is measured, not penalised.
+    for size, graph in ((0.2, True), (0.4, True), (3.0, False)):
         frames = 3 if size < 0.3 else 1
         residual = torch.full((1, 16, frames, 8, 8), size, requires_grad=graph)
         residuals(noise[:, :, :frames], residual, level)
@@ -88,7 +52,7 @@ def test_the_penalty_is_half_the_mean_square_a_chunk() -> None:
 
 
 def test_figures_of_a_residual_by_hand() -> None:
-    """Each channel's own constant is one, and noise shrunk by c has a mean Δ · ε of -c E ε²."""
+    """A constant per channel is measured as is; noise shrunk by c has mean Δ · ε of −c E ε²."""
     noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None].expand_as(noise)
     constant = describe(noise, 0.3 * sign)
@@ -109,9 +73,8 @@ def test_the_distance_of_white_noise_is_none_and_that_of_a_shift_is_its_penalty(
     assert normal_distance(1.5 * noise).item() == pytest.approx(
         0.5 * (1.5**2 - 1) - 0.4055, rel=0.05
     )
-    sign = torch.tensor([1.0, -1.0]).repeat(8)[
-        :, None, None, None
-    ]  # no shift of the whole, one of each channel
+    # Shifts each channel, not the mean.
+    sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None]
     assert normal_distance(noise + 0.3 * sign).item() == pytest.approx(0.5 * 0.3**2, rel=0.05)
 
 
@@ -139,8 +102,7 @@ def test_the_penalty_counts_by_its_weight() -> None:
 
 
 def test_the_critic_takes_a_step_of_its_own_rate_and_decay() -> None:
-    """AdamW's first step is the rate times the gradient's sign, after a decay of rate · 0.01: β1 =
-    0, β2 = 0.999."""
+    """AdamW's first step: decay by rate · 0.01, then rate · sign(gradient); β1 = 0, β2 = 0.999."""
     stage = stage_of(replace(SMALL, critic_rate=2e-3))
     critic = stage.objective.critic
     before = {name: one.detach().clone() for name, one in critic.model.named_parameters()}
@@ -180,8 +142,7 @@ def test_the_critic_begins_as_the_teacher_and_the_teacher_stays() -> None:
 
 @pytest.mark.parametrize("method", ["autorefiner", "init-noise", "lora"])
 def test_the_reward_rises_and_only_a_refiner_pays_for_it(method) -> None:
-    """One chunk, all of whose frames are seen: nothing but the gradient's own path changes the
-    reward."""
+    """One chunk with every frame scored: only the direct gradient changes the reward."""
     options = replace(REWARD, method=method, frames=3, levels=(750,), learning_rate=3e-3, l2=0.1)
     stage = stage_of(options, Mixture(((Brightness(frames=FrameDraw(9)), 2.0),)))
     logged = [stage.step(0) for _ in range(5)]  # the same prompts and noise
@@ -205,9 +166,8 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
         left, right = whole.step(index), parts.step(index)
         assert left.keys() == right.keys()
         for name in left:
-            if not name.startswith(
-                ("distance", "rms", "constant")
-            ):  # which are of all noises together, and no means
+            # These are figures of all noises together, not means.
+            if not name.startswith(("distance", "rms", "constant")):
                 assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
     for name, factor in whole.factors.items():
         assert torch.allclose(factor.grad, parts.factors[name].grad, rtol=1e-3, atol=1e-6), name
@@ -248,7 +208,7 @@ def test_a_score_is_the_mean_over_its_draws() -> None:
 
 
 def test_an_improvement_is_how_much_less_the_real_network_changes(monkeypatch) -> None:
-    """With predictions of x / 4 a clip is changed by 3/4 |x|, whatever the fake network says."""
+    """If the real network predicts x / 4, a clip changes by 3/4 |x|, whatever the fake predicts."""
     objective = stage_of(replace(SMALL, score_draws=2)).objective
     noise = torch.zeros(2, 2, 16, 3, 4, 4)
     objective.loss_arguments = lambda part: ((encode(["", ""]), noise, torch.ones(2, 2)), {})
@@ -286,7 +246,7 @@ def test_checkpointing_gives_the_same_losses() -> None:
 
 
 def test_precision_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU that has bf16 products, as all are taken for here."""
+    """On a CPU that is taken to multiply in bf16."""
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
     seen: list[torch.dtype] = []
 
@@ -312,7 +272,7 @@ def test_nothing_of_a_step_is_retained(objective) -> None:
 
 
 def test_the_clips_of_a_step_are_made_as_they_are_asked_for() -> None:
-    """Rewards learn nothing before a step, so no rollout is made for it."""
+    """Rewards learn nothing before a step, so no rollout is sampled for it."""
     stage = stage_of(REWARD)
 
     def none() -> Iterator:
@@ -374,7 +334,7 @@ def test_the_guidance_of_the_real_score_is_that_of_the_options() -> None:
 
 @pytest.mark.parametrize("name", ["self-forcing", "longlive", "krea-14b"])
 def test_a_training_sees_the_presets_window_and_positions(name: str) -> None:
-    """Beyond the window: what it samples is what sampling makes with that preset."""
+    """Beyond the window, its rollouts equal samples of that preset."""
     preset = PRESETS[name]
     options = replace(SMALL, frames=18, preset=preset, levels=preset.levels[1:])
     stage = stage_of(options)

@@ -1,5 +1,4 @@
-"""A run never loses what another one made, and a run that was killed goes on to the clip that it
-would have made."""
+"""Runs never overwrite each other's output, and a killed run resumes to the same clip."""
 
 from pathlib import Path
 
@@ -15,26 +14,21 @@ from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import HEADER, read_latents
 from autorefiner.refiner.video import VideoWriter
 
-from tiny_command import FRAMES, command, parse, write_files
+from tiny_command import FRAMES, command, parse
 
-FRAME_BYTES = 4 * 16 * 4 * 6  # of latents
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"))
+FRAME_BYTES = 4 * 16 * 4 * 6  # bytes of a latent frame
 
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory) -> Path:
-    """A folder with a run that nothing interrupted."""
+    """Return a folder with an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(command(files, folder / "fox.mp4", "--save-latents")) == 0
     return folder
 
 
 def pixels(path: Path) -> np.ndarray:
-    """Every frame of a video, decoded."""
+    """Return every decoded frame of a video."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -47,8 +41,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def leave_killed(whole: Path, folder: Path, frames: float) -> Path:
-    """Partial latents as a kill leaves them: a header without a count, and so many latent
-    frames."""
+    """Write partial latents as a kill leaves them: no frame count, the given number of frames."""
     source, partial = whole / "fox.latents.safetensors", folder / "fox.latents.partial.safetensors"
     size = 8 + HEADER + int(frames * FRAME_BYTES)
     data = source.read_bytes()
@@ -175,8 +168,7 @@ def test_a_clip_may_be_extended_into_its_own_file(files, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no whole chunk")
 def test_a_last_chunk_that_is_short_is_made_anew_or_said(files, tmp_path, whole) -> None:
-    """Of 29 frames the last chunk has two of three latent frames; of 25 it has one, which the clip
-    keeps."""
+    """At 29 frames the last chunk has two of three latent frames; at 25 one, which is kept."""
     out, latents = tmp_path / "fox.mp4", tmp_path / "fox.latents.safetensors"
     assert main(command(files, out, "--save-latents", "--frames", "29")) == 0
     assert main(command(files, out, "--save-latents", "--extend", str(latents))) == 0

@@ -1,4 +1,4 @@
-"""The package as it is installed, and what it may import from outside."""
+"""The installed package and the external modules that it may import."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ FOREIGN = (*COMFYUI, "nodes", "autorefiner", "refiner")
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of every import in a file."""
+    """Return (level, module) of every import in a file."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,19 +40,22 @@ def imports(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-# Of the standard library, newer than Python 3.10, which the package promises.
+# Standard library names newer than Python 3.10, the oldest supported version.
 NEW_MODULES = {"tomllib"}
 NEW_NAMES = {
-    "datetime": {"UTC"}, "typing": {"Self", "LiteralString", "assert_never", "Never", "NotRequired", "Unpack"},
-    "enum": {"StrEnum", "verify"}, "contextlib": {"chdir"}, "hashlib": {"file_digest"}, "itertools": {"batched"},
-    "asyncio": {"TaskGroup", "timeout", "Runner"}, "operator": {"call"}, "math": {"cbrt", "exp2", "sumprod"},
-    "pathlib": {"UnsupportedOperation"}, "warnings": {"deprecated"}, "inspect": {"getmembers_static"},
-    "string": {"Template.get_identifiers"}, "builtins": {"ExceptionGroup", "BaseExceptionGroup", "aiter"},
+    "datetime": {"UTC"},
+    "typing": {"Self", "LiteralString", "assert_never", "Never", "NotRequired", "Unpack"},
+    "enum": {"StrEnum", "verify"}, "contextlib": {"chdir"}, "hashlib": {"file_digest"},
+    "itertools": {"batched"}, "asyncio": {"TaskGroup", "timeout", "Runner"}, "operator": {"call"},
+    "math": {"cbrt", "exp2", "sumprod"}, "pathlib": {"UnsupportedOperation"},
+    "warnings": {"deprecated"}, "inspect": {"getmembers_static"},
+    "string": {"Template.get_identifiers"},
+    "builtins": {"ExceptionGroup", "BaseExceptionGroup", "aiter"},
 }  # fmt: skip
 
 
 def newer_than_promised(source: str) -> list[str]:
-    """What a source takes of Python 3.11 and newer, outside of a branch on the version."""
+    """Return uses of Python 3.11 and newer outside of branches on the version."""
     tree = ast.parse(source)
     branches = [
         node
@@ -93,7 +96,7 @@ def test_nothing_newer_than_the_promised_python_is_used() -> None:
     assert not {path: names for path, names in found.items() if names}
 
 
-# Takes away what older versions of torch lack, then imports the whole core and the command line.
+# Removes what older versions of torch lack, then imports the core and the command line.
 OLD_TORCH = """
 import importlib, pkgutil, torch, torch._dynamo
 del torch.optim.Muon
@@ -129,7 +132,7 @@ def test_the_limit_of_compilations_is_set_by_either_name(monkeypatch, name: str)
     allow_recompiling(64)
     assert vars(config) == {name: 64}
     monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
-    allow_recompiling(64)  # a torch with neither is left alone
+    allow_recompiling(64)  # a torch with neither is unchanged
 
 
 def test_a_linear_layer_needs_no_onednn(monkeypatch) -> None:
@@ -154,14 +157,14 @@ def test_every_folder_of_the_package_is_installed() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_core_imports_no_host(path: Path) -> None:
-    """Its rooms among each other: test_rooms.py."""
+    """For imports between rooms of the core, see test_rooms.py."""
     found = imports(path)
     assert not [module for level, module in found if level == 0 and module.split(".")[0] in FOREIGN]
 
 
 OF_COMFYUI = (
-    "comfy.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py", "comfy_training.py", "comfy_video.py",
-    "page.py",
+    "comfy.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py", "comfy_training.py",
+    "comfy_video.py", "page.py",
 )  # fmt: skip
 COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in OF_COMFYUI]
 

@@ -1,4 +1,4 @@
-"""Only regular files are read, and no more of them than they may hold."""
+"""Only regular files are read, up to the expected size."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ IRREGULAR = ("pipe", "device", "folder", "socket", "link")
 def irregular(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """What has a name but is no regular file, and a link to one."""
+    """Create a path that is no regular file: a pipe, device, folder, link or socket."""
     path = tmp_path / "one"
     if request.param == "pipe":
         os.mkfifo(path)
@@ -36,7 +36,7 @@ def irregular(
         os.mkfifo(tmp_path / "pipe")
         path.symlink_to(tmp_path / "pipe")
     else:
-        monkeypatch.chdir(tmp_path)  # a socket's name is short
+        monkeypatch.chdir(tmp_path)  # socket paths must be short
         socket.socket(socket.AF_UNIX).bind("one")
     return path
 
@@ -92,7 +92,7 @@ def test_no_more_bytes_are_read_than_a_file_may_have(tmp_path: Path) -> None:
     assert read_bytes(path, 5) == b"12345"
     with pytest.raises(ValueError, match="most"):
         read_bytes(path, 4)
-    endless = Path("/proc/self/mem")  # a regular file of no size, whose reading fails
+    endless = Path("/proc/self/mem")  # a regular file of size 0 that cannot be read
     with pytest.raises((OSError, ValueError)):
         read_bytes(endless, 4)
     sparse = tmp_path / "sparse.toml"

@@ -1,4 +1,4 @@
-"""A refiner on the command line: what is made with it, what is said of it, and what is refused."""
+"""Refiners on the command line: results, messages and refusals."""
 
 import pytest
 import torch

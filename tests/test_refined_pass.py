@@ -1,4 +1,4 @@
-"""What goes into a refine pass, what comes out of it, and what has a graph."""
+"""The refine pass: inputs, outputs, and which tensors have a graph."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def t_phi(network: CausalWan) -> CausalWan:
 
 
 class Recording:
-    """A network that notes what it is called with."""
+    """A network that records its calls."""
 
     def __init__(self, network: CausalWan) -> None:
         self.network, self.calls = network, []
@@ -87,8 +87,7 @@ def test_a_refine_pass_takes_the_noise_at_its_level_behind_x0_at_zero(previous: 
 
 @torch.no_grad()
 def test_joint_is_the_noise_half_of_a_pass_behind_one_that_writes_x0() -> None:
-    """Through the refiner itself: two passes, of x0 at t = 0 and then of the noise at its level,
-    give the same."""
+    """Through the refiner, two passes (x0 at t = 0, then the noise at its level) give the same."""
     network = tiny_network()
     tphi = t_phi(network)
     results = []
@@ -100,7 +99,7 @@ def test_joint_is_the_noise_half_of_a_pass_behind_one_that_writes_x0() -> None:
             first, level = chunk.levels[:2]
             x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
             noise = WhiteNoise(3)(chunk, Draw(level.step), (2, 16, 3, 4, 4))
-            if not together:  # what pending reads is then the x0's own
+            if not together:  # then pending reads the K/V of x0 itself
                 view = rollout.memory.view(chunk.frames)
                 tphi(
                     x0,
@@ -138,7 +137,9 @@ def test_a_refine_pass_needs_its_own_chunks_prediction_and_room_for_what_it_writ
 def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
     network, seen = tiny_network(), []
     base = Refiner(
-        t_phi(network), ReflectiveCache("shared", "none"), watch=lambda *told: seen.append(told)
+        t_phi(network),
+        ReflectiveCache("shared", "none"),
+        watch=lambda *arguments: seen.append(arguments),
     )
     found = []
     for strength in (1.0, -0.5):
@@ -156,7 +157,7 @@ def test_strength_multiplies_the_residual_and_the_watch_sees_it_whole() -> None:
         )
     assert torch.equal(found[1], -0.5 * found[0])
     assert all(torch.equal(residual, found[0]) for _, residual, _ in seen)
-    assert all(torch.equal(told, noise) for told, _, _ in seen)
+    assert all(torch.equal(watched, noise) for watched, _, _ in seen)
 
 
 @torch.no_grad()
@@ -277,8 +278,7 @@ def test_latents_of_nodes_are_raw_and_those_of_the_core_normalised() -> None:
 def test_the_bytes_of_a_memory_are_those_that_it_allocates(
     batch, window, keys, refined, dtype
 ) -> None:
-    """2 tensors a layer of batch × (window + a chunk where refined) × tokens × width, and one more
-    for raw keys."""
+    """batch × (window + a refined chunk) × tokens × width, twice a layer, thrice with raw keys."""
     plan = RunPlan(SF.changed(window=window), 9, 4, 6, batch, keys=keys)
     memory = plan.memory(TINY, dtype, refined)
     frames = (9 if window < 0 else window) + (3 if refined else 0)
@@ -295,7 +295,7 @@ def test_estimates_by_hand() -> None:
     values = tokens * max(2 * 128 + 12 * 128, 18 * 128) * 4
     assert pass_bytes(TINY, plan, 3) == values + 8 * 3 * 9 * 6 * 128
     assert pass_bytes(TINY, replace(plan, keys="rotated", positions=Absolute()), 3) == values
-    wide = replace(TINY, ffn_dim=1024)  # where the feed-forward holds more than the attention
+    wide = replace(TINY, ffn_dim=1024)  # here the feed-forward takes more than the attention
     assert (
         pass_bytes(wide, MemoryPlan.of(wide, (3, 16, 9, 4, 6)), 3)
         == tokens * (2 * 1024 + 12 * 128) * 4

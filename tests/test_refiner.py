@@ -1,4 +1,4 @@
-"""The noise refiner: nothing changes until it has learnt, and its forms agree."""
+"""The noise refiner: an untrained one changes nothing, and its forms agree."""
 
 import dataclasses
 
@@ -18,6 +18,7 @@ from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.lora import LoraPair
 
 from tiny import TINY, tiny_network
+from tiny_refiner import pairs_for
 
 PLAN = RunPlan(PRESETS["self-forcing"], 7, 4, 4, batch=2)
 CACHES = [
@@ -25,17 +26,6 @@ CACHES = [
     for history in ("shared", "none")
     for previous in ("pending", "joint", "none")
 ]
-RANK = 4
-
-
-def pairs_for(network: CausalWan, fresh: bool = False, seed: int = 1) -> dict[str, LoraPair]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, module in target_modules(network.model).items():
-        out, into = module.weight.shape
-        up = torch.zeros(out, RANK) if fresh else torch.randn(out, RANK, generator=generator) * 0.1
-        made[name] = LoraPair(torch.randn(RANK, into, generator=generator) * 0.1, up, 1.0)
-    return made
 
 
 def context(seed: int = 0) -> torch.Tensor:
@@ -50,7 +40,7 @@ def run(network: CausalWan, **options) -> torch.Tensor:
 
 
 def counted(network: CausalWan) -> list[int]:
-    """Latent frames of every pass through the network's own final layer from now on."""
+    """Record the latent frames of every pass through the network's final layer from now on."""
     calls: list[int] = []
     frame = PLAN.height * PLAN.width // 4  # tokens
     network.model.head.head.register_forward_hook(
@@ -92,7 +82,7 @@ def test_merged_weights_and_branches_agree_and_leave_the_base_alone(cache) -> No
 
 @torch.no_grad()
 def test_the_scale_of_a_pair_counts_merged_and_as_a_branch() -> None:
-    """scale · up · down: a scale of 0.5 is that of factors half as large."""
+    """scale · up · down: a scale of 0.5 equals factors half as large."""
     network, cache = tiny_network(), ReflectiveCache("shared", "none")
     whole = pairs_for(network)
     scaled = {name: dataclasses.replace(pair, scale=0.5) for name, pair in whole.items()}
@@ -141,8 +131,10 @@ def test_passes_of_the_refiner_are_one_a_refined_level_and_chunk(previous, level
 
 
 def memories(keys: str = "rotated") -> tuple[RingMemory, GraphMemory]:
-    plan = MemoryPlan.of(TINY, (2, 16, 9, 4, 4), window_frames=6, sink_frames=1, keys=keys, spare_frames=3,
-                         positions=Absolute() if keys == "rotated" else Relative())  # fmt: skip
+    plan = MemoryPlan.of(
+        TINY, (2, 16, 9, 4, 4), window_frames=6, sink_frames=1, keys=keys, spare_frames=3,
+        positions=Absolute() if keys == "rotated" else Relative(),
+    )  # fmt: skip
     return RingMemory(plan), GraphMemory(plan)
 
 
@@ -204,7 +196,7 @@ def test_joint_equals_a_pass_that_writes_x0_and_then_one_that_reads_it() -> None
 
 @torch.no_grad()
 def test_reflection_sees_what_its_switches_say() -> None:
-    """What is switched off does not reach the residual, and what is on does."""
+    """What is switched off does not reach the residual; what is on does."""
     network = tiny_network()
     tphi, text = merged(network, pairs_for(network)), network.text(context())
 

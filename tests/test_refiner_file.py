@@ -1,4 +1,4 @@
-"""A refiner's file: what it says, what it is refused for, and whose it is."""
+"""Refiner files: metadata, refused files, and the base they belong to."""
 
 import json
 
@@ -67,8 +67,9 @@ def test_the_fingerprint_is_of_the_base_and_survives_a_lora_and_bf16() -> None:
 
 def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
     lora = tmp_path / "lora.safetensors"
-    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 8),
-               "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(8, 4)}, lora)  # fmt: skip
+    factors = {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}
+    prefix = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{prefix}.{name}.weight": factor for name, factor in factors.items()}, lora)
     with pytest.raises(ValueError, match="is a LoRA"):
         load_refiner(lora)
     bare = tmp_path / "bare.safetensors"
@@ -89,20 +90,20 @@ def test_what_is_no_refiner_is_said_to_be_what_it_is(tmp_path, path) -> None:
     ],
 )
 def test_a_card_that_does_not_fit_is_refused(tmp_path, change, said) -> None:
-    told = {"rank": 4, "levels": [750], "history": "shared", "previous": "none"} | change
+    metadata = {"rank": 4, "levels": [750], "history": "shared", "previous": "none"} | change
     path = tmp_path / "x.refiner.safetensors"
-    save_file(PAIR, path, metadata={"autorefiner": json.dumps(told)})
+    save_file(PAIR, path, metadata={"autorefiner": json.dumps(metadata)})
     with pytest.raises(ValueError, match=said):
         load_refiner(path)
 
 
 def test_the_head_has_the_rank_of_its_outputs_at_most(tmp_path) -> None:
     path = tmp_path / "x.refiner.safetensors"
-    told = {"rank": 2, "levels": [750], "history": "shared", "previous": "none"}
-    save_file(HEAD_PAIR, path, metadata={"autorefiner": json.dumps(told)})
+    metadata = {"rank": 2, "levels": [750], "history": "shared", "previous": "none"}
+    save_file(HEAD_PAIR, path, metadata={"autorefiner": json.dumps(metadata)})
     assert load_refiner(path)[0][HEAD].rank == 4
     save_file({name: torch.ones((5, 4) if "_A" in name else (4, 5)) for name in HEAD_PAIR}, path,
-              metadata={"autorefiner": json.dumps(told)})  # fmt: skip
+              metadata={"autorefiner": json.dumps(metadata)})  # fmt: skip
     with pytest.raises(ValueError, match="ranks"):
         load_refiner(path)
 

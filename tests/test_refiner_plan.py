@@ -1,5 +1,4 @@
-"""What a refiner and a run of a node are planned to take, and how a plan is attached to a
-network."""
+"""Memory planned for a refiner and for a node's run, and attaching a plan to a network."""
 
 import pytest
 import torch
@@ -45,8 +44,7 @@ def flow_of(network: CausalWan) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_refiner_takes_its_layers_merged_or_its_factors_as_branches(dtype) -> None:
-    """TINY has 10 square layers of 128 a block and a head of 64 outputs; the factors are of rank
-    2."""
+    """TINY has 10 square layers of 128 a block and a head of 64 outputs; factors have rank 2."""
     plan = plan_of(tiny_network(), dtype)
     merged = (2 * 10 * 128 * 128 + 64 * 128) * dtype.itemsize
     branches = 2 * (2 * 10 * (128 + 128) + (64 + 128)) * dtype.itemsize
@@ -54,7 +52,7 @@ def test_a_refiner_takes_its_layers_merged_or_its_factors_as_branches(dtype) -> 
     assert plan.nbytes == merged, "the larger, until the form is settled"
 
 
-@pytest.mark.parametrize("form", ["merged", "branches"])
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
 def test_an_attached_refiner_is_the_planned_one_and_leaves_the_network_as_it_was(form) -> None:
     network = tiny_network()
     before = flow_of(network)
@@ -77,7 +75,7 @@ def test_an_attached_refiner_is_the_planned_one_and_leaves_the_network_as_it_was
 
 
 class Counted:
-    """A search that holds this many bytes for each video."""
+    """A search that holds the given bytes for each video."""
 
     def sampler(self, verifier: object = None) -> Method:
         return SAMPLERS["self-forcing"]()
@@ -93,8 +91,7 @@ class Counted:
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("search", [None, Counted()])
 def test_a_run_of_a_node_holds_keys_its_refiner_and_its_search(dtype, refined, search) -> None:
-    """Keys and values of 9 frames of 6 tokens a video, and of a chunk of 3 more where it is
-    refined."""
+    """K/V of 9 frames of 6 tokens a video, plus a chunk of 3 where it is refined."""
     plan = plan_of(tiny_network(), dtype) if refined else None
     run = Run(plan_run(PRESET, (2, 9, 4, 6), None), 0, "self-forcing", refined=plan, search=search)
     held = 2 * (9 + 3 * refined) * 6 * TINY.dim * 2 * TINY.num_layers * dtype.itemsize

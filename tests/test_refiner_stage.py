@@ -1,5 +1,4 @@
-"""A refiner's stage: which steps update it and how fast, what its clips are, and what is kept of
-it."""
+"""The refiner's stage: which steps update it and how much, its clips, and its saved state."""
 
 import math
 from dataclasses import replace
@@ -12,7 +11,7 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.training.self_rollout import self_rollout
 
-from test_objectives import PROMPTS, REWARD, SMALL, encode, stage_of
+from tiny_stage import PROMPTS, REWARD, SMALL, encode, stage_of
 
 pytest.importorskip("peft")
 
@@ -25,7 +24,7 @@ def test_the_critic_warms_up_alone_for_a_quarter_of_the_steps_at_most() -> None:
     assert ["gradient" in row for row in logged] == [False, False, False, True, False, True]
     assert all("loss" in row for row in logged)
     assert replace(options, critic_warmup=2).first_update == 2
-    reward = replace(REWARD, critic_warmup=100, ratio=5)  # neither is a reward's
+    reward = replace(REWARD, critic_warmup=100, ratio=5)  # rewards have neither
     assert (reward.first_update, reward.updates) == (0, 8)
 
 
@@ -58,16 +57,15 @@ def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:
     assert torch.equal(one.path, torch.cat([part.path for part in parts], dim=1))
     with pytest.raises(ValueError, match="even"):
         replace(SMALL, batch=3, antithetic=True)
-    odd = stage_of(
-        replace(SMALL, antithetic=True), held_out=["one", "two", "three"]
-    )  # of which none has a pair
+    # None of the held-out clips has an antithetic pair.
+    odd = stage_of(replace(SMALL, antithetic=True), held_out=["one", "two", "three"])
     assert odd.compare() == {"held-out": pytest.approx(0, abs=1e-6)}
 
 
 @pytest.mark.parametrize("options", [SMALL, REWARD], ids=["dmd", "reward"])
 @pytest.mark.parametrize("method", ["autorefiner", "lora"])
 def test_held_out_clips_are_compared_with_the_bases(options, method) -> None:
-    """A fresh one is the base, and rewards are the difference that two rollouts have."""
+    """A fresh refiner equals the base; rewards are the difference between two rollouts."""
     stage = stage_of(replace(options, method=method), held_out=["held", "out"])
     assert stage.compare() == {"held-out": pytest.approx(0, abs=1e-6)}
     with torch.no_grad():
@@ -106,7 +104,7 @@ def test_what_is_kept_of_a_training_is_the_average() -> None:
 
 
 def test_the_refiner_learns_at_every_ratio_th_step_alone() -> None:
-    """Its average counts its own updates: after the second one it keeps 2/9."""
+    """Its average counts its own updates: the decay after the second one is 2/9."""
     stage = stage_of(replace(SMALL, ratio=2))
     for index, learns in enumerate((True, False, True)):
         before = {name: factor.detach().clone() for name, factor in stage.factors.items()}

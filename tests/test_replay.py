@@ -1,5 +1,4 @@
-"""Passes that a GPU replays: that a training makes the same ones again, of nothing but their
-tensors and parameters."""
+"""CUDA-graph replay of training passes: repeatable from their tensors and parameters alone."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,27 +12,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorefiner.refiner.noise.source import Draw, GivenNoise, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
-from autorefiner.refiner.training import dmd_objective, refine
+from autorefiner.refiner.training import dmd_objective, refiner_stage
 from autorefiner.refiner.training.options import RefineOptions
 from autorefiner.refiner.training.refiner_stage import RefinerStage
-from autorefiner.refiner.training.replay import Captured, Outputs, Replay, replayable
+from autorefiner.refiner.training.replay import Captured, Outputs, Replay, holding, replayable
 from autorefiner.refiner.training.self_rollout import self_rollout
-from autorefiner.refiner.wan.upload import holding, upload
+from autorefiner.refiner.wan.upload import upload
 
-from test_objectives import SMALL, encode, stage_of
 from tiny import TINY, tiny_network
+from tiny_stage import SMALL, encode, stage_of
 
 pytest.importorskip("peft")
 
 METHODS = [
-    dict(previous="pending"), dict(previous="joint"), dict(method="init-noise"), dict(method="lora"),
-    dict(history="none", previous="joint"), dict(accumulation=2), dict(score_draws=2),
-    dict(preset=PRESETS["causal-forcing-2step"], levels=(500,)),
+    dict(previous="pending"), dict(previous="joint"), dict(method="init-noise"),
+    dict(method="lora"), dict(history="none", previous="joint"), dict(accumulation=2),
+    dict(score_draws=2), dict(preset=PRESETS["causal-forcing-2step"], levels=(500,)),
 ]  # fmt: skip
 
 
 class Repeated(Replay):
-    """Replays on the CPU: a graph is the first call's pass, made again on tensors of its own."""
+    """Replay on the CPU: a graph repeats the first call's pass on its own tensors."""
 
     def __init__(
         self, model: torch.nn.Module, device: torch.device, eager: bool = False, adds: bool = False
@@ -72,7 +71,7 @@ def values(outputs: Outputs) -> list[Tensor]:
 
 
 class Alone(TorchDispatchMode):
-    """Nothing inside reads a number of the device, or brings a tensor to it."""
+    """Fails if an operation on the device takes a tensor from the CPU."""
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
@@ -92,7 +91,7 @@ class Alone(TorchDispatchMode):
 
 def replaying(monkeypatch: pytest.MonkeyPatch, options: RefineOptions) -> RefinerStage:
     with monkeypatch.context() as patch:
-        for module in (refine, dmd_objective):
+        for module in (refiner_stage, dmd_objective):
             patch.setattr(module, "Replay", Repeated)
         return stage_of(options)
 
@@ -134,9 +133,9 @@ def test_a_training_goes_on_where_nothing_can_be_captured(monkeypatch: pytest.Mo
 def test_a_steps_passes_need_nothing_from_the_cpu(
     monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
-    """On a device without numbers, whose values nobody can read."""
+    """On the meta device, whose tensors have no values to read."""
     options = replace(SMALL, **changes)
-    for module in (refine, dmd_objective):
+    for module in (refiner_stage, dmd_objective):
         monkeypatch.setattr(module, "mixed_precision", lambda *_: nullcontext())
     with pytest.raises(AssertionError, match="from the CPU"), Alone():
         upload(torch.ones(2), torch.device("meta"), torch.float32)
@@ -164,7 +163,7 @@ def test_a_steps_passes_need_nothing_from_the_cpu(
 
 @pytest.mark.parametrize("name", ["self-forcing", "causal-forcing-2step"])
 def test_noises_that_were_drawn_before_make_the_same_clips(name: str) -> None:
-    """Also of a first chunk with more levels than the others, and down to a level."""
+    """Also for a first chunk with more levels than the others, and down to a level."""
     preset = PRESETS[name]
     stage = stage_of(replace(SMALL, frames=4, preset=preset, levels=preset.levels[1:]))
     context, white, chunks = encode(["a", "bb"]), WhiteNoise(5, first=3), plan_chunks(preset, 4)[1]

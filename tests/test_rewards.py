@@ -1,4 +1,4 @@
-"""Rewards: which frames they see, what is refused, and that a search can choose by them."""
+"""Rewards: which frames they see, refused values, and searches that choose by them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,7 +125,7 @@ def test_a_judge_sees_the_frames_of_the_whole_video_and_holds_few(vae, latents) 
         assert torch.allclose(judge.score(part, chunk), wanted, atol=1e-6)
         held.append(0 if judge.frames is None else judge.frames.shape[1])
         judge.keep(part, chunk)
-    assert drawn[0] == (10, 15, 20)  # over the chunk's beginning, which is frame 13
+    assert drawn[0] == (10, 15, 20)  # across the chunk's first frame, 13
     assert held == [0, 5, 10]
 
 
@@ -157,12 +157,11 @@ def test_a_search_that_extends_a_clip_sees_the_frames_of_the_whole_video(
     numbers = [
         draw for until in (given + 3, given + 6) for draw in rewards.newest(4 * until - 3, 12)
     ]
-    assert {told for told, _ in seen} == set(numbers)
+    assert {draw for draw, _ in seen} == set(numbers)
     for wanted in numbers:
-        frames = [frames for told, frames in seen if told == wanted]
-        nearest = min(
-            (one - whole[:, list(wanted)]).abs().max() for one in frames
-        )  # the chosen candidate's
+        frames = [frames for draw, frames in seen if draw == wanted]
+        # The frames of one candidate, the chosen one, are those of the clip.
+        nearest = min((one - whole[:, list(wanted)]).abs().max() for one in frames)
         assert nearest < 3e-5
 
 

@@ -1,5 +1,4 @@
-"""Runs of the whole loop: what must not matter does not, bit for bit where nothing is computed
-differently."""
+"""The sampling loop: what must not change the result does not, bit for bit where possible."""
 
 import weakref
 from dataclasses import replace
@@ -103,7 +102,7 @@ def test_bf16_networks_run_and_stay_near(context) -> None:
 
 
 class Uploads(TorchDispatchMode):
-    """Copies from the CPU to the meta device: whether each waits for the device."""
+    """Records copies from the CPU to the meta device: whether each waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class Uploads(TorchDispatchMode):
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("preset", ["longlive", "krea-14b"])
 def test_nothing_in_the_loop_waits_for_the_device(context, method, preset) -> None:
-    """The meta device has no values: a run that reads one fails there."""
+    """Tensors on the meta device have no values: a run that reads one fails there."""
     network, frames = tiny_network(), 15
     network.model.to("meta")
     chunks = sample(
@@ -141,7 +140,7 @@ def test_a_host_may_compute_in_another_dtype_than_it_stores(context) -> None:
     mixed = tiny_network(
         dtype=torch.bfloat16, kernels=Kernels(embed=lambda module, x: module(x.float()).to(x.dtype))
     )
-    mixed.model.patch_embedding = stored  # in fp32, as ComfyUI keeps it
+    mixed.model.patch_embedding = stored  # fp32, as ComfyUI stores it
     expected = run(tiny_network(dtype=torch.bfloat16), context)
     torch.testing.assert_close(
         run(mixed, context, dtype=torch.bfloat16), expected, atol=0.1, rtol=0.1
@@ -160,7 +159,7 @@ def test_one_level_makes_the_two_samplers_equal(network, context) -> None:
 
 @torch.no_grad()
 def test_the_ode_sampler_takes_euler_steps(network, context) -> None:
-    """x + (σ' − σ) v (AutoRefiner eq. 19), integrated here straight from the network's flow."""
+    """x + (σ' − σ) v (AutoRefiner eq. 19), integrated here directly from the network's flow."""
     run_ = rollout(network, context, frames=3)
     (chunk,) = run_.chunks
     x = run_.draw(chunk, chunk.levels[0])
@@ -184,7 +183,7 @@ def test_a_pending_commit_keeps_the_keys_of_the_last_prediction(network, context
     run_ = rollout(network, context)
     chunk, level = run_.chunks[0], run_.chunks[0].levels[0]
     run_.predict(run_.draw(chunk, level), level, chunk)
-    written = slice(0, 3 * run_.memory.plan.frame_tokens)  # behind it nothing was ever written
+    written = slice(0, 3 * run_.memory.plan.frame_tokens)  # nothing was written after it
     before = run_.memory.store.keys[1][:, written].clone()
     run_.commit_pending()
     assert torch.equal(run_.memory.store.keys[1][:, written], before)
@@ -209,19 +208,19 @@ def test_closing_the_iterator_frees_the_memory(network, context) -> None:
 
 
 def test_progress_tells_every_prediction(network, context) -> None:
-    told = []
+    events = []
     run(
         network,
         context,
         frames=6,
         given=3,
         initial=torch.zeros(1, 16, 3, HEIGHT, WIDTH),
-        callback=told.append,
+        callback=events.append,
     )
-    assert [(p.chunk.index, p.level, p.chunks) for p in told] == [
+    assert [(p.chunk.index, p.level, p.chunks) for p in events] == [
         (i, j, 3) for i in (1, 2) for j in range(4)
     ]
-    assert told[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
+    assert events[0].x0.shape == (1, 16, 3, HEIGHT, WIDTH)
 
 
 @torch.no_grad()
@@ -301,7 +300,7 @@ def test_select_takes_the_best_of_each_sample() -> None:
 
 
 def with_event(network, context, event, memory_options=None):
-    """Two chunks with an event between them."""
+    """Sample two chunks with an event between them."""
     plan = MemoryPlan.of(TINY, (1, 16, 6, HEIGHT, WIDTH), **(memory_options or {}))
     run_ = rollout(network, context, RingMemory(plan))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The rooms of the package: what each may import, and that modules of the core form no circle."""
+"""The rooms of the package: what each may import; modules of the core form no circle."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ROOT = Path(autorefiner.__file__).parent
 CORE = ROOT / "refiner"
 FILES = sorted(CORE.rglob("*.py"))
 
-# Each room, and the rooms that it may import; a room is a folder or a file of refiner/.
+# Each room (a folder or file of refiner/) and the rooms that it may import.
 TOOLS = {"files", "reading", "stopping", "terminal"}
 NETWORK = {"wan", "memory", "schedule"}
 PLANS = {"run_plan", "timeline"}
@@ -51,11 +51,11 @@ ROOMS = {
     "train_config": TRAINED | {"bundles", "training"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }
-ANYTHING = {"cli", "__init__"}  # may import every room
+ANYTHING = {"cli", "commands", "__init__"}  # may import every room
 
 
 def module_name(path: Path) -> tuple[str, ...]:
-    """refiner/wan/vae.py as (refiner, wan, vae), refiner/wan/__init__.py as (refiner, wan)."""
+    """Return refiner/wan/vae.py as (refiner, wan, vae), a package's __init__.py as its folder."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 
@@ -64,8 +64,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imported(path: Path, statements: list[ast.stmt] | None = None) -> Iterator[tuple[str, ...]]:
-    """The modules of the package that a file imports, wherever in it, or only in these
-    statements."""
+    """Return the package's modules that a file imports anywhere, or only in these statements."""
     tree = ast.walk(ast.parse(path.read_text())) if statements is None else statements
     package = path.relative_to(ROOT).parent.parts
     for node in tree:
@@ -95,7 +94,7 @@ def test_a_room_imports_only_rooms_below(path: Path) -> None:
 
 
 def test_no_room_below_reaches_the_trainings_or_the_demo() -> None:
-    """The table itself keeps to the order: no room may import one that may import it."""
+    """The table itself is ordered: no room may import one that may import it."""
     for room, allowed in ROOMS.items():
         assert not [below for below in allowed - {room} if room in ROOMS[below] - {below}]
     below = {"wan", "memory", "noise", "samplers", "rollout", "schedule", "sample", "estimate"}
@@ -104,7 +103,7 @@ def test_no_room_below_reaches_the_trainings_or_the_demo() -> None:
 
 
 def top_level(path: Path) -> list[ast.stmt]:
-    """The statements that run on import: functions wait, and TYPE_CHECKING blocks never run."""
+    """Return the statements that run on import: not functions, not TYPE_CHECKING blocks."""
     statements, tree = [], ast.parse(path.read_text()).body
     while tree:
         node = tree.pop()
@@ -118,7 +117,7 @@ def top_level(path: Path) -> list[ast.stmt]:
 
 
 def circle(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """Modules that import each other in turn; empty where none do."""
+    """Return modules that import each other in turn; empty if there are none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

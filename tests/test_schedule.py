@@ -50,17 +50,18 @@ def test_the_table_ends_above_zero() -> None:
 
 def test_presets_are_the_published_models() -> None:
     assert {name: len(preset.levels) for name, preset in PRESETS.items()} == {
-        "self-forcing": 4, "causvid": 3, "longlive": 4, "causal-forcing": 4, "causal-forcing-framewise": 4,
-        "causal-forcing-2step": 2, "causal-forcing-1step": 1, "krea-14b": 4, "raven": 4, "reward-forcing": 4,
-        "infinite-forcing": 4, "one-forcing": 1, "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4,
-        "streamdiffusion-v2": 4,
+        "self-forcing": 4, "causvid": 3, "longlive": 4, "causal-forcing": 4,
+        "causal-forcing-framewise": 4, "causal-forcing-2step": 2, "causal-forcing-1step": 1,
+        "krea-14b": 4, "raven": 4, "reward-forcing": 4, "infinite-forcing": 4, "one-forcing": 1,
+        "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4, "streamdiffusion-v2": 4,
     }  # fmt: skip
     windows = {
         name: (preset.window, preset.sink, preset.positions) for name, preset in PRESETS.items()
     }
     assert {name: window for name, window in windows.items() if window != (-1, 0, "absolute")} == {
-        "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"), "reward-forcing": (9, 3, "absolute"),
-        "infinite-forcing": (6, 1, "relative"), "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
+        "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"),
+        "reward-forcing": (9, 3, "absolute"), "infinite-forcing": (6, 1, "relative"),
+        "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
     }  # fmt: skip
     assert all(preset.source for preset in PRESETS.values())
     with pytest.raises(ValueError, match="self-forcing, causvid"):

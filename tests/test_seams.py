@@ -201,7 +201,7 @@ def test_the_bytes_of_a_policy_are_counted(policy) -> None:
     assert RingMemory(plan).nbytes == plan.nbytes
     means = 2 * 2 * 18 * 128 * 4 if policy.means else 0  # layers, batch, slots, width, bytes
     assert plan.nbytes == 2 * 2 * 2 * 18 * 6 * 128 * 4 + means
-    assert (plan.read_bytes > 0) == (not isinstance(policy, Window))
+    assert plan.read_bytes == (0 if isinstance(policy, Window) else 2 * 2 * 18 * 6 * 128 * 4)
 
 
 def test_every_policy_runs_with_every_sampler(network) -> None:
@@ -422,3 +422,26 @@ def test_moving_positions_equal_absolute_ones_until_the_window_is_full(network) 
     assert (
         relative - adjacent
     ).abs().max() < 1e-3  # RoPE sees distances alone, and these are the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda frames: frames.take(0, [[0]]), "int64"),
+        (lambda frames: frames.take(0, torch.zeros(3, dtype=torch.long)), "int64"),
+        (lambda frames: frames.take(0, torch.zeros(2, 3)), "int64"),
+        (lambda frames: frames.means(0), "means = True"),
+        (lambda frames: None, "NoneType"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_policy_gets_wrong_is_one_line(network, kind, read, message) -> None:
+    class Wrong(Policy):
+        name = "wrong"
+
+        def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
+            return read(frames)
+
+    with pytest.raises(ValueError, match=message):
+        next(self_forcing().run(rollout_of(network, kind, Wrong())))

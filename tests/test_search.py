@@ -1,5 +1,4 @@
-"""Search and self-refinement: the base where they change nothing, the better one where they
-choose."""
+"""Search and self-refinement: neutral settings equal the base, otherwise the better one wins."""
 
 from dataclasses import replace
 from itertools import combinations, product
@@ -41,9 +40,9 @@ def mean(x0: Tensor) -> Tensor:
 brightness = Scored(mean)
 
 
-def counted(network: CausalWan) -> list[float]:
-    """The timestep of every pass from now on."""
-    calls: list[float] = []
+def counted(network: CausalWan) -> list[int]:
+    """Add an entry to the returned list for every pass from now on."""
+    calls: list[int] = []
     network.model.time_embedding.register_forward_hook(
         lambda module, inputs, output: calls.append(1)
     )
@@ -63,7 +62,8 @@ def refiner_of(network: CausalWan, previous: str = "pending") -> Refiner:
 
 
 IDLE = [
-    self_refine({}), self_refine(threshold=float("inf")), best_of_n(indifferent, 3), search_over_path(indifferent, 3),
+    self_refine({}), self_refine(threshold=float("inf")), best_of_n(indifferent, 3),
+    search_over_path(indifferent, 3),
 ]  # fmt: skip
 
 
@@ -84,9 +84,8 @@ def test_passes_are_what_the_method_says() -> None:
 
     commits, chunks, levels = 2, 3, 4
     assert passes(self_refine({750: 2, 500: 1}, threshold=0.0)) == chunks * (levels + 3) + commits
-    assert (
-        passes(self_refine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits
-    )  # certain at once
+    # Certain at once.
+    assert passes(self_refine({750: 2}, threshold=float("inf"))) == chunks * (levels + 1) + commits
     assert passes(best_of_n(brightness, 5)) == chunks * levels * 5 + commits
     assert passes(search_over_path(brightness, 5)) == chunks * levels * 5 + commits
 
@@ -97,8 +96,7 @@ def test_passes_are_what_the_method_says() -> None:
 def test_a_sample_stops_repeating_by_itself(
     previous: str | None, threshold: float, seed: int
 ) -> None:
-    """Of these two, the first is certain before the second is, and its pending keys stay those of
-    that answer."""
+    """The first sample becomes certain before the second, and keeps that answer's pending keys."""
     network, method = tiny_network(), self_refine({750: 3, 500: 3, 250: 3}, threshold, enough=0.05)
     refiner = refiner_of(network, previous) if previous else None
     calls = counted(network)
@@ -126,8 +124,8 @@ def test_a_sample_that_is_kept_has_the_pending_keys_of_the_prediction_before() -
         memory = kind(MemoryPlan.of(TINY, (2, 16, 3, 4, 4), keys=keys, spare_frames=3))
         refiner = refiner_of(network)
         rollout = Rollout(
-            network, network.text(CONTEXT), memory, WhiteNoise(3), [chunk], (2, 16, 4, 4), torch.device("cpu"),
-            torch.float32, refiner=refiner, refiner_text=refiner.text(CONTEXT),
+            network, network.text(CONTEXT), memory, WhiteNoise(3), [chunk], (2, 16, 4, 4),
+            torch.device("cpu"), torch.float32, refiner=refiner, refiner_text=refiner.text(CONTEXT),
         )  # fmt: skip
         x = rollout.draw(chunk, level)
         for at, rows in predicted:
@@ -186,8 +184,8 @@ def test_self_refinement_repeats_the_second_and_third_level_by_default() -> None
         6,
         7,
     ]
-    told = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
-    assert torch.equal(run(network, method=self_refine()), run(network, method=told))
+    explicit = self_refine({750: 2, 500: 1}, threshold=0.25, enough=0.999)
+    assert torch.equal(run(network, method=self_refine()), run(network, method=explicit))
 
 
 def test_a_method_says_where_it_changes_nothing() -> None:
@@ -205,8 +203,9 @@ def test_a_search_follows_a_prompt_switch(kind) -> None:
 
     def second_chunk(switched: bool) -> Tensor:
         rollout = Rollout(
-            network, network.text(CONTEXT), RingMemory(MemoryPlan.of(TINY, (2, 16, 6, 4, 4))), WhiteNoise(3),
-            plan_chunks(PRESET, 6)[1], (2, 16, 4, 4), torch.device("cpu"), torch.float32,
+            network, network.text(CONTEXT), RingMemory(MemoryPlan.of(TINY, (2, 16, 6, 4, 4))),
+            WhiteNoise(3), plan_chunks(PRESET, 6)[1], (2, 16, 4, 4), torch.device("cpu"),
+            torch.float32,
         )  # fmt: skip
         chunks = kind(indifferent, 2).run(rollout)
         next(chunks)
@@ -240,7 +239,7 @@ def test_a_place_that_is_certain_keeps_its_first_answer() -> None:
     base, some, none = (
         run(network, method=self_refine({250: 1}, threshold=t)) for t in (float("inf"), 0.4, 0.0)
     )
-    first = slice(0, 3)  # later chunks have another history
+    first = slice(0, 3)  # later chunks have different histories
     kept = (some == base)[:, :, first].all(dim=1)
     assert 0 < kept.float().mean() < 1
     changed = torch.where(kept[:, None], base[:, :, first], none[:, :, first])

@@ -1,5 +1,4 @@
-"""Ctrl-C and SIGTERM end a command at any moment: one line, exit status 130, never a traceback,
-never ignored."""
+"""Ctrl-C and SIGTERM at any moment: one line, exit status 130, no traceback, never ignored."""
 
 import os
 import signal
@@ -14,14 +13,13 @@ from autorefiner.refiner import stopping
 from autorefiner.refiner.stopping import INTERRUPTED, handling, interrupt
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-# Sends this process a signal as soon as a module is imported, or at its end, put on the path as a
-# sitecustomize.
+# A sitecustomize that signals this process when a module is imported, or at exit.
 AT_END = "the end"
 SENDER = """
 import atexit, os, signal, sys, time
 def send():
     os.kill(os.getpid(), {number})
-    time.sleep(0.01)  # Python 3.10 forgets a signal that no bytecode comes after
+    time.sleep(0.01)  # Python 3.10 loses a signal without bytecode after it
 if {module!r} == {at_end!r}:
     atexit.register(send)
 class Finder:
@@ -34,14 +32,14 @@ sys.meta_path.insert(0, Finder())
 
 
 def ended(command: list[str], folder: Path, module: str, number: int) -> tuple[int, list[str]]:
-    """Exit status and lines on stderr of a command that is sent a signal while it imports a
-    module."""
+    """Return exit status and stderr lines of a command signalled while it imports a module."""
     (folder / "sitecustomize.py").write_text(
         SENDER.format(module=module, number=int(number), at_end=AT_END)
     )
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        command, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), check=False,
     )  # fmt: skip
     return ran.returncode, ran.stderr.splitlines()
@@ -91,10 +89,10 @@ def test_nothing_heavy_is_imported_before_signals_are_handled() -> None:
 
 @BOTH
 def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, number) -> None:
-    """As one that is raised within a finaliser, which Python prints and forgets."""
+    """Python prints and forgets an exception raised in a finaliser."""
     monkeypatch.setattr(stopping, "AGAIN", 0.05)
     seen: list[str] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda told: seen.append(told.exc_type.__name__))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(args.exc_type.__name__))
 
     class Swallows:
         def __del__(self) -> None:
@@ -105,7 +103,7 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, number) -> None
         Swallows()
         assert seen == ["KeyboardInterrupt"]
         time.sleep(5)
-    time.sleep(0.1)  # it was caught: no other one comes
+    time.sleep(0.1)  # caught: no second one follows
 
 
 def test_what_was_ignored_or_handled_elsewhere_stays_so() -> None:

@@ -1,4 +1,4 @@
-"""Text from files reaches the terminal without what would steer it."""
+"""Text from files reaches the terminal without control sequences."""
 
 import json
 import re

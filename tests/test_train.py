@@ -1,5 +1,4 @@
-"""`autorefiner train`: what a file may say, and that a killed training goes on as if it had not
-been."""
+"""`autorefiner train`: its file format, and a killed training resumes as if uninterrupted."""
 
 import json
 import struct
@@ -28,14 +27,13 @@ pytest.importorskip("peft")
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch) -> None:
-    """Compare with the base on few prompts: decoding takes the time of a test."""
+    """Compare with the base on few prompts, as decoding dominates a test's time."""
     monkeypatch.setattr(training, "HELD_OUT", 2)
 
 
 @pytest.fixture(autouse=True)
 def bundle(tmp_path, monkeypatch):
-    """Tiny random models in the bundle's place: what is tried here is the training, not what it
-    learns."""
+    """Use tiny random models as the bundle: this tests the training, not what it learns."""
     models = tmp_path / "models"
     write_tiny_bundle(models)
     use_bundle(models, monkeypatch.setattr)
@@ -46,14 +44,14 @@ def write(folder, more: str = "", inner: str = ""):
     path = folder / "small.toml"
     path.write_text(
         f'out = "small.safetensors"\nsave_every = 1\nshow_every = 100\n{more}\n'
-        f"[refiner]\nsteps = 4\nbatch = 2\naccumulation = 1\nrank = 2\nframes = 6\nratio = 2\nshown = 1\n{inner}\n"
+        "[refiner]\nsteps = 4\nbatch = 2\naccumulation = 1\nrank = 2\nframes = 6\nratio = 2\n"
+        f"shown = 1\n{inner}\n"
     )
     return path
 
 
 def rows_of(run) -> list[dict]:
-    """What was logged, without the time it took, and without what compares a step with the one
-    before."""
+    """Return the log's rows without times and without comparisons with the step before."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in row.items() if name not in ("seconds", "signal")}
@@ -78,10 +76,8 @@ def test_a_refiner_is_trained_and_says_how(tmp_path, bundle, previous) -> None:
     logged = {name for row in rows_of(tmp_path / "small_run") for name in row}
     assert {"loss", "gradient", "rms 750", "distance 750", "held-out"} <= logged
     header = (tmp_path / "small_run" / "sheet_000004.png").read_bytes()[16:24]
-    assert struct.unpack(">II", header) == (
-        8 * 66 + 2,
-        2 * 66 + 2,
-    )  # one caption: before it and now
+    # One row for the one prompt: before and after.
+    assert struct.unpack(">II", header) == (8 * 66 + 2, 2 * 66 + 2)
 
 
 @pytest.mark.parametrize("preset", ["self-forcing", "causal-forcing-1step"])
@@ -146,11 +142,11 @@ def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(
             )
             == 0
         )
-        told = capsys.readouterr().out
+        printed = capsys.readouterr().out
         assert (
-            "3 batches of 2 clips" in told
-            and "Δ at 750" in told
-            and "gain over the base +0.00000" in told
+            "3 batches of 2 clips" in printed
+            and "Δ at 750" in printed
+            and "gain over the base +0.00000" in printed
         )
         assert len(rows_of(probed / "small_run")) == 1
         assert not (probed / "small.safetensors").exists() and not [
@@ -171,10 +167,8 @@ def test_a_tenth_of_the_prompts_is_held_out() -> None:
     assert training.hold_out(prompts) == (prompts[:23], prompts[23:])
     assert training.hold_out(prompts[:15]) == (prompts[:14], prompts[14:15])
     assert training.hold_out(prompts[:9]) == (prompts[:9], [])
-    assert training.hold_out(10 * prompts) == (
-        (10 * prompts)[:-2],
-        prompts[-2:],
-    )  # as many as are compared at most
+    # HELD_OUT limits the number of prompts that are compared.
+    assert training.hold_out(10 * prompts) == ((10 * prompts)[:-2], prompts[-2:])
 
 
 @pytest.mark.parametrize("inner", ["", SPRITES], ids=["dmd", "reward"])
@@ -314,9 +308,9 @@ def test_the_ends_of_what_may_be_told() -> None:
     least = dict(
         rank=256, height=2, width=256, shown=1, ema=0.0, l2=0.0, guidance=0.0, seed=(1 << 63) - 1
     )
-    for told in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
-        options = RefineOptions(**told)
-        assert {name: getattr(options, name) for name in told} == told
+    for values in (least, dict(learning_rate=1e-7, l2=1000.0, guidance=100.0)):
+        options = RefineOptions(**values)
+        assert {name: getattr(options, name) for name in values} == values
     for method in ("init-noise", "lora"):
         assert (
             RefineOptions(method=method, levels=(), preset=PRESETS["causal-forcing-1step"]).levels
@@ -373,11 +367,11 @@ def test_another_base_takes_no_default_of_the_sprites(tmp_path, capsys) -> None:
 def test_the_preset_is_the_bases_unless_told(tmp_path) -> None:
     metadata = {"config": json.dumps({"transformer": {"num_heads": 2, "text_len": 32}})}
     model = WanTransformer(SIZES)
-    for told in ("longlive", None):
-        more = {"autorefiner": json.dumps({"preset": told})} if told else {}
+    for stored in ("longlive", None):
+        more = {"autorefiner": json.dumps({"preset": stored})} if stored else {}
         save_safetensors(tmp_path / "own.safetensors", model.state_dict(), metadata | more)
         said = 'base = "own.safetensors"\nprompts = "own.txt"\nvae = "sprites"\n'
-        for preset, expected in (("", told), ('preset = "causvid"\n', "causvid")):
+        for preset, expected in (("", stored), ('preset = "causvid"\n', "causvid")):
             path = write(tmp_path, said + preset, "height = 4\nwidth = 4")
             if expected is None:
                 with pytest.raises(ValueError, match="set preset to raven or self-forcing"):

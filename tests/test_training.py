@@ -1,5 +1,4 @@
-"""Training a refiner: what gets gradients, what is retained, and that training samples as sampling
-does."""
+"""Training a refiner: which parameters get gradients, what is retained, and rollouts."""
 
 import gc
 from dataclasses import replace
@@ -52,7 +51,7 @@ def sampled(base: CausalWan, refiner: Refiner | None = None) -> Tensor:
 
 
 def shaken(network: CausalWan) -> CausalWan:
-    """The same tree with B factors that say something."""
+    """Return the same tree with non-zero B factors."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in branch_parameters(network).values():
@@ -72,13 +71,12 @@ def test_training_samples_what_sampling_samples(previous) -> None:
 
 
 def test_every_chunk_ends_at_the_same_step() -> None:
-    """Also a first one that has more levels than the others, as of Causal-Forcing++'s 2-step
-    model."""
+    """Also with more levels in the first chunk, as in Causal-Forcing++'s 2-step model."""
     ends: dict[int, int] = {}
     rollout = rollout_of(tiny_network(), None)
     rollout.chunks = plan_chunks(PRESETS["causal-forcing-2step"], 3)[1]
-    rollout.callback = lambda told: ends.update(
-        {told.chunk.index: told.chunk.levels[told.level].step}
+    rollout.callback = lambda progress: ends.update(
+        {progress.chunk.index: progress.chunk.levels[progress.level].step}
     )
     with torch.no_grad():
         self_rollout(rollout, exit_level=1)
@@ -115,25 +113,22 @@ def test_after_a_step_gradients_reach_every_factor_and_nothing_else(cache, check
 
     assert step() == {f"{HEAD}.lora_B.default.weight"}
     optimizer.step()
-    assert step() == {
-        name for name in factors if "lora_B" in name or HEAD in name
-    }  # an A speaks through its B
+    # A only acts through B.
+    assert step() == {name for name in factors if "lora_B" in name or HEAD in name}
     optimizer.step()
     assert step() == set(factors)
     assert all(parameter.grad is None for parameter in base.model.parameters())
 
 
 def test_factors_that_were_used_without_gradients_get_theirs_in_bf16() -> None:
-    """The levels before the trained one use the same factors: a cast of them that is kept would
-    have no gradient."""
+    """Levels before the trained one use the same factors; a cached cast would have no gradient."""
     found = []
     for precision in ("fp32", "bf16"):
         base = tiny_network()
         tree = shaken(attach_branches(base, RANK, silent_head=True))
         with mixed_precision(torch.device("cpu"), precision):
-            assert (
-                precision == "fp32" or not torch.is_autocast_cache_enabled()
-            )  # newer torch casts right in any case
+            # Newer torch casts correctly anyway.
+            assert precision == "fp32" or not torch.is_autocast_cache_enabled()
             made = self_rollout(rollout_of(base, Refiner(tree)), exit_level=3)
         made.float().square().mean().backward()
         found.append(
@@ -208,17 +203,14 @@ def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
 
 @pytest.mark.parametrize("cache", [ReflectiveCache(), JOINT], ids=str)
 def test_from_the_head_a_residual_is_the_bases_flow_times_what_b_says(cache) -> None:
-    """A = W of the head and B = -c I: Δ = -c (v - bias), in the refined pass's own place; at B = 0
-    it is nothing."""
+    """With A = W of the head and B = −c I: Δ = −c (v − bias) in the refined pass; B = 0 gives 0."""
     base = tiny_network()
     tree = attach_branches(base, 4, silent_head=True, start="head")
     head = pairs_of(tree)[HEAD]
     assert torch.equal(head.down, base.model.head.head.weight)
     assert head.up.shape == (64, 64) and head.scale == 1 and not head.up.any()
     assert torch.equal(sampled(base, Refiner(tree, cache)), sampled(base))
-    loud = attach_branches(
-        base, 4, silent_head=False
-    )  # the base's own tree: its flow where T_φ is asked
+    loud = attach_branches(base, 4, silent_head=False)  # the base itself as T_φ: its flow
     with torch.no_grad():
         tree.model.get_submodule(HEAD).lora_B["default"].weight.copy_(-0.1 * torch.eye(64))
         loud.model.get_submodule(HEAD).base_layer.bias.zero_()
@@ -251,7 +243,7 @@ def test_only_a_refiner_starts_from_the_head() -> None:
             attach_branches(base, 4, silent_head=True, start="head")
         ).items()
     }
-    assert f"{HEAD}.lora_A.default.weight" in names  # trainable, as all others
+    assert f"{HEAD}.lora_A.default.weight" in names  # trainable, like all others
 
 
 def test_the_rank_of_the_head_is_at_most_its_64_outputs() -> None:

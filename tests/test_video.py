@@ -1,5 +1,4 @@
-"""Streaming video: every chunk is on disk and playable as soon as it is written, and nothing good
-is overwritten."""
+"""Streaming video: every chunk is playable once written, and no good file is overwritten."""
 
 import subprocess
 import sys
@@ -20,7 +19,7 @@ LENGTHS = (9, 12, 12)
 
 
 def smooth(frames: int, start: int = 0) -> np.ndarray:
-    """Frames whose brightness says which they are: 4 levels a frame."""
+    """Return frames whose brightness identifies them: 4 levels a frame."""
     levels = 20 + 4 * (start + np.arange(frames, dtype=np.uint8))
     return np.broadcast_to(levels[:, None, None, None], (frames, 32, 48, 3)).copy()
 
@@ -136,7 +135,7 @@ def test_an_exception_keeps_the_old_file_and_the_chunks(tmp_path, error) -> None
 
 
 def test_what_was_cut_off_is_cut_away(tmp_path) -> None:
-    """A full disk ends a write in its middle."""
+    """A full disk ends a write halfway."""
     with pytest.raises(OSError), VideoWriter(tmp_path / "a.mp4", 48, 32) as video:
         video.write(smooth(9))
         video.file.write(b"\0\0\x10\0moof and then nothing")

@@ -1,5 +1,4 @@
-"""What other programs find in a written file: every frame at its time, right colours, a length, one
-lock."""
+"""Written files as other programs read them: frame times, colours, duration, and one lock."""
 
 import errno
 import os
@@ -28,13 +27,13 @@ from autorefiner.refiner.video import (
 from decoding import decoded
 
 PATTERNS = [
-    (1, 4, 4, 4), (1, 8, 8), (1, 12, 12), (9, 12, 12), (9, 12, 12, 4), (1,), (1, 1), (1,) * 9, (2, 1, 7), (12, 1, 12),
-    (1, 4, 1), (5, 4, 4), (3, 300, 2),
+    (1, 4, 4, 4), (1, 8, 8), (1, 12, 12), (9, 12, 12), (9, 12, 12, 4), (1,), (1, 1), (1,) * 9,
+    (2, 1, 7), (12, 1, 12), (1, 4, 1), (5, 4, 4), (3, 300, 2),
 ]  # fmt: skip
 
 
 def moving(frames: int, width: int, height: int, start: int = 0) -> np.ndarray:
-    """Frames that say which they are: a bright bar on a slope, one step further in each."""
+    """Return frames that identify themselves: a bright bar on a slope, moving one step a frame."""
     image = np.zeros((frames, height, width, 3), np.uint8)
     image[..., 1] = np.linspace(30, 200, width, dtype=np.uint8)
     for index in range(frames):
@@ -46,7 +45,7 @@ def moving(frames: int, width: int, height: int, start: int = 0) -> np.ndarray:
 def write(
     path: Path, pattern: tuple[int, ...], width: int = 48, height: int = 32, **options
 ) -> np.ndarray:
-    """Write a pattern of chunks; what was written."""
+    """Write chunks of the given sizes; return the frames."""
     whole = moving(sum(pattern), width, height)
     with VideoWriter(path, width, height, **options) as writer:
         for length in pattern:
@@ -101,8 +100,7 @@ def test_what_a_kill_left_of_a_remuxed_file_goes_with_the_next_run(tmp_path) -> 
 
 
 def test_parameters_that_change_between_chunks_are_no_video(tmp_path, monkeypatch) -> None:
-    """As where an encoder is opened by a chunk's length: all chunks are decoded by the first
-    one's."""
+    """As if an encoder were opened per chunk length: all chunks are decoded with the first's."""
     with (
         pytest.raises(RuntimeError, match="parameters"),
         VideoWriter(tmp_path / "a.mp4", 48, 32) as writer,
@@ -115,7 +113,7 @@ def test_parameters_that_change_between_chunks_are_no_video(tmp_path, monkeypatc
 
 
 def test_a_fragment_that_a_kill_cut_off_hides_no_chunk(tmp_path) -> None:
-    """Wherever the write of the second chunk ends, the first one plays and nothing is damaged."""
+    """Wherever the second chunk's write ends, the first one plays and nothing is damaged."""
     path, torn = tmp_path / "a.mp4", tmp_path / "torn.mp4"
     with VideoWriter(path, 48, 32) as writer:
         writer.write(moving(4, 48, 32))
@@ -123,7 +121,7 @@ def test_a_fragment_that_a_kill_cut_off_hides_no_chunk(tmp_path) -> None:
         writer.write(moving(4, 48, 32, start=4))
         data = bytearray(partial_path(path).read_bytes())
     start = data.index(b"moof", whole)
-    data[start : start + 4] = b"free"  # as it is until all of it is on disk
+    data[start : start + 4] = b"free"  # not on disk completely
     for end in (
         whole + 1,
         whole + 7,
@@ -166,8 +164,10 @@ def luma_and_chroma(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("size", [(64, 64), (832, 480), (1280, 720)], ids=str)
 def test_colours_are_bt709_in_limited_range_and_say_so(tmp_path, size) -> None:
-    """Y = 16 + 219 y with y = 0.2126 R + 0.7152 G + 0.0722 B, Cb = 128 + 224 (B - y) / 1.8556, Cr
-    by R and 1.5748."""
+    """Y = 16 + 219 y, Cb = 128 + 224 (B − y) / 1.8556, Cr with R and 1.5748.
+
+    y = 0.2126 R + 0.7152 G + 0.0722 B.
+    """
     width, height = size
     colours = np.array(
         [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 60, 30)], np.uint8
@@ -197,7 +197,7 @@ def test_colours_are_bt709_in_limited_range_and_say_so(tmp_path, size) -> None:
 
 
 def test_the_stream_itself_says_its_colours(tmp_path) -> None:
-    """Players that look into the H.264 stream find them there, too."""
+    """Some players read the colours from the H.264 stream."""
     write(tmp_path / "a.mp4", (4,))
     with av.open(str(tmp_path / "a.mp4")) as container:
         packet = next(container.demux(video=0))
@@ -244,15 +244,16 @@ def test_a_finished_file_is_plain_and_starts_with_its_index(tmp_path, fps) -> No
     ("fps", "rate"),
     [
         (16, Fraction(16)), (23.976, Fraction(2997, 125)), (24000 / 1001, Fraction(24000, 1001)),
-        (12.5, Fraction(25, 2)), (29.97, Fraction(2997, 100)), (Fraction(30000, 1001), Fraction(30000, 1001)),
-        (1.4, Fraction(7, 5)), (120, 120), (np.float32(23.976), Fraction(2997, 125)), (np.int64(24), 24),
+        (12.5, Fraction(25, 2)), (29.97, Fraction(2997, 100)),
+        (Fraction(30000, 1001), Fraction(30000, 1001)), (1.4, Fraction(7, 5)), (120, 120),
+        (np.float32(23.976), Fraction(2997, 125)), (np.int64(24), 24),
     ],
 )  # fmt: skip
 def test_frames_come_at_the_rate_that_was_asked_for(tmp_path, fps, rate) -> None:
     assert exact_rate(fps) == rate
     write(tmp_path / "a.mp4", (1, 4, 4), fps=fps)
     assert video_rate(tmp_path / "a.mp4") == rate
-    assert len(decoded(tmp_path / "a.mp4")) == 9  # at index / rate exactly
+    assert len(decoded(tmp_path / "a.mp4")) == 9  # exactly at index / rate
 
 
 @pytest.mark.parametrize("fps", [0, -1, 0.0, 1e-9, float("nan"), float("inf")])
@@ -312,8 +313,7 @@ STEPS = ("os.fsync", "os.replace", "av.open")
 @pytest.mark.parametrize("number", range(1, 4))
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_loses_no_chunk_that_was_written(tmp_path, step, number) -> None:
-    """The process kills itself at its n-th call of a step after the first chunk; the next run
-    finishes the file."""
+    """The process kills itself at its n-th call after the first chunk; the next run finishes."""
     path = tmp_path / "a.mp4"
     script = (
         "import os, signal, sys, av, numpy as np\n"

@@ -1,4 +1,4 @@
-"""What Windows does not have or refuses, tried where the tests run."""
+"""Behaviour on Windows, simulated where the tests run."""
 
 import ctypes
 import os
@@ -38,7 +38,7 @@ def test_free_memory_is_what_windows_says(monkeypatch) -> None:
 
 @pytest.fixture
 def closed(monkeypatch) -> None:
-    """Renames and deletes as on Windows: not of a file that this process has open."""
+    """Refuse to rename or delete a file that this process has open, as Windows does."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("this system does not list the open files")
 

@@ -1,4 +1,4 @@
-"""A tiny network with fixed random weights, for tests."""
+"""A tiny network with fixed random weights."""
 
 import torch
 
@@ -11,7 +11,7 @@ TINY = WanConfig(dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=32, t
 def tiny_network(
     config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32, **options
 ) -> CausalWan:
-    """A network with random weights; `options` go to CausalWan."""
+    """Return a network with random weights; `options` go to CausalWan."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WanTransformer(config).to(dtype)

@@ -1,5 +1,4 @@
-"""Tiny random models in the place of the demo's, for tests of training, in one process or
-several."""
+"""Tiny random models in place of the demo's, for training in one process or several."""
 
 import os
 import socket
@@ -38,7 +37,7 @@ def write_tiny_bundle(models: Path) -> None:
 
 
 def use_bundle(models: Path, put: Callable[[object, str, object], None] = setattr) -> None:
-    """Have trainings load their models from there; `put` sets an attribute of a module."""
+    """Have trainings load their models from `models`; `put` sets an attribute of a module."""
     put(bundles, "BUNDLES", {**bundles.BUNDLES, bundles.DEMO: bundles.sprites(models)})
     put(training, "BUNDLED_PROMPTS", 8)
     put(training, "HELD_OUT", 2)
@@ -46,14 +45,12 @@ def use_bundle(models: Path, put: Callable[[object, str, object], None] = setatt
 
 
 def start_forkserver() -> BaseContext:
-    """Start the process that others are forked from, if it is not there, and let it import what
-    they need."""
+    """Start the fork server if there is none, with the slow imports preloaded."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=os.getpid)
-    with patch.dict(
-        os.environ, PYTHONPATH=str(Path(__file__).parent)
-    ):  # the server has no other path to it
+    # The server's only path to the test helpers.
+    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
         process.start()
     process.join()
     return context
@@ -62,10 +59,10 @@ def start_forkserver() -> BaseContext:
 def train_in_processes(
     models: Path, configs: Sequence[Path], count: int, folder: Path
 ) -> list[int]:
-    """Train in `count` processes, one file's training after the other; returns the exit statuses.
+    """Run each file's training in `count` processes, one after the other; return exit statuses.
 
-    The processes are as torchrun makes them, but forked behind the imports. What each prints is in
-    the folder: `out_0`, `err_0` and so on.
+    The processes are set up as torchrun does, but forked after the imports. Their output is in the
+    folder: `out_0`, `err_0` and so on.
     """
     context = start_forkserver()
     with socket.socket() as free:
@@ -89,7 +86,7 @@ def train_in_processes(
 def _train(
     models: Path, configs: Sequence[Path], folder: Path, environment: dict[str, str], rank: int
 ) -> None:
-    """Train as one of several processes, and end it."""
+    """Train as one of several processes, then exit."""
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

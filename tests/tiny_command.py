@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from autorefiner.refiner.cli import build_parser, options_of
+from autorefiner.refiner.cli import build_parser
+from autorefiner.refiner.commands.generate import options_of
 from autorefiner.refiner.latents import LatentWriter
 from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.wan.vae import WanVAE
@@ -17,7 +18,7 @@ FRAMES = 33  # 9 latent frames, 3 chunks
 
 
 def write_files(folder: Path) -> Path:
-    """A model, a VAE, contexts, LoRAs and latents in a folder."""
+    """Write a model, a VAE, contexts, LoRAs and latents to a folder."""
     sizes = {"text_len": TINY.text_len}
     metadata = {
         "config": json.dumps({"transformer": {"causal_ar": True, **sizes}}),
@@ -41,7 +42,7 @@ def write_files(folder: Path) -> Path:
 
 
 def command(files: Path, out: Path, *extra: str) -> list[str]:
-    """The arguments of `generate` for 33 frames of 48x32, and `extra` ones."""
+    """Return the arguments of `generate` for 33 frames of 48x32, and `extra` ones."""
     base = {"model": "model", "vae": "vae", "context": "context"}
     given = [
         part
@@ -53,5 +54,5 @@ def command(files: Path, out: Path, *extra: str) -> list[str]:
 
 
 def parse(arguments: list[str]) -> GenerateOptions:
-    """The request that these arguments make."""
+    """Return the options that these arguments parse to."""
     return options_of(build_parser().parse_args(arguments))

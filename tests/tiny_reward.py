@@ -1,5 +1,4 @@
-"""A reward and a verifier that need no model, a tiny CLIP for those that do, and a tiny VAE to see
-by, for tests."""
+"""Tiny models for reward tests: a reward and a verifier without networks, a CLIP, and a VAE."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atte
 
 @dataclass(frozen=True)
 class Brightness:
-    """The mean of the frames times `scale`, which its range may not know of."""
+    """The mean of the frames times `scale`, which may leave its declared range."""
 
     name: str = "brightness"
     scale: float = 1.0
@@ -34,7 +33,7 @@ class Brightness:
 
 @dataclass(frozen=True)
 class Scored:
-    """A verifier by a function of the latents, of which nothing stays."""
+    """A stateless verifier that scores latents by a function."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -52,14 +51,14 @@ indifferent = Scored(lambda x0: torch.zeros(len(x0)))
 
 
 def tiny_vae() -> WanVAE:
-    """A frozen VAE of random weights."""
+    """Return a frozen VAE with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return WanVAE(4).requires_grad_(False)
 
 
 def write_clip(folder: Path) -> Path:
-    """A CLIP of random weights as transformers saves it, in `folder`, which is returned."""
+    """Write a CLIP with random weights as transformers saves it; return the folder."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,14 +67,14 @@ def write_clip(folder: Path) -> Path:
         json.dumps({word: number for number, word in enumerate(words)})
     )
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
-    told |= dict(
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
+    tokenizer |= dict(
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     config = transformers.CLIPConfig(
         text_config=TOWER
         | dict(vocab_size=len(words), max_position_embeddings=12, bos_token_id=52, eos_token_id=53),
@@ -85,7 +84,7 @@ def write_clip(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.CLIPModel(config).save_pretrained(folder, safe_serialization=True)
-    told = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
-    told |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    pictures = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=3)
+    pictures |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
     return folder

@@ -1,5 +1,4 @@
-"""A small random umT5 as a Hugging Face folder, tokenizers for it, and what transformers makes of
-them."""
+"""A small random umT5 as a Hugging Face folder, its tokenizers, and reference outputs."""
 
 import io
 from pathlib import Path
@@ -38,7 +37,7 @@ def make_tokenizer(words: list[str] = WORDS) -> "tokenizers.Tokenizer":
 
 
 def write_umt5(path: Path) -> None:
-    """config.json, model.safetensors and tokenizer.json."""
+    """Write config.json, model.safetensors and tokenizer.json."""
     config = transformers.UMT5Config(
         vocab_size=VOCABULARY,
         d_model=64,
@@ -57,7 +56,7 @@ def write_umt5(path: Path) -> None:
 
 
 def expected(folder: Path, prompts: list[str], text_len: int = TEXT_LEN) -> Tensor:
-    """The context as transformers' own classes make it."""
+    """Return the context that transformers' own classes compute."""
     model = transformers.UMT5EncoderModel.from_pretrained(folder).eval()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
@@ -77,7 +76,7 @@ def expected(folder: Path, prompts: list[str], text_len: int = TEXT_LEN) -> Tens
 
 
 def error(*args, **options) -> str:
-    """The error of loading an encoder and encoding with it, which must be one line."""
+    """Return the error of loading an encoder and encoding with it, which must be one line."""
     with pytest.raises(ValueError) as raised:
         load_text_encoder(*args, **options).encode(["a red circle"])
     assert "\n" not in str(raised.value)
@@ -85,11 +84,11 @@ def error(*args, **options) -> str:
 
 
 def spiece_model() -> bytes:
-    """A sentencepiece model with T5's special ids."""
+    """Return a sentencepiece model with T5's special ids."""
     model = io.BytesIO()
     text = iter([" ".join(WORDS)] * 20)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=text, model_writer=model, vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2,
+        sentence_iterator=text, model_writer=model, vocab_size=40, hard_vocab_limit=False, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()

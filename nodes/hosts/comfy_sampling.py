@@ -32,7 +32,7 @@ LIMITS = ("area", "mask", "timestep_start", "timestep_end", "control", "gligen")
 
 def settled(model: ModelPatcher, run: Run) -> Run:
     """Merge where the layers are ComfyUI's own and a second copy fits beside the model."""
-    if run.refined is None or run.refined.form == "branches":
+    if run.refined is None or run.refined.form == "unmerged":
         return run
     obstacle = comfy_layers.unmergeable(model, network_of(model))
     if obstacle and run.refined.form == "merged":

@@ -84,7 +84,7 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         ),
         "student": lambda: (remember_first(student_clips(*models, captions)), captions),
         "student, ODE": lambda: (
-            student_clips(*models, captions, method_of=lambda texts: ode), captions,
+            student_clips(*models, captions, method_of=lambda texts: ode()), captions,
         ),
         "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
         "student, 4 times as long": lambda: (

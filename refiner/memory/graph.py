@@ -9,8 +9,9 @@ from ..wan.causal import KeyValue, Seen
 from ..wan.rope import rotate, rotation_table
 from .frames import FrameLedger
 from .plan import MemoryPlan
-from .policy import Held
+from .policy import Held, check_ranks
 from .ring import mixed
+from .store import pick_frames
 
 
 class GraphMemory:
@@ -98,13 +99,6 @@ def select(layer: KeyValue, ranks: list[int] | None, frame_tokens: int) -> KeyVa
     return KeyValue(*(part[:, index].flatten(1, 2) for part in frames))
 
 
-def take(layer: KeyValue, ranks_BF: Tensor, frame_tokens: int) -> KeyValue:
-    """The frames of a layer at these ranks, for each sample."""
-    samples = torch.arange(len(ranks_BF), device=ranks_BF.device)[:, None]
-    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
-    return KeyValue(*(part[samples, ranks_BF].flatten(1, 2) for part in frames))
-
-
 def join(old: KeyValue, new: KeyValue) -> KeyValue:
     """Keys and values of both, in this order."""
     return KeyValue(torch.cat((old.key, new.key), 1), torch.cat((old.value, new.value), 1))
@@ -137,7 +131,8 @@ class HistoryFrames:
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""
-        return take(self.layers[layer], ranks_BF, self.frame_tokens)
+        check_ranks(ranks_BF)
+        return pick_frames(self.layers[layer], ranks_BF, self.frame_tokens)
 
 
 class GraphView:
@@ -210,6 +205,7 @@ class GraphFrames:
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
+        self.plan.policy.check_means()
         return self.history.means(layer)
 
     def all(self, layer: int) -> KeyValue:
@@ -225,7 +221,8 @@ class GraphFrames:
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""
+        check_ranks(ranks_BF)
         count = len(self.past)
         chunk = torch.arange(count, count + self.chunk, device=ranks_BF.device)
         ranks_BF = torch.cat((ranks_BF, chunk.expand(len(ranks_BF), -1)), dim=1)
-        return take(self.all(layer), ranks_BF, self.plan.frame_tokens)
+        return pick_frames(self.all(layer), ranks_BF, self.plan.frame_tokens)

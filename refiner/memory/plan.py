@@ -117,7 +117,7 @@ class MemoryPlan:
     @property
     def read_bytes(self) -> int:
         """At most, of what a policy copies to read a layer."""
-        return 0 if isinstance(self.policy, Window) else 2 * self.layer_bytes
+        return 2 * self.layer_bytes if self.policy.copies else 0
 
     def check_chunk(self, frames: int) -> None:
         """Raise ValueError when the sink and a chunk of `frames` do not fit in the window

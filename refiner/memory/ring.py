@@ -10,8 +10,8 @@ from ..wan.rope import rotate, rotation_table
 from ..wan.upload import upload
 from .frames import FrameLedger
 from .plan import MemoryPlan
-from .policy import Held
-from .store import PlainStore, Runs, Store
+from .policy import Held, check_ranks
+from .store import PlainStore, Runs, Store, pick_frames
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -111,18 +111,17 @@ class SlotFrames:
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
+        self.memory.plan.policy.check_means()
         return self.memory.means[layer][:, self._index(self.past_slots)]
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""
+        check_ranks(ranks_BF)
         chunk_BF = self._index(self.chunk_slots).expand(len(ranks_BF), -1)
         slots_BF = torch.cat((self._index(self.past_slots)[ranks_BF], chunk_BF), dim=1)
         if self.memory.rotated is None:
             return self.memory.store.pick(layer, slots_BF)
-        whole = self.all(layer)
-        samples = torch.arange(len(slots_BF), device=slots_BF.device)[:, None]
-        frames = (part.unflatten(1, (-1, self.memory.plan.frame_tokens)) for part in whole)
-        return KeyValue(*(part[samples, slots_BF].flatten(1, 2) for part in frames))
+        return pick_frames(self.all(layer), slots_BF, self.memory.plan.frame_tokens)
 
     def all(self, layer: int) -> KeyValue:
         """See `Frames`."""
@@ -145,6 +144,7 @@ class Leaving(SlotFrames):
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""
+        check_ranks(ranks_BF)
         return self.memory.store.pick(layer, self._index(self.past_slots)[ranks_BF])
 
 

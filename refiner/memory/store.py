@@ -13,6 +13,13 @@ Runs = Sequence[
 ]  # contiguous pieces: (first slot, first frame of the source, frames)
 
 
+def pick_frames(layer: KeyValue, index_BF: Tensor, frame_tokens: int) -> KeyValue:
+    """Frames of a layer [B, T, H, D] by index, for each sample; a copy."""
+    samples = torch.arange(len(index_BF), device=index_BF.device)[:, None]
+    frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
+    return KeyValue(*(part[samples, index_BF].flatten(1, 2) for part in frames))
+
+
 class Store(Protocol):
     """Slots of one frame each, in every layer."""
 
@@ -79,10 +86,8 @@ class PlainStore:
 
     def pick(self, layer: int, slots_BF: Tensor) -> KeyValue:
         """See `Store`."""
-        samples = torch.arange(len(slots_BF), device=slots_BF.device)[:, None]
-        buffers = (self.keys[layer], self.values[layer])
-        frames = (buffer.unflatten(1, (-1, self.frame_tokens)) for buffer in buffers)
-        return KeyValue(*(each[samples, slots_BF].flatten(1, 2) for each in frames))
+        whole = KeyValue(self.keys[layer], self.values[layer])
+        return pick_frames(whole, slots_BF, self.frame_tokens)
 
     def prefetch(self, layer: int) -> None:
         """Nothing to do: every layer lies on the device."""

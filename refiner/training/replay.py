@@ -1,14 +1,16 @@
 """Forward and backward pass as a CUDA graph, as small networks are bound by kernel launches."""
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..wan.causal import CausalWan
-from ..wan.upload import Tables, holding
+from ..wan.causal import CausalWan, cached_features
+from ..wan.rope import rotations
+from ..wan.upload import Tables
 from .distributed import world
 from .options import RefineOptions
 
@@ -18,6 +20,20 @@ SMALL = 100_000_000
 
 Outputs = Sequence[Tensor] | dict[str, Tensor]
 Function = Callable[..., Outputs]
+
+
+@contextmanager
+def holding(tables: Tables) -> Iterator[None]:
+    """Keep every table that a pass inside asks for in `tables`."""
+    caches = (cached_features, rotations)
+    before = [cache.held for cache in caches]
+    for cache in caches:
+        cache.held = tables
+    try:
+        yield
+    finally:
+        for cache, held in zip(caches, before, strict=True):
+            cache.held = held
 
 
 class Captured(NamedTuple):

@@ -1,5 +1,4 @@
-"""LoRA files of a Wan2.1 transformer: read, checked against the model, and merged into its
-weights."""
+"""LoRA files of a Wan2.1 transformer: read, check against the model, merge, and save."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ LINEARS_OF_A_BLOCK = 10  # 4 of self-attention, 4 of cross-attention, 2 of the f
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """down [rank, in], up [out, rank] as stored; the weight's change is scale · up · down."""
+    """A weight's change scale · up · down; down [rank, in] and up [out, rank] as stored."""
 
     down: Tensor
     up: Tensor
@@ -29,14 +28,15 @@ class LoraPair:
         return self.down.shape[0]
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The weight [out, in] with this LoRA added, in fp32, on the weight's device."""
-        up, down = (part.to(weight.device).float() for part in (self.up, self.down))
+        """Add this LoRA to a weight [out, in], in fp32, on the weight's device."""
+        up = self.up.to(weight.device).float()
+        down = self.down.to(weight.device).float()
         return weight.float() + strength * self.scale * (up @ down)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA's file or folder, and how strongly it is merged."""
+    """A LoRA's file or folder, and the strength to merge it with."""
 
     path: Path
     strength: float = 1.0
@@ -49,7 +49,7 @@ class LoraFile:
 
     @classmethod
     def parse(cls, text: str) -> "LoraFile":
-        """From FILE or FILE:STRENGTH. A file whose whole name ends like that is a file."""
+        """Parse FILE or FILE:STRENGTH; an existing file of that whole name takes precedence."""
         path, colon, strength = text.rpartition(":")
         if not colon or not path or os.path.exists(text):
             return cls(Path(text))
@@ -64,15 +64,15 @@ class LoraFile:
         return cls(Path(path), number)
 
     def describe(self) -> str:
-        """Its name, and its strength where it is not 1."""
+        """Return its name, with the strength unless it is 1."""
         return self.path.name if self.strength == 1 else f"{self.path.name}:{self.strength:g}"
 
 
 def read_lora(path: Path | str) -> dict[str, LoraPair]:
-    """{module: pair} of a LoRA file or PEFT folder, in any of the names that lora_names.py knows.
+    """Read a LoRA file or PEFT folder as {module: pair}, in any naming that lora_names.py knows.
 
-    The scale is alpha / rank where the file has alpha, else what its metadata or the
-    adapter_config.json beside it states, else 1. Data stays mapped. Raises ValueError in one line.
+    The scale is alpha / rank where the file has alpha, else the one stated by its metadata or the
+    adapter_config.json beside it, else 1. Data stays mapped. Raises ValueError in one line.
     """
     file = open_weights(path)
     try:
@@ -82,7 +82,8 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
             raise ValueError("is a refiner and not a LoRA: pass it with --refiner")
         if layout.kind != "lora":
             raise ValueError(
-                f"is not a LoRA but a file of kind {layout.kind!r}: pass LongLive's lora.pt or the like"
+                f"is not a LoRA but a file of kind {layout.kind!r}:"
+                " pass LongLive's lora.pt or the like"
             )
         stated = stated_scale(Path(path), file.metadata) or StatedScale()
         pairs = read_pairs(file, group, layout.names, stated)
@@ -94,14 +95,18 @@ def read_lora(path: Path | str) -> dict[str, LoraPair]:
 def read_pairs(
     file: WeightFile, group: str, names: Mapping[str, str], stated: StatedScale
 ) -> dict[str, LoraPair]:
-    """{module: pair} of the LoRA tensors in a group, by bare name; ValueError (without the file's
-    name) for others."""
+    """Read a group's LoRA tensors as {module: pair}; `names` maps bare names to stored ones.
+
+    Raises ValueError (without the file's name) for tensors that do not form pairs.
+    """
     pairs = {}
     for module, stored in lora_modules(names).items():
-        down, up = file.read(group, stored.parts["down"]), file.read(group, stored.parts["up"])
+        down = file.read(group, stored.parts["down"])
+        up = file.read(group, stored.parts["up"])
         if down.ndim != 2 or up.ndim != 2 or not len(down) or down.shape[0] != up.shape[1]:
             raise ValueError(
-                f"has parts of {list(up.shape)} and {list(down.shape)} for {module}: they do not multiply"
+                f"has matrices of {list(up.shape)} and {list(down.shape)} for {module}:"
+                " they do not multiply"
             )
         scale = stated.scale(stored.stem, len(down))
         if "alpha" in stored.parts:
@@ -118,42 +123,38 @@ def _alpha(stored: Tensor, module: str) -> float:
     return stored.item()
 
 
-def save_lora(path: Path | str, pairs: Mapping[str, LoraPair], told: Mapping[str, str]) -> None:
-    """Write a LoRA that ComfyUI's own loaders read (`diffusion_model.<module>.lora_A.weight`),
-    scale folded into B."""
+def save_lora(path: Path | str, pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA that ComfyUI's own loaders read, with the scale folded into B."""
     tensors = {}
     for module, pair in pairs.items():
-        tensors[f"diffusion_model.{module}.lora_A.weight"] = pair.down.bfloat16()
-        tensors[f"diffusion_model.{module}.lora_B.weight"] = (
-            pair.up.float() * pair.scale
-        ).bfloat16()
-    save_safetensors(path, tensors, told)
+        stem = f"diffusion_model.{module}"
+        tensors[f"{stem}.lora_A.weight"] = pair.down.bfloat16()
+        tensors[f"{stem}.lora_B.weight"] = (pair.up.float() * pair.scale).bfloat16()
+    save_safetensors(path, tensors, metadata)
 
 
 def check_targets(
     lora: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path | str
 ) -> None:
-    """Raises ValueError in one line unless every pair has a weight of its shape in the model."""
-    lost = [module for module in lora if module + ".weight" not in weights]
-    if lost:
+    """Raise ValueError in one line unless the model has a weight of the shape of every pair."""
+    missing = [module for module in lora if module + ".weight" not in weights]
+    if missing:
         raise ValueError(
-            f"{path} has {len(lost)} of {len(lora)} LoRA targets that the model lacks ({', '.join(lost[:3])}): "
-            "pass a LoRA made for this model"
+            f"{path} has {len(missing)} of {len(lora)} LoRA targets that the model lacks"
+            f" ({', '.join(missing[:3])}): pass a LoRA made for this model"
         )
     for module, pair in lora.items():
-        shape, made = (
-            list(weights[module + ".weight"].shape),
-            [pair.up.shape[0], pair.down.shape[1]],
-        )
-        if shape != made:
+        weight_shape = list(weights[module + ".weight"].shape)
+        pair_shape = [pair.up.shape[0], pair.down.shape[1]]
+        if weight_shape != pair_shape:
             raise ValueError(
-                f"{path} has a LoRA of {made} for {module}, which is {shape}: pass one made for this model"
+                f"{path} has a LoRA of {pair_shape} for {module}, which is {weight_shape}:"
+                " pass one made for this model"
             )
 
 
 def looks_like_longlive(lora: Mapping[str, LoraPair], num_layers: int) -> bool:
-    """Whether the LoRA is of LongLive's form: rank 256 on each of the ten linear layers of every
-    block, scale 1."""
+    """Check for LongLive's form: rank 256 and scale 1 on all ten linear layers of every block."""
     in_blocks = all(module.startswith("blocks.") for module in lora)
-    right = all((pair.rank, pair.scale) == (256, 1.0) for pair in lora.values())
-    return in_blocks and right and len(lora) == LINEARS_OF_A_BLOCK * num_layers
+    of_rank_256 = all((pair.rank, pair.scale) == (256, 1.0) for pair in lora.values())
+    return in_blocks and of_rank_256 and len(lora) == LINEARS_OF_A_BLOCK * num_layers

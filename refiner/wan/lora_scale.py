@@ -1,5 +1,4 @@
-"""What a LoRA's file says of its scale beside its tensors: PEFT's adapter_config.json, and
-trainers' metadata."""
+"""Scale of a LoRA as stated outside its tensors: PEFT's adapter_config.json, trainers' metadata."""
 
 import json
 import math
@@ -12,27 +11,22 @@ from typing import Any
 from ..reading import CONFIG_BYTES, read_json
 
 CONFIG = "adapter_config.json"
-LARGEST = 1e30  # of an alpha
-ADAPTER = "adapter_model"  # PEFT's name of the file beside it
-PREFIXES = (
-    "transformer.",
-    "unet.",
-    "",
-)  # of keys in metadata, as diffusers has them for each of its models
-NESTED = "lora_adapter_metadata"  # diffusers' own key, whose value is JSON
+LARGEST_ALPHA = 1e30
+ADAPTER = "adapter_model"  # stem of PEFT's weight file, which lies beside its config
+PREFIXES = ("transformer.", "unet.", "")  # of metadata keys; diffusers has one for each model
+NESTED = "lora_adapter_metadata"  # diffusers' key, whose value is JSON
 
 
 @dataclass(frozen=True, slots=True)
 class StatedScale:
-    """alpha of all modules and of some, by PEFT's patterns; scale is alpha / rank, or alpha / √rank
-    (rsLoRA)."""
+    """Alpha by default and by PEFT's patterns; scale is alpha / rank, for rsLoRA alpha / √rank."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of up · down; 1 where nothing is stated."""
+        """Return the factor of up · down; 1 where nothing is stated."""
         matching = (
             alpha
             for key, alpha in self.patterns.items()
@@ -45,22 +39,23 @@ class StatedScale:
 
 
 def stated_scale(path: Path, metadata: Mapping[str, str]) -> StatedScale | None:
-    """What is stated of a LoRA file's scale; None where nothing is. `path` is the file, or the
-    folder that holds it.
+    """Read the stated scale of a LoRA file or folder; None where nothing states one.
 
-    Raises ValueError (without the file's name) for what is not understood, or where two places say
-    different things.
+    Raises ValueError (without the file's name) when a statement cannot be understood, or two
+    disagree.
     """
-    places = {CONFIG: _config_beside(path), "its metadata": _of_metadata(metadata)}
-    found = {place: _read(said, place) for place, said in places.items() if said is not None}
-    stated = list(found.values())
-    if any(other != stated[0] for other in stated[1:]):
-        raise ValueError(f"has another alpha in {' than in '.join(found)}: correct one of them")
-    return stated[0] if stated else None
+    sources = {CONFIG: _config_beside(path), "its metadata": _metadata_options(metadata)}
+    stated = {
+        place: _parse(options, place) for place, options in sources.items() if options is not None
+    }
+    scales = list(stated.values())
+    if any(other != scales[0] for other in scales[1:]):
+        raise ValueError(f"has another alpha in {' than in '.join(stated)}: correct one of them")
+    return scales[0] if scales else None
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
-    """The adapter_config.json of a PEFT folder or of a file in it."""
+    """Read the adapter_config.json of a PEFT folder, or beside a file in it."""
     if not path.is_dir() and path.stem != ADAPTER:
         return None
     config = (path if path.is_dir() else path.parent) / CONFIG
@@ -72,38 +67,40 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"has an {CONFIG} that is not a JSON object: copy it again") from error
 
 
-def _of_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """PEFT's options from metadata, as diffusers, SimpleTuner and kohya's scripts write them."""
-    said: dict[str, Any] = dict(metadata)
+def _metadata_options(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return PEFT's options from metadata of diffusers, SimpleTuner or kohya's scripts."""
+    entries: dict[str, Any] = dict(metadata)
     if NESTED in metadata:
         try:
-            said |= _mapping(json.loads(metadata[NESTED]), NESTED)
+            entries |= _mapping(json.loads(metadata[NESTED]), NESTED)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"has a metadata {NESTED} that is not a JSON object: its scale is not known"
             ) from error
     for prefix in PREFIXES:
         options = {
-            key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)
+            key.removeprefix(prefix): value
+            for key, value in entries.items()
+            if key.startswith(prefix)
         }
         if "lora_alpha" in options:
             return options
-    return {"lora_alpha": said["ss_network_alpha"]} if "ss_network_alpha" in said else None
+    return {"lora_alpha": entries["ss_network_alpha"]} if "ss_network_alpha" in entries else None
 
 
-def _read(said: Mapping[str, Any], place: str) -> StatedScale:
-    if _flag(said.get("use_dora"), place):
+def _parse(options: Mapping[str, Any], place: str) -> StatedScale:
+    if _flag(options.get("use_dora"), place):
         raise ValueError(f"is a DoRA, as {place} says: only plain LoRA files are read")
-    patterns = _mapping(_parsed(said.get("alpha_pattern") or {}), place)
+    patterns = _mapping(_parsed(options.get("alpha_pattern") or {}), place)
     return StatedScale(
-        _number(said.get("lora_alpha"), place),
+        _number(options.get("lora_alpha"), place),
         {str(key): _number(alpha, place) for key, alpha in patterns.items()},
-        _flag(said.get("use_rslora"), place),
+        _flag(options.get("use_rslora"), place),
     )
 
 
 def _parsed(value: Any) -> Any:
-    """A value, of JSON where it is a text, as metadata holds nothing else."""
+    """Parse strings as JSON, as metadata has only strings; return other values unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -114,11 +111,8 @@ def _number(value: Any, place: str) -> float | None:
     parsed = _parsed(value)
     if parsed is None:
         return None
-    if (
-        isinstance(parsed, bool)
-        or not isinstance(parsed, (int, float))
-        or not abs(parsed) <= LARGEST
-    ):
+    is_number = isinstance(parsed, (int, float)) and not isinstance(parsed, bool)
+    if not is_number or not abs(parsed) <= LARGEST_ALPHA:  # NaN fails, too
         raise ValueError(
             f"has an alpha of {str(value)[:40]!r} in {place}, which is no number: correct it"
         )

@@ -1,25 +1,23 @@
-"""Rotary position embedding of Wan2.1: rotations by (frame, row, column), computed in float64 for
-any positions."""
+"""Rotary position embedding of Wan2.1: (frame, row, column) angles in float64, any positions."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .upload import remembered, upload
+from .upload import cached_tensors, upload
 
 THETA = 10000.0
-KEPT = 4  # tables; of a large video one takes megabytes
+CACHED_TABLES = 4  # few, as one table of a large video takes megabytes
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Complex pairs of a head given to time, height and width: 22, 21 and 21 of the 64 of a
-    128-wide head."""
+    """Return a head's complex pairs for time, height and width: 22, 21, 21 for a 128-wide head."""
     spatial = head_dim // 6
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-@remembered(KEPT)
+@cached_tensors(CACHED_TABLES)
 def rotations(
     frames: tuple[int, ...],
     height: int,
@@ -28,39 +26,37 @@ def rotations(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Unit complex rotations [F·H·W, head_dim/2], frame-major, for the given temporal positions.
+    """Return unit complex rotations [F·H·W, head_dim/2], frame-major, for temporal positions.
 
-    Spatial positions start at 0. `dtype` is the complex type the result is rounded to; the angles
-    are float64, so a position of any size is exact (bf16 positions collapse beyond 256, and
-    published tables end at 1024).
+    Spatial positions start at 0. `dtype` is the complex type of the result. Angles are computed in
+    float64, so that large positions stay exact (bf16 positions collapse beyond 256, and published
+    tables end at 1024).
     """
     axes = (torch.tensor(frames), torch.arange(height), torch.arange(width))
     grids = torch.meshgrid(*axes, indexing="ij")
-    turns = []
+    angles = []
     for grid, pairs in zip(grids, axis_pairs(head_dim), strict=True):
         frequency = THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-        turns.append(grid.flatten().double().outer(frequency))
-    angle = torch.cat(turns, dim=1)
+        angles.append(grid.flatten().double().outer(frequency))
+    angle = torch.cat(angles, dim=1)
     return upload(torch.polar(torch.ones_like(angle), angle), device, dtype)
 
 
 def span(start: int, frames: int) -> tuple[int, ...]:
-    """Temporal positions of `frames` consecutive latent frames from `start`."""
+    """Return the temporal positions of `frames` consecutive latent frames from `start`."""
     return tuple(range(start, start + frames))
 
 
 def rotation_table(
     positions: Sequence[int], height: int, width: int, head_dim: int, like: Tensor
 ) -> Tensor:
-    """`rotations` for a tensor `like` the one to be rotated; complex128 for float64, else
-    complex64."""
+    """Return `rotations` on the device of `like`: complex128 for float64, else complex64."""
     dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
     return rotations(tuple(positions), height, width, head_dim, dtype, like.device)
 
 
 def rotate(x_BNHD: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of every head by `table` [N, D/2]; the result has the dtype of
-    x."""
+    """Rotate adjacent channel pairs of every head by `table` [N, D/2], keeping the dtype of x."""
     wide = x_BNHD if x_BNHD.dtype in (torch.float32, torch.float64) else x_BNHD.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x_BNHD.dtype)

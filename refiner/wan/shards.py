@@ -1,5 +1,4 @@
-"""Folders of weights: an index of shards, shards without one, diffusers' pipelines, and what
-config.json says."""
+"""Folders of weights: shards with or without an index, diffusers' pipelines, config.json."""
 
 import re
 import stat
@@ -25,16 +24,16 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SHARD = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<suffix>\.(?:safetensors|pt|pth|bin))"
 )
-NETWORK, SECOND_NETWORK = (
-    "transformer",
-    "transformer_2",
-)  # diffusers' folders of a pipeline's networks
-PIPELINE, CONFIG = "model_index.json", "config.json"
+# Folders of the networks in diffusers' pipelines.
+NETWORK = "transformer"
+SECOND_NETWORK = "transformer_2"
+PIPELINE = "model_index.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSet:
-    """The files that one model was cut into."""
+    """Files that one model was split into."""
 
     folder: Path
     files: tuple[str, ...]
@@ -42,9 +41,9 @@ class ShardSet:
 
 
 def shards_in(folder: Path) -> ShardSet | Path:
-    """The shards of a folder, or the one file in it that holds its weights.
+    """Return the shards of a folder, or the one file with its weights.
 
-    Raises ValueError in one line when there is none, more than one set, or a shard is missing.
+    Raises ValueError in one line when there are none, several sets, or a missing shard.
     """
     known = _known_in(folder)
     if known is None and is_file(folder / PIPELINE) and (folder / NETWORK).is_dir():
@@ -56,19 +55,21 @@ def shards_in(folder: Path) -> ShardSet | Path:
     sets = {shard_set_name(name) for name in names}
     if len(sets) == 1:
         return siblings(folder / names[0])
-    paths = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern))]
-    inside = [str(path.relative_to(folder)) for path in paths if _looks_like_weights(path)]
+    raise ValueError(f"{folder} {_no_weights(folder)}")
+
+
+def _no_weights(folder: Path) -> str:
     if any(path.suffix == ".distcp" for path in folder.iterdir()):
-        raise ValueError(
-            f"{folder} is a distributed checkpoint (.distcp): convert it with"
+        return (
+            "is a distributed checkpoint (.distcp): convert it with"
             " `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt`"
         )
-    hint = (
-        f"pass one of its files ({', '.join(inside[:3])})"
-        if inside
-        else "pass a .safetensors or .pt file"
-    )
-    raise ValueError(f"{folder} is a folder without an index of shards: {hint}")
+    paths = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern))]
+    inside = [str(path.relative_to(folder)) for path in paths if _looks_like_weights(path)]
+    hint = "pass a .safetensors or .pt file"
+    if inside:
+        hint = f"pass one of its files ({', '.join(inside[:3])})"
+    return f"is a folder without an index of shards: {hint}"
 
 
 def _known_in(folder: Path) -> Path | None:
@@ -76,28 +77,26 @@ def _known_in(folder: Path) -> Path | None:
 
 
 def shard_set_name(name: str) -> tuple[str, int, str] | None:
-    """(stem, count, suffix) of a shard's file name; None for any other name."""
+    """Return (stem, count, suffix) of a shard's file name; None for any other name."""
     match = SHARD.fullmatch(name)
     return (match["stem"], int(match["count"]), match["suffix"]) if match else None
 
 
 def siblings(path: Path) -> ShardSet:
-    """All shards of the set that one file belongs to, by their names; ValueError when some are
-    missing."""
-    wanted = shard_set_name(path.name)
+    """Return all shards of the set that one file belongs to; ValueError when some are missing."""
+    shard_set = shard_set_name(path.name)
     names = {}
     for other in path.parent.iterdir():
-        if shard_set_name(other.name) == wanted:
+        if shard_set_name(other.name) == shard_set:
             names[int(SHARD.fullmatch(other.name)["number"])] = other.name
-    count = wanted[1]
+    count = shard_set[1]
     if len(names) < count:
         missing = next(number for number in range(1, count + 1) if number not in names)
-        match = SHARD.fullmatch(path.name)
-        name = path.name.replace(
-            f"-{match['number']}-of-", f"-{missing:0{len(match['number'])}}-of-"
-        )
+        digits = SHARD.fullmatch(path.name)["number"]
+        name = path.name.replace(f"-{digits}-of-", f"-{missing:0{len(digits)}}-of-")
         raise ValueError(
-            f"{path} is one of {count} shards, and {name} is not beside it: download the others, too"
+            f"{path} is one of {count} shards, and {name} is not beside it:"
+            " download the others, too"
         )
     return ShardSet(path.parent, tuple(names[number] for number in sorted(names)), frozenset())
 
@@ -124,15 +123,16 @@ def _read_index(index: Path) -> ShardSet:
 
 
 def check_expected(shards: ShardSet, names: Sequence[str]) -> None:
-    """Raise ValueError where the index names a tensor that no shard holds."""
-    if lost := sorted(shards.expected.difference(names)):
+    """Raise ValueError where the index names a tensor that no shard has."""
+    if missing := sorted(shards.expected.difference(names)):
         raise ValueError(
-            f"{shards.folder} lacks {len(lost)} tensors of its index ({lost[0][:80]}): download it again"
+            f"{shards.folder} lacks {len(missing)} tensors of its index ({missing[0][:80]}):"
+            " download it again"
         )
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is a regular file; False too for a name that no file system takes."""
+    """Check that a path is a regular file; False also for a name that is no valid path."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -144,12 +144,12 @@ def _looks_like_weights(path: Path) -> bool:
 
 
 def network_folder(path: Path) -> Path:
-    """The folder that holds a model's file or shards."""
+    """Return the folder of a model's file or shards."""
     return path if path.is_dir() else path.parent
 
 
 def json_beside(path: Path) -> dict[str, Any]:
-    """A JSON object beside the weights; empty where there is none that can be read."""
+    """Read a JSON object; return an empty one where there is none or it is not readable."""
     try:
         value = read_json(path, JSON_BYTES)
     except (OSError, ValueError):
@@ -158,28 +158,21 @@ def json_beside(path: Path) -> dict[str, Any]:
 
 
 def class_beside(path: Path) -> str:
-    """The class that diffusers' config.json names for the weights of a folder; "" where there is
-    none."""
-    folder = network_folder(path)
-    in_folder = (
-        path.is_dir() or path.name in KNOWN_IN_FOLDERS or shard_set_name(path.name) is not None
-    )
-    return str(json_beside(folder / CONFIG).get("_class_name", "")) if in_folder else ""
+    """Return the class that diffusers' config.json beside the weights names, else ""."""
+    in_folder = path.name in KNOWN_IN_FOLDERS or shard_set_name(path.name) is not None
+    if not path.is_dir() and not in_folder:
+        return ""
+    return str(json_beside(network_folder(path) / CONFIG).get("_class_name", ""))
 
 
 def is_expert(path: Path) -> bool:
-    """Whether weights are one of the two networks of a diffusers pipeline, as Wan2.2-A14B has
-    them."""
+    """Check for one of the two networks of a diffusers pipeline, like Wan2.2-A14B's."""
     folder = network_folder(path)
     if folder.name not in (NETWORK, SECOND_NETWORK):
         return False
     other = folder.parent / (SECOND_NETWORK if folder.name == NETWORK else NETWORK)
     index = json_beside(folder.parent / PIPELINE)
     entry = index.get(SECOND_NETWORK)
-    named = isinstance(entry, list) and any(entry)
-    return (
-        folder.name == SECOND_NETWORK
-        or other.is_dir()
-        or named
-        or index.get("boundary_ratio") is not None
-    )
+    has_second = isinstance(entry, list) and any(entry)
+    has_boundary = index.get("boundary_ratio") is not None
+    return folder.name == SECOND_NETWORK or other.is_dir() or has_second or has_boundary

@@ -1,5 +1,4 @@
-"""A transformer's weights as they lie in a file: scaled fp8 is multiplied out, and a LoRA inside is
-merged."""
+"""Transformer weights read from a file: scaled fp8 is multiplied out, an embedded LoRA merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,17 +13,15 @@ from .lora_scale import StatedScale, stated_scale
 from .weight_file import WeightFile
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-MARK = (
-    "scaled_fp8"  # the tensor by which ComfyUI's older files say that their fp8 weights have scales
-)
-HEADER = "_quantization_metadata"  # where its newer files may say so
+MARK = "scaled_fp8"  # tensor that announces scales in ComfyUI's older files
+HEADER = "_quantization_metadata"  # metadata that may announce them in its newer files
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
     """Weights by Wan's names.
 
-    `scales` are stored names of scales by those of their weights; `pairs` is the LoRA of a
+    `scales` maps stored names of weights to those of their scales; `pairs` is the LoRA of a
     PEFT-wrapped model.
     """
 
@@ -36,12 +33,12 @@ class StoredWeights:
 
     @property
     def headers(self) -> dict[str, Tensor]:
-        """Tensors by Wan's names that tell shape and dtype, maybe without data."""
+        """Tensors by Wan's names, with shape and dtype but perhaps no data."""
         group = self.file.groups[self.group]
         return {name: group[stored] for name, stored in self.names.items()}
 
     def read(self, name: str) -> Tensor:
-        """A weight as stored, or in fp32 where it is scaled or has a LoRA."""
+        """Read a weight as stored, or in fp32 where it is scaled or has a LoRA."""
         stored = self.names[name]
         tensor = self.file.read(self.group, stored)
         if stored in self.scales:
@@ -55,8 +52,10 @@ class StoredWeights:
 
 
 def stored_weights(file: WeightFile, group: str, layout: Layout) -> StoredWeights:
-    """The weights of a transformer's layout; ValueError with the file's name for quantised ones
-    that are not read."""
+    """Find a transformer's weights, scales and embedded LoRA in a file.
+
+    Raises ValueError in one line for quantised weights in an unsupported format.
+    """
     try:
         scales = _scales(file, group)
         names = {
@@ -70,8 +69,7 @@ def stored_weights(file: WeightFile, group: str, layout: Layout) -> StoredWeight
 
 
 def embedded_lora(file: WeightFile, group: str, layout: Layout) -> dict[str, LoraPair]:
-    """The LoRA that a PEFT-wrapped model carries, by module; its scale is 1 where nothing states
-    it."""
+    """Read the LoRA in a PEFT-wrapped model, by module; its scale is 1 where none is stated."""
     if not layout.adapter:
         return {}
     stated = stated_scale(file.path, file.metadata) or StatedScale()
@@ -84,8 +82,8 @@ def _scales(file: WeightFile, group: str) -> dict[str, str]:
     for weight, scale in scales.items():
         if stored[weight].dtype not in FP8:
             raise ValueError(
-                f"has {scale} for a weight in {stored[weight].dtype}, so it is quantised: pass the bf16, fp16 or scaled"
-                " fp8 file"
+                f"has {scale} for a weight in {stored[weight].dtype}, so it is quantised:"
+                " pass the bf16, fp16 or scaled fp8 file"
             )
     mark = next((name for name in stored if name.split(".")[-1] == MARK), None)
     if mark and not scales:
@@ -97,14 +95,13 @@ def _scales(file: WeightFile, group: str) -> dict[str, str]:
 
 
 def as_comfyui_reads(file: WeightFile, group: str) -> bool:
-    """Whether ComfyUI finds every scale in this group by itself: one number each, announced by a
-    mark or a format."""
-    stored = file.groups[group]
-    scaled = [name for name in stored if name.rpartition(".")[2] in SCALES]
+    """Check that ComfyUI would apply every scale: one number each, announced by mark or format."""
     if HEADER in file.metadata:
         return True
+    stored = file.groups[group]
+    scales = [name for name in stored if name.rpartition(".")[2] in SCALES]
     marked = any(name.split(".")[-1] == MARK for name in stored)
-    return all(_announced(name, stored, marked) for name in scaled)
+    return all(_announced(name, stored, marked) for name in scales)
 
 
 def _announced(scale: str, stored: Mapping[str, Tensor], marked: bool) -> bool:

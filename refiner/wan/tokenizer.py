@@ -1,5 +1,4 @@
-"""Tokens of a prompt, from a tokenizer.json or a sentencepiece model, found beside the encoder or
-given."""
+"""Tokenizers of prompts: a tokenizer.json or a sentencepiece model, given or beside the encoder."""
 
 import hashlib
 import html
@@ -18,23 +17,17 @@ PIP_LINE = (
 )
 FILES = ("tokenizer.json", "spiece.model")
 SHOWN = 40  # characters of a prompt in a message
-FOLDERS = (
-    ".",
-    "google/umt5-xxl",
-    "tokenizer",
-    "../tokenizer",
-)  # Hugging Face, Wan2.1's and diffusers' places
+# Where Hugging Face, Wan2.1 and diffusers put the tokenizer.
+FOLDERS = (".", "google/umt5-xxl", "tokenizer", "../tokenizer")
 
 
 def clean(prompt: str) -> str:
-    """The prompt with HTML entities resolved and white space collapsed, as Wan's own tokenizer does
-    it (less ftfy)."""
+    """Unescape HTML entities and collapse white space, as Wan's tokenizer does (without ftfy)."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
 class Tokenizer:
-    """A tokenizer as the bytes of its file; the library that runs it is imported when the first
-    prompt comes."""
+    """A tokenizer file's bytes; the library that runs it is imported at the first prompt."""
 
     def __init__(self, data: bytes, source: str) -> None:
         self.data = data
@@ -42,34 +35,33 @@ class Tokenizer:
         self.digest = hashlib.sha256(data).hexdigest()
 
     def __call__(self, prompt: str, text_len: int) -> tuple[Tensor, int]:
-        """Ids [1, text_len], padded, and how many are true.
+        """Return ids [1, text_len], padded, and their number before padding.
 
-        A prompt that is too long loses its end, with a warning, but keeps the eos token.
+        A prompt that is too long is cut, with a warning, and keeps the eos token.
         """
-        encode, _, eos, pad = self._parts
+        encode, _, eos, pad = self._codec
         self.warn_if_cut(prompt, text_len)
         ids = [*encode(prompt)[: text_len - 1], eos]
         return torch.tensor([ids + [pad] * (text_len - len(ids))]), len(ids)
 
     def warn_if_cut(self, prompt: str, text_len: int) -> None:
-        """Warn of a prompt of more tokens than a model reads, and say where it ends."""
-        encode, decode, _, _ = self._parts
+        """Warn when a prompt has more tokens than the model reads, and say where it is cut."""
+        encode, decode, _, _ = self._codec
         ids = encode(prompt)
         if len(ids) > text_len - 1:
             end = decode(ids[: text_len - 1])[-SHOWN:]
             warnings.warn(
-                f"the prompt {prompt[:SHOWN]!r}… has {len(ids) + 1} tokens and the model reads {text_len}: it ends"
-                f" after …{end!r}",
+                f"the prompt {prompt[:SHOWN]!r}… has {len(ids) + 1} tokens and the model reads"
+                f" {text_len}: it ends after …{end!r}",
                 stacklevel=2,
             )
 
     @cached_property
-    def _parts(self):
-        """(text -> ids, ids -> text, eos id, pad id)."""
+    def _codec(self):
+        """Functions text -> ids and ids -> text, eos id, pad id."""
         try:
-            parts = (
-                self._from_json() if self.data.lstrip()[:1] == b"{" else self._from_sentencepiece()
-            )
+            is_json = self.data.lstrip()[:1] == b"{"
+            codec = self._from_json() if is_json else self._from_sentencepiece()
         except ImportError as error:
             raise ValueError(
                 f"the tokenizer needs a library that is missing ({error.name}): {PIP_LINE}"
@@ -78,11 +70,13 @@ class Tokenizer:
             raise ValueError(
                 f"{self.source} is not a tokenizer that can be read: pass a tokenizer.json"
             ) from error
-        if parts[2] is None or parts[2] < 0:
+        eos = codec[2]
+        if eos is None or eos < 0:
             raise ValueError(
-                f"{self.source} has no </s> token, so it is not umT5's: pass google/umt5-xxl's tokenizer.json"
+                f"{self.source} has no </s> token, so it is not umT5's:"
+                " pass google/umt5-xxl's tokenizer.json"
             )
-        return parts
+        return codec
 
     def _from_json(self):
         from tokenizers import Tokenizer as JsonTokenizer
@@ -94,12 +88,8 @@ class Tokenizer:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        return (
-            encode,
-            tokenizer.decode,
-            tokenizer.token_to_id("</s>"),
-            tokenizer.token_to_id("<pad>") or 0,
-        )
+        eos, pad = tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>")
+        return encode, tokenizer.decode, eos, pad or 0
 
     def _from_sentencepiece(self):
         from sentencepiece import SentencePieceProcessor
@@ -109,7 +99,7 @@ class Tokenizer:
 
 
 def find_tokenizer(encoder: Path, given: Path | str | None, embedded: bytes | None) -> Tokenizer:
-    """The tokenizer that was given, else the one inside the encoder's file, else the one beside it.
+    """Return the given tokenizer, else the one in the encoder's file, else the one beside it.
 
     Raises ValueError in one line when there is none.
     """

@@ -1,7 +1,7 @@
-"""Torch's .pt files, read without running code and within bounds.
+"""Torch's .pt files, read without running code and with bounded memory.
 
 `torch.load(weights_only=True)` runs no code but trusts every size: a compressed member or a long
-pickle costs many times its bytes in memory, and a tensor may be sparse, without data, or a view
+pickle may cost many times its size in memory, and a tensor may be sparse, without data, or a view
 that repeats one number.
 """
 
@@ -17,19 +17,18 @@ from torch import Tensor
 from ..reading import check_regular, open_regular
 
 MOST_PICKLE = 2 << 20  # bytes of a zipped pickle; a model of 825 tensors, saved twice, has 0.4 MB
-MOST_READS = 2 << 20  # by the unpickler, of a file that is one pickle
+MOST_READS = 2 << 20  # reads of the unpickler, for a file that is one pickle
 MOST_DIRECTORY = 8 << 20  # bytes of the zip directory
-SHARED = 2  # bytes of the tensors in a group for a byte of the file: tied weights are saved once
+SHARED = 2  # bytes of tensors per byte of the file: tied weights are saved once
 ZIPPED = b"PK\x03\x04"
 
 
 def load_torch(path: Path, *, mmap: bool = False, verify: bool = False) -> object:
-    """Unpickle a .pt of tensors and plain values; with `mmap` their data stays in the file where
-    its format allows it.
+    """Unpickle a .pt of tensors and plain values; `mmap` leaves data in the file where possible.
 
-    `verify` compares the checksum that torch writes with each tensor; reading does not. Raises
-    ValueError (without the file's name) for a file that could run code, is damaged, or costs more
-    than it should.
+    `verify` compares the checksum that torch writes with each tensor, as reading alone does not.
+    Raises ValueError (without the file's name) for a file that could run code, is damaged, or costs
+    more memory than it should.
     """
     check_regular(path)
     try:
@@ -47,14 +46,13 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = False) -> objec
 
 
 class TooMuch(ValueError):
-    """A file that costs more than a model's file does."""
+    """Error for a file that would cost more memory than a model's file does."""
 
 
 def check_archive(file: io.BufferedReader, verify: bool) -> None:
-    """Raise TooMuch unless a zip stores its members as they are, and its pickle is as short as a
-    model's.
+    """Raise TooMuch for a zip with compressed members, or a pickle longer than a model's.
 
-    With `verify` raise ValueError where a member is not what was written.
+    With `verify`, raise ValueError for a member whose checksum is wrong.
     """
     with zipfile.ZipFile(_BoundedReads(file)) as archive:
         _check_members(archive.infolist())
@@ -66,7 +64,8 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise TooMuch(
-                f"is a zip with compressed members ({member.filename}), which torch never writes: refused"
+                f"is a zip with compressed members ({member.filename}), which torch never writes:"
+                " refused"
             )
         if member.filename.endswith(".pkl") and member.file_size > MOST_PICKLE:
             size = member.file_size / 1e6
@@ -76,7 +75,7 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
 
 
 class _BoundedReads(io.BufferedIOBase):
-    """A file of which the zip directory is read, if it is no longer than MOST_DIRECTORY."""
+    """A file for zipfile, which reads the zip directory whole: at most MOST_DIRECTORY bytes."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file = file
@@ -94,14 +93,17 @@ class _BoundedReads(io.BufferedIOBase):
         content = self.file.read(MOST_DIRECTORY + 1 if size < 0 else min(size, MOST_DIRECTORY + 1))
         if len(content) > MOST_DIRECTORY:
             raise TooMuch(
-                f"has a zip directory of over {MOST_DIRECTORY >> 20} MiB, and a model's has less: refused"
+                f"has a zip directory of over {MOST_DIRECTORY >> 20} MiB, and a model's has less:"
+                " refused"
             )
         return content
 
 
 class _CountedReads:
-    """A file for torch's unpickler, which reads each instruction by a call; without a descriptor,
-    as mapping needs."""
+    """A file for torch's unpickler, which reads each instruction by a call.
+
+    It has no file descriptor, so torch cannot map it.
+    """
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file = file
@@ -125,11 +127,10 @@ class _CountedReads:
 
 
 def plain_tensors(content: object, nbytes: int) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, detached; of anything else none. `nbytes` is the size of
-    the file.
+    """Return the tensors of a state dict, detached; none for any other content.
 
-    Raises ValueError (without the file's name) for a tensor that is no plain array of numbers in
-    memory, and for tensors that take more memory than the file can hold.
+    `nbytes` is the size of the file. Raises ValueError (without the file's name) for a tensor that
+    is no plain array of numbers in memory, and for tensors larger than the file can hold.
     """
     if not isinstance(content, Mapping):
         return {}
@@ -138,18 +139,20 @@ def plain_tensors(content: object, nbytes: int) -> dict[str, Tensor]:
         if isinstance(name, str) and isinstance(value, Tensor):
             if odd := _oddity(value):
                 raise ValueError(
-                    f"holds {name} as {odd}, expected a plain tensor: save its values with .contiguous()"
+                    f"holds {name} as {odd}, expected a plain tensor:"
+                    " save its values with .contiguous()"
                 )
             tensors[name] = value.detach()
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > SHARED * nbytes:
         raise ValueError(
-            "holds tensors of more bytes than the file has, views of the same data: pass a .safetensors"
+            "holds tensors of more bytes than the file has, views of the same data:"
+            " pass a .safetensors"
         )
     return tensors
 
 
 def _oddity(tensor: Tensor) -> str | None:
-    """Name what keeps a tensor from being plain; None for a plain one."""
+    """Describe a tensor that is not plain; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:
@@ -166,18 +169,24 @@ def _oddity(tensor: Tensor) -> str | None:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
+    imported = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if imported:
         return (
-            f"holds more than tensors ({wanted[1]}) and could run code when opened, so it is refused: "
-            "ask its author for a .safetensors"
+            f"holds more than tensors ({imported[1]}) and could run code when opened, so it is"
+            " refused: ask its author for a .safetensors"
         )
     if "unable to mmap" in str(error):
         return too_large(path)
-    return "is no whole torch file of tensors (cut short, damaged, or another pickle): download it again"
+    return (
+        "is no whole torch file of tensors (cut short, damaged, or another pickle):"
+        " download it again"
+    )
 
 
 def too_large(path: Path) -> str:
     """Explain that a file cannot be mapped."""
     size = path.stat().st_size / 1e9
-    return f"is {size:.1f} GB and this machine's memory cannot map that much: add swap, or allow overcommit"
+    return (
+        f"is {size:.1f} GB and this machine's memory cannot map that much:"
+        " add swap, or allow overcommit"
+    )

@@ -1,8 +1,6 @@
-"""The Wan2.1 text-to-video transformer as parameters: names and shapes of the published files, and
-nothing else.
+"""Parameters of the Wan2.1 text-to-video transformer, named and shaped as in published files.
 
-How it is run lies in causal.py, which needs only this layout and so runs other people's module
-trees too.
+causal.py runs them. It needs only this layout, so it runs other module trees too.
 """
 
 from dataclasses import dataclass, fields
@@ -12,14 +10,14 @@ from torch import Tensor, nn
 
 from .linear import Linear
 
-HEAD_DIM = 128  # of every published Wan2.1 size; smaller models state their heads in metadata
+HEAD_DIM = 128  # in all published sizes; smaller models state their number of heads in metadata
 PATCH = (1, 2, 2)
 EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class WanConfig:
-    """Sizes of a Wan2.1 transformer; the defaults are those of the published 1.3B model.
+    """Sizes of a Wan2.1 transformer; defaults are the published 1.3B model.
 
     Raises ValueError when the sizes do not fit together.
     """
@@ -46,11 +44,13 @@ class WanConfig:
             )
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
-                f"heads of {self.head_dim}: RoPE needs an even head size of at least 6, change num_heads"
+                f"heads of {self.head_dim}: RoPE needs an even head size of at least 6,"
+                " change num_heads"
             )
         if self.freq_dim % 2:
             raise ValueError(
-                f"freq_dim {self.freq_dim} is odd: the timestep embedding has a cosine for each sine"
+                f"freq_dim {self.freq_dim} is odd: give an even number, as the timestep embedding"
+                " has a cosine for each sine"
             )
 
     @property
@@ -64,8 +64,7 @@ WAN_14B = WanConfig(dim=5120, num_heads=40, ffn_dim=13824, num_layers=40)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, in fp32; the weight applies in the input's
-    dtype."""
+    """Root-mean-square norm over the full width, in fp32; the weight applies in x's dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention; self- and cross-attention have the same parameters."""
+    """Parameters of one attention layer, self or cross."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final modulated projection from width to patch values, channel fastest."""
+    """Final modulated projection to patch values, channels fastest."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class Head(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Wan2.1's module tree: 825 tensors at 1.3B, 1095 at 14B, named as in the published files."""
+    """Wan2.1's module tree: 825 tensors at 1.3B, 1095 at 14B."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()

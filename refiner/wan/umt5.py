@@ -1,5 +1,4 @@
-"""umT5 encoder files in Hugging Face's, ComfyUI's and Wan's own layout: sizes, names, and the model
-they make."""
+"""umT5 encoder files in the layouts of Hugging Face, ComfyUI and Wan: sizes, names and model."""
 
 import hashlib
 import os
@@ -39,32 +38,31 @@ ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
 
 @dataclass(frozen=True, slots=True)
 class Umt5File:
-    """An umT5 encoder on disk. `names` maps Hugging Face's names to stored ones; `sizes` are
-    UMT5Config's arguments."""
+    """An umT5 encoder on disk.
+
+    `names` maps Hugging Face's names to stored ones, `scales` stored names of fp8 weights to those
+    of their scales; `sizes` are UMT5Config's arguments.
+    """
 
     file: WeightFile
     group: str
     names: dict[str, str]
     sizes: dict[str, Any]
     tokenizer: bytes | None
-    scales: dict[str, str] = field(
-        default_factory=dict
-    )  # stored names of scales by those of fp8 weights
+    scales: dict[str, str] = field(default_factory=dict)
 
     @property
     def text_dim(self) -> int:
         return self.sizes["d_model"]
 
     def choose_dtype(self, wanted: torch.dtype | None) -> torch.dtype:
-        """The dtype to run in: the wanted one, else the stored one, but bf16 for fp8."""
+        """Return the dtype to run in: the wanted one, else the stored one, but bf16 for fp8."""
         group = self.file.groups[self.group]
-        return choose_dtype(
-            wanted, {name: group[stored] for name, stored in self.names.items()}, self.file.path
-        )
+        headers = {name: group[stored] for name, stored in self.names.items()}
+        return choose_dtype(wanted, headers, self.file.path)
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, shape, dtype and first 64 values: other weights, other
-        fingerprint."""
+        """Return a sha256 over every tensor's name, shape, dtype and first 64 values."""
         digest = hashlib.sha256(repr(sorted(self.sizes.items())).encode())
         group = self.file.groups[self.group]
         for name in sorted(group):
@@ -73,7 +71,7 @@ class Umt5File:
         return digest.hexdigest()
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> torch.nn.Module:
-        """transformers' UMT5EncoderModel with these weights; scaled fp8 is multiplied out."""
+        """Load transformers' UMT5EncoderModel; scaled fp8 is multiplied out."""
         try:
             from transformers import UMT5Config, UMT5EncoderModel
         except ImportError as error:
@@ -82,7 +80,7 @@ class Umt5File:
             model = UMT5EncoderModel(UMT5Config(**self.sizes))
         state = {name: self._read(name, dtype).to(device) for name in self.names}
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
-        self._require_same(model.state_dict(), state)
+        self._check_tensors(model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -91,25 +89,24 @@ class Umt5File:
         tensor = self.file.read(self.group, stored)
         if stored not in self.scales:
             return tensor.to(dtype)
+        scale = self.file.read(self.group, self.scales[stored])
         try:
-            return unscaled(tensor, self.file.read(self.group, self.scales[stored]), stored).to(
-                dtype
-            )
+            return unscaled(tensor, scale, stored).to(dtype)
         except ValueError as error:
             raise ValueError(f"{self.file.path} {error}") from error
 
-    def _require_same(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    def _check_tensors(self, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         for name, tensor in expected.items():
-            if name not in found:
+            if name not in state:
                 raise ValueError(
                     f"{self.file.path} lacks {name}: the file is not complete, download it again"
                 )
-            if found[name].shape != tensor.shape:
-                shape, right = list(found[name].shape), list(tensor.shape)
+            if state[name].shape != tensor.shape:
                 raise ValueError(
-                    f"{self.file.path} has a {name} of {shape}, which should be {right}: it is damaged"
+                    f"{self.file.path} has a {name} of {list(state[name].shape)}, which should be"
+                    f" {list(tensor.shape)}: it is damaged"
                 )
-        if extra := sorted(set(found) - set(expected)):
+        if extra := sorted(set(state) - set(expected)):
             raise ValueError(
                 f"{self.file.path} has {extra[0]}, which no umT5 encoder has: pass umT5-xxl"
             )
@@ -120,10 +117,9 @@ def _first_bytes(tensor: Tensor) -> bytes:
 
 
 def open_umt5(path: Path | str) -> Umt5File:
-    """Opens an umT5 encoder: a Hugging Face folder or a single weights file. Its weights are not
-    read yet.
+    """Open an umT5 encoder, a Hugging Face folder or one weights file, without reading weights.
 
-    Raises ValueError in one line when it is something else.
+    Raises ValueError in one line for any other kind of file.
     """
     path = Path(path)
     stated = _folder_config(path) if os.path.isdir(path) else {}
@@ -137,14 +133,14 @@ def open_umt5(path: Path | str) -> Umt5File:
         names = {rename(name): stored for name, stored in layout.names.items()}
         embedded = names.pop(TOKENIZER_TENSOR, None)
         names = {name: stored for name, stored in names.items() if _is_weight(name)}
-        sizes = (
-            _sizes({name: file.groups[group][stored] for name, stored in names.items()}) | stated
-        )
-        scales = scale_names(file.groups[group])
-        check_formats(file.groups[group], lambda name: file.read(group, name))
-        if embedded and file.groups[group][embedded].dtype != torch.uint8:
+        headers = file.groups[group]
+        sizes = _sizes({name: headers[stored] for name, stored in names.items()}) | stated
+        scales = scale_names(headers)
+        check_formats(headers, lambda name: file.read(group, name))
+        if embedded and headers[embedded].dtype != torch.uint8:
             raise ValueError(
-                f"has a tokenizer of {file.groups[group][embedded].dtype}, which is bytes: it is damaged"
+                f"has a tokenizer of {headers[embedded].dtype}, which should be bytes:"
+                " it is damaged"
             )
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
@@ -153,7 +149,7 @@ def open_umt5(path: Path | str) -> Umt5File:
 
 
 def _is_weight(name: str) -> bool:
-    """Whether a tensor belongs to the encoder, and is no scale."""
+    """Check that a tensor belongs to the encoder and is not a scale."""
     return not (name.startswith(("decoder.", "lm_head.")) or QUANTISED.search(name))
 
 
@@ -165,7 +161,7 @@ def _hf_name(name: str) -> str:
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json says beyond what the tensors tell."""
+    """Read the options of a folder's config.json that its tensors do not determine."""
     try:
         config = read_json(folder / "config.json", CONFIG_BYTES)
     except FileNotFoundError:
@@ -177,29 +173,26 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else "not readable"
     if kind != "umt5":
         raise ValueError(
-            f"{folder} has a config.json whose model_type is {kind}: pass an umT5 encoder's folder (umt5)"
+            f"{folder} has a config.json whose model_type is {kind}:"
+            " pass an umT5 encoder's folder (umt5)"
         )
-    return {
-        key: config[key]
-        for key in ("relative_attention_max_distance", "layer_norm_epsilon")
-        if key in config
-    }
+    options = ("relative_attention_max_distance", "layer_norm_epsilon")
+    return {key: config[key] for key in options if key in config}
 
 
 def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """UMT5Config's arguments from an encoder's tensors. Raises ValueError (without the file's
-    name)."""
-    layers = len(
-        {match[1] for name in tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
-    )
+    """Return UMT5Config's arguments from an encoder's tensors.
+
+    Raises ValueError (without the file's name) when a tensor that determines a size is missing.
+    """
+    matches = [re.match(r"encoder\.block\.(\d+)\.", name) for name in tensors]
+    layers = len({match[1] for match in matches if match})
+    first_bias = ATTENTION.format(0) + "relative_attention_bias.weight"
     last_bias = ATTENTION.format(layers - 1) + "relative_attention_bias.weight"
-    if (
-        layers > 1
-        and last_bias not in tensors
-        and ATTENTION.format(0) + "relative_attention_bias.weight" in tensors
-    ):
+    if layers > 1 and last_bias not in tensors and first_bias in tensors:
         raise ValueError(
-            "is a T5 with one position table for all layers: Wan2.1 needs umT5-xxl, with one in each"
+            "is a T5 with one position table for all layers:"
+            " Wan2.1 needs umT5-xxl, with one in each"
         )
     vocabulary, width = _shape(tensors, "shared.weight")
     buckets, heads = _shape(tensors, last_bias)
@@ -218,6 +211,8 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, int]:
     if name not in tensors or tensors[name].ndim != 2 or not tensors[name].numel():
-        raise ValueError(f"lacks {name}, which tells the encoder's size: pass a whole umT5 encoder")
+        raise ValueError(
+            f"lacks {name}, which determines the encoder's size: pass a whole umT5 encoder"
+        )
     rows, columns = tensors[name].shape
     return rows, columns

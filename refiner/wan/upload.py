@@ -1,56 +1,45 @@
-"""Small tensors that are made on the CPU and used on a device: noise, timesteps, rotations."""
+"""Small tensors computed on the CPU and used on a device: noise, timesteps, rotations."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache, wraps
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Tables = dict[Hashable, Tensor]
 
-_held: ContextVar[Tables | None] = ContextVar(
-    "tables that whoever replays a pass holds", default=None
-)
-
 
 def upload(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on a device in this dtype, without waiting for the work that is queued there.
+    """Copy a tensor to a device and dtype without waiting for work queued there.
 
-    It is cast first: MPS has no float64. CUDA stages ordinary memory before the call returns, so
-    the source may go; MPS may read it later, so there it waits.
+    Cast first, as MPS has no float64. CUDA stages pageable memory before the call returns, so the
+    source may be freed; MPS may read it later, so there the copy blocks.
     """
     return tensor.to(dtype).to(device, non_blocking=device.type != "mps")
 
 
-def remembered(kept: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Of a function of hashable arguments, whose last `kept` tensors are remembered; what was made
-    while sampling may be asked for in training."""
+class TensorCache:
+    """An LRU cache of a tensor-valued function of hashable arguments.
 
-    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        last = lru_cache(maxsize=kept)(torch.inference_mode(False)(function))
+    The function runs outside inference mode, so cached tensors also work under autograd. While
+    `held` is a table, every tensor asked for stays in it: a CUDA graph reads tensors in place, so
+    whoever captures one keeps those of its pass from eviction.
+    """
 
-        @wraps(function)
-        def get(*key: Hashable) -> Tensor:
-            held = _held.get()
-            if held is None:
-                return last(*key)
-            if (function, key) not in held:
-                held[function, key] = last(*key)
-            return held[function, key]
+    def __init__(self, function: Callable[..., Tensor], maxsize: int) -> None:
+        self.function = function
+        self.cached = lru_cache(maxsize=maxsize)(torch.inference_mode(False)(function))
+        self.held: Tables | None = None
 
-        return get
+    def __call__(self, *key: Hashable) -> Tensor:
+        if self.held is None:
+            return self.cached(*key)
+        place = (self.function, key)
+        if place not in self.held:
+            self.held[place] = self.cached(*key)
+        return self.held[place]
 
-    return decorate
 
-
-@contextmanager
-def holding(tables: Tables) -> Iterator[None]:
-    """Every table that is asked for inside comes from `tables`, and is put there first where it is
-    missing."""
-    token = _held.set(tables)
-    try:
-        yield
-    finally:
-        _held.reset(token)
+def cached_tensors(maxsize: int) -> Callable[[Callable[..., Tensor]], TensorCache]:
+    """Decorate a function with a `TensorCache` of this size."""
+    return lambda function: TensorCache(function, maxsize)

@@ -1,8 +1,7 @@
-"""Files of weights as they lie on disk: opened without running code, listed without reading data,
-written whole or not.
+"""Weight files: opened without running code, listed without reading data, written atomically.
 
-A .pt/.pth goes through torch's weights-only unpickler and is mapped, so only the tensors that are
-used are ever read; of a .safetensors only the header is read. A model in shards is one file.
+A .pt/.pth goes through torch's weights-only unpickler and is mapped, so that only tensors in use
+are read; of a .safetensors only the header is read. A model in shards counts as one file.
 """
 
 import os
@@ -24,7 +23,7 @@ from .torch_file import load_torch, plain_tensors, too_large
 
 __all__ = ["FLAT", "WeightFile", "choose_dtype", "open_weights", "save_safetensors"]
 
-MOST_HEADER = 16 << 20  # bytes of a safetensors header; a model of 825 tensors has 0.1 MB
+MOST_HEADER = 16 << 20  # bytes of a safetensors header; 825 tensors need 0.1 MB
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,8 +45,8 @@ class WeightFile:
     """An open file or folder of weights.
 
     `groups` maps a top key (`generator_ema`, ...; `flat` when there is none) to {stored name:
-    tensor}. The tensors tell shape and dtype; those of a safetensors file have no data (meta
-    device) until `read`. `others` are the top keys that hold no tensors.
+    tensor}. Tensors of a safetensors file are on the meta device until `read`. `others` are the top
+    keys without tensors.
     """
 
     path: Path
@@ -58,32 +57,28 @@ class WeightFile:
     readers: dict[str, "_Reader"]
 
     def read(self, group: str, name: str) -> Tensor:
-        """One tensor as stored, on the CPU and mapped from the file where the container allows
-        it."""
+        """Read one tensor as stored, on the CPU, mapped where the container allows it."""
         reader = self.readers.get(name)
         return self.groups[group][name] if reader is None else reader.read(name)
 
 
 def open_weights(path: Path | str) -> WeightFile:
-    """Opens a .pt/.pth/.bin, a .safetensors, a folder of shards, or one shard with its siblings, by
-    content and not by suffix.
+    """Open a .pt/.pth/.bin, a .safetensors, a folder of shards, or one shard with its siblings.
 
-    Raises ValueError in one line for anything else: missing, empty, text, damaged, or a pickle that
-    would run code.
+    Content decides and not the suffix. Raises ValueError in one line for anything else: missing,
+    empty, text, damaged, or a pickle that would run code.
     """
     path = Path(path)
-    if os.path.isdir(path):  # unlike Path.is_dir, it takes a name that is too long
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         try:
             inside = shards_in(path)
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be read ({error.strerror}): check its permissions"
             ) from error
-        return (
-            _open_shards(inside.folder, inside)
-            if isinstance(inside, ShardSet)
-            else _open_file(inside)
-        )
+        if isinstance(inside, ShardSet):
+            return _open_shards(inside.folder, inside)
+        return _open_file(inside)
     if shard_set_name(path.name) and is_file(path):
         return _open_shards(path, siblings(path))
     return _open_file(path)
@@ -107,10 +102,10 @@ def _open_file(path: Path) -> WeightFile:
         return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, zipped=head.startswith(b"PK"))
-    raise ValueError(f"{path} {_what_else(head)}")
+    raise ValueError(f"{path} {_unknown_content(head)}")
 
 
-def _what_else(head: bytes) -> str:
+def _unknown_content(head: bytes) -> str:
     if not head:
         return "is empty (0 bytes): download it again"
     if head.startswith(b"version https://git-lfs"):
@@ -120,12 +115,15 @@ def _what_else(head: bytes) -> str:
     if head.startswith(b"GGUF"):
         return "is a GGUF file, which is quantised: pass the .safetensors or .pt of the model"
     if all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        return "is a text file and not weights: pass a .safetensors or .pt (a failed download often leaves a web page)"
+        return (
+            "is a text file and not weights: pass a .safetensors or .pt"
+            " (a failed download often leaves a web page)"
+        )
     return "is neither a .safetensors nor a torch .pt file: pass one of these"
 
 
 class _Reader:
-    """The data of a safetensors file, mapped when the first tensor is wanted."""
+    """Data of a safetensors file, mapped at the first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,25 +141,22 @@ class _Reader:
 
 def _open_safetensors(path: Path) -> WeightFile:
     try:
-        # By "numpy" only the header is read; by "pt" torch maps the whole file, which needs as much
+        # "numpy" reads only the header; "pt" lets torch map the whole file, which needs as much
         # free memory.
         header = safe_open(path, framework="numpy")
         tensors = {}
         for name in header.keys():  # noqa: SIM118 - safe_open is not a mapping
-            part = header.get_slice(name)
-            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+            entry = header.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
             if dtype is None:
                 raise ValueError(
-                    f"{path} holds {part.get_dtype()} tensors ({name}), an unknown type: pass a bf16 file"
+                    f"{path} holds {entry.get_dtype()} tensors ({name}), an unknown type:"
+                    " pass a bf16 file"
                 )
-            tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+            tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
         metadata = dict(header.metadata() or {})
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # the last two for sides beyond 64 bits
+    # RuntimeError and TypeError come from sizes beyond 64 bits.
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged or cut short ({_line(error)}): download it again"
         ) from error
@@ -170,7 +165,7 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
-    if path.suffix == ".safetensors":  # torch.load goes by this suffix
+    if path.suffix == ".safetensors":  # torch.load trusts this suffix
         raise ValueError(f"{path} is a torch .pt file in spite of its name: rename it to .pt")
     try:
         content = load_torch(path, mmap=zipped)
@@ -189,8 +184,10 @@ def _open_pickle(path: Path, *, zipped: bool) -> WeightFile:
 
 
 def _plain_groups(groups: Groups, nbytes: int) -> Groups:
-    """The groups of a file of so many bytes, of plain tensors; a flag or a counter beside them is
-    left out."""
+    """Check that all groups hold plain tensors; drop stray values at the top of the file.
+
+    `nbytes` is the size of the file.
+    """
     plain: Groups = {}
     for name, tensors in groups.items():
         try:
@@ -212,25 +209,24 @@ def _open_shards(path: Path, shards: ShardSet) -> WeightFile:
         for group in shard.groups.values():
             if double := next((key for key in group if key in tensors), None):
                 raise ValueError(
-                    f"{shards.folder} holds {double[:80]} in two shards: it is damaged, download it again"
+                    f"{shards.folder} holds {double[:80]} in two shards:"
+                    " it is damaged, download it again"
                 )
             tensors |= group
         readers |= shard.readers
         metadata = shard.metadata | metadata
     check_expected(shards, tensors)
-    return WeightFile(
-        path, f"{len(shards.files)} shards", split_roles({FLAT: tensors}), (), metadata, readers
-    )
+    container = f"{len(shards.files)} shards"
+    return WeightFile(path, container, split_roles({FLAT: tensors}), (), metadata, readers)
 
 
 def choose_dtype(
     wanted: torch.dtype | None, tensors: Mapping[str, Tensor], path: Path
 ) -> torch.dtype:
-    """The dtype to run weights in: the wanted one, else the stored one of most bytes, but bf16 for
-    fp8.
+    """Return the dtype to run in: wanted, else stored (of most bytes), but bf16 for fp8.
 
-    Raises ValueError when the wanted one is too narrow or a tensor is not floating point, as
-    quantised weights are.
+    Raises ValueError when the wanted dtype is too narrow, or a tensor is not floating point and
+    therefore quantised.
     """
     if wanted is not None and (not wanted.is_floating_point or wanted.itemsize < 2):
         raise ValueError(f"dtype {wanted} cannot run a network: use bfloat16, float16 or float32")
@@ -238,7 +234,8 @@ def choose_dtype(
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise ValueError(
-                f"{path} has {name} in {tensor.dtype}, so it is quantised: pass the bf16 or fp16 file"
+                f"{path} has {name} in {tensor.dtype}, so it is quantised:"
+                " pass the bf16 or fp16 file"
             )
         nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
     most = max(nbytes, key=lambda dtype: nbytes[dtype])
@@ -248,35 +245,34 @@ def choose_dtype(
 def save_safetensors(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a .safetensors that is complete or absent: whatever stood at `path` stays until the
-    new file is on disk.
+    """Write a .safetensors atomically: an old file at `path` stays until the new one is on disk.
 
-    Metadata values are strings, as the format holds nothing else. Raises ValueError for others or a
-    missing folder, and OSError on a full disk.
+    Raises ValueError for metadata values that are not strings, or a missing folder, and OSError for
+    a full disk.
     """
     path = Path(path)
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise ValueError(
-                f"metadata {key!r} is a {type(value).__name__}, but the format holds strings: use json.dumps"
+                f"metadata {key!r} is a {type(value).__name__}, but the format holds strings:"
+                " use json.dumps"
             )
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder: make it before saving {path.name}")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # The library creates files that only their owner can read: restore the user's default mode.
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # the user's own; the library makes files that only their owner reads
+        mode = temporary.stat().st_mode
         save_file(whole, temporary, metadata=dict(metadata))
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except SafetensorError as error:  # of a full disk, too: it is no OSError
+    except SafetensorError as error:  # also for a full disk
         raise OSError(
             f"{path} could not be written ({_line(error)}): make room, or save elsewhere"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)  # what failed is left of it
+        temporary.unlink(missing_ok=True)  # left over when writing failed

@@ -1,5 +1,4 @@
-"""A server that the tests in ComfyUI share, and the line at the end of a run that says how to
-enable them."""
+"""Fixtures of the node tests: stand-in models, one ComfyUI server, and a note on skipped tests."""
 
 import json
 import subprocess
@@ -15,7 +14,10 @@ from published_files import CASES, IN_COMFYUI, small_state, write_case
 
 from autorefiner.refiner.demo import bundle
 
-HOW = "set COMFYUI_PATH to a checkout, and COMFYUI_PYTHON to its interpreter if that is not in its .venv"
+HOW = (
+    "set COMFYUI_PATH to a checkout, and COMFYUI_PYTHON to its interpreter "
+    "if that is not in its .venv"
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,15 +27,21 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def base(weights: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A folder as ComfyUI's, with the published names; the bundle is the stand-in."""
+    """Return a ComfyUI-like folder with stand-ins under the published file names."""
     use_demo_files(weights, monkeypatch)
     write_base(tmp_path, weights)
     return tmp_path
 
 
+@pytest.fixture
+def stand_ins(weights: Path, monkeypatch) -> None:
+    """Give the standalone host the same bundle as the server."""
+    use_demo_files(weights, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
-    """One server for all; its models are the stand-ins."""
+    """Start one ComfyUI server with stand-in models for the whole session."""
     base = tmp_path_factory.mktemp("comfyui")
     write_base(base, weights)
     install_pack(base, weights)
@@ -44,7 +52,7 @@ def server(weights: Path, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> list[Path]:
-    """Files of different layouts in published names and others."""
+    """Write weight files of several layouts, under published names and others."""
     root, state = tmp_path_factory.mktemp("published"), small_state()
     cases = {case.name: case for case in CASES if not case.large}
     return [write_case(cases[name], root / "x" / "y" / "z", state) for name in IN_COMFYUI]
@@ -52,7 +60,7 @@ def published(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def inside(server: Server, weights: Path, published: list[Path]) -> dict:
-    """What inside.py prints."""
+    """Run inside.py with ComfyUI's interpreter; return the JSON that it prints."""
     comfyui, python = find_comfyui()
     pack = server.base / "custom_nodes" / "autorefiner"
     script = Path(__file__).with_name("inside.py")
@@ -66,7 +74,7 @@ def inside(server: Server, weights: Path, published: list[Path]) -> dict:
 
 @pytest.fixture(scope="session")
 def peft_inside() -> None:
-    """Skip where ComfyUI's interpreter lacks what a training needs."""
+    """Skip where ComfyUI's interpreter lacks peft, which training needs."""
     _, python = find_comfyui()
     found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('peft') is None)"
     if subprocess.run([python, "-c", found]).returncode:

@@ -1,7 +1,6 @@
-"""What only shows inside ComfyUI's process: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES...
-prints it as JSON.
+"""Report internals of the pack in ComfyUI's process as JSON.
 
-Run with ComfyUI's interpreter.
+Usage: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES..., with ComfyUI's interpreter.
 """
 
 import json
@@ -30,18 +29,17 @@ asked: list[float] = []
 
 
 def look_on(executor, model, noise_shape, conds, *args, **options):
-    """Note what the shape that memory is asked for comes to."""
+    """Record memory_required() of the shape that sampling is prepared for."""
     asked.append(model.model.memory_required(list(noise_shape)))
     return executor(model, noise_shape, conds, *args, **options)
 
 
-def told_of_saved_repeats() -> list[tuple[int, int, int]]:
-    """What the page is told of a chunk whose last level is repeated less often than it may be:
-    (pass, of, pictures)."""
+def events_of_saved_repeats() -> list[tuple[int, int, int]]:
+    """Return (level, levels, pictures) events of a chunk whose last level stops repeating early."""
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
-    page.send = lambda event, node, prompt, told: sent.append(
-        (told["level"], told["levels"], told["pictures"])
+    page.send = lambda event, node, prompt, detail: sent.append(
+        (detail["level"], detail["levels"], detail["pictures"])
     )
     watch, passes = (
         page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))),
@@ -57,7 +55,7 @@ def told_of_saved_repeats() -> list[tuple[int, int, int]]:
 
 
 def freed_for(nbytes: int) -> list[tuple[int, str]]:
-    """What is asked of ComfyUI where a reward's models come on a GPU."""
+    """Return what free_memory is asked for when a reward's models move to a GPU."""
     found, own = [], (management.get_torch_device, management.free_memory)
     management.get_torch_device = lambda: torch.device("cuda")
     management.free_memory = lambda nbytes, device: found.append((nbytes, device.type))
@@ -95,7 +93,7 @@ print(
             "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
             "freed": freed_for(1000),
             "least": management.minimum_inference_memory(),
-            "told": told_of_saved_repeats(),
+            "events": events_of_saved_repeats(),
             "published": answers,
             "host": mismatches(NodeHost, host),
             "preset": fresh.get_attachment(PRESET),

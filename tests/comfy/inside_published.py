@@ -1,4 +1,4 @@
-"""What ComfyUI answers to published files; a part of inside.py."""
+"""Inspect published files with ComfyUI; part of inside.py."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ NAMED = ("blocks.0.self_attn.q.weight", "head.head.weight")
 
 
 def answer(path: Path) -> dict:
-    """The preset and the sums of a few weights, or the error."""
+    """Return the preset and sums of a few weights, or the error message."""
     try:
         preset = choose_preset("auto", inspect(path))
         model = host.load_model(path, preset, "fp32", "auto")

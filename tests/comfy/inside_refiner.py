@@ -1,7 +1,6 @@
-"""What a refiner does inside ComfyUI: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER prints it
-as JSON.
+"""Report what a refiner does in ComfyUI's process as JSON.
 
-Run with ComfyUI's interpreter.
+Usage: inside_refiner.py COMFYUI_PATH PACK STUDENT REFINER, with ComfyUI's interpreter.
 """
 
 import dataclasses
@@ -20,17 +19,17 @@ from pack.refiner.noise.refiner import target_modules
 student, refiner = files
 LORA = "diffusion_model.blocks.1.ffn.2"
 asked: list[float] = []
-told: dict = {"asked": {}, "hooks": {}}
+report: dict = {"asked": {}, "hooks": {}}
 
 
 def look_on(executor, model, noise_shape, conds, *args, **options):
-    """Note what the shape that memory is asked for comes to."""
+    """Record memory_required() of the shape that sampling is prepared for."""
     asked.append(model.model.memory_required(list(noise_shape)))
     return executor(model, noise_shape, conds, *args, **options)
 
 
 def refined(model, form: str):
-    """A run with the refiner in a form."""
+    """Return a run with the refiner in the given form."""
     facts = host.facts(model)
     lora = RefinerLora("a.refiner.safetensors", *load_refiner(refiner), form=form)
     return plain_run(
@@ -39,12 +38,12 @@ def refined(model, form: str):
 
 
 def hooks(model) -> int:
-    """Forward hooks on the layers now."""
+    """Count the forward hooks on the layers."""
     return sum(len(module._forward_hooks) for module in target_modules(network_of(model)).values())
 
 
 def while_it_runs(model, run, wish) -> None:
-    """A run in which `wish` is called at the first prediction of the second chunk."""
+    """Sample, and call `wish` at the first prediction of the second chunk."""
 
     def clip(self, network, *args, **options):
         callback = args[3]
@@ -68,7 +67,7 @@ def interrupt() -> None:
 
 
 def patched(model):
-    """A clone with a LoRA on one layer."""
+    """Return a clone of the model with a LoRA on one layer."""
     generator = torch.Generator().manual_seed(1)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 128), (128, 2)))
     lora = {f"{LORA}.lora_A.weight": 0.3 * down, f"{LORA}.lora_B.weight": 0.3 * up}
@@ -76,7 +75,7 @@ def patched(model):
 
 
 def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
-    """Every layer's weight as it is merged, of a model loaded whole or one byte of it."""
+    """Return every merged weight of a model loaded whole, or with a budget of one byte."""
     with torch.inference_mode():
         model.load(
             torch.device("cpu"), **({"lowvram_model_memory": 1} if lowvram else {"full_load": True})
@@ -95,20 +94,20 @@ def weights_of(model, lowvram: bool) -> dict[str, torch.Tensor]:
 
 with torch.inference_mode():
     model = host.load_model(student, "self-forcing", "fp32", "auto")
-    told["hooks"]["before"] = hooks(model)
+    report["hooks"]["before"] = hooks(model)
     made = {}
-    for form in ("merged", "branches"):
+    for form in ("merged", "unmerged"):
         made[form] = sampled(model, refined(model, form), look_on)
-        told["asked"][form] = asked[-1]
-    told["forms"] = (made["merged"] - made["branches"]).abs().max().item()
+        report["asked"][form] = asked[-1]
+    report["forms"] = (made["merged"] - made["unmerged"]).abs().max().item()
     while_it_runs(
-        model, refined(model, "branches"), lambda: told["hooks"].update(during=hooks(model))
+        model, refined(model, "unmerged"), lambda: report["hooks"].update(during=hooks(model))
     )
-    told["hooks"]["after"] = hooks(model)
+    report["hooks"]["after"] = hooks(model)
     try:
-        while_it_runs(model, refined(model, "branches"), interrupt)
+        while_it_runs(model, refined(model, "unmerged"), interrupt)
     except comfy.model_management.InterruptProcessingException:
-        told["hooks"]["interrupted"] = hooks(model)
+        report["hooks"]["interrupted"] = hooks(model)
     joint = refined(model, "merged")
     cache = dataclasses.replace(joint.refined.cache, previous="joint")
     sampled(
@@ -116,30 +115,30 @@ with torch.inference_mode():
         dataclasses.replace(joint, refined=dataclasses.replace(joint.refined, cache=cache)),
         look_on,
     )
-    told["asked"]["joint"] = asked[-1]
-    told["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
+    report["asked"]["joint"] = asked[-1]
+    report["auto"] = [host.settled(model, refined(model, "auto")).refined.form]
     own, comfy_layers.available_bytes = comfy_layers.available_bytes, lambda device: 1000
-    told["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
+    report["auto"].append(host.settled(model, refined(model, "auto")).refined.form)
     comfy_layers.available_bytes = own
     layer = network_of(model).blocks[0].ffn[0]
     layer.__class__, kind = type("Odd", (type(layer),), {"__module__": "gguf"}), type(layer)
-    told["odd"] = [
+    report["odd"] = [
         host.settled(model, refined(model, form)).refined.form for form in ("merged", "auto")
     ]
-    told["odd made"] = (
-        (sampled(model, refined(model, "merged")) - made["branches"]).abs().max().item()
+    report["odd made"] = (
+        (sampled(model, refined(model, "merged")) - made["unmerged"]).abs().max().item()
     )
     layer.__class__ = kind
     narrow = host.load_model(student, "self-forcing", "fp8_e4m3fn", "auto")
-    both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "branches")]
-    told["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
-    told["chunk"], told["frame"] = (
+    both = [sampled(narrow, refined(narrow, form)).flatten() for form in ("merged", "unmerged")]
+    report["narrow"] = torch.corrcoef(torch.stack(both))[0, 1].item()
+    report["chunk"], report["frame"] = (
         model.model.memory_required([1, 16, n, *SHAPE[2:]]) for n in (3, 1)
     )
 
 plain = weights_of(model, lowvram=False)
 whole, waiting = (weights_of(patched(model), lowvram) for lowvram in (False, True))
 name = LORA.removeprefix("diffusion_model.")
-told["patched"] = (whole[name] - plain[name]).abs().max().item()
-told["offloaded"] = max((whole[name] - waiting[name]).abs().max().item() for name in whole)
-print(json.dumps(told))
+report["patched"] = (whole[name] - plain[name]).abs().max().item()
+report["offloaded"] = max((whole[name] - waiting[name]).abs().max().item() for name in whole)
+print(json.dumps(report))

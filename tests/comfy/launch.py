@@ -1,7 +1,7 @@
-"""Start ComfyUI's own main.py from its checkout: launch.py COMFYUI_PATH [arguments of main.py].
+"""Start ComfyUI's main.py from its checkout: launch.py COMFYUI_PATH [arguments of main.py].
 
-A CUDA build of torchvision on a machine without CUDA registers kernels for operators that are not
-there and fails: such registrations are skipped. Nothing of ComfyUI is changed.
+A CUDA build of torchvision fails on a machine without CUDA, as it registers kernels for operators
+that were not loaded; such registrations are skipped. ComfyUI itself is unchanged.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 
 
 def skip_torchvision_fakes() -> None:
-    """Let torchvision import where its compiled operators did not load."""
+    """Let torchvision import although its compiled operators did not load."""
     register = torch.library.register_fake
 
     def patched(name, *args, **kwargs):

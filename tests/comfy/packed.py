@@ -1,5 +1,4 @@
-"""The pack imported into ComfyUI's own modules as a custom node is, for scripts: NAME.py
-COMFYUI_PATH PACK [files]."""
+"""Import the pack into ComfyUI as a custom node: NAME.py COMFYUI_PATH PACK [files]."""
 
 import importlib.util
 import sys
@@ -32,7 +31,7 @@ SHAPE = (1, 21, 16, 16)  # batch, latent frames, height, width
 
 
 def sampled(model, run, *wrappers) -> torch.Tensor:
-    """A run as the node does it, with wrappers that look on."""
+    """Sample as the node does, with observing wrappers."""
     run = host.settled(model, run)
     model = reserving(model, run)
     for wrapper in wrappers:
@@ -49,5 +48,5 @@ def sampled(model, run, *wrappers) -> torch.Tensor:
 
 
 def plain_run(refined=None) -> Run:
-    """A run of Self-Forcing's preset, with a refiner or without."""
+    """Return a run of the self-forcing preset, optionally with a refiner."""
     return Run(plan_run(PRESETS["self-forcing"], SHAPE, None), 0, "self-forcing", refined=refined)

@@ -1,5 +1,4 @@
-"""What the page is told of a Reflective Cache before anything is loaded: what a run holds, and
-errors of one line."""
+"""The page's preview of a Reflective Cache: bytes of a run, and one-line errors."""
 
 import json
 from pathlib import Path
@@ -20,8 +19,9 @@ from autorefiner.refiner.wan.causal import CausalWan
 
 SIZE = {"width": 64, "height": 64, "length": 81, "batch_size": 1}
 ASKED = {
-    "window": -1, "sink": 0, "positions": "the model's", "history": "as trained", "previous_x0": "as trained",
-    "model": {"demo": True}, "size": SIZE, "refiner": None, "schedule": None,
+    "window": -1, "sink": 0, "positions": "the model's", "history": "as trained",
+    "previous_x0": "as trained", "model": {"demo": True}, "size": SIZE, "refiner": None,
+    "schedule": None,
 }  # fmt: skip
 FILE = {"file": "self_forcing_dmd.pt", "preset": "auto", "dtype": "auto", "weights": "auto"}
 SCHEDULE = {
@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(files: Path, tmp_path: Path, monkeypatch) -> None:
-    """The standalone host at a folder as ComfyUI's; the bundle is a stand-in."""
+    """Point the standalone host at a ComfyUI-like folder; the bundle is a stand-in."""
     use_demo_files(files, monkeypatch)
     write_base(tmp_path, files)
     (tmp_path / "secret.safetensors").write_bytes(b"")
@@ -52,11 +52,11 @@ def place(files: Path, tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(("window", "sink"), [(-1, 0), (9, 3)])
 def test_it_tells_the_bytes_that_a_run_allocates(window: int, sink: int, refined: bool) -> None:
     refiner = {"file": "sprites"} if refined else None
-    told = cache_view({**ASKED, "window": window, "sink": sink, "refiner": refiner})
+    view = cache_view({**ASKED, "window": window, "sink": sink, "refiner": refiner})
     plan = RunPlan(PRESETS["self-forcing"].changed(window=window, sink=sink), 21, 8, 8)
     network = CausalWan(torch.nn.Module(), STAND_IN)
-    assert told["bytes"] == RingMemory(plan.memory(network.config, torch.float32, refined)).nbytes
-    assert (told.get("history"), told.get("previous")) == (
+    assert view["bytes"] == RingMemory(plan.memory(network.config, torch.float32, refined)).nbytes
+    assert (view.get("history"), view.get("previous")) == (
         ("shared", "pending") if refined else (None, None)
     )
 
@@ -83,17 +83,17 @@ def test_positions_keep_the_names_of_older_workflows(positions: str) -> None:
 
 
 def test_it_draws_what_the_last_chunk_sees() -> None:
-    told = cache_view({**ASKED, "window": 9, "sink": 3})
-    assert (told["chunks"], told["start"], told["end"]) == (7, 18, 21)
-    assert told["sees"] == [0, 1, 2, 15, 16, 17]
+    view = cache_view({**ASKED, "window": 9, "sink": 3})
+    assert (view["chunks"], view["start"], view["end"]) == (7, 18, 21)
+    assert view["sees"] == [0, 1, 2, 15, 16, 17]
     assert cache_view(ASKED)["sees"] == list(range(18))
 
 
 def test_a_file_and_a_schedule_are_looked_into() -> None:
-    told = cache_view({**ASKED, "model": FILE, "schedule": SCHEDULE})
-    assert (told["chunks"], told["dtype"]) == (7, "float32")
+    view = cache_view({**ASKED, "model": FILE, "schedule": SCHEDULE})
+    assert (view["chunks"], view["dtype"]) == (7, "float32")
     half = cache_view({**ASKED, "model": {**FILE, "dtype": "bf16"}})
-    assert (half["dtype"], 2 * half["bytes"]) == ("bfloat16", told["bytes"])
+    assert (half["dtype"], 2 * half["bytes"]) == ("bfloat16", view["bytes"])
     one = cache_view({**ASKED, "schedule": {**SCHEDULE, "frames_per_chunk": 1}})
     assert one["chunks"] == 21
 
@@ -115,9 +115,9 @@ def test_a_real_server_tells_what_the_run_then_tells(dtype: str, server: Server)
     graph[sampler]["inputs"]["length"] = 81
     graph[cache]["inputs"] |= {"window": 9, "sink": 3}
     asked = {**ASKED, "window": 9, "sink": 3, "model": {**FILE, "dtype": dtype}}
-    told = server.post("/autorefiner/cache", asked)["bytes"]
+    nbytes = server.post("/autorefiner/cache", asked)["bytes"]
     shown = server.run(graph)["outputs"][sampler]["text"][0]
-    assert f"{told / 1e6:,.1f} MB of keys and values" in shown
+    assert f"{nbytes / 1e6:,.1f} MB of keys and values" in shown
     with pytest.raises(Refused) as refused:
         server.post("/autorefiner/cache", {**asked, "window": 2})
     assert "window" in refused.value.answer["error"]
@@ -126,12 +126,14 @@ def test_a_real_server_tells_what_the_run_then_tells(dtype: str, server: Server)
 @pytest.mark.parametrize(
     "odd",
     [
-        None, [], "text", {}, {**ASKED, "window": "9"}, {**ASKED, "window": 2, "sink": 3}, {**ASKED, "window": 10**9},
-        {**ASKED, "positions": "elsewhere"}, {**ASKED, "model": []}, {**ASKED, "size": {**SIZE, "length": 80}},
-        {**ASKED, "size": {**SIZE, "length": 10**6 + 1}}, {**ASKED, "size": {**SIZE, "width": 1 << 14}},
-        {**ASKED, "model": {**FILE, "file": "../../secret.safetensors"}}, {**ASKED, "model": {**FILE, "file": ["x"]}},
-        {**ASKED, "model": {**FILE, "dtype": "int4"}}, {**ASKED, "refiner": {"file": "../../secret.safetensors"}},
-        {**ASKED, "refiner": 7}, {**ASKED, "schedule": {"preset": "no such"}},
+        None, [], "text", {}, {**ASKED, "window": "9"}, {**ASKED, "window": 2, "sink": 3},
+        {**ASKED, "window": 10**9}, {**ASKED, "positions": "elsewhere"}, {**ASKED, "model": []},
+        {**ASKED, "size": {**SIZE, "length": 80}}, {**ASKED, "size": {**SIZE, "length": 10**6 + 1}},
+        {**ASKED, "size": {**SIZE, "width": 1 << 14}},
+        {**ASKED, "model": {**FILE, "file": "../../secret.safetensors"}},
+        {**ASKED, "model": {**FILE, "file": ["x"]}}, {**ASKED, "model": {**FILE, "dtype": "int4"}},
+        {**ASKED, "refiner": {"file": "../../secret.safetensors"}}, {**ASKED, "refiner": 7},
+        {**ASKED, "schedule": {"preset": "no such"}},
         {**ASKED, "schedule": {**SCHEDULE, "levels": "high"}}, {**ASKED, "history": "none"},
     ],
     ids=lambda odd: json.dumps(odd)[-50:],

@@ -1,4 +1,4 @@
-"""Compare Videos: what it tells of two clips, which it refuses, and the files that a page plays."""
+"""Compare Videos: figures of two clips, refused input, and files for the page to play."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_it_tells_how_far_two_clips_are_apart(tmp_path: Path) -> None:
         writer.write(as_bytes(clip()))
     for same in (clip(), VideoFile(8, clip()), VideoFile(8, path=tmp_path / "a.mp4")):
         apart = float(CompareVideos.execute(clip(), same, 16).ui.split()[4])
-        assert apart < 2  # of a file, what its encoder loses
+        assert apart < 2  # encoding loss of a file
     assert CompareVideos.execute(clip(), clip(), 16).ui == "5 frames; mean difference 0.0 of 255"
     assert (
         CompareVideos.execute(clip(), clip(value=1.0), 16).ui
@@ -58,10 +58,10 @@ class TestInComfyUI:
         graph["3"]["inputs"]["length"] = 21
         shown = ["4", 0] if kind == "images" else ["5", 0]
         graph["9"] = node("AutoRefinerCompareVideos", base=["4", 0], refined=shown, fps=8)
-        told = server.run(graph)["outputs"]["9"]
-        assert told["text"] == ["21 frames; mean difference 0.0 of 255"]
-        paths = [server.base / "temp" / clip["filename"] for clip in told["autorefiner_compare"]]
-        assert [clip["type"] for clip in told["autorefiner_compare"]] == ["temp", "temp"] and len(
+        output = server.run(graph)["outputs"]["9"]
+        assert output["text"] == ["21 frames; mean difference 0.0 of 255"]
+        paths = [server.base / "temp" / clip["filename"] for clip in output["autorefiner_compare"]]
+        assert [clip["type"] for clip in output["autorefiner_compare"]] == ["temp", "temp"] and len(
             set(paths)
         ) == 2
         assert [len(read_frames(path)) for path in paths] == [21, 21]

@@ -1,4 +1,4 @@
-"""What a SAMPLER makes of NOISE, SIGMAS and a seed."""
+"""Sampling with ComfyUI's NOISE, SIGMAS and seed."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from autorefiner.refiner.wan.vae import normalized, raw_latents
 
 from tiny import TINY, tiny_network
 
-SIGMAS = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])  # of shift 5 and four simple steps
+SIGMAS = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])  # shift 5, four simple steps
 SHAPE = (1, 7, 4, 4)
 CPU = torch.device("cpu")
 FACTS = ModelFacts(TINY, torch.float32, None, 1 << 30)
@@ -33,7 +33,7 @@ def made(run: Run) -> torch.Tensor:
 
 
 def white(seed: int) -> torch.Tensor:
-    """NOISE whose every chunk is what the seed itself begins with."""
+    """Return NOISE that starts every chunk as the seed itself would."""
     source, (_, chunks) = WhiteNoise(seed), plan_chunks(PRESETS["self-forcing"], SHAPE[1])
     return torch.cat(
         [source(chunk, Draw(1000), (1, 16, chunk.length, *SHAPE[2:])) for chunk in chunks], 2
@@ -46,9 +46,8 @@ def test_the_sigmas_of_self_forcing_sample_what_its_preset_does(name: str | None
     found = made(
         SamplerOptions("self-forcing").run(replace(FACTS, preset=name), white(3), SIGMAS, 3)
     )
-    torch.testing.assert_close(
-        found, expected, atol=2e-2, rtol=2e-2
-    )  # sigmas are not rounded to the preset's table
+    # Sigmas are not rounded to the preset's table.
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
 def test_the_noise_of_comfyuis_sampler_is_drawn_without_the_global_generator() -> None:
@@ -162,7 +161,7 @@ def test_a_refiner_is_refused_where_the_sigmas_have_none_of_its_levels() -> None
 
 
 def test_a_start_image_on_the_model_is_where_a_run_begins() -> None:
-    """Core's ARVideoI2V puts raw latents there; a connected start beside them is an error."""
+    """ARVideoI2V stores raw latents on the model; a connected start beside them is an error."""
     raw = raw_latents(torch.randn(1, 16, 1, 4, 4))
     facts = replace(FACTS, start=raw)
     run = SamplerOptions("self-forcing").run(facts, white(0), SIGMAS, 0)

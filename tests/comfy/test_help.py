@@ -1,5 +1,4 @@
-"""Help pages and locales say something of every node and input, and the English ones what the nodes
-themselves say."""
+"""Help pages and locales cover every node and input; the English locale matches the schema."""
 
 import json
 from pathlib import Path
@@ -41,7 +40,7 @@ def test_the_chinese_locale_has_every_node_and_input() -> None:
     for kind, schema in SCHEMAS.items():
         assert found[kind]["display_name"] and found[kind]["description"]
         assert set(found[kind]["inputs"]) == {socket.id for socket in schema.inputs}
-        assert all(told["name"] and told["tooltip"] for told in found[kind]["inputs"].values())
+        assert all(spec["name"] and spec["tooltip"] for spec in found[kind]["inputs"].values())
 
 
 def test_the_page_has_each_of_its_words_in_every_language() -> None:

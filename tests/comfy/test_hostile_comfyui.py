@@ -1,5 +1,4 @@
-"""In a real ComfyUI: requests that are too long, links in its folders, and a refiner's file that
-holds markup."""
+"""Hostile input in a real ComfyUI: long requests, links in its folders, markup in refiner files."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Pictures, videos and names of files that nobody vouches for, without ComfyUI."""
+"""Hostile pictures, videos and file names, without ComfyUI."""
 
 import os
 import struct
@@ -31,7 +31,7 @@ READERS = (count_frames, read_frames, read_metadata, video_rate, video_size)
 
 @pytest.fixture
 def base(tmp_path: Path):
-    """A place to run at, with an input folder, and a video outside of it."""
+    """Run at a folder with an input folder, and a secret video outside of it."""
     for name in ("input", "output", "temp", "secret"):
         (tmp_path / name).mkdir()
     with VideoWriter(tmp_path / "secret" / "secret.mp4", 16, 16, 8) as writer:
@@ -44,7 +44,8 @@ PLAYLISTS = {
     "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
     "concat": "ffconcat version 1.0\nfile {secret}\n",
     "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 26\n",
-    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static">'
+    "<Period><AdaptationSet>"
     '<Representation id="a" mimeType="video/mp4"><BaseURL>{secret}</BaseURL></Representation>'
     "</AdaptationSet></Period></MPD>",
 }
@@ -126,7 +127,7 @@ def test_frames_that_do_not_fit_in_memory_are_not_decoded(
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel that says these sizes and holds next to nothing."""
+    """Return a 1-bit PNG that claims the given size and holds almost no data."""
 
     def piece(kind: bytes, data: bytes) -> bytes:
         return (
@@ -237,7 +238,7 @@ def test_a_name_stays_in_its_folder_wherever_links_lead(base: Path) -> None:
         with pytest.raises(ValueError, match=r"shorter|name") as error:
             inside(root, name, "name")
         assert len(str(error.value)) < 300
-    (base / "link").symlink_to(root)  # the folder itself may be one
+    (base / "link").symlink_to(root)  # the folder itself may be a link
     check_inside(base / "link", base / "link" / "x", "name")
     for overwrite in (True, False):
         with pytest.raises(ValueError, match="leaves"):

@@ -1,4 +1,4 @@
-"""Requests and text at the boundary of the page, and files that are written whole or not at all."""
+"""Requests and text from the page are limited, and files are written whole or not at all."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from autorefiner.nodes.hosts.plain import NO_LINK, plain_text
 
 
 class Request:
-    """A request whose body arrives in pieces, without a length."""
+    """A chunked request without a Content-Length."""
 
     content_length = None
     charset = None

@@ -1,5 +1,4 @@
-"""The page in a real browser: pytest -m page, with ComfyUI as for -m comfyui, a Chromium and
-playwright.
+"""The page in a real browser: `pytest -m page`, with ComfyUI, Chromium and playwright.
 
 PAGE_PICTURES names a folder for screenshots.
 """
@@ -42,23 +41,23 @@ def page(request, server: Server) -> Iterator[Page]:
 
 
 def picture(page: Page, name: str) -> None:
-    """A screenshot, where they are wanted."""
+    """Take a screenshot if PAGE_PICTURES is set."""
     if folder := os.environ.get("PAGE_PICTURES"):
         page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
 
 
 def ended(page: Page, how: str) -> None:
-    """Wait until the strip says how the run ended."""
+    """Wait until the strip shows how the run ended."""
     page.until(f"document.querySelector('{STATUS}')?.textContent.includes('{how}')")
 
 
 def finished(page: Page, count: int) -> None:
-    """Wait until so many chunks are shown as finished."""
+    """Wait until the given number of chunks is shown as finished."""
     page.until(f"document.querySelectorAll('{FINISHED}').length === {count}")
 
 
 def of_class(graph: dict, kind: str) -> dict:
-    """The node of a class in a workflow of the page."""
+    """Return the node of a class in a workflow of the page."""
     return next(node for node in graph["nodes"] if node["type"] == kind)
 
 
@@ -69,8 +68,7 @@ def idle(server: Server, page: Page) -> None:
 
 
 def sampled(server: Server, name: str, **inputs: object) -> Path:
-    """A workflow that samples at 128x128 and keeps the latent, which is not decoded: that would be
-    most of the time."""
+    """Write a workflow that samples at 128x128 and saves the latents undecoded, to save time."""
     graph = small("text_to_video")
     sampler = of_kind(graph, "AutoRefinerSampler")
     graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
@@ -80,14 +78,14 @@ def sampled(server: Server, name: str, **inputs: object) -> Path:
 
 
 def written(server: Server, name: str, graph: dict) -> Path:
-    """A graph in API format as a workflow of the page."""
+    """Write a graph in API format as a workflow of the page."""
     path = server.base / f"{name}.json"
     path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
     return path
 
 
 def overlapping(page: Page) -> list[tuple[int, int]]:
-    """The nodes that are drawn one over the other."""
+    """Return the pairs of nodes drawn on top of each other."""
     boxes = page.boxes()
     return [
         (one, other)
@@ -107,8 +105,9 @@ def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
     picture(page, workflow.stem)
     page.tab.evaluate(
         """([kinds, text]) => {
-            for (const node of window.app.graph.nodes.filter((node) => kinds.includes(node.comfyClass))) {
-                window.app.api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
+            const { api, graph } = window.app;
+            for (const node of graph.nodes.filter((node) => kinds.includes(node.comfyClass))) {
+                api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
             }
         }""",
         [TELLING, "a line that a run adds to a node, as long as those that are two in the end"],
@@ -133,8 +132,7 @@ PLAYED = """(address) => new Promise((done) => {
 
 
 def test_written_videos_play_to_their_end(page: Page, server: Server) -> None:
-    """Finished and partial files of several patterns of chunks, as decoders and presets write
-    them."""
+    """Finished and partial files, with chunk patterns as decoders and presets write them."""
     folder = server.base / "output" / "played"
     folder.mkdir(exist_ok=True)
     for pattern in ((1, 4, 4, 4), (1, 8, 8), (9, 12), (1, 1, 1)):
@@ -158,7 +156,7 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
     name = "page_test.refiner.safetensors"
     (server.base / "models" / "loras" / name).touch()
     page.tab.evaluate("() => window.app.graph.clear()")
-    for kind, value, told in (
+    for kind, value, count in (
         ("LoraLoaderModelOnly", "plain.safetensors", 0),
         ("LoraLoaderModelOnly", name, 1),
     ):
@@ -177,7 +175,7 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
         texts = page.tab.evaluate(
             "() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)"
         )
-        assert sum("Load Refiner LoRA" in text for text in texts) == told
+        assert sum("Load Refiner LoRA" in text for text in texts) == count
     picture(page, "lora-notice")
     (server.base / "models" / "loras" / name).unlink()
 
@@ -204,7 +202,8 @@ def test_a_decoded_video_brings_its_workflow_back(page: Page, server: Server) ->
             const data = await (await fetch(`/view?filename=${name}&type=output`)).blob();
             const transfer = new DataTransfer();
             transfer.items.add(new File([data], name, { type: "video/mp4" }));
-            document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+            const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
+            document.dispatchEvent(new DragEvent("drop", options));
         }""",
         path.name,
     )
@@ -226,15 +225,16 @@ def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> Non
             const count = () => counts.push(document.querySelectorAll(finished).length);
             new MutationObserver(count).observe(document.querySelector(tiles), seen);
             window.autorefinerCounts = counts;
-            window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => (window.autorefinerTold = detail));
+            window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => {
+                window.autorefinerTold = detail;
+            });
         }""",
         [".autorefiner-tiles", FINISHED],
     )
     page.queue()
     ended(page, "done")
-    assert set(range(1, 11)) <= set(
-        tab.evaluate("() => window.autorefinerCounts")
-    )  # one after the other
+    # The tiles fill one after the other.
+    assert set(range(1, 11)) <= set(tab.evaluate("() => window.autorefinerCounts"))
     assert tab.evaluate("() => window.autorefinerTold.workflow === window.app.graph.id")
     assert tab.locator(FINISHED).count() == 10
     assert tab.evaluate(
@@ -333,9 +333,8 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(
 ) -> None:
     graph = small("train_a_refiner")
     trainer = of_kind(graph, "AutoRefinerTrainRefiner")
-    graph = {
-        key: graph[key] for key in sorted(graph, key=int)[: int(trainer)]
-    }  # without the videos made of it
+    # The nodes up to the training, without the videos made with its result.
+    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(trainer)]}
     graph[trainer]["inputs"] |= {"run": f"page {page.name}", "steps": 6, "preview_every": 3}
     path = written(server, "training", graph)
     page.errors.clear()
@@ -360,7 +359,8 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(
     page.load(path)
     page.look_at("AutoRefinerTrainRefiner")
     page.until(
-        f"['step 6/6', 'done'].every((told) => document.querySelector('{status}').textContent.includes(told))"
+        "['step 6/6', 'done'].every((text) => "
+        f"document.querySelector('{status}').textContent.includes(text))"
     )
     assert tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points") == points
     assert page.errors == []
@@ -389,7 +389,7 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
     assert drawn() == {"sink": 0, "gone": 0, "recent": 18, "now": 3, "previous": 0}
     page.set("AutoRefinerReflectiveCache", window=2)
     says("window")
-    assert [told for told in page.errors if "autorefiner/cache" not in told] == []
+    assert [error for error in page.errors if "autorefiner/cache" not in error] == []
 
 
 def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(

@@ -1,4 +1,4 @@
-"""Pictures that the standalone host reads: as ComfyUI's own LoadImage reads them."""
+"""The standalone host reads pictures as ComfyUI's LoadImage does."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from PIL import Image
 from autorefiner.nodes.hosts.core_nodes import load_picture
 from autorefiner.refiner.pictures import write_png
 
-# How a camera stores a picture that is to be shown upright, by the EXIF orientation that it notes.
+# How a camera stores an upright picture, by EXIF orientation.
 STORED = {
     1: lambda up: up,
     2: lambda up: up[:, ::-1],
@@ -26,7 +26,7 @@ STORED = {
 
 
 def upright() -> np.ndarray:
-    """A picture [24, 40, 3] whose corners differ."""
+    """Return a picture [24, 40, 3] whose corners differ."""
     image = np.full((24, 40, 3), 90, np.uint8)
     image[:12, :20], image[:12, 20:], image[12:, :20] = (250, 20, 20), (20, 250, 20), (20, 20, 250)
     return image
@@ -55,7 +55,7 @@ def test_a_picture_is_upright_however_it_is_stored(
 
 
 def odd_pictures(folder: Path) -> dict[str, Path]:
-    """Pictures of other kinds than plain RGB."""
+    """Write pictures in other modes than plain RGB."""
     image = Image.fromarray(upright())
     ramp = np.linspace(0, 255, 40).astype(np.uint8)[None].repeat(24, 0)
     image.convert("L").save(folder / "grey.png")
@@ -74,8 +74,8 @@ def odd_pictures(folder: Path) -> dict[str, Path]:
 def test_other_kinds_of_pictures_are_read_as_they_look(tmp_path: Path) -> None:
     read = {name: load_picture(path, name) for name, path in odd_pictures(tmp_path).items()}
     assert {name: image.shape[0] for name, (image, _) in read.items()} == {
-        "alpha.png": 1, "cmyk.jpg": 1, "deep.png": 1, "grey.png": 1, "moving.gif": 3, "moving.webp": 3,
-        "palette.png": 1,
+        "alpha.png": 1, "cmyk.jpg": 1, "deep.png": 1, "grey.png": 1, "moving.gif": 3,
+        "moving.webp": 3, "palette.png": 1,
     }  # fmt: skip
     assert all(
         image.dtype == torch.float32 and image.shape[1:] == (24, 40, 3)
@@ -103,7 +103,7 @@ def test_comfyui_reads_the_same_pixels(server: Server, tmp_path: Path) -> None:
     folder = server.base / "input" / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     pictures = odd_pictures(folder)
-    turned = (1, 3, 6, 8)  # those that are mirrored, too, are not mirrored back by ComfyUI 0.27
+    turned = (1, 3, 6, 8)  # ComfyUI 0.27 does not mirror pictures back
     pictures |= {f"{number}.jpg": stored(folder / f"{number}.jpg", number) for number in turned}
     write_png(upright(), folder / "plain.png")
     pictures["plain.png"] = folder / "plain.png"
@@ -117,4 +117,4 @@ def test_comfyui_reads_the_same_pixels(server: Server, tmp_path: Path) -> None:
         theirs = np.stack([np.asarray(Image.open(one).convert("RGB")) for one in saved])
         ours, _ = load_picture(path, name)
         assert ours.shape == theirs.shape, name
-        assert np.abs(ours.numpy() * 255 - theirs).mean() < 3, name  # CMYK has no one way to RGB
+        assert np.abs(ours.numpy() * 255 - theirs).mean() < 3, name  # CMYK to RGB is ambiguous

@@ -8,16 +8,15 @@ import pytest
 from autorefiner.nodes.hosts.plain import plain_text
 from autorefiner.refiner.noise.file import RefinerCard
 
-LINK = re.compile(r"(https?|ftp|file)://|\bwww\.", re.IGNORECASE)  # what the page makes links of
+LINK = re.compile(r"(https?|ftp|file)://|\bwww\.", re.IGNORECASE)  # the page turns these into links
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "<a href=//evil.example>Update now</a>", "<img src=x onerror=alert(1)>", "&lt;b&gt;", "\x1b[2J",
-        '" onmouseover="x',
-        "see http://evil.example/x or HTTPS://evil.example", "www.evil.example WwW.evil.example",
-        "file://etc", "a\nb\u202e",
+        "<a href=//evil.example>Update now</a>", "<img src=x onerror=alert(1)>", "&lt;b&gt;",
+        "\x1b[2J", '" onmouseover="x', "see http://evil.example/x or HTTPS://evil.example",
+        "www.evil.example WwW.evil.example", "file://etc", "a\nb\u202e",
     ],
 )  # fmt: skip
 def test_no_markup_and_no_link_is_left(text: str) -> None:
@@ -34,13 +33,13 @@ def test_ordinary_text_stays_as_it_is() -> None:
     "objective", ["<b>x</b>", "x" * 5000, "\x1b[2J", "http://evil.example", "a\nb"]
 )
 def test_a_card_says_what_it_was_trained_for_in_plain_words(objective: str) -> None:
-    told = {
+    metadata = {
         "rank": 4,
         "levels": [750],
         "history": "shared",
         "previous": "joint",
         "objective": objective,
     }
-    card = RefinerCard.parse(json.dumps(told))
+    card = RefinerCard.parse(json.dumps(metadata))
     assert re.fullmatch(r"[\w +.,-]{0,60}", card.objective)
-    assert RefinerCard.parse(json.dumps({**told, "objective": "dmd"})).objective == "dmd"
+    assert RefinerCard.parse(json.dumps({**metadata, "objective": "dmd"})).objective == "dmd"

@@ -1,5 +1,4 @@
-"""Published files in ComfyUI: pytest -m comfyui. The answers are those that the pack gives without
-ComfyUI."""
+"""Published files in ComfyUI (`pytest -m comfyui`) get the same answers as without it."""
 
 from pathlib import Path
 
@@ -13,7 +12,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, re
 
 
 def alone(path: Path) -> dict:
-    """As inside_published.py answers."""
+    """Answer without ComfyUI what inside_published.py answers in it."""
     try:
         preset = choose_preset("auto", inspect(path))
     except ValueError as error:

@@ -1,5 +1,4 @@
-"""The page where ComfyUI is not at hand: every workflow opens in its frontend package, with
-recorded answers."""
+"""The page without a server: workflows open in the frontend package, with recorded answers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ EN, ZH = (words()[language] for language in ("en", "zh"))
 
 
 def in_the_page(test: Callable) -> Callable:
-    """A test that needs a browser and the frontend package."""
+    """Mark a test that needs a browser and the frontend package."""
     test = pytest.mark.skipif(find_frontend() is None, reason="no comfyui-frontend-package")(test)
     return pytest.mark.page(
         pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")(test)
@@ -40,16 +39,17 @@ def status(page: Page, widget: str = "head") -> str:
     return page.tab.inner_text(f".autorefiner-{widget} .autorefiner-status")
 
 
-def tell(page: Page, event: str, **told: object) -> None:
-    """An event of the server for the node of the strip, or of the training."""
+def tell(page: Page, event: str, **detail: object) -> None:
+    """Send a server event for the node of the strip or of the training."""
     page.tab.evaluate(
-        """([event, told]) => {
+        """([event, detail]) => {
             const kind = event === "chunk" ? "AutoRefinerSampler" : "AutoRefinerTrainRefiner";
             const node = String(window.app.graph.nodes.find((node) => node.comfyClass === kind).id);
-            const workflow = told.workflow === "this" ? window.app.graph.id : told.workflow;
-            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, { ...told, node, workflow });
+            const workflow = detail.workflow === "this" ? window.app.graph.id : detail.workflow;
+            const full = { ...detail, node, workflow };
+            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, full);
         }""",
-        [event, told],
+        [event, detail],
     )
 
 
@@ -75,7 +75,7 @@ def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
     tell(page, "train", prompt="a", workflow="another", **training)
     assert (status(page), status(page, "trainer")) == (idle, untrained)
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
-    tell(page, "train", prompt="a", workflow=None, **training)  # of a prompt that no page made
+    tell(page, "train", prompt="a", workflow=None, **training)  # a prompt from no page
     assert "chunk 1/7" in status(page) and "step 3/9" in status(page, "trainer")
     tell(page, "chunk", prompt="b", workflow="another", ended="interrupted")
     assert "interrupted" not in status(page)
@@ -136,7 +136,8 @@ def test_a_linked_widget_says_what_it_is_linked_to(page: Page) -> None:
                 getInputNode: () => linked,
                 widgets: [{ name: "length", value: 81 }],
             }, "length");
-            return [of(null), of({ widgets: [{ name: "value", value: 9 }] }), of({ widgets: [] }) === undefined];
+            const widget = { name: "value", value: 9 };
+            return [of(null), of({ widgets: [widget] }), of({ widgets: [] }) === undefined];
         }"""
     )
     assert found == [81, 9, True]
@@ -155,11 +156,16 @@ def test_reroutes_are_looked_through_even_in_a_circle(page: Page) -> None:
             circle.getInputNode = () => circle;
             circle.getOutputNodes = () => [circle, circle];
             const node = (from, to) => ({
-                inputs: [{ name: "model" }], outputs: [{}], getInputNode: () => from, getOutputNodes: () => to,
+                inputs: [{ name: "model" }], outputs: [{}], getInputNode: () => from,
+                getOutputNodes: () => to,
             });
-            const far = node(reroute(reroute(loader), []), [reroute(null, [reroute(null, [sampler])])]);
+            const twice = reroute(null, [reroute(null, [sampler])]);
+            const far = node(reroute(reroute(loader), []), [twice]);
             const lost = node(circle, [circle]);
-            return [source(far, "model").type, targets(far)[0].type, source(lost, "model"), targets(lost).length];
+            return [
+                source(far, "model").type, targets(far)[0].type,
+                source(lost, "model"), targets(lost).length,
+            ];
         }"""
     )
     assert found == ["loader", "sampler", None, 0]
@@ -168,7 +174,7 @@ def test_reroutes_are_looked_through_even_in_a_circle(page: Page) -> None:
 @in_the_page
 def test_the_page_speaks_chinese_where_the_locale_is(page: Page) -> None:
     def speak(locale: str) -> None:
-        """Change the locale, with which the page opens its workflow again."""
+        """Change the locale; the page then reopens its workflow."""
         page.load(WORKFLOWS / "text_to_video.json")
         page.tab.evaluate(
             "(locale) => window.app.extensionManager.setting.set('Comfy.Locale', locale)", locale
@@ -199,12 +205,12 @@ def test_what_is_recorded_is_what_the_server_says(server: Server) -> None:
         server.get("/object_info"),
     )
     assert recorded.keys() == kinds() & now.keys()
-    for kind, told in recorded.items():
-        for definition in (told, now[kind]):
+    for kind, before in recorded.items():
+        for definition in (before, now[kind]):
             definition["sockets"] = [
                 (name, sort, widget) for name, sort, _, widget in inputs_of(definition)
             ]
         for part in ("sockets", "output", "output_name"):
-            assert told[part] == now[kind][part], (
+            assert before[part] == now[kind][part], (
                 f"{kind} has changed: python tests/recorded_page.py"
             )

@@ -1,5 +1,4 @@
-"""Refiners in a real ComfyUI: the same latents as without it in every form and mode; the base stays
-as it is."""
+"""Refiners in a real ComfyUI: latents equal those without it, and the base stays unchanged."""
 
 import json
 import subprocess
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_graphs import node, of_kind, small
+from comfy_runs import NEAR, custom
 from comfy_server import Server, find_comfyui
-from demo_files import STAND_IN, random_pairs, use_demo_files, write_refiner
+from demo_files import STAND_IN, random_pairs, write_refiner
 from safetensors.torch import load_file, save_file
 
 from autorefiner.nodes import workflow
@@ -24,20 +24,17 @@ from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.checkpoint import load_transformer
 from autorefiner.refiner.wan.vae import raw_latents
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
-NEAR = {"atol": 1e-4, "rtol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(weights: Path, monkeypatch) -> None:
-    """The standalone host has the same bundle as the server."""
-    use_demo_files(weights, monkeypatch)
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI"),
+    pytest.mark.usefixtures("stand_ins"),
+]
 
 
 def refined(
     file: str = "sprites", form: str = "merged", strength: float = 1.0, **inputs: object
 ) -> dict:
-    """Text to video, short, with a refiner and, last, the same without one on the same MODEL."""
+    """Return a short text-to-video graph with a refiner, then a second sampler without one."""
     graph = small("text_to_video")
     graph["50"] = node(
         "AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form
@@ -56,7 +53,7 @@ def with_cache(graph: dict, previous_x0: str, history: str = "shared") -> dict:
 
 
 def sampled(server: Server, graph: dict, *keys: str) -> list[torch.Tensor]:
-    """The LATENTs of some samplers, run by ComfyUI in one prompt."""
+    """Run the given samplers in one prompt in ComfyUI; return their latents."""
     graph = {
         key: found
         for key, found in graph.items()
@@ -72,7 +69,7 @@ def sampled(server: Server, graph: dict, *keys: str) -> list[torch.Tensor]:
 
 
 def alone(server: Server, graph: dict) -> torch.Tensor:
-    """The refined latents as `autorefiner run` makes them."""
+    """Return the refined latents as `autorefiner run` samples them."""
     path = server.base / "graph.json"
     path.write_text(json.dumps({key: found for key, found in graph.items() if key != "60"}))
     with standalone.running_at(standalone.place_of(server.base, server.base / "alone", "cpu")):
@@ -157,14 +154,6 @@ def test_a_lora_that_is_bypassed_makes_a_merged_refiner_run_unmerged(server: Ser
     assert "injections" in server.log()
 
 
-def custom(method: str = "self-forcing", **inputs: object) -> dict:
-    """The SamplerCustomAdvanced workflow, short, whose SAMPLER is 8."""
-    graph = small("sampler_custom_advanced")
-    graph["7"]["inputs"]["length"] = 21
-    graph["8"]["inputs"] |= {"method": method, **inputs}
-    return graph
-
-
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
 def test_the_sampler_of_samplercustomadvanced_takes_a_refiner(form: str, server: Server) -> None:
     graph = custom()
@@ -197,7 +186,7 @@ def test_a_refiner_is_saved_and_loaded_again(server: Server, weights: Path) -> N
 
 
 def failing(change: str, server: Server) -> tuple[dict, str, str]:
-    """(graph, the node that fails, what its message says)."""
+    """Return (graph, id of the node that fails, part of its message)."""
     loras = server.base / "models" / "loras"
     path = loras / f"{change}.refiner.safetensors"
     graph = refined(path.name)
@@ -285,7 +274,7 @@ def test_names_that_leave_the_folder_are_refused(name: str, server: Server) -> N
 
 @pytest.fixture(scope="module")
 def inside(server: Server, weights: Path) -> dict:
-    """What inside_refiner.py prints."""
+    """Run inside_refiner.py with ComfyUI's interpreter; return the JSON that it prints."""
     comfyui, python = find_comfyui()
     pack = server.base / "custom_nodes" / "autorefiner"
     script = Path(__file__).with_name("inside_refiner.py")
@@ -300,7 +289,7 @@ def test_the_memory_that_is_asked_for_holds_the_refiner_and_one_more_chunk(insid
     pairs = random_pairs()
     sizes = {
         "merged": 4 * sum(pair.up.shape[0] * pair.down.shape[1] for pair in pairs.values()),
-        "branches": 4 * sum(pair.up.numel() + pair.down.numel() for pair in pairs.values()),
+        "unmerged": 4 * sum(pair.up.numel() + pair.down.numel() for pair in pairs.values()),
     }
     kv = 2 * STAND_IN.num_layers * (21 + 3) * 64 * STAND_IN.dim * 4
     for form, nbytes in sizes.items():
@@ -314,8 +303,8 @@ def test_a_joint_cache_asks_for_a_pass_over_two_chunks(inside: dict) -> None:
 
 
 def test_layers_of_another_kind_and_little_memory_make_it_run_unmerged(inside: dict) -> None:
-    assert inside["auto"] == ["merged", "branches"]
-    assert inside["odd"] == ["branches", "branches"] and inside["odd made"] == 0
+    assert inside["auto"] == ["merged", "unmerged"]
+    assert inside["odd"] == ["unmerged", "unmerged"] and inside["odd made"] == 0
 
 
 def test_no_hook_stays_behind(inside: dict) -> None:
@@ -328,7 +317,7 @@ def test_no_hook_stays_behind(inside: dict) -> None:
 
 
 def test_weights_are_merged_as_the_layers_compute_with_them(inside: dict) -> None:
-    """Layers that were not loaded, whose LoRA is added as they are used, and narrow ones."""
+    """Covers layers that were not loaded, whose LoRA is applied on use, and narrow dtypes."""
     assert inside["patched"] > 0.01
     assert inside["offloaded"] < 1e-5
     assert inside["narrow"] > 0.9999 and inside["forms"] < 1e-4

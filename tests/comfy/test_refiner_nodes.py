@@ -1,5 +1,4 @@
-"""Refiners in workflows without ComfyUI: what is made with one, where it is saved, and what does
-not fit."""
+"""Refiners in workflows without ComfyUI: sampling, saving, and refused combinations."""
 
 import dataclasses
 import json
@@ -26,7 +25,7 @@ from autorefiner.refiner.schedule import PRESETS
 def refined(
     file: str = "sprites", length: int = 21, form: str = "auto", strength: float = 1.0, **inputs
 ) -> dict:
-    """Text to video, short, with a refiner; `inputs` are the sampler's."""
+    """Return a short text-to-video graph with a refiner; `inputs` go to the sampler."""
     graph = small("text_to_video")
     graph["50"] = node(
         "AutoRefinerLoadRefiner", model=["1", 0], file=file, strength=strength, form=form
@@ -44,8 +43,8 @@ def with_cache(graph: dict, history: str = "as trained", previous_x0: str = "as 
 
 def with_levels(graph: dict, refined_levels: str, levels: str = "") -> dict:
     graph["52"] = node(
-        "AutoRefinerChunkSchedule", preset="the model's", levels=levels, frames_per_chunk=0, first_levels="",
-        refined_levels=refined_levels,
+        "AutoRefinerChunkSchedule", preset="the model's", levels=levels, frames_per_chunk=0,
+        first_levels="", refined_levels=refined_levels,
     )  # fmt: skip
     graph["3"]["inputs"]["chunk_schedule"] = ["52", 0]
     return graph
@@ -58,7 +57,7 @@ def made(graph: dict, base: Path) -> torch.Tensor:
 def core(
     cache: ReflectiveCache | None = None, levels: tuple[int, ...] = (750, 500, 250), **options
 ) -> torch.Tensor:
-    """The same by the core alone."""
+    """Sample the same clip with the core library alone."""
     network = bundle.load_sprite_network("student", bundle.WEIGHTS)
     context = bundle.load_sprite_text(bundle.WEIGHTS)(
         [small("text_to_video")["2"]["inputs"]["text"]]
@@ -73,7 +72,7 @@ def test_a_refiner_makes_what_the_core_makes_with_it_and_the_model_stays_as_it_i
     base: Path,
 ) -> None:
     graph = refined()
-    graph["60"] = graph["3"] | {"inputs": {**graph["3"]["inputs"]}}  # on the same MODEL, behind it
+    graph["60"] = graph["3"] | {"inputs": {**graph["3"]["inputs"]}}  # on the same MODEL, after it
     del graph["60"]["inputs"]["refiner"]
     graph["61"] = node("VAEDecode", samples=["60", 0], vae=["1", 2])
     graph["62"] = node("SaveImage", images=["61", 0], filename_prefix="x")
@@ -115,18 +114,21 @@ def test_what_it_takes_is_told_and_the_memory_chooses_the_form(
     base: Path, capsys, monkeypatch
 ) -> None:
     execute(refined(length=9), base)
-    told = capsys.readouterr().err
-    assert "rank 2, levels 750, 500, 250, history shared, previous x0 pending" in told
-    assert "sprites.refiner.safetensors, strength 1, levels 750,500,250, pending, merged, " in told
+    printed = capsys.readouterr().err
+    assert "rank 2, levels 750, 500, 250, history shared, previous x0 pending" in printed
     assert (
-        f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys" in told
+        "sprites.refiner.safetensors, strength 1, levels 750,500,250, pending, merged, " in printed
     )
-    assert "another base" not in told
+    assert (
+        f"{2 * STAND_IN.num_layers * (3 + 3) * 16 * STAND_IN.dim * 4 / 1e6:,.1f} MB of keys"
+        in printed
+    )
+    assert "another base" not in printed
     pairs = random_pairs()
     factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
     monkeypatch.setattr(standalone, "available_bytes", lambda device: 900_000)
     execute(refined(length=9), base)
-    assert f"pending, branches, {4 * factors / 1e6:,.1f} MB" in capsys.readouterr().err
+    assert f"pending, unmerged, {4 * factors / 1e6:,.1f} MB" in capsys.readouterr().err
 
 
 def test_ode_has_nothing_to_refine_and_self_refine_has(base: Path, capsys) -> None:
@@ -196,8 +198,8 @@ def test_levels_that_the_run_does_not_have_are_refused(base: Path) -> None:
         (with_levels(refined(), "", "1000, 500"), "refined levels 250, 750"),
         (with_levels(refined(), "1000, 500"), "initial noise"),
     ):
-        told = refusal(graph, base)
-        assert "node 3 (Pathwise Refined Sampler)" in told and expected in told
+        message = refusal(graph, base)
+        assert "node 3 (Pathwise Refined Sampler)" in message and expected in message
     initial = with_cache(with_levels(refined(form="merged"), "1000, 500"), previous_x0="none")
     assert torch.equal(made(initial, base), core(ReflectiveCache("shared", "none"), (1000, 500)))
 

@@ -1,4 +1,4 @@
-"""Load Reward and Score Video without ComfyUI, and a training by what they load."""
+"""Load Reward and Score Video without ComfyUI, and training with the rewards they load."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ PICK = {**SPRITES, "kind": "pick", "model": "tiny", "weight": 0.5}
 
 @pytest.fixture
 def base(base: Path) -> Iterator[Path]:
-    """Nodes run there."""
+    """Run nodes at the ComfyUI-like folder."""
     with standalone.running_at(standalone.place_of(base, None, "cpu")):
         yield base
 
@@ -38,7 +38,7 @@ def clip(tmp_path_factory) -> Path:
 
 
 def video(frames: int = 33) -> torch.Tensor:
-    """An IMAGE of bytes' values."""
+    """Return an IMAGE of random 8-bit values."""
     shape = (frames, 64, 64, 3)
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)) / 255
 
@@ -69,7 +69,7 @@ def test_a_training_raises_what_was_loaded(base: Path, monkeypatch) -> None:
         torch.equal(refiner.pairs[name].up, pair.up) for name, pair in stage.average().items()
     )
     assert refiner.card.objective == "reward"
-    assert moves == ["cpu", "cpu"]  # there, and back when it has ended
+    assert moves == ["cpu", "cpu"]  # to the device, and back at the end
 
 
 def test_a_score_is_the_weighted_sum_of_its_rewards(base: Path, clip: Path, capsys) -> None:

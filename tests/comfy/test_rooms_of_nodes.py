@@ -1,4 +1,4 @@
-"""Imports inside nodes/ form no circle, and NodeHost is what nodes call and both hosts have."""
+"""Imports inside nodes/ form no circle, and both hosts satisfy NodeHost."""
 
 import ast
 import inspect
@@ -20,7 +20,7 @@ CALLED_NAMES = {name for name in FUNCTIONS if not name.startswith("_")}
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every statement, those in functions too, but not those for type checkers alone."""
+    """Return every statement, also inside functions, but not under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
@@ -29,7 +29,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def dependencies(path: Path, root: Path) -> set[str]:
-    """Modules under `root` that a file imports, and the packages that Python runs before it."""
+    """Return the modules under `root` that a file imports, and the packages run before them."""
     folder = path.relative_to(root).parent.parts
     package = ".".join((*folder, "__init__"))
     found = set() if path.name == "__init__.py" else {package}
@@ -53,7 +53,7 @@ def import_graph(root: Path) -> dict[str, set[str]]:
 
 
 def circle(root: Path) -> list[str]:
-    """Modules that import each other in turn; empty where none do."""
+    """Return modules that import each other in turn; empty if there are none."""
     try:
         TopologicalSorter(import_graph(root)).prepare()
     except CycleError as error:
@@ -70,7 +70,7 @@ def test_imports_go_round_in_no_circle() -> None:
     [
         ("from ..a import f", True),
         ("def f():\n    from .. import a", True),
-        ("from ...a import f", False),  # another package's a
+        ("from ...a import f", False),  # `a` of another package
         ("if TYPE_CHECKING:\n    from ..a import f", False),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_host_without_comfyui_has_every_function() -> None:
 
 
 def functions_of_comfy_host() -> dict[str, ast.FunctionDef]:
-    """Functions that hosts/comfy.py defines or imports from its neighbours."""
+    """Return the functions that hosts/comfy.py defines or imports from its neighbours."""
     body = ast.parse((HOSTS / "comfy.py").read_text()).body
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     for node in body:
@@ -124,7 +124,7 @@ def functions_of_comfy_host() -> dict[str, ast.FunctionDef]:
 
 
 def parameters_of(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
-    """(name, default) of each positional parameter, defaults as source."""
+    """Return (name, default) of each positional parameter, defaults as source."""
     arguments = function.args
     assert not (
         arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs
@@ -135,7 +135,7 @@ def parameters_of(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
 
 
 def test_the_host_in_comfyui_has_every_function() -> None:
-    """By its source, as ComfyUI is not here; test_comfyui.py compares what was imported there."""
+    """Reads the source, as ComfyUI is missing; test_inside_comfyui.py checks the module."""
     source = ast.parse((HOSTS / "protocol.py").read_text())
     (protocol,) = (node for node in source.body if isinstance(node, ast.ClassDef))
     functions = functions_of_comfy_host()

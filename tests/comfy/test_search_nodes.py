@@ -1,5 +1,4 @@
-"""Search methods of the sampler nodes without ComfyUI: what they choose, what they take, and what
-they lack."""
+"""Search methods of the sampler nodes without ComfyUI: choices, inputs, and missing inputs."""
 
 from pathlib import Path
 
@@ -30,7 +29,7 @@ NEEDED = {"reward": ["40", 0], "vae": ["1", 2], "prompt": PROMPT}
 
 
 def searching(method: str = "best-of-n", **inputs: object) -> dict:
-    """Text to video, short, with a search of two candidates; an input of None is left out."""
+    """Return a short text-to-video graph with a search of two candidates; None drops an input."""
     graph = small("text_to_video")
     graph["40"] = node(
         "AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0
@@ -46,7 +45,7 @@ def made(graph: dict, base: Path) -> torch.Tensor:
 
 @pytest.fixture
 def search(base: Path) -> RewardSearch:
-    """Of two candidates by the stand-in of the bundled reward."""
+    """Return a search over two candidates by the stand-in reward."""
     rewards = Rewards(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),), ("sprites",))
     return search_of("best-of-n", rewards, bundle.load_sprite_vae(bundle.WEIGHTS), PROMPT, 2)
 
@@ -73,7 +72,7 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
 
 @pytest.mark.parametrize("method", SEARCHES)
 @pytest.mark.parametrize(
-    ("lacking", "told"),
+    ("lacking", "message"),
     [
         (("reward",), "needs reward:"),
         (("vae",), "needs vae:"),
@@ -82,9 +81,9 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
     ],
 )
 def test_a_search_that_lacks_something_says_what(
-    method: str, lacking: tuple, told: str, base: Path
+    method: str, lacking: tuple, message: str, base: Path
 ) -> None:
-    expected = f"method {method} chooses by a reward and {told}"
+    expected = f"method {method} chooses by a reward and {message}"
     assert f"node 3 (Pathwise Refined Sampler): {expected}" in refusal(
         searching(method, **dict.fromkeys(lacking)), base
     )
@@ -131,10 +130,8 @@ def test_the_rewards_models_go_back_where_they_were_whatever_happens(search: Rew
         search.verifier(1, torch.device("cuda")),
     ):
         raise KeyboardInterrupt
-    assert seen == [
-        ("cuda", False),
-        ("cpu", False),
-    ]  # a tensor moved in inference mode takes no gradient any more
+    # Tensors moved in inference mode take no gradients.
+    assert seen == [("cuda", False), ("cpu", False)]
 
 
 def test_keys_that_a_refiner_reads_are_not_overwritten(base: Path) -> None:

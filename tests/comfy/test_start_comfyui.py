@@ -1,4 +1,4 @@
-"""In a real ComfyUI: where a clip starts from, and what a decoded video file holds."""
+"""Start pictures and decoded video files in a real ComfyUI."""
 
 import json
 
@@ -15,8 +15,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, re
 
 
 def starting(graph: dict, sampler: str) -> tuple[dict, dict, dict]:
-    """A graph that begins from a picture: by its `start` input, by core's ARVideoI2V, and by both
-    at once."""
+    """Return a graph that begins from a picture: by `start`, by core's ARVideoI2V, or by both."""
     picture = {"70": node("EmptyImage", width=64, height=64, batch_size=1, color=0xC03030)}
     encoded = picture | {"71": node("VAEEncode", pixels=["70", 0], vae=["1", 2])}
     sizes = {"width": 64, "height": 64, "length": 21, "batch_size": 1}
@@ -77,7 +76,7 @@ def test_no_run_takes_the_name_of_a_finished_or_partial_file(server: Server, pre
     folder.mkdir(exist_ok=True)
     left = folder / f"{prefix[9]}_00001_.partial.mp4"
     left.write_bytes(b"what is finished")
-    for fps in (8, 16):  # what did not change is not run again
+    for fps in (8, 16):  # unchanged nodes are cached
         graph["4"] = node(
             "AutoRefinerDecodeToVideo",
             samples=["3", 0],

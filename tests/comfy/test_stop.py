@@ -1,4 +1,4 @@
-"""Stop after this chunk: a run ends early and well, and is not taken for the whole one later."""
+"""Stop After This Chunk: a run ends early, and its result is not cached as the whole one."""
 
 import json
 import time
@@ -16,8 +16,7 @@ LENGTH = 241  # pixel frames: 61 latent frames in 21 chunks, the last of one
 
 
 def workflow(name: str, text: str) -> tuple[dict, str]:
-    """(a workflow that is long enough to be stopped, with its latents saved; the node that the page
-    shows it on)."""
+    """Return (a graph long enough to be stopped that saves its latents, id of its display node)."""
     graph = small(name)
     alone = name == "text_to_video"
     shown = of_kind(graph, "AutoRefinerSampler" if alone else "AutoRefinerCustomSampler")
@@ -32,13 +31,13 @@ def workflow(name: str, text: str) -> tuple[dict, str]:
 
 
 def made(server: Server, text: str) -> torch.Tensor:
-    """The newest latents of a text."""
+    """Return the newest latents saved for a prompt text."""
     path = sorted((server.base / "output" / "latents").glob(f"{text}_*.latent"))[-1]
     return load_file(path)["latent_tensor"]
 
 
 def stop(server: Server, shown: str, prompt: str) -> None:
-    """Ask until the run is there."""
+    """Ask for a stop until a run accepts it."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
@@ -62,7 +61,7 @@ def test_a_stopped_run_ends_well_with_whole_chunks_and_the_next_one_is_whole(
     assert ended["status"]["status_str"] == "success", json.dumps(ended["status"])[:2000]
     part = made(server, f"stopped in {name}")
     assert 3 <= part.shape[2] < 61 and part.shape[2] % 3 == 0
-    server.run(graph)  # the same: not the short one from the cache
+    server.run(graph)  # the whole clip, not the stopped one from the cache
     whole = made(server, f"stopped in {name}")
     assert whole.shape[2] == 61 and torch.equal(whole[:, :, : part.shape[2]], part)
     again = server.run(graph)

@@ -1,5 +1,4 @@
-"""Train Refiner LoRA in a real ComfyUI: as without it, plotted by its own node, interrupted and
-gone on with."""
+"""Train Refiner LoRA in a real ComfyUI: equal to without it, plotted, interrupted and resumed."""
 
 import json
 import subprocess
@@ -21,7 +20,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, re
 
 
 def rows(folder: Path) -> list[dict]:
-    """The whole lines of a run's log."""
+    """Return the complete lines of a run's log."""
     log = folder / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -55,7 +54,7 @@ def test_it_trains_what_it_does_without_comfyui_and_its_losses_are_plotted(
 @pytest.mark.usefixtures("peft_inside")
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(server: Server) -> None:
     run = server.base / "output" / "autorefiner" / "stopped"
-    steps = 40  # long enough to be interrupted, as the rate of a step depends on how many there are
+    steps = 40  # long enough to be interrupted; the learning rate depends on the number of steps
     prompt = server.queue(training(run="stopped", steps=steps, vae=None))
     end = time.monotonic() + 600
     while len(rows(run)) < 3 and not server.get(f"/history/{prompt}") and time.monotonic() < end:
@@ -119,6 +118,6 @@ def test_a_training_takes_copies_of_the_weights_with_their_loras(
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert told.pop("lora") < 1e-5
-    assert all(told.values()), told
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report.pop("lora") < 1e-5
+    assert all(report.values()), report

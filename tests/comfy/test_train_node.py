@@ -1,5 +1,4 @@
-"""Train Refiner LoRA without ComfyUI: what it trains, where, how it goes on, and what it
-refuses."""
+"""Train Refiner LoRA without ComfyUI: what it trains and where, resuming, and refused input."""
 
 import os
 import signal
@@ -43,8 +42,8 @@ def test_it_trains_what_the_core_does_and_says_how(base: Path, capsys) -> None:
     )
     text = bundle.load_sprite_text(bundle.WEIGHTS)
     options = RefineOptions(
-        rank=2, steps=4, batch=2, accumulation=1, frames=6, height=4, width=4, learning_rate=1e-3, ratio=2,
-        precision="fp32",
+        rank=2, steps=4, batch=2, accumulation=1, frames=6, height=4, width=4, learning_rate=1e-3,
+        ratio=2, precision="fp32",
     )  # fmt: skip
     prompts = training()["3"]["inputs"]["prompts"].splitlines()
     stage = RefinerStage(
@@ -78,11 +77,11 @@ def test_the_guidance_of_the_teacher_is_the_nodes(base: Path) -> None:
 
 
 class Stop(BaseException):
-    """As ComfyUI's, no Exception."""
+    """An interruption that is no Exception, like ComfyUI's."""
 
 
 def stop_at_three(*arguments: object) -> None:
-    """Ends the training when it is told of three steps, or of the sheet after them."""
+    """End the training at the report of step three, or at the sheet after it."""
     if 3 in arguments or any("sheet_000003" in str(one) for one in arguments):
         raise Stop
 
@@ -132,8 +131,7 @@ def test_a_step_that_fails_between_the_updates_of_critic_and_refiner_loses_no_ot
 
 @pytest.fixture
 def ctrl_c() -> Iterator[object]:
-    """The handler that Ctrl-C has in a terminal; a job in the background may have been started
-    without it."""
+    """Install the terminal's Ctrl-C handler; a background job may have started without it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
@@ -151,7 +149,7 @@ def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(
 
     monkeypatch.setattr(RefinerStage, "step", step)
     run = base / "output" / "autorefiner" / "mine"
-    for _ in range(2):  # the second training begins with step 2, which is ended at once
+    for _ in range(2):  # the second training starts at step 2 and is stopped at once
         with pytest.raises(KeyboardInterrupt):
             execute(training(vae=None), base)
         assert train_plan.steps_taken(run) == 2 and signal.getsignal(signal.SIGINT) is ctrl_c
@@ -181,8 +179,8 @@ def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
     graph = training(
         run="listed", prompts="", clip=None, positive=["7", 0], negative=["8", 0], vae=None
     )
-    told = training()["3"]["inputs"]["prompts"].splitlines()
-    graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in told)
+    prompts = training()["3"]["inputs"]["prompts"].splitlines()
+    graph["5"], graph["6"] = (node("CLIPTextEncode", text=text, clip=["1", 1]) for text in prompts)
     graph["8"] = node("CLIPTextEncode", text="", clip=["1", 1])
     with pytest.MonkeyPatch.context() as patch:
         combine = {"execute": classmethod(lambda cls, one, other: workflow.NodeOutput(one + other))}
@@ -194,7 +192,7 @@ def test_conditionings_train_as_their_prompts_do(base: Path) -> None:
 
 
 def combined(body: dict) -> type:
-    """A node that makes one CONDITIONING of two, as ComfyUI's own ConditioningCombine does."""
+    """Combine two CONDITIONINGs, like ComfyUI's ConditioningCombine."""
     io = standalone.io
     schema = io.Schema(
         "Combine", inputs=[io.Conditioning.Input("one"), io.Conditioning.Input("other")],
@@ -206,7 +204,7 @@ def combined(body: dict) -> type:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "told"),
+    ("inputs", "message"),
     [
         ({"teacher": None}, "teacher"),
         ({"clip": None, "prompts": ""}, "empty prompt"),
@@ -222,8 +220,8 @@ def combined(body: dict) -> type:
         ({"model": ["1", 1]}, "MODEL"),
     ],
 )
-def test_what_cannot_be_trained_is_said(inputs: dict, told: str, base: Path) -> None:
-    assert told in refusal(training(**inputs), base)
+def test_what_cannot_be_trained_is_said(inputs: dict, message: str, base: Path) -> None:
+    assert message in refusal(training(**inputs), base)
     assert not (base / "output" / "autorefiner").exists()
 
 

@@ -1,1 +1,1 @@
-"""Kinds of hostile input: each makes files in a folder and says what to run on them."""
+"""Kinds of hostile input: each writes files to a folder and says what to run on them."""

@@ -1,4 +1,4 @@
-"""What kinds of input share: an attempt, damaged bytes, and values that nobody expects."""
+"""Shared parts of the hostile inputs: attempts, damaged bytes and hostile values."""
 
 import copy
 import json
@@ -14,10 +14,9 @@ from autorefiner.refiner.cli import main
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\u202e"
 TEXTS = (
-    "", " ", "\0", ESCAPES, "a" * 70_000, "../secret/secret.png", "/etc/passwd", "../" * 200, "a/" * 2000, "CON",
-    "%s%n",
-    "\ud800", "😀" * 300, "-1", "nan", "1e999", "0x10", "[]", "file:///etc/passwd", "http://127.0.0.1:9/x",
-    "%date:" * 50,
+    "", " ", "\0", ESCAPES, "a" * 70_000, "../secret/secret.png", "/etc/passwd", "../" * 200,
+    "a/" * 2000, "CON", "%s%n", "\ud800", "😀" * 300, "-1", "nan", "1e999", "0x10", "[]",
+    "file:///etc/passwd", "http://127.0.0.1:9/x", "%date:" * 50,
 )  # fmt: skip
 NUMBERS = (
     -1,
@@ -53,25 +52,24 @@ ODD = (
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One input and what is done with it. ValueError and OSError in one line are the right
-    refusals."""
+    """A hostile input and the action on it; a one-line ValueError or OSError is correct."""
 
     name: str
     act: Callable[[], object]
 
 
 def command(*arguments: str | Path) -> Callable[[], NoReturn]:
-    """Run the command line, and leave with its status."""
+    """Return an action that runs the command line and exits with its status."""
     return lambda: sys.exit(main([str(one) for one in arguments], {"run": (add_run, run)}))
 
 
 def hostile_value(choose: random.Random) -> object:
-    """Anything at all."""
+    """Return a random hostile value."""
     return copy.deepcopy(choose.choice((*TEXTS, *NUMBERS, *ODD)))
 
 
 def damaged(content: bytes, choose: random.Random) -> bytes:
-    """A copy with some bits changed, a part cut out, doubled or overwritten, or the end cut off."""
+    """Return a copy with bits flipped, a part cut, doubled or overwritten, or the end cut off."""
     data = bytearray(content)
     for _ in range(choose.choice((1, 1, 2, 8, 64))):
         if not data:
@@ -96,8 +94,7 @@ def damaged(content: bytes, choose: random.Random) -> bytes:
 
 
 def changed(document: object, choose: random.Random) -> object:
-    """A copy of a JSON document in which a few places hold something else, are gone, or are twice
-    there."""
+    """Return a copy of a JSON document with a few values replaced, removed or duplicated."""
     result = json.loads(json.dumps(document))
     for _ in range(choose.choice((1, 1, 1, 2, 5))):
         places = list(_places(result))
@@ -121,14 +118,14 @@ def changed(document: object, choose: random.Random) -> object:
             for _ in range(choose.choice((10, 900))):
                 nested = [nested]
             holder[key] = nested
-            break  # it is too deep to look for places in
+            break  # nested too deeply for _places
         else:
             holder[key] = hostile_value(choose)
     return result
 
 
 def _places(value: object):
-    """(container, key) of every value in a document."""
+    """Return (container, key) of every value in a document."""
     pairs = (
         value.items()
         if isinstance(value, dict)
@@ -142,5 +139,5 @@ def _places(value: object):
 
 
 def as_json(document: object) -> bytes:
-    """JSON with whatever it holds, lone surrogates too."""
+    """Serialise to JSON, lone surrogates included."""
     return json.dumps(document, ensure_ascii=True).encode()

@@ -1,4 +1,4 @@
-"""Documents: workflows, trainings in TOML, command lines, prompts, and what the page posts."""
+"""Hostile documents: workflows, training TOML, command lines, prompts, and requests of the page."""
 
 import json
 import random
@@ -77,34 +77,34 @@ critic_warmup = 0
 antithetic = false
 """
 OPTIONS = (
-    "--model", "--prompt", "--frames", "--size", "--seed", "--extend", "--out", "--lora", "--vae", "--context",
-    "--preset",
-    "--levels", "--steps", "--window", "--sink", "--method", "--refiner", "--refiner-strength", "--refined-levels",
-    "--device", "--dtype",
-    "--text-encoder", "--tokenizer", "--context-cache", "--weights", "--refiner-form", "--sheet",
+    "--model", "--prompt", "--frames", "--size", "--seed", "--extend", "--out", "--lora", "--vae",
+    "--context", "--preset", "--levels", "--steps", "--window", "--sink", "--method", "--refiner",
+    "--refiner-strength", "--refined-levels", "--device", "--dtype", "--text-encoder",
+    "--tokenizer", "--context-cache", "--weights", "--refiner-form", "--sheet",
 )  # fmt: skip
 VIEW = {
-    "window": 9, "sink": 0, "positions": "the model's", "history": "as trained", "previous_x0": "as trained",
-    "model": {"demo": True}, "size": {"width": 64, "height": 64, "length": 81, "batch_size": 1}, "refiner": None,
-    "schedule": {"levels": "1000,500", "first_levels": "", "refined_levels": "500", "preset": "the model's own",
-                 "frames_per_chunk": 3},
+    "window": 9, "sink": 0, "positions": "the model's", "history": "as trained",
+    "previous_x0": "as trained", "model": {"demo": True},
+    "size": {"width": 64, "height": 64, "length": 81, "batch_size": 1}, "refiner": None,
+    "schedule": {"levels": "1000,500", "first_levels": "", "refined_levels": "500",
+                 "preset": "the model's own", "frames_per_chunk": 3},
 }  # fmt: skip
 
 
 def small(workflow: dict) -> dict:
-    """The same workflow, of which a run takes a second."""
+    """Shrink a workflow so that a run takes a second."""
     for node in workflow.values():
         node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"]}
     return workflow
 
 
 def training(run: str, steps: int) -> str:
-    """A small training in this folder."""
+    """Return a small training configuration for this folder."""
     return TRAINING.format(run=run, steps=steps)
 
 
 def workflows(folder: Path, choose: random.Random) -> Attempt:
-    """A workflow file with a few places changed."""
+    """A workflow file with a few changed values."""
     name = choose.choice(WORKFLOWS)
     content = as_json(changed(small(json.loads((API / f"{name}.json").read_text())), choose))
     way = choose.randrange(12)
@@ -142,22 +142,23 @@ def workflows(folder: Path, choose: random.Random) -> Attempt:
 
 
 def toml_value(value: object) -> str:
-    """A value as TOML, or what looks like one."""
+    """Return a value as TOML, or something that resembles it."""
     return "inf" if value in NUMBERS[7:9] else json.dumps(value, default=str)
 
 
 def trainings(folder: Path, choose: random.Random) -> Attempt:
-    """A training's TOML with some values changed."""
+    """A training's TOML with some changed values."""
     lines = training("other run", 1).splitlines()
     for _ in range(choose.choice((1, 1, 2, 4))):
         at = choose.randrange(len(lines))
         name = lines[at].partition(" = ")[0]
         lines[at] = choose.choice((
-            f"{name} = {toml_value(hostile_value(choose))}", f"{name} = {choose.choice(NUMBERS)}", "",
-            lines[at] + "\n" + lines[at],
-            f"{choose.choice(('x', '[[rewards]]', '[refiner.x]', 'path'))} = {toml_value(hostile_value(choose))}",
-            "[[rewards]]\nkind = " + toml_value(choose.choice(TEXTS)), f"{name} = " + "[" * choose.choice((5,
-            2000)),
+            f"{name} = {toml_value(hostile_value(choose))}", f"{name} = {choose.choice(NUMBERS)}",
+            "", lines[at] + "\n" + lines[at],
+            choose.choice(("x", "[[rewards]]", "[refiner.x]", "path"))
+            + f" = {toml_value(hostile_value(choose))}",
+            "[[rewards]]\nkind = " + toml_value(choose.choice(TEXTS)),
+            f"{name} = " + "[" * choose.choice((5, 2000)),
         ))  # fmt: skip
     content = "\n".join(lines).encode(errors="surrogatepass")
     path = folder / "hostile.toml"
@@ -173,11 +174,12 @@ def trainings(folder: Path, choose: random.Random) -> Attempt:
 
 def arguments(folder: Path, choose: random.Random) -> Attempt:
     """A command line of hostile arguments."""
-    values = (*TEXTS, *map(str, NUMBERS), str(folder / "model.safetensors"), str(folder), "/dev/zero",
-    str(folder / "a.mp4"),
-              "sprites", "1000,750", "750,,", "64x64", "0x0", "99999999x99999999", "cuda:99", "a:b:c",
-              ESCAPES)  # fmt: skip
-    values = [value for value in values if "secret" not in value]  # a user may name any file
+    values = (
+        *TEXTS, *map(str, NUMBERS), str(folder / "model.safetensors"), str(folder), "/dev/zero",
+        str(folder / "a.mp4"), "sprites", "1000,750", "750,,", "64x64", "0x0", "99999999x99999999",
+        "cuda:99", "a:b:c", ESCAPES,
+    )  # fmt: skip
+    values = [value for value in values if "secret" not in value]  # users may name any file
     if choose.random() < 0.2:
         given = [
             choose.choice(("inspect", "train", "run", "bench", "demo", "presets")),
@@ -203,7 +205,7 @@ def arguments(folder: Path, choose: random.Random) -> Attempt:
 
 
 def prompts(folder: Path, choose: random.Random) -> Attempt:
-    """A file of prompts in some encoding, or a prompt of odd characters."""
+    """A prompts file in a random encoding, or a prompt of odd characters."""
     text = "\n".join(
         choose.choices((*TEXTS, "a red star circles on a navy ground"), k=choose.choice((1, 5, 50)))
     )
@@ -229,7 +231,7 @@ def prompts(folder: Path, choose: random.Random) -> Attempt:
 
 
 def posts(folder: Path, choose: random.Random) -> Attempt:
-    """What the page posts, changed."""
+    """A changed request of the page."""
     place = standalone.Place(folder, folder / "output")
     model = {"file": choose.choice(TEXTS), "weights": "auto", "dtype": "auto", "preset": "auto"}
     view = {

@@ -1,4 +1,4 @@
-"""Pictures and videos: damaged, larger than they look, or of another kind than their name."""
+"""Hostile pictures and videos: damaged, larger than they look, or mislabelled."""
 
 import random
 import struct
@@ -30,7 +30,7 @@ PLAYLISTS = (
     "#EXTM3U\nhttp://127.0.0.1:9/x.ts\n",
 )  # fmt: skip
 
-BOXES = (  # of an .mp4, and what they become
+BOXES = (  # boxes of an .mp4 and their replacements
     (b"avc1", b"zzzz"),
     (b"avc1", b"av01"),
     (b"vide", b"vidf"),
@@ -41,7 +41,7 @@ BOXES = (  # of an .mp4, and what they become
 
 
 def png(width: int, height: int, body: bytes) -> bytes:
-    """A PNG that says these sizes, one bit a pixel."""
+    """Return a 1-bit PNG that claims the given size."""
 
     def piece(kind: bytes, data: bytes) -> bytes:
         return (
@@ -58,7 +58,7 @@ def png(width: int, height: int, body: bytes) -> bytes:
 
 
 def bomb(choose: random.Random) -> bytes:
-    """A PNG that takes far more memory than its bytes."""
+    """Return a PNG that decodes to far more memory than its bytes."""
     width, height = choose.choice(
         ((16000, 16000), (2**31 - 1, 1), (1, 2**31 - 1), (50_000, 50_000), (0, 0), (12_000, 9000))
     )
@@ -67,7 +67,7 @@ def bomb(choose: random.Random) -> bytes:
 
 
 def picture(folder: Path, choose: random.Random) -> bytes:
-    """A small picture in some format, maybe of several frames."""
+    """Return a small picture in a random format, maybe with several frames."""
     path = folder / f"small.{choose.choice(FORMATS)}"
     width = choose.choice((1, 16, 64))
     frames = [Image.new("RGB", (width, 16), (200, shade, 0)) for shade in (0, 100, 200)]
@@ -77,7 +77,7 @@ def picture(folder: Path, choose: random.Random) -> bytes:
 
 
 def pictures(folder: Path, choose: random.Random) -> Attempt:
-    """A picture in the input folder, through LoadImage and what comes behind it."""
+    """A picture in the input folder, read by LoadImage and the nodes after it."""
     way = choose.randrange(6)
     if way == 0:
         content = bomb(choose)
@@ -104,7 +104,7 @@ def pictures(folder: Path, choose: random.Random) -> Attempt:
 
 
 def videos(folder: Path, choose: random.Random) -> Attempt:
-    """A video that is damaged, or none."""
+    """A damaged video, or a file that is none."""
     way = choose.randrange(4)
     if way == 0:
         content = choose.choice(PLAYLISTS).format(secret=folder.parent / "secret").encode()

@@ -1,4 +1,4 @@
-"""A training's folder, damaged between two runs of the same command."""
+"""Training folders damaged between two runs of the same command."""
 
 import random
 import shutil
@@ -15,7 +15,7 @@ FILES = ("state.pt", "log.jsonl", "run.json", "sheet_000001.png", "lock", "loss.
 
 
 def hostile_state(path: Path, choose: random.Random) -> None:
-    """Write a state that torch wrote, with something else in it."""
+    """Write a state file that torch can read, with unexpected contents."""
     state = torch.load(path, weights_only=True)
     holder: dict = choose.choice(
         (state, state["stage"], state["stage"].get("factors", state["stage"]))
@@ -27,7 +27,7 @@ def hostile_state(path: Path, choose: random.Random) -> None:
 
 
 def run_folders(folder: Path, choose: random.Random) -> Attempt:
-    """One of the run's files damaged, of another kind, or something else in its place."""
+    """A training folder with one file damaged, replaced or of another kind."""
     run = folder / "run"
     name = choose.choice((*FILES[:3], *FILES))
     path = run / name

@@ -1,4 +1,4 @@
-"""Weight files: damaged bytes, headers that lie, names that nobody gives a tensor."""
+"""Hostile weight files: damaged bytes, lying headers, and unexpected tensor names."""
 
 import json
 import random
@@ -18,7 +18,7 @@ BUNDLED = (*FILES.values(), "sprites.refiner.safetensors")
 
 
 def uses(path: Path, folder: Path, choose: random.Random) -> Attempt:
-    """What a user does with a weight file."""
+    """Return an attempt that uses a weight file as a user would."""
     common = [
         "--prompt",
         "a red star",
@@ -81,7 +81,7 @@ def uses(path: Path, folder: Path, choose: random.Random) -> Attempt:
 
 
 def safetensors(folder: Path, choose: random.Random) -> Attempt:
-    """A .safetensors whose header or data is not what it should be."""
+    """A .safetensors file with a wrong header or wrong data."""
     name = choose.choice(NAMES)
     content = (folder / f"{name}.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -127,15 +127,15 @@ def safetensors(folder: Path, choose: random.Random) -> Attempt:
 
 
 def torch_files(folder: Path, choose: random.Random) -> Attempt:
-    """A .pt of odd containers, keys and tensors, or damaged."""
+    """A .pt file of odd containers, keys and tensors, or a damaged one."""
     state: dict = dict(load_file(folder / f"{choose.choice(NAMES[:3])}.safetensors"))
     key = choose.choice(list(state))
     kinds = (
-        lambda x: x.to_sparse(), lambda x: x.to("meta"), lambda x: x.to(torch.complex64), lambda x: x.bool(),
-        lambda x: x[:0], lambda x: torch.zeros(()), lambda x: torch.full_like(x, float("nan")), lambda x: x.int(),
+        lambda x: x.to_sparse(), lambda x: x.to("meta"), lambda x: x.to(torch.complex64),
+        lambda x: x.bool(), lambda x: x[:0], lambda x: torch.zeros(()),
+        lambda x: torch.full_like(x, float("nan")), lambda x: x.int(),
         lambda x: torch.zeros(1).expand(1 << 16, 1 << 16), lambda x: [x], lambda x: None,
-        lambda x: x.T if x.ndim == 2 else x,
-        lambda x: torch.zeros(1 << choose.randrange(8), 3),
+        lambda x: x.T if x.ndim == 2 else x, lambda x: torch.zeros(1 << choose.randrange(8), 3),
     )  # fmt: skip
     state[key] = choose.choice(kinds)(state[key])
     if choose.random() < 0.3:
@@ -161,7 +161,7 @@ def torch_files(folder: Path, choose: random.Random) -> Attempt:
 
 
 def folders(folder: Path, choose: random.Random) -> Attempt:
-    """A folder of weights with an index, shards and configs that do not fit."""
+    """A folder of weights whose index, shards and configs do not match."""
     place = folder / "model folder"
     place.mkdir()
     index: object = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
@@ -189,7 +189,7 @@ def folders(folder: Path, choose: random.Random) -> Attempt:
 
 
 def latents(folder: Path, choose: random.Random) -> Attempt:
-    """A latents file that claims what it does not hold."""
+    """A latents file that claims more than it holds."""
     content = (folder / "six.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     table = json.loads(content[8 : 8 + length])

@@ -1,8 +1,8 @@
-"""Published files, written here with random weights in their exact key layouts, load bit for
-bit."""
+"""Files in the exact key layouts of published ones, with random weights, load bit for bit."""
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,12 @@ from published import (
     write,
     write_14b,
 )
-from safetensors.torch import load_file
 
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.wan.checkpoint import (
     describe,
     inspect,
     load_transformer,
-    load_vae_state,
     read_transformer,
 )
 from autorefiner.refiner.wan.layouts import INSTEAD
@@ -40,7 +38,7 @@ def state() -> State:
 
 
 def wrapped(state: State) -> State:
-    """As torch.compile and activation checkpointing of single blocks leave the names."""
+    """Rename as torch.compile and activation checkpointing of single blocks do."""
     return {
         "model._orig_mod."
         + re.sub(r"^(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name): tensor
@@ -48,13 +46,23 @@ def wrapped(state: State) -> State:
     }
 
 
+# A second model in the file, which must not be loaded.
+OTHER = {"model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
+
+
+def flat(prefix: str) -> Callable[[State], State]:
+    """Return a function that puts a prefix before all names."""
+    return lambda state: prefixed(state, prefix)
+
+
 # fmt: off
-OTHER = {"model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}  # a second model in the file, not to be taken
 LAYOUTS = {
-    # name: (file, what is in it, top key, preset)
+    # name: (file, its content, top key, preset)
     "self-forcing": ("checkpoints/self_forcing_dmd.pt", lambda s: {
-        "generator": OTHER, "generator_ema": prefixed(s, "model."), "critic": OTHER}, "generator_ema", "self-forcing"),
-    "ode init, top key model": ("ode_init.pt", lambda s: {"model": prefixed(s, "model.")}, "model", None),
+        "generator": OTHER, "generator_ema": prefixed(s, "model."), "critic": OTHER,
+        }, "generator_ema", "self-forcing"),
+    "ode init, top key model": ("ode_init.pt", lambda s: {
+        "model": prefixed(s, "model.")}, "model", None),
     "causvid": ("autoregressive_checkpoint/model.pt", lambda s: {
         "generator": prefixed(s, "model."), "critic": OTHER}, "generator", "causvid"),
     "longlive base": ("models/longlive_base.pt", lambda s: {
@@ -69,11 +77,11 @@ LAYOUTS = {
         "generator_ema": prefixed(s, FSDP)}, "generator_ema", "causal-forcing-1step"),
     "long video": ("chunkwise/longvideo.pt", lambda s: {
         "generator_ema": prefixed(s, FSDP), "generator": OTHER}, "generator_ema", None),
-    "wrapped flat": ("model_400.safetensors", lambda s: prefixed(s, "model."), "flat", None),
+    "wrapped flat": ("model_400.safetensors", flat("model."), "flat", None),
     "plain": ("wan.safetensors", dict, "flat", None),
-    "comfyui checkpoint": ("wan.safetensors", lambda s: prefixed(s, "model.diffusion_model."), "flat", None),
-    "comfyui model": ("wan.safetensors", lambda s: prefixed(s, "diffusion_model."), "flat", None),
-    "net.": ("wan.safetensors", lambda s: prefixed(s, "net."), "flat", None),
+    "comfyui checkpoint": ("wan.safetensors", flat("model.diffusion_model."), "flat", None),
+    "comfyui model": ("wan.safetensors", flat("diffusion_model."), "flat", None),
+    "net.": ("wan.safetensors", flat("net."), "flat", None),
     "state_dict": ("wan.pth", lambda s: {"state_dict": s, "step": 5}, "state_dict", None),
     "compiled, checkpointed": ("wan.pt", lambda s: {"generator": wrapped(s)}, "generator", None),
     "diffusers": ("diffusion_pytorch_model.safetensors", in_diffusers, "flat", None),
@@ -107,7 +115,7 @@ def test_diffusers_norm2_is_our_norm3(state: State) -> None:
     assert not any("norm3" in name for name in in_diffusers(state))
 
 
-def test_what_was_removed_is_told(state: State, tmp_path: Path) -> None:
+def test_the_report_names_what_was_removed(state: State, tmp_path: Path) -> None:
     info = inspect(
         write(
             tmp_path / "a.pt",
@@ -377,11 +385,11 @@ def test_other_video_models_are_named(state: State, tmp_path: Path) -> None:
 
 
 def test_incomplete_models(state: State, tmp_path: Path) -> None:
-    def without(*parts: str) -> State:
+    def without(*words: str) -> State:
         return {
             name: tensor
             for name, tensor in state.items()
-            if not any(part in name for part in parts)
+            if not any(word in name for word in words)
         }
 
     cases = {
@@ -402,38 +410,3 @@ def test_names_that_collide_once_cleaned(state: State, tmp_path: Path) -> None:
     assert "two tensors" in message(write(tmp_path / "a.pt", double))
     double = prefixed(state, "model.") | {"head.modulation": torch.zeros(1)}
     assert "two tensors" in message(write(tmp_path / "b.pt", double))
-
-
-# ---- VAE
-
-VAE_FILE = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("name", "prefix"), [("a.pth", ""), ("b.safetensors", "vae."), ("c.pt", "first_stage_model.")]
-)
-def test_vae_files(name: str, prefix: str, tmp_path: Path) -> None:
-    right = load_file(VAE_FILE)
-    found = load_vae_state(write(tmp_path / name, prefixed(right, prefix)))
-    assert set(found) == set(right) and all(torch.equal(found[key], right[key]) for key in right)
-
-
-def test_files_that_are_no_wan_vae(state: State, tmp_path: Path) -> None:
-    whole = load_file(VAE_FILE)
-    cases = {
-        "video transformer": state,
-        "diffusers": {"decoder.conv_in.weight": torch.zeros(1)},
-        "48 latent": whole | {"conv2.weight": torch.zeros(48, 48, 1, 1, 1)},
-        "0 latent": whole | {"conv2.weight": torch.zeros(())},
-        "decoder.head.0.gamma": whole | {"decoder.head.0.gamma": torch.zeros(())},
-        "known kind": {"a": torch.zeros(1)},
-    }
-    for number, (text, content) in enumerate(cases.items()):
-        path = write(tmp_path / f"{number}.safetensors", content)
-        with pytest.raises(ValueError) as raised:
-            load_vae_state(path)
-        assert (
-            text in str(raised.value)
-            and str(path) in str(raised.value)
-            and "\n" not in str(raised.value)
-        )

@@ -1,14 +1,13 @@
 """LoRA files, of LongLive and others, merge into the base weights as the arithmetic says."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from lora_files import LINEAR, make_lora, merged
 from published import State, diffusers_name, equal_bits, make_state, prefixed, write
 from safetensors.torch import save_file
-from torch import Tensor
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.wan.checkpoint import describe, inspect, load_transformer, read_transformer
@@ -20,35 +19,7 @@ def state() -> State:
     return make_state()
 
 
-LINEAR = re.compile(r"(blocks\.\d+\.(?:self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02]))\.weight")
-
-
-OTHER = {"a": torch.zeros(1)}  # what stands beside the LoRA in its file
-
-
-def make_lora(state: State, rank: int, form: str = "base_model.model.{}.lora_{}.weight") -> State:
-    generator = torch.Generator().manual_seed(7)
-    lora = {}
-    for name, weight in state.items():
-        if match := LINEAR.fullmatch(name):
-            lora[form.format(match[1], "A")] = (
-                torch.randn(rank, weight.shape[1], generator=generator) / 16
-            )
-            lora[form.format(match[1], "B")] = (
-                torch.randn(weight.shape[0], rank, generator=generator) / 16
-            )
-    return lora
-
-
-def merged(state: State, lora: State, scale: float = 1.0) -> State:
-    def with_lora(name: str, weight: Tensor) -> Tensor:
-        key = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{key}.lora_A.weight" not in lora:
-            return weight
-        delta = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
-        return (weight.float() + scale * delta).to(weight.dtype)
-
-    return {name: with_lora(name, weight) for name, weight in state.items()}
+OTHER = {"a": torch.zeros(1)}  # stored beside the LoRA in its file
 
 
 @pytest.mark.parametrize(
@@ -91,7 +62,7 @@ def test_a_published_lora_decides_how_its_base_is_sampled(
     )
 
 
-def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
+def test_a_lora_file_is_recognised(state: State, tmp_path: Path) -> None:
     info = inspect(
         write(tmp_path / "lora.pt", {"generator_lora": make_lora(state, 8), "critic_lora": OTHER})
     )
@@ -101,7 +72,7 @@ def test_a_lora_file_is_told(state: State, tmp_path: Path) -> None:
 
 def test_a_lora_of_zeros_changes_nothing(state: State, tmp_path: Path) -> None:
     base = write(tmp_path / "base.pt", {"generator": prefixed(state, "model.")})
-    lora = {name: torch.zeros_like(part) for name, part in make_lora(state, 4).items()}
+    lora = {name: torch.zeros_like(tensor) for name, tensor in make_lora(state, 4).items()}
     model, info = load_transformer(base, lora=write(tmp_path / "lora.safetensors", lora))
     assert equal_bits(model.state_dict(), state)
     assert info.preset is None
@@ -127,7 +98,7 @@ def test_other_lora_names(form: str, state: State, tmp_path: Path) -> None:
 
 
 def in_diffusers(module: str) -> str:
-    """Diffusers' name of a layer."""
+    """Return diffusers' name of a layer."""
     return diffusers_name(module + ".weight").removesuffix(".weight")
 
 
@@ -136,31 +107,33 @@ def underscored(module: str) -> str:
 
 
 def mixed(module: str) -> str:
-    """Underscores up to the block's number only."""
+    """Replace only the first dot, before the block's number."""
     return module.replace(".", "_", 1)
 
 
-# prefix, how a module is written, the names of down and up, and whether alpha is a tensor beside
-# them
+# Prefix, spelling of a module, names of down and up, and whether alpha is a tensor beside them.
+DOWN_UP = (".lora_down.weight", ".lora_up.weight")
+A_B = (".lora_A.weight", ".lora_B.weight")
+A_B_DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
+OLD_DOWN_UP = (".lora.down.weight", ".lora.up.weight")
 STYLES = {
-    "kohya": ("lora_unet_", underscored, ".lora_down.weight", ".lora_up.weight", True),
-    "musubi": ("lora_unet_", mixed, ".lora_down.weight", ".lora_up.weight", True),
-    "kohya of diffusers": ("lora_unet_", lambda m: underscored(in_diffusers(m)), ".lora_down.weight", ".lora_up.weight",
-                           True),
-    "VideoX-Fun": ("lora_unet__", underscored, ".lora_down.weight", ".lora_up.weight", True),
-    "diffusers": ("transformer.", in_diffusers, ".lora_A.weight", ".lora_B.weight", False),
-    "PEFT of diffusers": ("base_model.model.", in_diffusers, ".lora_A.default.weight", ".lora_B.default.weight", False),
-    "older diffusers": ("transformer.", in_diffusers, ".lora.down.weight", ".lora.up.weight", False),
-}  # fmt: skip
+    "kohya": ("lora_unet_", underscored, *DOWN_UP, True),
+    "musubi": ("lora_unet_", mixed, *DOWN_UP, True),
+    "kohya of diffusers": ("lora_unet_", lambda m: underscored(in_diffusers(m)), *DOWN_UP, True),
+    "VideoX-Fun": ("lora_unet__", underscored, *DOWN_UP, True),
+    "diffusers": ("transformer.", in_diffusers, *A_B, False),
+    "PEFT of diffusers": ("base_model.model.", in_diffusers, *A_B_DEFAULT, False),
+    "older diffusers": ("transformer.", in_diffusers, *OLD_DOWN_UP, False),
+}
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_names_of_other_trainers(style: str, state: State, tmp_path: Path) -> None:
     prefix, spelled, down, up, alpha = STYLES[style]
     lora, renamed = make_lora(state, 4), {}
-    for name, part in lora.items():
+    for name, tensor in lora.items():
         module, end = name.removeprefix("base_model.model.").split(".lora_")
-        renamed[prefix + spelled(module) + (down if end == "A.weight" else up)] = part
+        renamed[prefix + spelled(module) + (down if end == "A.weight" else up)] = tensor
         if alpha:
             renamed[prefix + spelled(module) + ".alpha"] = torch.tensor(2.0)
     path = write(tmp_path / "lora.safetensors", renamed)
@@ -173,7 +146,7 @@ def test_the_names_of_other_trainers(style: str, state: State, tmp_path: Path) -
 def test_layers_outside_the_blocks_have_names_with_underscores_too(
     state: State, tmp_path: Path
 ) -> None:
-    """As VideoX-Fun's reward LoRAs have."""
+    """VideoX-Fun's reward LoRAs have such names."""
     modules = ("head.head", "text_embedding.0", "time_embedding.2", "time_projection.1")
     lora = {}
     for module in modules:
@@ -192,19 +165,6 @@ def test_layers_outside_the_blocks_have_names_with_underscores_too(
         assert torch.equal(model.state_dict()[module + ".weight"], changed)
 
 
-def test_an_alpha_pattern_matches_names_as_they_are_stored(state: State, tmp_path: Path) -> None:
-    down, up = torch.zeros(4, 256), torch.zeros(256, 4)
-    stem = "transformer.blocks.0.attn1.to_q"
-    save_file(
-        {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up},
-        tmp_path / "adapter_model.safetensors",
-    )
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"alpha_pattern": {"attn1.to_q": 12}, "lora_alpha": 4})
-    )
-    assert read_lora(tmp_path)["blocks.0.self_attn.q"].scale == 3
-
-
 @pytest.mark.parametrize(
     "groups", [("generator_ema",), ("generator_ema", "generator_lora"), ("generator_lora",)]
 )
@@ -214,7 +174,7 @@ def test_a_lora_is_read_where_only_its_average_is_there(
     lora = make_lora(state, 4)
     averaged = make_lora(state, 4, "model.base_model.model.{}.lora_{}.default.weight")
     if len(groups) > 1:
-        averaged = {name: 2 * part for name, part in averaged.items()}
+        averaged = {name: 2 * tensor for name, tensor in averaged.items()}
     content = {"generator_ema": averaged, "generator_lora": lora, "critic_lora": OTHER}
     path = write(tmp_path / "lora.pt", {name: content[name] for name in (*groups, "critic_lora")})
     model, _ = load_transformer(write(tmp_path / "base.safetensors", state), lora=path)
@@ -229,9 +189,9 @@ def test_a_peft_wrapped_model_is_merged_on_load(scale: float, state: State, tmp_
     lora = make_lora(state, 4, "base_model.model.{}.lora_{}.default.weight")
     wrapped = dict(lora)
     for name, tensor in state.items():
-        layer, _, part = name.rpartition(".")
+        layer, _, leaf = name.rpartition(".")
         adapted = LINEAR.fullmatch(f"{layer}.weight") is not None
-        wrapped[f"base_model.model.{layer}{'.base_layer' * adapted}.{part}"] = tensor
+        wrapped[f"base_model.model.{layer}{'.base_layer' * adapted}.{leaf}"] = tensor
     path = write(tmp_path / "adapter_model.bin", wrapped)
     if scale != 1:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4 * scale}))
@@ -266,122 +226,12 @@ def test_the_command_line_takes_the_preset_of_a_published_lora(
         assert f"preset {preset} " in capsys.readouterr().err
 
 
-def test_alpha_scales_a_lora(state: State, tmp_path: Path) -> None:
-    base = write(tmp_path / "base.safetensors", state)
-    lora = make_lora(state, 4)
-    alphas = {
-        name.replace("lora_A.weight", "alpha"): torch.tensor(2.0)
-        for name in lora
-        if "lora_A" in name
-    }
-    model, _ = load_transformer(base, lora=write(tmp_path / "lora.safetensors", lora | alphas))
-    assert equal_bits(model.state_dict(), merged(state, lora, 0.5))
-
-
-def scaled(state: State, tmp_path: Path, lora: Path) -> float:
-    """The scale that a LoRA was merged with, by the change of one weight."""
-    base = write(
-        tmp_path / "base.safetensors", {name: tensor.float() for name, tensor in state.items()}
-    )
-    model, _ = load_transformer(base, lora=lora, dtype=torch.float32)
-    name = "blocks.0.ffn.0.weight"
-    change = model.state_dict()[name] - state[name].float()
-    unit = merged({name: torch.zeros_like(change)}, make_lora(state, 4))[name]
-    return (change * unit).sum().item() / unit.square().sum().item()
-
-
-RSLORA = {"lora_alpha": 8, "r": 4, "use_rslora": True}
-STATED = {  # where alpha is said, and the scale of rank 4 that it means
-    "SimpleTuner": ({"transformer.lora_alpha": "16", "transformer.r": "4"}, 4.0),
-    "diffusers": (
-        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})},
-        0.5,
-    ),
-    "diffusers, rsLoRA": (
-        {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in RSLORA.items()})},
-        4,
-    ),
-    "kohya": ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, 0.5),
-    "bare": ({"lora_alpha": "1"}, 0.25),
-    "nothing": ({"format": "pt"}, 1.0),
-}
-
-
-@pytest.mark.parametrize("form", STATED)
-def test_an_alpha_in_the_metadata_scales_a_lora(form: str, state: State, tmp_path: Path) -> None:
-    metadata, scale = STATED[form]
-    save_file(make_lora(state, 4), tmp_path / "lora.safetensors", metadata=metadata)
-    assert scaled(state, tmp_path, tmp_path / "lora.safetensors") == pytest.approx(scale, rel=1e-4)
-    assert f"scale {scale:g}" in describe(inspect(tmp_path / "lora.safetensors"))
-
-
-@pytest.mark.parametrize("given", ["file", "folder"])
-@pytest.mark.parametrize(
-    ("config", "scale"), [({"lora_alpha": 16, "r": 4}, 4), (RSLORA, 4), ({"lora_alpha": 1}, 0.25)]
-)
-def test_an_alpha_in_adapter_config_scales_a_lora(
-    given, config, scale, state: State, tmp_path: Path
-) -> None:
-    folder = tmp_path / "peft"
-    folder.mkdir()
-    save_file(make_lora(state, 4), folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-    path = folder if given == "folder" else folder / "adapter_model.safetensors"
-    assert scaled(state, tmp_path, path) == pytest.approx(scale, rel=1e-4)
-
-
-def test_an_alpha_pattern_is_of_its_modules_and_a_tensor_goes_before_all(
-    state: State, tmp_path: Path
-) -> None:
-    patterns = {"alpha_pattern": {"ffn.0": 12, "fn.2": 99}, "lora_alpha": 4}
-    path, lora = tmp_path / "adapter_model.safetensors", make_lora(state, 4)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(patterns))
-    save_file(lora, path)
-    scales = {module: pair.scale for module, pair in read_lora(path).items()}
-    assert scales["blocks.0.ffn.0"] == 3
-    assert scales["blocks.0.ffn.2"] == scales["blocks.1.self_attn.q"] == 1, (
-        "a pattern is of whole names"
-    )
-    save_file(lora | {"base_model.model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}, path)
-    assert read_lora(path)["blocks.0.ffn.0"].scale == 0.5
-
-
-@pytest.mark.parametrize(
-    ("metadata", "config", "keyword"),
-    [
-        ({"lora_alpha": "many"}, None, "alpha"),
-        ({"lora_alpha": "1" + "0" * 400}, None, "alpha"),
-        ({"lora_alpha": "1e999"}, None, "alpha"),
-        ({"lora_alpha": "nan"}, None, "alpha"),
-        ({"lora_alpha": "true"}, None, "alpha"),
-        ({"lora_adapter_metadata": "{"}, None, "lora_adapter_metadata"),
-        ({"lora_adapter_metadata": "[1]"}, None, "lora_adapter_metadata"),
-        ({}, "{", "adapter_config.json"),
-        ({}, '{"lora_alpha": 4, "use_dora": true}', "DoRA"),
-        ({}, '{"lora_alpha": 4, "use_rslora": "maybe"}', "maybe"),
-        ({}, '{"lora_alpha": 4, "alpha_pattern": [1]}', "table"),
-        ({"lora_alpha": "8"}, '{"lora_alpha": 4}', "alpha"),
-    ],
-)
-def test_a_scale_that_is_not_understood_is_refused(
-    metadata, config, keyword, state: State, tmp_path: Path
-) -> None:
-    path = tmp_path / "adapter_model.safetensors"
-    save_file(make_lora(state, 4), path, metadata=metadata)
-    if config:
-        (tmp_path / "adapter_config.json").write_text(config)
-    with pytest.raises(ValueError, match=keyword) as error:
-        read_lora(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert keyword in describe(inspect(path))
-
-
 def test_several_loras_are_merged_each_by_its_strength(state: State, tmp_path: Path) -> None:
     whole = {name: tensor.float() for name, tensor in state.items()}
     base = write(tmp_path / "base.safetensors", whole)
     first, second = (
         make_lora(state, 4),
-        {name: 2 * part for name, part in make_lora(state, 2).items()},
+        {name: 2 * tensor for name, tensor in make_lora(state, 2).items()},
     )
     files = [
         write(tmp_path / f"{number}.safetensors", lora)
@@ -418,7 +268,7 @@ def test_a_lora_and_its_strength_are_read_from_a_text(tmp_path: Path) -> None:
 
 def test_a_refiner_is_no_lora(tmp_path: Path) -> None:
     path = tmp_path / "a.refiner.safetensors"
-    keys = [f"autorefiner.blocks.0.ffn.0.lora_{part}.weight" for part in "AB"]
+    keys = [f"autorefiner.blocks.0.ffn.0.lora_{matrix}.weight" for matrix in "AB"]
     save_file({keys[0]: torch.zeros(2, 4), keys[1]: torch.zeros(4, 2)}, path)
     with pytest.raises(ValueError, match="--refiner"):
         read_lora(path)
@@ -428,10 +278,10 @@ def test_loras_that_do_not_fit(state: State, tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state)
     lora, key = make_lora(state, 4), "base_model.model.blocks.1.ffn.0.lora_"
     cases = {
-        "layers.0.": {name.replace("blocks", "layers"): part for name, part in lora.items()},
+        "layers.0.": {name.replace("blocks", "layers"): tensor for name, tensor in lora.items()},
         "[256, 8] for blocks.1.ffn.0": lora | {key + "A.weight": torch.zeros(4, 8)},
         "half a pair for blocks.1.ffn.0": {
-            n: part for n, part in lora.items() if n != key + "B.weight"
+            n: tensor for n, tensor in lora.items() if n != key + "B.weight"
         },
         "do not multiply": lora | {key + "A.weight": torch.zeros(3, 256)},
         "[256, 0] and [0, 256]": lora

@@ -1,5 +1,4 @@
-"""Files of every layout, model and stage open with the right preset or with a question; none with a
-wrong one."""
+"""Files of every layout, model and stage get the right preset or a question, never a wrong one."""
 
 from pathlib import Path
 

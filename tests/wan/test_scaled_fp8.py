@@ -1,5 +1,4 @@
-"""Transformers in scaled fp8 are multiplied out on load, and handed on as stored where ComfyUI
-reads them itself."""
+"""Transformers in scaled fp8 are multiplied out on load, and stay as stored for ComfyUI."""
 
 import json
 from pathlib import Path
@@ -26,8 +25,7 @@ def state() -> State:
 def scaled(
     state: State, scale_name: str, shape: str = "number", form: torch.dtype = FP8
 ) -> tuple[State, State]:
-    """The block's linear layers in fp8 with scales by this name, and the same multiplied out by
-    hand."""
+    """Return blocks' linear layers in fp8 with scales of this name, and the same multiplied out."""
     stored, right = {}, {}
     for name, tensor in state.items():
         if tensor.ndim != 2 or not name.startswith("blocks."):
@@ -45,12 +43,12 @@ def scaled(
 
 
 def marked(stored: State) -> State:
-    """With ComfyUI's older mark."""
+    """Add ComfyUI's older mark."""
     return stored | {"scaled_fp8": torch.zeros(2, dtype=FP8)}
 
 
 def formatted(stored: State) -> State:
-    """With ComfyUI's newer note beside each scaled weight, and a scale of activations."""
+    """Add ComfyUI's newer note beside each scaled weight, and a scale of activations."""
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     layers = [
         name.removesuffix("weight_scale") for name in stored if name.endswith(".weight_scale")
@@ -127,8 +125,8 @@ def test_a_lora_is_merged_into_the_multiplied_weights(state, tmp_path: Path) -> 
 def test_what_is_multiplied_out_is_counted_as_it_runs(state, tmp_path: Path) -> None:
     stored, right = scaled(state, "weight_scale", "rows")
     paths = [
-        write(tmp_path / f"{name}.safetensors", part)
-        for name, part in (("a", stored), ("b", right))
+        write(tmp_path / f"{name}.safetensors", weights)
+        for name, weights in (("a", stored), ("b", right))
     ]
     options = {
         "preset": "self-forcing",
@@ -148,26 +146,31 @@ def test_what_is_multiplied_out_is_counted_as_it_runs(state, tmp_path: Path) -> 
     assert inspect(paths[0]).nbytes < inspect(paths[1]).nbytes
 
 
+ONE = torch.ones(())
+NVFP4 = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+# Tensors that are left out of a good file (by the end of their names), tensors that are put in, and
+# a word of the error.
 REFUSED = {
-    "another name": (lambda stored: stored | {QUERY + "scale_inv": torch.ones(())}, "quantised"),
-    "a second scale": (lambda stored: stored | {QUERY + "weight_scale_2": torch.ones(())}, "quantised"),
-    "two scales": (lambda stored: stored | {QUERY + "scale_weight": torch.ones(())}, "two scales"),
-    "without its weight": (lambda stored: stored | {"blocks.9.x.weight_scale": torch.ones(())}, "blocks.9.x"),
-    "one lacks": (lambda stored: {k: v for k, v in stored.items() if k != QUERY + "weight_scale"}, "no scale"),
-    "in blocks": (lambda stored: stored | {QUERY + "weight_scale": torch.ones(2, 3)}, r"[2, 3]"),
-    "of bf16": (lambda stored: stored | {QUERY + "weight": torch.zeros(256, 256).bfloat16()}, "bfloat16"),
-    "of int8": (lambda stored: stored | {QUERY + "weight": torch.zeros(256, 256, dtype=torch.int8)}, "int8"),
-    "a mark alone": (lambda stored: {k: v for k, v in stored.items() if "weight_scale" not in k} | {
-        "scaled_fp8": torch.zeros(2)}, "scaled_fp8"),
-    "another format": (lambda stored: stored | {QUERY + "comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'),
-        dtype=torch.uint8)}, "nvfp4"),
-}  # fmt: skip
+    "another name": ("", {QUERY + "scale_inv": ONE}, "quantised"),
+    "a second scale": ("", {QUERY + "weight_scale_2": ONE}, "quantised"),
+    "two scales": ("", {QUERY + "scale_weight": ONE}, "two scales"),
+    "without its weight": ("", {"blocks.9.x.weight_scale": ONE}, "blocks.9.x"),
+    "one lacks": (QUERY + "weight_scale", {}, "no scale"),
+    "in blocks": ("", {QUERY + "weight_scale": torch.ones(2, 3)}, r"[2, 3]"),
+    "of bf16": ("", {QUERY + "weight": torch.zeros(256, 256).bfloat16()}, "bfloat16"),
+    "of int8": ("", {QUERY + "weight": torch.zeros(256, 256, dtype=torch.int8)}, "int8"),
+    "a mark alone": ("weight_scale", {"scaled_fp8": torch.zeros(2)}, "scaled_fp8"),
+    "another format": ("", {QUERY + "comfy_quant": NVFP4}, "nvfp4"),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_scales_that_would_be_left_out_are_refused(case: str, state, tmp_path: Path) -> None:
-    change, keyword = REFUSED[case]
-    path = write(tmp_path / "a.safetensors", change(scaled(state, "weight_scale")[0]))
+    removed, added, keyword = REFUSED[case]
+    stored = scaled(state, "weight_scale")[0]
+    if removed:
+        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(removed)}
+    path = write(tmp_path / "a.safetensors", stored | added)
     assert keyword in message(path)
     assert inspect(path).kind == "transformer"
 

@@ -1,5 +1,4 @@
-"""Models in shards open by their index, by their names, or by one of them; what is missing is
-named."""
+"""Models in shards open by index, by file names or by one shard; errors name what is missing."""
 
 import json
 import os
@@ -72,7 +71,7 @@ def test_a_folder_with_one_file_of_a_known_name(state: State, tmp_path: Path) ->
 
 
 def message_of_part(path: Path) -> str:
-    """The error of opening it, in one line."""
+    """Return the error of opening it, which must be one line."""
     with pytest.raises(ValueError) as raised:
         inspect(path)
     assert "\n" not in str(raised.value)
@@ -80,10 +79,11 @@ def message_of_part(path: Path) -> str:
 
 
 def cut(folder: Path, state: State, names: tuple[str, ...], role: str = "") -> list[Path]:
-    """The state in files of these names, tensor by tensor in turn."""
-    parts = [dict(list(state.items())[number :: len(names)]) for number in range(len(names))]
+    """Write the state to files of these names, dealing out tensors in turn."""
+    shards = [dict(list(state.items())[number :: len(names)]) for number in range(len(names))]
     return [
-        write(folder / name, prefixed(part, role)) for name, part in zip(names, parts, strict=True)
+        write(folder / name, prefixed(shard, role))
+        for name, shard in zip(names, shards, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 
 
 def wan_name(name: str) -> str:
-    """Wan's name of a tensor of transformers' encoder, written down apart from the loader's map."""
+    """Return Wan's name of a transformers tensor, independently of the loader's map."""
     name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm", "norm")
     name = name.replace("encoder.block", "blocks").replace("layer.0.SelfAttention", "attn")
     name = name.replace("attn.relative_attention_bias", "pos_embedding.embedding")
@@ -168,7 +168,7 @@ def test_scaled_fp8_is_multiplied_out(naming, folder: Path, state: State, tmp_pa
 
 
 def fp8_state(state: State, scale_name: str, shape: str = "number") -> tuple[State, State]:
-    """An encoder in fp8 with scales by this name, and the same multiplied out by hand."""
+    """Return an encoder in fp8 with scales of this name, and the same multiplied out."""
     stored, right = {}, {}
     for name, weight in state.items():
         stored[name] = right[name] = weight.to(torch.bfloat16)
@@ -188,7 +188,7 @@ def fp8_state(state: State, scale_name: str, shape: str = "number") -> tuple[Sta
 
 
 def quantised_as(stored: State, text: bytes) -> State:
-    """With ComfyUI's note of the format beside each scaled weight."""
+    """Add ComfyUI's note of the format beside each scaled weight."""
     notes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     names = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
     return stored | {name.removesuffix("weight") + "comfy_quant": notes.clone() for name in names}
@@ -341,7 +341,7 @@ def test_wrong_arguments(folder: Path) -> None:
 
 
 def test_a_prompt_reaches_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """generate --text-encoder samples as the same model does with the encoded prompt."""
+    """`generate --text-encoder` samples as the model does with the encoded prompt."""
     config = WanConfig(
         dim=128, num_heads=1, ffn_dim=128, num_layers=1, text_dim=64, text_len=TEXT_LEN
     )

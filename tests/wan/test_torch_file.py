@@ -1,5 +1,4 @@
-"""A .pt costs no more than its bytes: compressed members, long pickles and tensors without data are
-refused."""
+"""A .pt costs no more memory than its bytes: compressed or overlong files are refused."""
 
 import io
 import re

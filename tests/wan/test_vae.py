@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from autorefiner.refiner.wan.vae import DecoderState, WanVAE, stacked_conv, volume_conv
+from autorefiner.refiner.wan.vae import DecoderState, WanVAE
+from autorefiner.refiner.wan.vae_layers import stacked_conv, volume_conv
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
 
 
 def splits(total: int) -> list[tuple[int, ...]]:
-    """Every way to cut `total` latents into calls."""
+    """Return every way to split `total` latents into calls."""
     return [
         tuple(
             late - early
@@ -37,22 +38,23 @@ def latents() -> torch.Tensor:
 
 def test_names_and_shapes_are_the_published_ones() -> None:
     with torch.device("meta"):
-        wide, own = WanVAE(96).state_dict(), WanVAE(8).state_dict()
+        wide, narrow = WanVAE(96).state_dict(), WanVAE(8).state_dict()
     assert len(wide) == 194
     assert wide["decoder.head.0.gamma"].shape == (96, 1, 1, 1)
     assert wide["decoder.middle.1.norm.gamma"].shape == (384, 1, 1)
     with safe_open(GOLDEN, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert {name: tuple(tensor.shape) for name, tensor in own.items()} == stored
+    assert {name: tuple(tensor.shape) for name, tensor in narrow.items()} == stored
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("split", splits(5), ids=str)
 def test_every_split_decodes_to_the_same_pixels(vae, latents, split) -> None:
     whole, state = vae.decode(latents), DecoderState()
-    parts = [vae.decode(part, state) for part in latents.split(split, dim=2)]
-    assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
-    assert (torch.cat(parts, 2) - whole).abs().max() < 3e-5
+    pieces = [vae.decode(piece, state) for piece in latents.split(split, dim=2)]
+    frames = [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
+    assert [piece.shape[2] for piece in pieces] == frames
+    assert (torch.cat(pieces, 2) - whole).abs().max() < 3e-5
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def test_a_batch_decodes_and_encodes_as_its_clips_do(vae, latents) -> None:
 def test_only_a_single_clip_stacks_its_frames(vae, latents, monkeypatch) -> None:
     stacked = []
     monkeypatch.setattr(
-        "autorefiner.refiner.wan.vae.stacked_conv",
+        "autorefiner.refiner.wan.vae_layers.stacked_conv",
         lambda x, *rest: stacked.append(len(x)) or stacked_conv(x, *rest),
     )
     vae.decode(latents.expand(2, -1, -1, -1, -1))
@@ -118,7 +120,7 @@ def test_gradients_through_a_stream_equal_those_of_the_whole(vae, latents) -> No
     for split in ((5,), (1, 1, 3)):
         vae.zero_grad()
         z, state = latents.clone().requires_grad_(), DecoderState()
-        pixels = torch.cat([vae.decode(part, state) for part in z.split(split, dim=2)], 2)
+        pixels = torch.cat([vae.decode(piece, state) for piece in z.split(split, dim=2)], 2)
         pixels.square().sum().backward()
         gradients.append((z.grad, vae.decoder.conv1.weight.grad.clone()))
     for whole, streamed in zip(*gradients, strict=True):

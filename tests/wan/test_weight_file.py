@@ -1,5 +1,4 @@
-"""Files are opened safely, refused in one line, read from shards, and written whole or not at
-all."""
+"""Files are opened safely, refused in one line, read from shards, and written atomically."""
 
 import json
 import os
@@ -46,7 +45,7 @@ def test_files_with_the_other_suffix(state: State, tmp_path: Path) -> None:
 
 
 class Malicious:
-    """Its unpickling would write a file."""
+    """An object whose unpickling would write a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -88,15 +87,15 @@ def test_files_that_are_no_weights(name: str, content: bytes, text: str, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("part", [0.999, 0.5, 0.001])
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.001])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_files_cut_short(kind: str, part: float, state: State, tmp_path: Path) -> None:
+def test_files_cut_short(kind: str, share: float, state: State, tmp_path: Path) -> None:
     path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
     if kind == "legacy":
         torch.save(state, path, _use_new_zipfile_serialization=False)
     else:
         write(path, state)
-    os.truncate(path, int(path.stat().st_size * part))
+    os.truncate(path, int(path.stat().st_size * share))
     assert "cut short" in message(path)
 
 
@@ -142,7 +141,7 @@ def test_torch_files_without_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62, 1 << 62], [0, 1 << 63]])
 def test_sides_that_no_tensor_has(shape: list[int], tmp_path: Path) -> None:
-    """The library counts values and not sides, so with a side of 0 it takes any others."""
+    """The library only checks the number of values, so a size of 0 lets any others through."""
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert "is damaged" in message(tmp_path / "a.safetensors")
@@ -168,7 +167,7 @@ def test_saving_is_complete_or_absent(
     with pytest.raises(OSError, match="no space left"):
         save_safetensors(path, make_state(1), {})
     assert path.read_bytes() == before
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_the_library_cannot_write_is_an_os_error(

@@ -18,7 +18,8 @@ from ...training.learner import Learner, LearnerStage, noise_stream, stream, war
 from ...training.precision import mixed_precision
 from ...training.replay import Replay
 from ...video import to_frames
-from ...wan.vae import Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
+from ...wan.vae import WanVAE
+from ...wan.vae_layers import Downsample, FrameAttention, ResidualBlock, Upsample
 from ..bundle import scaled_vae
 from ..render import clip_batch, render, to_pixels
 from ..scene import Scene

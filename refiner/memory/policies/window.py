@@ -15,6 +15,7 @@ class Window(Policy):
     """Attend to the sink, the recent frames and the chunk: one contiguous read without a copy."""
 
     name: ClassVar[str] = "window"
+    copies: ClassVar[bool] = False
 
     def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
         return frames.all(layer)

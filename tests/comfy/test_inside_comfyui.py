@@ -1,0 +1,43 @@
+"""Figures that inside.py reports from within ComfyUI's interpreter."""
+
+import pytest
+from comfy_server import find_comfyui
+from demo_files import PREVIEW, STAND_IN
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
+
+
+def test_the_host_has_every_function_of_the_protocol(inside: dict) -> None:
+    assert inside["host"] == {}
+
+
+def test_the_memory_that_is_asked_for_holds_a_chunk_and_the_keys_and_values(inside: dict) -> None:
+    more = inside["asked"] - inside["chunk"]
+    assert inside["kv"] == 2 * STAND_IN.num_layers * 21 * 64 * STAND_IN.dim * 4
+    assert inside["kv"] <= more <= inside["kv"] + inside["frame"]
+
+
+def test_a_model_that_computes_in_bf16_stays_near(inside: dict) -> None:
+    assert inside["differs"] and inside["narrow"] > 0.98
+
+
+def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
+    assert inside["copied"] and inside["preset"] == "self-forcing"
+
+
+def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict) -> None:
+    # One pass, and one of three whose two repeats were not needed: 3 pictures.
+    assert inside["events"][-1] == [4, 4, 3]
+
+
+def test_others_make_way_for_a_rewards_models(inside: dict) -> None:
+    assert inside["freed"] == [[1000 + inside["least"], "cuda"]]
+
+
+def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> None:
+    own, published = inside["previews"]
+    assert own == PREVIEW and published != PREVIEW and len(published) == len(PREVIEW)
+
+
+def test_comfyuis_own_loader_knows_both_networks_of_the_bundle(inside: dict) -> None:
+    assert inside["kinds"] == ["WAN21_CausalAR", "WAN21"]
