@@ -29,6 +29,7 @@ from .metrics.table import format_table, paired_difference, summarise
 from .text_encoder import SpriteTextEncoder
 
 LONG_FRAMES = 4 * LATENT_FRAMES
+Column = Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]  # makes clips with captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,6 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
     """Evaluate a bundle; returns a section of RESULTS.md without its heading."""
     demo = Demo.load(folder, device)
     captions = held_out(options.captions)
-    rare = held_out(options.captions, "composition")
-    models = demo.student, demo.text, demo.vae
     first_clips: list[ndarray] = []
 
     def remember_first(clips: Iterable[ndarray]) -> Iterator[ndarray]:
@@ -75,28 +74,10 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
                 first_clips.append(clip)
             yield clip
 
-    columns: dict[str, Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]] = {
-        "truth": lambda: (truth_clips(captions), captions),
-        "truth through the VAE": lambda: (returned_clips(demo.vae, captions), captions),
-        f"teacher, {options.steps} steps": lambda: (
-            teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps),
-            captions,
-        ),
-        "student": lambda: (remember_first(student_clips(*models, captions)), captions),
-        "student, ODE": lambda: (
-            student_clips(*models, captions, method_of=lambda texts: ode()), captions,
-        ),
-        "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
-        "student, 4 times as long": lambda: (
-            student_clips(
-                *models, captions[: options.long_captions], frames=LONG_FRAMES,
-                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
-            ), captions[: options.long_captions],
-        ),
-    }  # fmt: skip
+    columns = make_columns(demo, captions, options, remember_first)
     scores = {name: score(*make(), name, helpers(device)) for name, make in columns.items()}
     pairs = captions[: options.pairs]
-    again = list(student_clips(*models, pairs, seed=1))
+    again = list(student_clips(demo.student, demo.text, demo.vae, pairs, seed=1))
     differ = diversity(first_clips + again, [*pairs, *pairs])
     lines = [
         f"{len(captions)} held-out captions, one clip of 81 frames of 64x64 each; every row is"
@@ -116,6 +97,34 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         *list_totals(folder),
     ]
     return "\n".join(lines)
+
+
+def make_columns(
+    demo: Demo, captions: Sequence[Caption], options: EvaluateOptions,
+    watch: Callable[[Iterable[ndarray]], Iterator[ndarray]],
+) -> dict[str, Column]:  # fmt: skip
+    """Return the table's columns; `watch` wraps the student's clips."""
+    rare = held_out(options.captions, "composition")
+    models = demo.student, demo.text, demo.vae
+    return {
+        "truth": lambda: (truth_clips(captions), captions),
+        "truth through the VAE": lambda: (returned_clips(demo.vae, captions), captions),
+        f"teacher, {options.steps} steps": lambda: (
+            teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps),
+            captions,
+        ),
+        "student": lambda: (watch(student_clips(*models, captions)), captions),
+        "student, ODE": lambda: (
+            student_clips(*models, captions, method_of=lambda texts: ode()), captions,
+        ),
+        "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
+        "student, 4 times as long": lambda: (
+            student_clips(
+                *models, captions[: options.long_captions], frames=LONG_FRAMES,
+                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
+            ), captions[: options.long_captions],
+        ),
+    }  # fmt: skip
 
 
 def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:

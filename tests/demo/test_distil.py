@@ -1,4 +1,4 @@
-"""The student's distillation has the objective of a refiner's training, at noises of its own."""
+"""The student's distillation uses the objective of a refiner's training with other noises."""
 
 from itertools import pairwise
 
