@@ -188,9 +188,9 @@ def test_accumulated_parts_are_one_batch(objective, method) -> None:
 
 def test_a_score_is_the_mean_over_its_draws() -> None:
     stage = stage_of(replace(SMALL, score_draws=3))
-    (part,) = stage._parts(0, use=1)
+    (part,) = stage._micro_batches(0, use=1)
     (clean,) = stage._clips(part.path, part.context, part.exit_level)
-    (nothing, noise, sigma), _ = stage.objective.given(part)
+    (nothing, noise, sigma), _ = stage.objective.loss_arguments(part)
     assert noise.shape == (3, *clean.shape)
     assert len({*sigma.flatten().tolist()}) > 3
     whole = stage.objective._gradient(clean, part.context, nothing, noise, sigma)
@@ -211,7 +211,7 @@ def test_an_improvement_is_how_much_less_the_real_network_changes(monkeypatch) -
     """If the real network predicts x / 4, a clip changes by 3/4 |x|, whatever the fake predicts."""
     objective = stage_of(replace(SMALL, score_draws=2)).objective
     noise = torch.zeros(2, 2, 16, 3, 4, 4)
-    objective.given = lambda part: ((encode(["", ""]), noise, torch.ones(2, 2)), {})
+    objective.loss_arguments = lambda part: ((encode(["", ""]), noise, torch.ones(2, 2)), {})
     objective.fake.model.head.head.bias.data.fill_(float("nan"))
     monkeypatch.setattr(dmd_objective, "real_prediction", lambda clean, *_: clean / 4)
     before, after = (

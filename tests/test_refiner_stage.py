@@ -46,13 +46,13 @@ def test_the_rate_rises_over_a_share_of_the_updates_and_falls_to_0() -> None:
 
 def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:
     pairs = stage_of(replace(SMALL, batch=4, accumulation=2, antithetic=True))
-    parts = list(pairs._parts(0, use=1))
+    parts = list(pairs._micro_batches(0, use=1))
     for part in parts:
         assert part.prompts[::2] == part.prompts[1::2]
         assert torch.equal(part.path[:, ::2], -part.path[:, 1::2])
     assert not torch.equal(parts[0].path, parts[1].path)
     whole = stage_of(replace(SMALL, batch=8, antithetic=True))
-    (one,) = whole._parts(0, use=1)
+    (one,) = whole._micro_batches(0, use=1)
     assert one.prompts == parts[0].prompts + parts[1].prompts
     assert torch.equal(one.path, torch.cat([part.path for part in parts], dim=1))
     with pytest.raises(ValueError, match="even"):
@@ -80,15 +80,15 @@ def test_held_out_clips_are_compared_with_the_bases(options, method) -> None:
 
 def test_critic_and_refiner_see_clips_of_their_own() -> None:
     stage = stage_of(replace(SMALL, batch=8))
-    (critic,), (refiner,) = (list(stage._parts(0, use)) for use in (0, 1))
+    (critic,), (refiner,) = (list(stage._micro_batches(0, use)) for use in (0, 1))
     assert critic.prompts != refiner.prompts
     assert not any(
         torch.equal(*pair)
         for pair in zip(critic.path.unbind(1), refiner.path.unbind(1), strict=True)
     )
     seen: list[int] = []
-    parts = stage._parts
-    stage._parts = lambda index, use: seen.append(use) or parts(index, use)
+    parts = stage._micro_batches
+    stage._micro_batches = lambda index, use: seen.append(use) or parts(index, use)
     stage.step(0)
     assert seen == [0, 1]
 

@@ -1,2 +1,1 @@
-"""The embedded default: a synthetic world of sprites, its metrics, and the recipes that train on
-it."""
+"""The embedded demo: a synthetic world of sprites, its metrics, and recipes that train on it."""

@@ -18,7 +18,7 @@ from .reward_model import FRAMES, SpriteVideoText
 from .text_encoder import SpriteTextEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-REFINERS = {  # trained by distribution matching, and with the bundled reward
+REFINERS = {  # trained by distribution matching and with the bundled reward
     "sprites": "sprites.refiner.safetensors",
     "sprites-reward": "sprites_reward.refiner.safetensors",
 }
@@ -27,7 +27,7 @@ FILES = {name: f"sprites_{name}.safetensors" for name in MODELS}
 
 
 def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
-    """Rescale the latents, of raw `mean` and `std` [16], to those that Wan's constants normalise.
+    """Rescale latents of raw `mean` and `std` [16] to the statistics that Wan's constants assume.
 
     Folds the scale into the two 1x1x1 convolutions around the latent; pixels stay the same.
     """
@@ -45,7 +45,7 @@ def scaled_vae(vae: WanVAE, mean: Tensor, std: Tensor) -> WanVAE:
 def save_model(
     folder: Path, name: str, model: nn.Module, config: WanConfig | None, recipe: dict
 ) -> Path:
-    """Write a model in bf16, with its recipe, steps and scores; a config makes ComfyUI load it."""
+    """Write a model in bf16 with its recipe, steps and scores; ComfyUI needs the config."""
     metadata = {"autorefiner": json.dumps(recipe)}
     if config is not None:
         causal = {"causal_ar": True} if name == "student" else {}  # ComfyUI knows no false value
@@ -83,7 +83,7 @@ def load_sprite_network(
 def load_sprite_reward(
     folder: Path = WEIGHTS, frames: FrameDraw = FRAMES, device: torch.device | str = "cpu"
 ) -> VideoTextReward:
-    """Load the text-video reward, fp32; ValueError where it is missing."""
+    """Load the text-video reward, fp32; ValueError if it is missing."""
     path = folder / FILES["reward"]
     if not path.exists():
         raise ValueError(
@@ -99,6 +99,6 @@ def load_sprite_reward(
 
 
 def recipe_of(name: str, folder: Path = WEIGHTS) -> dict:
-    """The recipe, steps and scores in a model's file."""
+    """Read the recipe, steps and scores from a model's file."""
     metadata = open_weights(folder / FILES[name]).metadata
     return json.loads(metadata.get("autorefiner", "{}"))

@@ -1,5 +1,4 @@
-"""What a caption says of a clip, and the grammar with synonyms that says it. The words are a closed
-vocabulary."""
+"""Captions: the attributes they state, and a grammar with synonyms over a closed vocabulary."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,21 +9,14 @@ from numpy.random import Generator
 
 from .palette import GROUND_COLOURS
 
-RELATIONS = (
-    "left",
-    "right",
-    "above",
-    "below",
-    "behind",
-    "front",
-)  # of the first object to the second
-MOST_WORDS = 32  # that the sprites' text encoder reads
+# of the first object to the second
+RELATIONS = ("left", "right", "above", "below", "behind", "front")
+MOST_WORDS = 32  # longest text of the sprites' text encoder
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What is said of one object; None is what is not said. Names are those of the world, not the
-    synonyms."""
+    """Stated attributes of an object, by the world's names, not synonyms; None if not stated."""
 
     shape: str
     colour: str
@@ -36,8 +28,7 @@ class Stated:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A text, and the attributes that it states: the objects in its order, and how the first lies
-    to the second."""
+    """A text and the attributes it states: objects in its order, their relation, and the ground."""
 
     text: str
     objects: tuple[Stated, ...]
@@ -69,7 +60,7 @@ DIRECTION_WORDS = {
     **{f"{a} {b}": (f"{a} and {b}",) for a in ("up", "down") for b in ("left", "right")},
     "counterclockwise": ("counterclockwise", "anticlockwise"),
 }
-# Verbs by motion: where the direction is said, and where it is not.
+# Verbs by motion: with the direction stated, and without.
 VERBS = {
     "bounce": (("moves {} and bounces", "travels {} and bounces"), ("bounces", "bounces around")),
     "pass": (("moves {} and passes", "travels {} and passes"), ("passes", "goes")),
@@ -109,7 +100,7 @@ TABLES = (
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: lower case, without punctuation."""
+    """Split a text into lower-case words without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 
@@ -119,25 +110,25 @@ def _phrases(entry: object) -> Iterator[str]:
     elif isinstance(entry, dict):
         yield from _phrases(tuple(entry.values()))
     elif isinstance(entry, Iterable):
-        for part in entry:
-            yield from _phrases(part)
+        for item in entry:
+            yield from _phrases(item)
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can have, sorted."""
+    """Return every word that a caption can contain, sorted."""
     return sorted(
         {word for phrase in _phrases((*TABLES, GROUND_WORDS, GLUE)) for word in words(phrase)}
     )
 
 
 def unknown_words(text: str) -> list[str]:
-    """Words of a text that the world has no meaning for, in order."""
+    """Return a text's words outside the vocabulary, in order."""
     known = set(vocabulary())
     return [word for word in dict.fromkeys(words(text)) if word not in known]
 
 
 def misread(text: str) -> list[str]:
-    """Warn of words that the models have never read, and of what no caption says, a line each."""
+    """Return warnings, one line each, of unknown words and of texts unlike any caption."""
     unknown, read = ", ".join(map(repr, unknown_words(text)[:5])), words(text)
     lines = []
     if unknown:
@@ -149,9 +140,9 @@ def misread(text: str) -> list[str]:
 
 
 def unlike_captions(text: str) -> list[str]:
-    """Warn of a ground in a colour that no ground has, and of objects without a motion.
+    """Return warnings of a ground in an object's colour, and of objects without a motion.
 
-    The models know captions alone, and make something else of such a text.
+    The models have seen captions only, and misread such texts.
     """
     read, lines = words(text), []
     grounds = {word for name in GROUND_COLOURS for word in COLOUR_WORDS[name]}
@@ -168,7 +159,7 @@ def unlike_captions(text: str) -> list[str]:
 
 
 def _objects(read: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each shape's noun, and the words up to the next one; not the circle of `in a circle`."""
+    """Yield each shape's noun, except in `in a circle`, with the words up to the next noun."""
     shapes = {*_phrases(SHAPE_WORDS)}
     nouns = [place for place, word in enumerate(read) if word in shapes]
     nouns = [place for place in nouns if read[max(place - 2, 0)] != "in"]
@@ -182,13 +173,8 @@ def _pick(rng: Generator, options: tuple[str, ...]) -> str:
 
 def _noun(stated: Stated, rng: Generator) -> str:
     size = [_pick(rng, SIZE_WORDS[stated.size])] if stated.size else []
-    parts = [
-        "a",
-        *size,
-        _pick(rng, COLOUR_WORDS[stated.colour]),
-        _pick(rng, SHAPE_WORDS[stated.shape]),
-    ]
-    return " ".join(parts)
+    colour = _pick(rng, COLOUR_WORDS[stated.colour])
+    return " ".join(["a", *size, colour, _pick(rng, SHAPE_WORDS[stated.shape])])
 
 
 def _verb(stated: Stated, rng: Generator, passing: bool = False) -> str:
@@ -216,7 +202,7 @@ def _ground(name: str, rng: Generator) -> str:
 def write(
     objects: tuple[Stated, ...], relation: str | None, ground: str | None, rng: Generator
 ) -> Caption:
-    """A caption that states exactly this, in words drawn from `rng`."""
+    """Write a caption that states exactly these attributes, in words drawn from `rng`."""
     passing = relation in ("behind", "front")
     text = f"{_noun(objects[0], rng)} {_verb(objects[0], rng, passing)}"
     if len(objects) == 2:

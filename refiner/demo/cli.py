@@ -37,7 +37,7 @@ from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions,
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "longer", "init", "student", "reward")
 SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
-GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # stage: model it continues
+GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # stage -> model it resumes
 DEFAULT = "default %(default)s"
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or
@@ -166,13 +166,13 @@ def run_demo(args: argparse.Namespace, device: torch.device, train_row: Train) -
 
 
 def write_and_print(path: Path, title: str, body: str) -> None:
-    """Put a section into a Markdown file and on the terminal."""
+    """Write a section into a Markdown file and print it."""
     write_section(path, title, body)
     print(body)
 
 
 def run_tables(args: argparse.Namespace, device: torch.device, train_row: Train) -> None:
-    """Make the tables, in a section for each sampler."""
+    """Write the tables, one section for each sampler."""
     options = tables_options(args)
     sections = {
         "The refiner": [n for n in options.tables if n not in TWO_LEVEL_TABLES],
@@ -186,7 +186,7 @@ def run_tables(args: argparse.Namespace, device: torch.device, train_row: Train)
 
 
 def tables_options(args: argparse.Namespace) -> TablesOptions:
-    """The options that the command line gives."""
+    """Return the options of the command line."""
     options = TablesOptions.quick() if args.quick else TablesOptions()
     options = replace(options, tables=tuple(args.tables))
     if args.captions is not None:
@@ -238,16 +238,16 @@ def save_stage(name: str, stage: Stage, run: Path, recipe: dict) -> None:
 
 
 def earlier_recipes(run: Path, model: str, recipe: str) -> list[dict]:
-    """Recipes and steps that trained a model of the run before this recipe."""
+    """Return the recipes and steps that trained a run's model before this recipe."""
     last = recipe_of(model, run)
     before = last.get("before", [])
-    if last.get("recipe") in (None, recipe):  # this recipe came to its end once before
+    if last.get("recipe") in (None, recipe):  # this recipe was completed before
         return before
     return [*before, {key: last[key] for key in ("recipe", "steps")}]
 
 
 def own_commit() -> str:
-    """The commit of the running code, where it lies in a checkout."""
+    """Return the commit of the running code; "unknown" outside a checkout."""
     command = ["git", "-C", str(WEIGHTS.parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -257,7 +257,7 @@ def own_commit() -> str:
 
 
 def figures_of(run: Path) -> dict:
-    """Loss and scores of a finished run's last step, and the totals of all its sheets by step."""
+    """Return a finished run's last figures, and the totals of its sheets by step."""
     log = read_rows(run / "log.jsonl")
     shown = {name: value for name, value in log[-1].items() if name not in ("step", "seconds")}
     figures: dict[str, dict] = {"scores": {name: round(value, 3) for name, value in shown.items()}}
@@ -268,7 +268,7 @@ def figures_of(run: Path) -> dict:
 
 
 def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Stage:
-    """Make a stage, with the models of earlier ones from the run's folder."""
+    """Create a stage with the earlier stages' models from the run's folder."""
     changes = {"steps": args.steps, "batch": args.batch}
     changes = {key: value for key, value in changes.items() if value is not None}
     if name == "vae":
@@ -281,13 +281,14 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
         changes["shown"] = args.shown
     if name == "reward":
         return RewardStage(RewardOptions(**changes), device)
-    can_compile = device.type == "cpu" or name in ("teacher", "longer")  # others replay on a GPU
+    # on a GPU the other stages replay CUDA graphs instead
+    can_compile = device.type == "cpu" or name in ("teacher", "longer")
     changes["compiled"] = args.compile and can_compile
     return make_network_stage(name, changes, args.run, device)
 
 
 def make_network_stage(name: str, changes: dict, run: Path, device: torch.device) -> Stage:
-    """Make a stage that trains a network on encoded clips."""
+    """Create a stage that trains a network on encoded clips."""
     text, vae = load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
     models = Clips.read(run / "clips"), text, vae
     if name == "teacher":

@@ -1,5 +1,4 @@
-"""Clips of captions: by the student, by the teacher, as the world has them, and through the VAE and
-back."""
+"""Clips of captions: by student or teacher, rendered by the world, or through the VAE and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,31 +30,31 @@ from .metrics.table import summarise
 from .render import clip_batch, render
 from .world import sample_scene
 
-Encode = Callable[[list[str]], Tensor]  # prompts to contexts [B, L, text_dim]
+Encode = Callable[[list[str]], Tensor]  # prompts -> contexts [B, L, text_dim]
 PRESET = PRESETS["self-forcing"]
 LATENT_FRAMES, SIDE = 21, 8  # 81 frames of 64x64
 BATCH = 16
 DECODED_AT_ONCE = {"cpu": 4, "cuda": 16}
-SHOWN = 4  # clips of a sheet
+SHOWN = 4  # clips per sheet
 
 
 def held_out(count: int, split: str = "test", first: int = 0) -> list[Caption]:
-    """The captions of scenes of a split that no model was trained on, from its `first` one on."""
+    """Return captions of a split that no model was trained on, starting with number `first`."""
     return [sample_scene(seed, split).caption for seed in range(first, first + count)]
 
 
 def held_out_prompts(count: int) -> list[str]:
-    """The texts of the first held-out captions."""
+    """Return the texts of the first held-out captions."""
     return [caption.text for caption in held_out(count)]
 
 
 def training_prompts(count: int) -> list[str]:
-    """The texts of the first training captions."""
+    """Return the texts of the first training captions."""
     return [sample_scene(seed).caption.text for seed in range(count)]
 
 
 def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str]]:
-    """Their texts, `size` at a time."""
+    """Yield the captions' texts, `size` at a time."""
     rest = iter(captions)
     while texts := [caption.text for caption in islice(rest, size)]:
         yield texts
@@ -63,19 +62,22 @@ def batched(captions: Iterable[Caption], size: int = BATCH) -> Iterator[list[str
 
 @torch.no_grad()
 def decoded(vae: WanVAE, latents: Tensor) -> Iterator[ndarray]:
-    """uint8 clips [F, H, W, 3] of latents [B, 16, F, h, w]."""
-    for part in latents.split(DECODED_AT_ONCE.get(latents.device.type, DECODED_AT_ONCE["cpu"])):
-        yield from (to_frames(pixels[None]) for pixels in vae.decode(part))
+    """Decode latents [B, 16, F, h, w] to uint8 clips [F, H, W, 3]."""
+    at_once = DECODED_AT_ONCE.get(latents.device.type, DECODED_AT_ONCE["cpu"])
+    for batch in latents.split(at_once):
+        yield from (to_frames(pixels[None]) for pixels in vae.decode(batch))
 
 
 @torch.no_grad()
 def student_clips(
     student: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
-    method_of: Callable[[list[str]], Method] = lambda texts: self_forcing(), preset: Preset = PRESET,
-    frames: int = LATENT_FRAMES, refiner: Refiner | None = None,
+    method_of: Callable[[list[str]], Method] = lambda texts: self_forcing(),
+    preset: Preset = PRESET, frames: int = LATENT_FRAMES, refiner: Refiner | None = None,
 ) -> Iterator[ndarray]:  # fmt: skip
-    """A clip of each caption, by the method for its batch of texts. The same captions, seed and
-    lengths have the same noise whatever the method."""
+    """Sample a clip of each caption, by `method_of` its batch's texts.
+
+    The noise depends on captions, seed and length alone.
+    """
     for number, texts in enumerate(batched(captions)):
         plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))
         method, noise = method_of(texts), seed * 1_000_003 + number
@@ -88,32 +90,27 @@ def teacher_clips(
     teacher: CausalWan, text: Encode, vae: WanVAE, captions: Sequence[Caption], *, seed: int = 0,
     steps: int = 50,
 ) -> Iterator[ndarray]:  # fmt: skip
-    """A clip of each caption."""
+    """Sample a clip of each caption."""
     device = next(teacher.model.parameters()).device
     for number, texts in enumerate(batched(captions)):
         with mixed_precision(device):
             latents = sample_teacher(
-                teacher,
-                text,
-                texts,
-                LATENT_FRAMES,
-                steps=steps,
-                seed=seed * 1_000_003 + number,
+                teacher, text, texts, LATENT_FRAMES, steps=steps, seed=seed * 1_000_003 + number,
                 size=(SIDE, SIDE),
-            )
+            )  # fmt: skip
         yield from decoded(vae, latents.float())
 
 
 def truth_clips(
     captions: Sequence[Caption], frames: int = 81, split: str = "test"
 ) -> Iterator[ndarray]:
-    """What the world itself shows of the first scenes of a split."""
+    """Render the first scenes of a split, as many as there are captions."""
     return (render(sample_scene(seed, split), frames) for seed in range(len(captions)))
 
 
 @torch.no_grad()
 def returned_clips(vae: WanVAE, captions: Sequence[Caption], frames: int = 81) -> Iterator[ndarray]:
-    """The same through the VAE and back: the ceiling of whatever is decoded by it."""
+    """Encode and decode the clips of truth_clips: the VAE's upper bound for any sampler."""
     device = vae.conv1.weight.device
     for seed in range(len(captions)):
         pixels, _ = clip_batch([seed], "test", frames)
@@ -123,9 +120,9 @@ def returned_clips(vae: WanVAE, captions: Sequence[Caption], frames: int = 81) -
 def score(
     clips: Iterable[ndarray], captions: Sequence[Caption], title: str = "", workers: int = 0
 ) -> list[ClipScores]:
-    """Score each clip against its caption, in so many processes or in this one.
+    """Score each clip against its caption, in `workers` processes or in this one.
 
-    A title shows a progress bar.
+    With a title, show a progress bar.
     """
     pairs, count = zip(clips, captions, strict=True), len(captions)
     bar = tqdm(pairs, title, count, unit="clip", disable=not title, dynamic_ncols=True)
@@ -143,10 +140,9 @@ def show_clips(
     index: int,
     before: Sequence[ndarray] = (),
 ) -> dict[str, float]:
-    """Score clips, and write a sheet of the first four, eight frames each, with their captions
-    beside it.
+    """Score clips; write a sheet of the first four, eight frames each, and their captions.
 
-    With clips `before`, each of those has its row above the clip's.
+    Clips `before` get a row each above the clips'.
     """
     clips = list(clips)
     rows = (
@@ -168,8 +164,10 @@ def sample_teacher(
     network: CausalWan, text: Encode, prompts: Sequence[str], frames: int, *, steps: int = 50,
     guidance: float = 1.0, shift: float = 5.0, seed: int = 0, size: tuple[int, int] = (8, 8),
 ) -> Tensor:  # fmt: skip
-    """Whole clips [B, 16, F, h, w] by Euler steps along the guided flow, `uncond + (1 + w) (cond −
-    uncond)`."""
+    """Sample whole clips [B, 16, F, h, w] by Euler steps along the guided flow.
+
+    The flow is `uncond + (1 + w) (cond − uncond)` with guidance w.
+    """
     device = next(network.model.parameters()).device
     generator = noise_stream(device, seed)
     x = torch.randn(

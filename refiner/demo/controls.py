@@ -1,5 +1,4 @@
-"""Untrained residuals to compare a refiner with: noise that is only shrunk, and the base's own
-flow."""
+"""Untrained residuals to compare a refiner with: shrunk noise, and the base's flow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ Kind = Literal["shrunk", "towards x0", "hand-made"]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A residual that nothing was trained for: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the
-    base's flow v."""
+    """An untrained residual: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v."""
 
     kind: Kind
     c: float
@@ -30,7 +28,7 @@ class Control:
         return f"Δ = {formula.format(f'{self.c:g}')}"
 
     def refiner(self, base: CausalWan, levels: Sequence[int]) -> "Refiner | ShrunkNoise":
-        """The control on these nominal levels."""
+        """Return the control as a refiner of these nominal levels."""
         if self.kind == "hand-made":
             return hand_made(base, self.c, levels)
         return ShrunkNoise(self.c, self.kind == "towards x0", frozenset(levels))
@@ -38,7 +36,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class ShrunkNoise:
-    """A refiner without a network: the same noise, less of it."""
+    """A refiner without a network that shrinks the noise."""
 
     c: float
     towards_x0: bool
@@ -49,18 +47,18 @@ class ShrunkNoise:
         return level.step in self.levels
 
     def text(self, context_BLE: Tensor) -> None:
-        """Nothing reads a prompt."""
+        """Ignore the prompt."""
 
     def residual(
-        self, noise: Tensor, x0: Tensor, level: Level, chunk: Chunk, memory: object, text: list[KeyValue] | None,
-        dtype: torch.dtype,
+        self, noise: Tensor, x0: Tensor, level: Level, chunk: Chunk, memory: object,
+        text: list[KeyValue] | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """Return Δ [B, C, F, h, w]; only `noise` and `x0` are read."""
+        """Return Δ [B, C, F, h, w] from `noise` and `x0` alone."""
         return self.c * ((x0 if self.towards_x0 else 0) - noise)
 
 
 def hand_made(base: CausalWan, c: float, levels: Sequence[int]) -> Refiner:
-    """T_φ whose head branch is A = the base's head, B = -c I, and whose other branches are zero."""
+    """Return T_φ with Δ = -c v: head branch A = the base's head, B = -c I; other branches zero."""
     tree = attach_branches(base, 1, silent_head=True, start="head")
     with torch.no_grad():
         head = tree.model.get_submodule(HEAD).lora_B["default"].weight

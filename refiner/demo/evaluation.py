@@ -1,4 +1,4 @@
-"""The bundled models against held-out captions: the table of `autorefiner demo evaluate`."""
+"""Evaluate a bundle on held-out captions: the table of `autorefiner demo evaluate`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from .metrics.table import format_table, paired_difference, summarise
 from .text_encoder import SpriteTextEncoder
 
 LONG_FRAMES = 4 * LATENT_FRAMES
+Column = Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]  # makes clips with captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Demo:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Demo":
-        """The models in a folder, on a device."""
+        """Load the models of a folder onto a device."""
         return cls(
             load_sprite_text(folder).to(device),
             load_sprite_vae(folder).to(device),
@@ -53,20 +54,18 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """How much is measured."""
+    """The size of an evaluation."""
 
     captions: int = 256
-    long_captions: int = 32  # of clips of four times the trained length
-    pairs: int = 64  # captions of which two seeds are compared, for diversity
-    steps: int = 50  # of the teacher
+    long_captions: int = 32  # for clips of four times the trained length
+    pairs: int = 64  # captions sampled with two seeds, for diversity
+    steps: int = 50  # the teacher's
 
 
 def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> str:
-    """The results of a bundle, as a section of RESULTS.md without its heading."""
+    """Evaluate a bundle; returns a section of RESULTS.md without its heading."""
     demo = Demo.load(folder, device)
     captions = held_out(options.captions)
-    rare = held_out(options.captions, "composition")
-    models = demo.student, demo.text, demo.vae
     first_clips: list[ndarray] = []
 
     def remember_first(clips: Iterable[ndarray]) -> Iterator[ndarray]:
@@ -75,31 +74,20 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
                 first_clips.append(clip)
             yield clip
 
-    columns: dict[str, Callable[[], tuple[Iterable[ndarray], Sequence[Caption]]]] = {
-        "truth": lambda: (truth_clips(captions), captions),
-        "truth through the VAE": lambda: (returned_clips(demo.vae, captions), captions),
-        f"teacher, {options.steps} steps": lambda: (
-            teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps), captions,
-        ),
-        "student": lambda: (remember_first(student_clips(*models, captions)), captions),
-        "student, ODE": lambda: (student_clips(*models, captions, method_of=lambda texts: ode()), captions),
-        "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
-        "student, 4 times as long": lambda: (
-            student_clips(
-                *models, captions[: options.long_captions], frames=LONG_FRAMES,
-                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
-            ), captions[: options.long_captions],
-        ),
-    }  # fmt: skip
+    columns = make_columns(demo, captions, options, remember_first)
     scores = {name: score(*make(), name, helpers(device)) for name, make in columns.items()}
     pairs = captions[: options.pairs]
-    again = list(student_clips(*models, pairs, seed=1))
+    again = list(student_clips(demo.student, demo.text, demo.vae, pairs, seed=1))
     differ = diversity(first_clips + again, [*pairs, *pairs])
     lines = [
-        f"{len(captions)} held-out captions, one clip of 81 frames of 64x64 each; every row is 0–100, higher is",
-        f"better, with its 95 % bootstrap interval over captions. Models: {describe_recipes(folder)}.",
-        f"Four times as long: {options.long_captions} captions, 321 frames, memory of {LATENT_FRAMES} latent frames.",
-        f"Diversity of the student (two seeds of {len(pairs)} captions, against the world's own): {differ:.1f}.",
+        f"{len(captions)} held-out captions, one clip of 81 frames of 64x64 each; every row is"
+        " 0–100, higher is",
+        "better, with its 95 % bootstrap interval over captions. Models:"
+        f" {describe_recipes(folder)}.",
+        f"Four times as long: {options.long_captions} captions, 321 frames, memory of"
+        f" {LATENT_FRAMES} latent frames.",
+        f"Diversity of the student (two seeds of {len(pairs)} captions, against the world's own):"
+        f" {differ:.1f}.",
         "",
         format_table({name: summarise(rows) for name, rows in scores.items()}),
         "",
@@ -111,8 +99,36 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
     return "\n".join(lines)
 
 
+def make_columns(
+    demo: Demo, captions: Sequence[Caption], options: EvaluateOptions,
+    watch: Callable[[Iterable[ndarray]], Iterator[ndarray]],
+) -> dict[str, Column]:  # fmt: skip
+    """Return the table's columns; `watch` wraps the student's clips."""
+    rare = held_out(options.captions, "composition")
+    models = demo.student, demo.text, demo.vae
+    return {
+        "truth": lambda: (truth_clips(captions), captions),
+        "truth through the VAE": lambda: (returned_clips(demo.vae, captions), captions),
+        f"teacher, {options.steps} steps": lambda: (
+            teacher_clips(demo.teacher, demo.text, demo.vae, captions, steps=options.steps),
+            captions,
+        ),
+        "student": lambda: (watch(student_clips(*models, captions)), captions),
+        "student, ODE": lambda: (
+            student_clips(*models, captions, method_of=lambda texts: ode()), captions,
+        ),
+        "student, unseen pairs": lambda: (student_clips(*models, rare), rare),
+        "student, 4 times as long": lambda: (
+            student_clips(
+                *models, captions[: options.long_captions], frames=LONG_FRAMES,
+                preset=replace(PRESET, window=LATENT_FRAMES, positions="relative"),
+            ), captions[: options.long_captions],
+        ),
+    }  # fmt: skip
+
+
 def differences(scores: dict[str, list[ClipScores]], teacher: str) -> list[str]:
-    """List student against teacher, and sampling without fresh noise against with it."""
+    """List the gains of student over teacher, and of sampling without fresh noise over with it."""
     lines = []
     for name, baseline in (("student", teacher), ("student, ODE", "student")):
         difference = paired_difference(scores[name], scores[baseline])
@@ -126,13 +142,13 @@ def describe_recipes(folder: Path) -> str:
     for name in ("vae", "teacher", "student"):
         last = recipe_of(name, folder)
         recipes = [*last.get("before", []), last]
-        parts = [f"{recipe.get('recipe', name)} {recipe.get('steps', '?')}" for recipe in recipes]
-        models.append(f"{' and '.join(parts)} steps")
+        trained = [f"{recipe.get('recipe', name)} {recipe.get('steps', '?')}" for recipe in recipes]
+        models.append(f"{' and '.join(trained)} steps")
     return ", ".join(models)
 
 
 def list_totals(folder: Path) -> list[str]:
-    """List the totals of the sample sheets of teacher and student in training, from their files."""
+    """List the sample sheets' totals in the training of teacher and student, from their files."""
     lines = []
     for name in ("teacher", "student"):
         totals = recipe_of(name, folder).get("totals", {})
@@ -145,8 +161,7 @@ def list_totals(folder: Path) -> list[str]:
 
 
 def write_section(path: Path, title: str, body: str) -> None:
-    """Put a `## title` section into a Markdown file: in the place of the one it had, else at the
-    end."""
+    """Replace the section `## title` of a Markdown file, or append it."""
     text = path.read_text() if path.exists() else "# Results\n"
     head, *sections = text.split("\n## ")
     by_title = {section.split("\n", 1)[0]: section for section in sections}

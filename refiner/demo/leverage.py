@@ -1,5 +1,7 @@
-"""Measure which noises can move a clip: train for the mean of one latent channel (AutoRefiner,
-section 3.3)."""
+"""Measure which noises can move a clip, by training for one latent channel's mean.
+
+AutoRefiner, section 3.3.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from ..training.objective import Part
+from ..training.objective import MicroBatch
 from ..training.options import RefineOptions
 from ..training.refiner_stage import RefinerStage
 from ..training.residuals import Residuals
@@ -24,7 +26,7 @@ PROMPTS, HELD_OUT = 1024, 16
 
 @dataclass(frozen=True, slots=True)
 class LeverageOptions:
-    """How long each method is trained."""
+    """The length of each method's training."""
 
     updates: int = 60
     batch: int = 4
@@ -32,23 +34,23 @@ class LeverageOptions:
 
     @property
     def training(self) -> RefineOptions:
-        """Train without a penalty, so that nothing holds the noise back."""
+        """A training without a penalty, which would limit the noise."""
         return RefineOptions(
-            objective="reward", steps=self.updates, batch=self.batch, accumulation=1, frames=self.frames, rank=32,
-            l2=0.0, shown=1,
+            objective="reward", steps=self.updates, batch=self.batch, accumulation=1,
+            frames=self.frames, rank=32, l2=0.0, shown=1,
         )  # fmt: skip
 
 
 class ChannelMean:
-    """The reward is the mean of the first latent channel."""
+    """An objective whose reward is the mean of the first latent channel."""
 
     ratio, learners = 1, ()
 
-    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """There is nothing to learn."""
+    def prepare(self, index: int, samples: Iterator[tuple[MicroBatch, Tensor]]) -> dict[str, float]:
+        """Do nothing: there are no networks to train."""
         return {}
 
-    def given(self, part: Part) -> tuple[tuple, dict]:
+    def loss_arguments(self, batch: MicroBatch) -> tuple[tuple, dict]:
         return (), {}
 
     def loss(
@@ -57,7 +59,7 @@ class ChannelMean:
         reward = clean[:, 0].float().mean()
         return -reward, {"loss": -reward, "reward": reward}
 
-    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
+    def improvement(self, before: Tensor, after: Tensor, batch: MicroBatch) -> float:
         return (after[:, 0] - before[:, 0]).mean().item()
 
     def state_dict(self) -> dict:
@@ -67,7 +69,7 @@ class ChannelMean:
 
 
 def leverage(options: LeverageOptions, device: torch.device) -> str:
-    """Train the bundled student by each method; the table, in Markdown."""
+    """Train the bundled student by each method; returns the table in Markdown."""
     network, text = load_sprite_network("student", device=device), load_sprite_text().to(device)
     prompts = [sample_scene(seed).caption.text for seed in range(PROMPTS)]
     unseen = [caption.text for caption in held_out(HELD_OUT)]
@@ -80,7 +82,8 @@ def leverage(options: LeverageOptions, device: torch.device) -> str:
         sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))
         rows.append([name, f"{stage.compare()['held-out']:+.2f}", sizes or "-"])
     text_above = (
-        f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with the same noise, after"
-        f" {options.updates} updates of {options.batch} clips (`autorefiner demo leverage`)."
+        f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with"
+        f" the same noise, after {options.updates} updates of {options.batch} clips"
+        " (`autorefiner demo leverage`)."
     )
     return f"{fill(text_above, 120)}\n\n{aligned(rows)}"

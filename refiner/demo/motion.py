@@ -1,7 +1,7 @@
-"""How the objects of the world move: closed forms of the time, so that a clip can be of any length.
+"""Motions of the world's objects, in closed form over time, so that clips can have any length.
 
-Lengths are in frame sides, times in seconds, angles in radians and growing clockwise as seen; y
-points down.
+Lengths are in frame sides, times in seconds, angles in radians and clockwise as seen; y points
+down.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 FPS = 16
-WALL = 1.5 / 64  # what stays free between an object that bounces and the frame's edge
+WALL = 1.5 / 64  # gap between a bouncing object and the frame's edge
 
 DIRECTIONS: dict[str, tuple[str, ...]] = {
     "bounce": ("left", "right", "up", "down", "up left", "up right", "down left", "down right"),
@@ -20,7 +20,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "spin": ("clockwise", "counterclockwise"),
     "still": (),
 }
-# Slow and fast, each from … to: frame sides a second for bounce, else periods or turns a second.
+# Ranges of slow and fast: frame sides per second for bounce, else periods or turns per second.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "bounce": {"slow": (0.15, 0.18), "fast": (0.40, 0.47)},
     "orbit": {"slow": (0.20, 0.24), "fast": (0.46, 0.55)},
@@ -37,37 +37,33 @@ REACH: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """One motion: its kind, what is seen of it (direction, speed), and its numbers."""
+    """A motion: its kind, visible attributes (direction, speed), and parameters."""
 
     kind: str
     direction: str | None = None
     speed: str | None = None
-    rate: float = 0.0  # frame sides a second for bounce, else periods or turns a second
-    reach: float = (
-        0.0  # radius of an orbit, amplitude of a swing, growth of a pulse relative to the radius
-    )
-    phase: float = (
-        0.0  # of orbit, swing and pulse at time 0; for bounce what is added to the heading
-    )
+    rate: float = 0.0  # frame sides per second for bounce, else periods or turns per second
+    reach: float = 0.0  # radius of an orbit, amplitude of a swing, relative growth of a pulse
+    phase: float = 0.0  # of orbit, swing and pulse at time 0; offset of a bounce's heading
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Where an object is at each time."""
+    """An object's trajectory."""
 
     position: ndarray  # [F, 2], x and y
-    scale: ndarray  # [F], of the radius
+    scale: ndarray  # [F], factor on the radius
     angle: ndarray  # [F]
 
 
 def heading(direction: str) -> tuple[int, int]:
-    """Signs of x and y of a bounce's direction."""
+    """Return the signs of x and y of a bounce's direction."""
     words = direction.split()
     return ("right" in words) - ("left" in words), ("down" in words) - ("up" in words)
 
 
 def _fold(place: ndarray, low: float, high: float) -> ndarray:
-    """Reflects what runs out of [low, high]."""
+    """Reflect values at the ends of [low, high]."""
     turns = np.mod((place - low) / (high - low), 2)
     return low + (high - low) * (1 - np.abs(turns - 1))
 
@@ -85,16 +81,15 @@ def _bounce(motion: Motion, centre: tuple[float, float], reach: float, time: nda
 def follow(
     motion: Motion, centre: tuple[float, float], reach: float, angle: float, time: ndarray
 ) -> Path:
-    """The path of an object at the times [F].
+    """Return an object's path at the times [F].
 
-    `centre` is where a bounce starts and what any other motion goes about, `reach` the object's
-    circumradius and `angle` its angle at time 0.
+    `centre` is a bounce's start or any other motion's centre, `reach` the object's circumradius,
+    `angle` its angle at time 0.
     """
     position = np.broadcast_to(np.array(centre), (len(time), 2)).copy()
     scale, angles = np.ones(len(time)), np.full(len(time), angle)
-    turn = motion.phase + 2 * np.pi * motion.rate * time * (
-        -1 if motion.direction == "counterclockwise" else 1
-    )
+    sign = -1 if motion.direction == "counterclockwise" else 1
+    turn = motion.phase + 2 * np.pi * motion.rate * time * sign
     if motion.kind == "bounce":
         position = _bounce(motion, centre, reach, time)
     elif motion.kind == "orbit":
@@ -111,7 +106,7 @@ def follow(
 def extent(
     motion: Motion, centre: tuple[float, float], reach: float
 ) -> tuple[tuple[float, float], ...]:
-    """What the object ever covers: (from, to) along x and along y."""
+    """Return the ranges (from, to) along x and y that the object ever covers."""
     spans = []
     for axis, place in enumerate(centre):
         low, high = place - reach, place + reach

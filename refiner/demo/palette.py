@@ -1,5 +1,4 @@
-"""The colours of the world: those of its objects, and those of its grounds, which are darker and
-never the same."""
+"""The world's colours: those of objects, and darker ones for grounds."""
 
 import numpy as np
 
@@ -21,7 +20,7 @@ GROUND_COLOURS: RGB = {
     "brown": (92, 60, 40),
     "olive": (68, 76, 34),
 }
-# Ground by name: its upper and its lower colour.
+# Upper and lower colour of each ground, by name.
 GROUNDS: dict[str, tuple[str, str]] = {name: (name, name) for name in GROUND_COLOURS} | {
     f"{top} over {bottom}": (top, bottom)
     for top, bottom in (("navy", "brown"), ("black", "navy"), ("grey", "olive"), ("brown", "black"))
@@ -29,5 +28,5 @@ GROUNDS: dict[str, tuple[str, str]] = {name: (name, name) for name in GROUND_COL
 
 
 def table(colours: RGB) -> np.ndarray:
-    """The colours as float32 [n, 3] in 0–255, in the order of the dict."""
+    """Return the colours as float32 [n, 3] in 0–255, in the order of the dict."""
     return np.array(list(colours.values()), dtype=np.float32)

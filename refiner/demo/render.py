@@ -1,4 +1,4 @@
-"""Scenes to pixels: anti-aliased, all frames at once."""
+"""Render scenes, anti-aliased, all frames at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,54 +17,54 @@ from .world import sample_scene
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One object to draw: F frames, lengths in frame sides, the colour in 0–255."""
+    """An object to draw: F frames, lengths in frame sides, the colour in 0–255."""
 
     shape: str
     colour: tuple[float, ...] | ndarray  # 3 values
     position: ndarray  # [F, 2], x and y
-    radius: ndarray  # [F]; 0 where there is nothing
+    radius: ndarray  # [F]; 0 where absent
     angle: ndarray  # [F]
 
 
 def lower_share(split: float, size: int) -> ndarray:
-    """How much of each row of pixels, [size, 1] in 0–1, has the ground's lower tone; its edge is
-    soft."""
+    """Return the ground's lower tone's share of each pixel row, [size, 1] in 0–1, soft-edged."""
     share = np.clip(0.5 + (np.arange(size) + 0.5 - split * size) / (2 * EDGE), 0, 1)[:, None]
     return share * share * (3 - 2 * share)
 
 
 def draw_ground(top: Sequence[float], bottom: Sequence[float], split: float, size: int) -> ndarray:
-    """The ground's colour by row, float32 [size, 3] in 0–255; `split` in frame sides."""
+    """Return the ground's colour by row, float32 [size, 3] in 0–255; `split` in frame sides."""
     share = lower_share(split, size)
     return (np.asarray(top) * (1 - share) + np.asarray(bottom) * share).astype(np.float32)
 
 
 def patches(layers: Sequence[Layer], size: int) -> list[Cover]:
-    """What each layer covers of a frame of this side."""
+    """Return each layer's coverage of a frame of this side."""
     return [cover(layer.shape, layer.position, layer.radius, layer.angle, size) for layer in layers]
 
 
 def draw(
     ground: ndarray, layers: Sequence[Layer], frames: int, covered: Sequence[Cover] | None = None
 ) -> ndarray:
-    """Layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3]. `covered` are their
-    patches, where known."""
+    """Draw layers over a ground [S, 3], the last in front: uint8 [F, S, S, 3].
+
+    `covered` are the layers' patches, if known.
+    """
     size = len(ground)
     rows = np.round(ground).astype(np.uint8)
     video = np.ascontiguousarray(np.broadcast_to(rows[None, :, None, :], (frames, size, size, 3)))
-    for layer, patch in zip(
-        layers, patches(layers, size) if covered is None else covered, strict=True
-    ):
+    if covered is None:
+        covered = patches(layers, size)
+    for layer, patch in zip(layers, covered, strict=True):
         under = video[patch.index].astype(np.float32)
         colour = np.asarray(layer.colour, dtype=np.float32)
-        video[patch.index] = (under + patch.alpha[..., None] * (colour - under) + 0.5).astype(
-            np.uint8
-        )
+        mixed = under + patch.alpha[..., None] * (colour - under)
+        video[patch.index] = (mixed + 0.5).astype(np.uint8)
     return video
 
 
 def layers(scene: Scene, time: ndarray) -> list[Layer]:
-    """The objects of a scene to draw at these seconds, the farthest first."""
+    """Return the layers of a scene's objects at these seconds, the farthest first."""
     drawn = []
     for body in sorted(scene.bodies, key=lambda body: -body.depth):
         path = body.path(time)
@@ -76,8 +76,7 @@ def layers(scene: Scene, time: ndarray) -> list[Layer]:
 
 
 def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
-    """The first `frames` frames of a scene: uint8 [F, H, W, 3] at `size`, else at the scene's
-    own."""
+    """Render a scene's first frames, uint8 [F, H, W, 3], at `size` or the scene's size."""
     if frames < 1:
         raise ValueError(f"{frames} frames: ask for at least 1")
     size = size or scene.size
@@ -86,25 +85,22 @@ def render(scene: Scene, frames: int = 81, size: int | None = None) -> ndarray:
 
 
 def render_at(scene: Scene, time: ndarray, size: int) -> ndarray:
-    """A scene at these seconds [F]: uint8 [F, S, S, 3]."""
+    """Render a scene at these seconds [F]: uint8 [F, S, S, 3]."""
     return draw(_ground(scene, size), layers(scene, time), len(time))
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a video of a scene is made of; S is its side."""
+    """A scene's video of side S, and its components."""
 
     video: ndarray  # uint8 [F, S, S, 3]
-    # float32 [6, F, S, S], how much of each pixel shows each shape, in the order of SHAPES
-    shapes: ndarray
-    colour: (
-        ndarray  # float32 [3, F, S, S] in 0–255, of the objects alone, times how much they cover
-    )
-    ground: ndarray  # float32 [3, F, S, S] in 0–255, behind them too
+    shapes: ndarray  # float32 [6, F, S, S], visible coverage by shape, in the order of SHAPES
+    colour: ndarray  # float32 [3, F, S, S] in 0–255, of the objects, times their coverage
+    ground: ndarray  # float32 [3, F, S, S] in 0–255, also behind objects
 
 
 def render_parts(scene: Scene, frames: int) -> Parts:
-    """The first frames of a scene at its own size, and what they are made of."""
+    """Render a scene's first frames at its size, with their components."""
     size, drawn = scene.size, layers(scene, scene.times(frames))
     covered = patches(drawn, size)
     shapes, colour = (np.zeros((n, frames, size, size), dtype=np.float32) for n in (len(SHAPES), 3))
@@ -125,15 +121,14 @@ def _ground(scene: Scene, size: int) -> ndarray:
 
 
 def to_pixels(frames: ndarray) -> Tensor:
-    """uint8 frames [F, H, W, 3] to float32 [3, F, H, W] in [-1, 1]."""
+    """Convert uint8 frames [F, H, W, 3] to float32 [3, F, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def clip_batch(
     seeds: Sequence[int], split: str = "train", frames: int = 81, size: int = 64
 ) -> tuple[Tensor, list[Caption]]:
-    """Rendered clips of the seeds, float32 [B, 3, F, H, W] in [-1, 1], and their captions."""
+    """Render the seeds' clips, float32 [B, 3, F, H, W] in [-1, 1]; returns them with captions."""
     scenes = [sample_scene(seed, split, size) for seed in seeds]
-    return torch.stack([to_pixels(render(scene, frames)) for scene in scenes]), [
-        scene.caption for scene in scenes
-    ]
+    clips = [to_pixels(render(scene, frames)) for scene in scenes]
+    return torch.stack(clips), [scene.caption for scene in scenes]

@@ -1,6 +1,7 @@
-"""One row of the results tables: its training, its sampling, and the measurements of its clips.
+"""A row of the results tables: its training, its sampling, and its clips' measurements.
 
-Factors and measurements stay in the run's folder, so a stopped command goes on with the next row.
+Factors and measurements stay in the run's folder, so an interrupted command resumes with the next
+row.
 """
 
 import hashlib
@@ -37,19 +38,19 @@ from .evaluation import Demo
 from .metrics.diversity import spreads
 from .metrics.evaluate import ClipScores
 
-JUDGES = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # the models of an objective
-TIMED = 3  # rounds
+JUDGES = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # models of each objective
+TIMED = 3  # rounds of time_again
 Search = Literal["", "best-of-n", "search-over-path"]
 Train = Callable[[RefineOptions, Path, Path, torch.device], Path]  # to a file; state in a folder
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A name, and how it differs from the base: training, levels, search, sampler or control."""
+    """A name and the differences from the base: training, levels, search, sampler, control."""
 
     name: str
     training: RefineOptions | None = None
-    levels: tuple[int, ...] | None = None  # refined when sampling; None: those of the training
+    levels: tuple[int, ...] | None = None  # refined when sampling; None: as in training
     search: Search = ""
     sampler_levels: tuple[int, ...] = PRESET.levels  # nominal, of the sampler
     control: Control | None = None  # an untrained residual
@@ -61,13 +62,13 @@ class Row:
 
     @property
     def refined(self) -> tuple[int, ...] | None:
-        """The levels refined when sampling; None where the method leaves no choice."""
+        """The levels refined when sampling; None if the method leaves no choice."""
         if self.training is None or self.training.method != "autorefiner":
             return None
         return tuple(sorted(self.levels or self.training.levels, reverse=True))
 
     def file(self) -> str:
-        """Name the file of its factors by a hash of the training and the models that take part.
+        """Name the factors' file by a hash of the training and its models.
 
         Equal trainings share a file, compiled or not, whatever their sample sheets show.
         """
@@ -79,7 +80,7 @@ class Row:
 
 
 def weights_of(path: Path) -> bytes:
-    """Hash a model file's tensors, in the order of their names; its metadata does not count."""
+    """Hash a model file's tensors, in the order of their names, without the metadata."""
     digest = hashlib.sha256()
     with safe_open(path, "pt") as file:
         for name in sorted(file.keys()):
@@ -94,7 +95,7 @@ class Cost:
     """The cost of sampling."""
 
     passes: int = 0  # of the network
-    verifications: int = 0  # scores, each of which decodes
+    verifications: int = 0  # scored candidates, each of which is decoded
     seconds: float = 0.0
 
 
@@ -128,7 +129,7 @@ class Outcome:
 
     @classmethod
     def read(cls, path: Path, key: str) -> "Outcome | None":
-        """Read the measurement of `key`; None where the file has none."""
+        """Read the measurement of `key`; None if the file has none."""
         if not path.exists():
             return None
         document = json.loads(path.read_text())
@@ -147,21 +148,21 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The models, captions and seeds that every row shares, and so the noise."""
+    """The models, captions and seeds, and so the noise, that all rows share."""
 
     demo: Demo
     captions: Sequence[Caption]
     seeds: int
     frames: int  # latent
     run: Path
-    rewards: Mixture | None = None  # searches choose by them
+    rewards: Mixture | None = None  # for searches
     candidates: int = 5
     train: Train | None = None  # None: only rows that are trained already
 
     def outcome(self, row: Row, device: torch.device) -> Outcome:
-        """Train the row, sample and score its clips, each unless it is done already.
+        """Train the row, sample and score its clips, skipping what is already done.
 
-        Rows that differ by their names alone share training and measurement.
+        Rows that differ only in their names share training and measurement.
         """
         factors = self._factors(row, device)
         key = self._key(row, factors)
@@ -176,10 +177,10 @@ class Bench:
         return outcome
 
     def time_again(self, rows: Sequence[Row], device: torch.device) -> None:
-        """Measure the seconds of the rows' clips once more: the median of TIMED rounds.
+        """Time the rows' clips again: the median of TIMED rounds.
 
-        A round is a batch of each row, so that all rows share a machine's slow minutes. Searches
-        have rounds of their own: their batches take minutes, which would slow the row after them.
+        A round is a batch of each row, so that a machine's slow minutes affect all rows. Searches
+        have separate rounds, as their batches take minutes and would slow down the next row.
         """
         seconds: dict[str, list[float]] = {row.name: [] for row in rows}
         direct = [row for row in rows if not row.search]
@@ -200,7 +201,7 @@ class Bench:
         return self.run / f"{key[:16]}.json"
 
     def _factors(self, row: Row, device: torch.device) -> Path | None:
-        """Train the row unless that is done; the file of its factors, None for an untrained row."""
+        """Train the row if needed; returns its factors' file, None for an untrained row."""
         if row.training is None:
             return None
         out = self.run / row.file()
@@ -217,21 +218,15 @@ class Bench:
         names = ("student", "vae", "text", "reward") if row.search else ("student", "vae", "text")
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
-        sampled = (
-            row.refined,
-            row.search,
-            len(self.captions),
-            self.seeds,
-            self.frames,
-            self.candidates,
-        )
-        if row.control or row.preset != PRESET:  # so that other rows keep the names they had
+        clips = len(self.captions), self.seeds, self.frames
+        sampled = (row.refined, row.search, *clips, self.candidates)
+        if row.control or row.preset != PRESET:  # other rows' keys stay those of earlier versions
             sampled += (row.sampler_levels, row.control)
         digest.update(repr((NOISE_VERSION, *sampled)).encode())
         return digest.hexdigest()
 
     def _models(self, row: Row, factors: Path | None) -> tuple[CausalWan, Refiner | None]:
-        """The network that denoises, and the row's refiner."""
+        """Return the denoising network and the row's refiner."""
         student = self.demo.student
         if row.control is not None:
             return student, row.control.refiner(student, row.levels or row.sampler_levels[1:])
@@ -285,7 +280,7 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class CountedVerifier:
-    """A verifier that counts its scores, one a sample of the batch."""
+    """A verifier that counts its scores, one per sample of the batch."""
 
     verifier: Verifier
     cost: Cost
@@ -310,7 +305,7 @@ class CountedJudge:
 
 
 def counted(network: CausalWan, cost: Cost) -> CausalWan:
-    """Count the passes of a network, one a sample of the batch."""
+    """Count the passes of a network, one per sample of the batch."""
 
     def embed_and_count(patch_embedding: nn.Module, x: Tensor) -> Tensor:
         cost.passes += len(x)
@@ -320,7 +315,7 @@ def counted(network: CausalWan, cost: Cost) -> CausalWan:
 
 
 def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:
-    """Yield the clips and count the seconds that making them takes, not those of the consumer."""
+    """Yield the clips and count the seconds of producing them, without the consumer's."""
     rest = iter(clips)
     while True:
         began = time.perf_counter()
@@ -332,10 +327,10 @@ def timed(clips: Iterable[ndarray], cost: Cost) -> Iterator[ndarray]:
 
 
 def machine(device: torch.device) -> str:
-    """A device's name in the tables."""
+    """Return a device's name for the tables."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def _machine_file(factors: Path) -> Path:
-    """The file beside factors that names the machine they were trained on."""
+    """Return the path of the note that names the factors' training machine."""
     return factors.with_suffix(".machine.txt")

@@ -1,8 +1,6 @@
-"""A scene of the synthetic world: its objects, its ground, its caption, and the truth of every
-frame.
+"""A scene of the synthetic world: objects, ground, caption, and every frame's ground truth.
 
-A scene is a closed form of the time: it has no length, and its truth can be asked for any number of
-frames.
+A scene is in closed form over time: it has no length, and its truth exists for any frame.
 """
 
 from dataclasses import dataclass
@@ -17,26 +15,25 @@ from .shapes import SHAPES, cover
 
 
 def check_size(size: int) -> None:
-    """Raise ValueError unless the frame side is one the world is drawn at."""
+    """Raise ValueError unless the world can be drawn at this frame side."""
     if size % 8 or not 32 <= size <= 128:
         raise ValueError(f"a frame side of {size}: use a multiple of 8 from 32 to 128")
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One object: what it is, its numbers (in frame sides, radians), and its depth (0 is in
-    front)."""
+    """An object: its attributes, geometry (frame sides, radians), and depth (0 is in front)."""
 
-    stated: Stated  # everything that can be seen of it, said in the caption or not
+    stated: Stated  # all visible attributes, stated in the caption or not
     radius: float
-    centre: tuple[float, float]  # where a bounce starts, what any other motion goes about
+    centre: tuple[float, float]  # of the motion; a bounce's start
     angle: float
     motion: Motion
     depth: int = 0
 
     @property
     def reach(self) -> float:
-        """Circumradius."""
+        """The circumradius."""
         return self.radius * SHAPES[self.stated.shape].reach
 
     @property
@@ -49,7 +46,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """Two tones, which may be the same, and where the upper ends (in frame sides from the top)."""
+    """Two tones, which may be equal, and the end of the upper one in frame sides from the top."""
 
     name: str
     split: float
@@ -61,7 +58,7 @@ class Ground:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is there by frame; F frames, N objects in the order of the caption."""
+    """The ground truth by frame; F frames, N objects in the order of the caption."""
 
     shape: tuple[str, ...]
     colour: tuple[str, ...]
@@ -69,13 +66,12 @@ class Truth:
     position: ndarray  # [F, N, 2], x and y in frame sides, y down
     radius: ndarray  # [F, N], in frame sides
     angle: ndarray  # [F, N], radians, clockwise as seen
-    visible: ndarray  # [F, N], the fraction of the object that no other hides
+    visible: ndarray  # [F, N], fraction of the object that no other hides
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene: its objects, ground and caption. `size` is the frame side it is rendered at unless
-    told otherwise."""
+    """A scene: its objects, ground and caption; `size` is the default frame side."""
 
     seed: int
     split: str
@@ -85,11 +81,11 @@ class Scene:
     caption: Caption
 
     def times(self, frames: int) -> ndarray:
-        """Seconds of the first `frames` frames."""
+        """Return the times of the first frames in seconds."""
         return np.arange(frames) / FPS
 
     def truth(self, frames: int) -> Truth:
-        """The truth of the first `frames` frames."""
+        """Return the ground truth of the first frames."""
         time = self.times(frames)
         paths = [body.path(time) for body in self.bodies]
         radii = [body.radius * path.scale for body, path in zip(self.bodies, paths, strict=True)]
@@ -104,7 +100,7 @@ class Scene:
         )
 
     def _visible(self, index: int, paths: list[Path], size: int = 64) -> ndarray:
-        """The fraction of an object, by frame, that those in front of it leave."""
+        """Return the fraction of an object that is not hidden, by frame."""
         hiding = [i for i, body in enumerate(self.bodies) if body.depth < self.bodies[index].depth]
         if not hiding:
             return np.ones(len(paths[index].scale))

@@ -1,7 +1,7 @@
-"""The shapes of the world as signed distance functions, and how much of each pixel they cover.
+"""The world's shapes as signed distance functions, and their coverage of pixels.
 
 F frames, P side of the patch around a shape in pixels. Positions are in frame sides (0–1, x right,
-y down), and an angle that grows turns clockwise as seen.
+y down), angles clockwise as seen.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy import ndarray
 
-EDGE = 1.5  # pixels over which an edge goes from ground to object, at every frame size
-STAR_INNER = 0.45  # of a star's outer radius
+EDGE = 1.5  # width of an edge in pixels, at every frame size
+# relative to the circumradius
+STAR_INNER = 0.45
 RING_INNER = 0.5
-CROSS_ARM = 0.336  # half the width of an arm, of the circumradius
+CROSS_ARM = 0.336  # half the width of an arm
 
 
 def _circle(x: ndarray, y: ndarray) -> ndarray:
@@ -39,7 +40,7 @@ def _cross(x: ndarray, y: ndarray) -> ndarray:
 
 
 def _star(x: ndarray, y: ndarray) -> ndarray:
-    """Folded into one tenth of the plane, where the star is a half-plane; its first point is up."""
+    """Fold into a tenth of the plane, where the star is a half-plane; its first point is up."""
     x, y = np.abs(x), -y
     for side in (1, -1):
         nx, ny = side * np.cos(np.pi / 5), -np.sin(np.pi / 5)
@@ -52,14 +53,11 @@ def _star(x: ndarray, y: ndarray) -> ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A shape: its distance function at circumradius 1, its circumradius at radius 1, and how it
-    looks when turned."""
+    """A shape: distance function, proportions, and rotational symmetry."""
 
-    distance: Callable[[ndarray, ndarray], ndarray]
-    reach: (
-        float  # circumradius / radius; chosen so that shapes of one radius look about equally large
-    )
-    symmetry: int  # turns by 360° / symmetry look the same; 0: every turn does
+    distance: Callable[[ndarray, ndarray], ndarray]  # at circumradius 1
+    reach: float  # circumradius / radius, so that shapes of one radius look about equally large
+    symmetry: int  # looks the same after turns by 360° / symmetry; 0: after any turn
     area: float  # at radius 1
 
 
@@ -79,7 +77,7 @@ SHAPES: dict[str, Shape] = {
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """How much of each pixel of a patch a shape covers, and where in the frame the patch lies."""
+    """A shape's coverage of a patch of pixels, and the patch's place in the frame."""
 
     alpha: ndarray  # [F, P, P] in 0–1, float32
     rows: ndarray  # [F, P], frame rows of the patch
@@ -87,14 +85,13 @@ class Cover:
 
     @property
     def index(self) -> tuple[ndarray, ndarray, ndarray]:
-        """Indexes the patch in [F, H, W, …] frames."""
+        """Index of the patch in [F, H, W, …] frames."""
         frames = np.arange(len(self.alpha))[:, None, None]
         return frames, self.rows[:, :, None], self.columns[:, None, :]
 
 
 def cover(shape: str, position: ndarray, radius: ndarray, angle: ndarray, size: int) -> Cover:
-    """Coverage of a shape by frame: `position` [F, 2] and `radius` [F] in frame sides, `angle` [F]
-    in radians."""
+    """Compute a shape's coverage by frame from `position` [F, 2], `radius` [F] and `angle` [F]."""
     kind = SHAPES[shape]
     reach = np.maximum(radius * kind.reach * size, 1e-3).astype(np.float32)[:, None, None]
     side = min(size, 2 * int(np.ceil(reach.max() + EDGE)) + 2)

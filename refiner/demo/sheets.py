@@ -14,7 +14,7 @@ from .clips import SHOWN, Encode, held_out, show_clips, student_clips
 
 @dataclass(frozen=True, slots=True)
 class SpriteSheets:
-    """Draw clips by the base above those by the trained refiner, and score the latter."""
+    """Draws clips by the base above those by the trained refiner, and scores the latter."""
 
     base: CausalWan
     encode: Encode

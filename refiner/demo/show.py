@@ -1,5 +1,4 @@
-"""What a person looks at first: a few prompts by the bundled models, base and refined side by
-side."""
+"""A first look at the bundle: clips of a few prompts, base and refined side by side."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,36 +20,33 @@ from .metrics.evaluate import evaluate_clip
 from .metrics.table import summarise
 
 FRAMES_PER_ROW = 8
-ENLARGED = 4  # a pixel of the sprite world to this many, squared, in a video
-ON_SHEET = 2  # and on the sheet
-SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}
-COLOURS = {
-    "base": (110, 110, 110),
-    "refined": (30, 100, 230),
-    "rewarded": (200, 105, 0),
-}  # of what is behind a name
-NAME_SIZE, NAME_MARGIN = 20, 6  # pixels: height of the letters, and space beside the longest name
+ENLARGED = 4  # magnification in a video
+ON_SHEET = 2  # magnification on the sheet
+SHOWN = {"sprites": "refined", "sprites-reward": "rewarded"}  # refiner -> name on the sheet
+# backgrounds of the names
+COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230), "rewarded": (200, 105, 0)}
+NAME_SIZE, NAME_MARGIN = 20, 6  # height of the letters and space beside the longest name, pixels
 SCORES = ("object", "colour", "action", "quality", "total")
 
 
 def bundled_refiners(student: CausalWan) -> dict[str, Refiner]:
-    """T_φ of each refiner that the bundle has, merged, by what the sheets call it."""
-    found = {}
-    for name, told in SHOWN.items():
-        if (path := WEIGHTS / REFINERS[name]).exists():
+    """Load the bundle's refiners, merged, by their names on the sheets."""
+    refiners = {}
+    for name, label in SHOWN.items():
+        path = WEIGHTS / REFINERS[name]
+        if path.exists():
             pairs, card = load_refiner(path)
-            found[told] = Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
-    return found
+            refiners[label] = Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
+    return refiners
 
 
 def enlarged(pictures: ndarray, times: int) -> ndarray:
-    """Pictures [..., H, W, 3] whose every pixel is a square of times x times."""
+    """Enlarge every pixel of pictures [..., H, W, 3] to a square of times x times."""
     return pictures.repeat(times, axis=-3).repeat(times, axis=-2)
 
 
 def name_plate(name: str, height: int) -> ndarray:
-    """Write a name of COLOURS in white on a picture [height, W, 3], whose width fits each of
-    them."""
+    """Draw a name of COLOURS in white on a picture [height, W, 3] wide enough for any of them."""
     font = ImageFont.load_default(NAME_SIZE)
     width = 2 * NAME_MARGIN + round(max(map(font.getlength, COLOURS)))
     plate = Image.new("RGB", (width, height), COLOURS[name])
@@ -59,51 +55,51 @@ def name_plate(name: str, height: int) -> ndarray:
 
 
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
-    """Write a video of each of the first held-out captions and one sheet of all; yields lines to
-    print.
+    """Write a video of each of the first held-out captions and one sheet; yields lines to print.
 
-    Each video has the base on the left and to its right what the bundle's refiners make of the same
-    noise: refined by the one that was trained by distribution matching, rewarded by the other. The
-    sheet has them below each other, each row with its name.
+    Each video shows the base on the left, then clips from the same noise by the bundle's refiners:
+    `refined` by the one trained by distribution matching, `rewarded` by the other. The sheet has
+    them below each other, each row with its name.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
     student = load_sprite_network("student", device=device)
     captions = held_out(count)
     refiners = {"base": None, **bundled_refiners(student)}
-    made = {
+    clips = {
         name: list(student_clips(student, text, vae, captions, seed=seed, refiner=refiner))
         for name, refiner in refiners.items()
     }
     for number, caption in enumerate(captions):
         path = out / f"sprites_{number + 1}.mp4"
-        told = {"prompt": caption.text, "shown": ", ".join(made)}
-        frames = enlarged(
-            np.concatenate([clips[number] for clips in made.values()], axis=2), ENLARGED
-        )
-        with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=told) as writer:
+        metadata = {"prompt": caption.text, "shown": ", ".join(clips)}
+        beside = np.concatenate([each[number] for each in clips.values()], axis=2)
+        frames = enlarged(beside, ENLARGED)
+        with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=metadata) as writer:
             writer.write(frames)
         yield f"{path}: {caption.text}"
-    yield from told_scores(made, captions)
-    frames = [
-        frame
-        for clips in zip(*made.values(), strict=True)
-        for clip in clips
-        for frame in eight(clip)
-    ]
-    frames = [enlarged(frame, ON_SHEET) for frame in frames]
-    plates = [name_plate(name, len(frames[0])) for name in made]
-    contact_sheet(frames, out / "sprites.png", columns=FRAMES_PER_ROW, marks=plates)
-    yield f"look at {out / 'sprites.png'}: {FRAMES_PER_ROW} frames a clip, {', '.join(made)} below each other"
+    yield from score_lines(clips, captions)
+    sheet = out / "sprites.png"
+    write_sheet(clips, sheet)
+    yield f"look at {sheet}: {FRAMES_PER_ROW} frames a clip, {', '.join(clips)} below each other"
+
+
+def write_sheet(clips: dict[str, list[ndarray]], path: Path) -> None:
+    """Write a sheet with a row for each clip, those of one caption below each other."""
+    rows = [clip for same in zip(*clips.values(), strict=True) for clip in same]
+    frames = [enlarged(frame, ON_SHEET) for clip in rows for frame in eight(clip)]
+    plates = [name_plate(name, len(frames[0])) for name in clips]
+    contact_sheet(frames, path, columns=FRAMES_PER_ROW, marks=plates)
 
 
 def eight(clip: ndarray) -> ndarray:
-    """Frames spread over a clip."""
+    """Return eight frames spread evenly over a clip."""
     return clip[np.linspace(0, len(clip) - 1, FRAMES_PER_ROW).astype(int)]
 
 
-def told_scores(made: dict[str, list[ndarray]], captions: list[Caption]) -> Iterator[str]:
-    """A line of mean scores for each kind of clip."""
-    for name, clips in made.items():
-        found = summarise([evaluate_clip(*pair) for pair in zip(clips, captions, strict=True)])
-        yield f"{name}: " + ", ".join(f"{row} {found[row].mean:.0f}" for row in SCORES) + " (0–100)"
+def score_lines(clips: dict[str, list[ndarray]], captions: list[Caption]) -> Iterator[str]:
+    """Yield a line of mean scores for each name's clips."""
+    for name, same in clips.items():
+        summary = summarise([evaluate_clip(*pair) for pair in zip(same, captions, strict=True)])
+        means = ", ".join(f"{row} {summary[row].mean:.0f}" for row in SCORES)
+        yield f"{name}: {means} (0–100)"

@@ -34,10 +34,10 @@ RANKS = (16, 32, 64, 128)
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
 TWO_LEVEL_TABLES = (8,)
-CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions that controls are chosen on, and their first
-# As the student was distilled: the teacher's guidance is its own.
+CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose controls on: their number, the first one
+# The teacher's guidance is that of the student's distillation.
 TRAINING = RefineOptions(steps=550, batch=32, accumulation=2, guidance=1.0, shown=16)
-# Small enough for a CPU core to train in an hour.
+# Takes a CPU core an hour.
 TWO_LEVEL_TRAINING = replace(
     TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:],
     steps=320, accumulation=1, ratio=1, critic_warmup=80, critic_rate=2e-4,
@@ -61,11 +61,11 @@ class TablesOptions:
     short: int = 120  # steps of each row of Tables 4 and 6
     tables: tuple[int, ...] = TABLES
     strengths: tuple[float, ...] = (0.03, 0.05, 0.07, 0.1)  # candidates for a control's c
-    controls: Controls = ()  # the chosen ones
+    controls: Controls = ()  # chosen by choose_controls
 
     @classmethod
     def quick(cls) -> "TablesOptions":
-        """Options that only try the command: every number is meaningless."""
+        """Return options that only try the command; all numbers are meaningless."""
         little = dict(
             steps=2, rank=2, batch=2, accumulation=1, frames=4, ratio=1, critic_warmup=0, shown=1
         )  # fmt: skip
@@ -81,7 +81,7 @@ class TablesOptions:
 
 
 def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
-    """The three trained methods of Tables 1 and 2."""
+    """Return rows of the three trained methods of Tables 1 and 2."""
     methods = (("LoRA", "lora"), ("InitNoiseRefiner", "init-noise"), ("AutoRefiner", "autorefiner"))
     return tuple(
         Row(f"+{name} ({training.objective})", replace(training, method=method))
@@ -90,7 +90,7 @@ def objective_rows(training: RefineOptions) -> tuple[Row, Row, Row]:
 
 
 def control_rows(options: TablesOptions, sampler_levels: tuple[int, ...]) -> list[Row]:
-    """The controls on one sampler."""
+    """Return the controls' rows on one sampler."""
     return [
         on_sampler(Row(str(control), control=control), sampler_levels)
         for levels, control in options.controls
@@ -99,7 +99,7 @@ def control_rows(options: TablesOptions, sampler_levels: tuple[int, ...]) -> lis
 
 
 def on_sampler(row: Row, sampler_levels: tuple[int, ...]) -> Row:
-    """The row on a sampler with these levels; its name tells levels other than the preset's."""
+    """Return the row on a sampler with these levels, named unless they are the preset's."""
     if sampler_levels == BASE.sampler_levels:
         return row
     name = f"{row.name} at {' '.join(map(str, sampler_levels))}"
@@ -107,13 +107,13 @@ def on_sampler(row: Row, sampler_levels: tuple[int, ...]) -> Row:
 
 
 def dmd_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Table 1."""
+    """Return the rows of Table 1."""
     controls = control_rows(options, BASE.sampler_levels)
     return [BASE, *controls, *objective_rows(options.training)]
 
 
 def two_level_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Table 8: a sampler with room to gain, and samplers of as many passes or more."""
+    """Return the rows of Table 8: two levels, and samplers with as many passes or more."""
     samplers = (TWO_LEVELS, (1000, 500), (1000, 750, 500), BASE.sampler_levels)
     base, *others = (on_sampler(BASE, levels) for levels in samplers)
     rows = [*objective_rows(options.two_levels)]
@@ -125,7 +125,7 @@ def two_level_rows(options: TablesOptions) -> list[Row]:
 
 
 def reward_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Tables 2 and 7."""
+    """Return the rows of Tables 2 and 7."""
     searches = [
         Row("Best-of-N", search="best-of-n"),
         Row("Search over Path", search="search-over-path"),
@@ -134,7 +134,7 @@ def reward_rows(options: TablesOptions) -> list[Row]:
 
 
 def level_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Table 3: one refiner, its levels chosen when sampling."""
+    """Return the rows of Table 3: one refiner, with its levels chosen when sampling."""
     return [
         BASE,
         *(Row(" ".join(map(str, levels)), options.training, levels) for levels in LEVEL_CHOICES),
@@ -142,7 +142,7 @@ def level_rows(options: TablesOptions) -> list[Row]:
 
 
 def cache_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Table 4: what the refiner sees."""
+    """Return the rows of Table 4: what the refiner sees."""
     short = replace(options.training, steps=options.short)
     rows = [BASE]
     for history in ("none", "shared"):
@@ -153,44 +153,44 @@ def cache_rows(options: TablesOptions) -> list[Row]:
 
 
 def rank_rows(options: TablesOptions) -> list[Row]:
-    """The rows of Table 6; on the head a LoRA's rank is at most its 64 outputs."""
+    """Return the rows of Table 6; the head's rank is at most its 64 outputs."""
     training = replace(options.training, steps=options.short)
     return [BASE, *(Row(f"rank {rank}", replace(training, rank=rank)) for rank in RANKS)]
 
 
 def cost_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Passes and verifications a chunk, above the base's; frames a second, with decoding."""
+    """Format passes above the base's and verifications per chunk, and frames/s with decoding."""
     cost, chunks = outcome.cost, outcome.chunks
     more = (cost.passes - base.cost.passes) / chunks
     return [f"{more:g}", f"{cost.verifications / chunks:g}", f"{outcome.frames / cost.seconds:.1f}"]
 
 
 def passes_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Passes a chunk, above the base's."""
+    """Format the passes per chunk above the base's."""
     return cost_cells(outcome, base)[:1]
 
 
 def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Diversity between the seeds of a caption, and dynamic degree."""
+    """Format the diversity over a caption's seeds, and the dynamic degree."""
     spread = resampled_interval(outcome.spreads, of_spreads)
     return [str(spread), str(summarise(outcome.scores)["dynamic"])]
 
 
 def two_level_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """The cells of Table 8: cost, diversity and dynamic degree."""
+    """Format cost, diversity and dynamic degree for Table 8."""
     passes, _, speed = cost_cells(outcome, base)
     return [passes, speed, *dynamic_cells(outcome, base)]
 
 
 def gains(outcome: Outcome, base: Outcome, captions: int) -> dict[str, Interval]:
-    """Gains of every score over the base, paired by caption and seed, resampled by caption."""
+    """Return every score's gain over the base, paired by caption and seed, resampled by caption."""
     groups = [number % captions for number in range(len(outcome.scores))]
     return paired_difference(outcome.scores, base.scores, groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One of the paper's tables: its rows, and its columns beside the totals."""
+    """One of the paper's tables: its rows, and the columns besides totals."""
 
     title: str
     rows: Callable[[TablesOptions], Sequence[Row]]
@@ -219,7 +219,7 @@ KINDS = {
 
 
 def machines(outcomes: dict[str, Outcome]) -> str:
-    """A sentence on the machines that rows were trained and measured on; "" where unknown."""
+    """Describe the machines that rows were trained and measured on; "" if unknown."""
     clauses = []
     for verb in ("trained", "measured"):
         places = {name: getattr(outcome, f"{verb}_on") for name, outcome in outcomes.items()}
@@ -230,24 +230,24 @@ def machines(outcomes: dict[str, Outcome]) -> str:
 
 
 def by_place(places: dict[str, str]) -> str:
-    """The machine of most rows, then the others, each with its rows."""
+    """List the machine of most rows, then the others with their rows."""
     most = Counter(places.values()).most_common(1)[0][0]
     others: dict[str, list[str]] = {}
     for name, place in places.items():
         if place != most:
             others.setdefault(place, []).append(f"`{name}`")
-    parts = [most, *(f"{', '.join(names)} on {place}" for place, names in others.items())]
-    return ", ".join(parts)
+    exceptions = (f"{', '.join(names)} on {place}" for place, names in others.items())
+    return ", ".join([most, *exceptions])
 
 
 def motion_groups(stated: Stated) -> list[str]:
-    """The groups that an object belongs to: its motion, and for a spin its speed and size."""
+    """Return an object's groups: its motion, and for a spin also its speed and size."""
     details = (stated.speed, stated.size) if stated.motion == "spin" else ()
     return [stated.motion, *(f"spin, {detail}" for detail in details if detail)]
 
 
 def by_motion(outcome: Outcome, captions: Sequence[Caption]) -> str:
-    """A Markdown table of the clips of one object, by motion: do they look and act as stated?"""
+    """Format the object and action scores of one-object clips by motion as a Markdown table."""
     groups: dict[str, list[ClipScores]] = {}
     for number, scores in enumerate(outcome.scores):
         caption = captions[number % len(captions)]
@@ -263,7 +263,7 @@ def by_motion(outcome: Outcome, captions: Sequence[Caption]) -> str:
 
 
 def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> str:
-    """Draw a table in Markdown."""
+    """Format a table in Markdown."""
     rows = table.rows(options)
     base, captions = outcomes[rows[0].name], options.captions
     lines = [["", *TOTALS, *(f"{name} less base's" for name in GAINS), *table.columns]]
@@ -297,7 +297,7 @@ def choose_controls(bench: Bench, options: TablesOptions, device: torch.device) 
 
 
 def how_chosen(options: TablesOptions) -> str:
-    """A sentence on how the controls were chosen; "" where there are none."""
+    """Describe how the controls were chosen; "" if there are none."""
     if not options.controls:
         return ""
     strengths = ", ".join(map(str, options.strengths))
@@ -308,9 +308,9 @@ def how_chosen(options: TablesOptions) -> str:
 def make_tables(
     run: Path, options: TablesOptions, device: torch.device, train: Train, time_again: bool = False
 ) -> str:
-    """Train and measure the rows that `run` lacks; returns the tables as a section of RESULTS.md.
+    """Train and measure missing rows; returns the tables as a section of RESULTS.md.
 
-    `time_again` times rows anew that were measured while the machine was busy.
+    `time_again` repeats the timing of the rows of Table 2, for machines that were busy before.
     """
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
@@ -335,7 +335,7 @@ def make_tables(
 
 
 def describe(options: TablesOptions, bench: Bench) -> str:
-    """Describe what was measured and how long each row was trained."""
+    """Describe the measurement and the length of the trainings."""
     only_two_levels = options.tables == TWO_LEVEL_TABLES
     training = options.two_levels if only_two_levels else options.training
     short = "" if only_two_levels else f" (Tables 4 and 6: {options.short})"

@@ -9,8 +9,7 @@ UNKNOWN = "?"
 
 
 class SpriteTextEncoder(nn.Module):
-    """Captions to context [B, text_len, dim], zeros behind each caption's end, as umT5's output is
-    for Wan2.1."""
+    """Encodes captions to [B, text_len, dim], zero-padded like Wan2.1's umT5 output."""
 
     def __init__(
         self, dim: int = 128, text_len: int = MOST_WORDS, layers: int = 2, heads: int = 4
@@ -28,8 +27,7 @@ class SpriteTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Word numbers [B, text_len] and which of them are words; words beyond text_len are cut
-        off."""
+        """Return word numbers [B, text_len], truncated, and a mask of those that are words."""
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.long)
         real = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -39,7 +37,8 @@ class SpriteTextEncoder(nn.Module):
         return ids, real
 
     def forward(self, prompts: list[str]) -> Tensor:
-        ids, real = (part.to(self.position.device) for part in self.tokens(prompts))
+        device = self.position.device
+        ids, real = (tensor.to(device) for tensor in self.tokens(prompts))
         x = self.embedding(ids) + self.position
         # An empty prompt attends to its padding, whose output is zeroed with the rest.
         x = self.layers(x, src_key_padding_mask=~real & real.any(1, keepdim=True))

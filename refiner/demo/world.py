@@ -1,5 +1,4 @@
-"""The synthetic world: one integer gives a scene, one or two shapes that move over a ground, and a
-caption of it."""
+"""The synthetic world: a seed gives a scene of one or two moving shapes, and its caption."""
 
 import zlib
 from dataclasses import replace
@@ -14,7 +13,7 @@ from .scene import Body, Ground, Scene, check_size
 from .shapes import SHAPES
 
 SPLITS = ("train", "test", "composition")
-# Pairs that no clip of train or test has, and every clip of composition has at least one of.
+# Pairs that occur in no clip of train and test, and in every clip of composition.
 HELD_OUT_LOOKS = frozenset(
     {
         ("star", "purple"),
@@ -28,32 +27,22 @@ HELD_OUT_ACTS = frozenset(
     {("yellow", "spin"), ("blue", "orbit"), ("green", "pulse"), ("white", "swing")}
 )
 
-SIZES: dict[str, tuple[float, float]] = {
-    "small": (0.095, 0.108),
-    "large": (0.145, 0.160),
-}  # radii, in frame sides
-TILT = 0.1  # radians off upright that a spin starts at, up to
-PULSE_SIZE = (0.120, 0.140)  # grows and shrinks through both sizes, so its size is in no caption
-TURN_GAP = (
-    7 / 64
-)  # what swings and orbits stays at least this far from the edges, so that it is no bounce
+# Lengths in frame sides.
+SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.108), "large": (0.145, 0.160)}  # radii
+TILT = 0.1  # largest initial angle of a spin, radians
+PULSE_SIZE = (0.120, 0.140)  # a pulse covers both sizes, so no caption states its size
+TURN_GAP = 7 / 64  # smallest gap of swings and orbits to the edges, so that they are no bounce
 OBJECT_GAP = 3 / 64  # between the extents of two objects of which none passes the other
-RUN = (
-    10 / 64
-)  # a bounce goes at least this far before it first turns, so that its direction is seen
-PASS_GAP = 4 / 64  # between an object that passes another and that one, at the ends of its way
+RUN = 10 / 64  # shortest path of a bounce before its first turn, which shows its direction
+PASS_GAP = 4 / 64  # between an object and one that passes it, at the ends of the path
 TRIES = 80
-# Drawn unevenly, because what needs more room is refused more often beside another object.
+# Uneven, because motions that need more room are rejected more often beside another object.
 SHARES = {"bounce": 0.13, "orbit": 0.26, "swing": 0.18, "pulse": 0.17, "spin": 0.26}
-TWO, PASSING, LARGE = (
-    0.62,
-    0.22,
-    0.7,
-)  # shares of two objects, of those that pass each other, of large ones
+TWO, PASSING, LARGE = 0.62, 0.22, 0.7  # shares of two objects, of passing pairs, of large objects
 
 
 def held_out(objects: tuple[Stated, ...]) -> bool:
-    """Whether any of the objects has a pair that is held out of training."""
+    """Return whether any of the objects has a pair that is held out of training."""
     return any(
         (one.shape, one.colour) in HELD_OUT_LOOKS or (one.colour, one.motion) in HELD_OUT_ACTS
         for one in objects
@@ -66,7 +55,7 @@ def _choose(rng: Generator, options) -> str:
 
 
 def _moving(rng: Generator, shape: str) -> str:
-    """A motion that can be seen of this shape."""
+    """Draw a motion that is visible on this shape."""
     while True:
         kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
         if kind != "spin" or SHAPES[shape].symmetry:
@@ -74,21 +63,19 @@ def _moving(rng: Generator, shape: str) -> str:
 
 
 def _complete(stated: Stated, rng: Generator, alone: bool) -> Stated:
-    """The object with all that is left open drawn; of two objects none bounces diagonally."""
+    """Draw the object's missing attributes; only a lone object may bounce diagonally."""
     directions = [name for name in DIRECTIONS[stated.motion] if alone or " " not in name]
     size = None if stated.motion == "pulse" else "large" if rng.random() < LARGE else "small"
-    return replace(
-        stated,
-        size=stated.size or size,
-        direction=stated.direction or (_choose(rng, directions) if directions else None),
-        speed=stated.speed
-        or (_choose(rng, RATES[stated.motion]) if stated.motion in RATES else None),
-    )
+    direction, speed = stated.direction, stated.speed
+    if not direction and directions:
+        direction = _choose(rng, directions)
+    if not speed and stated.motion in RATES:
+        speed = _choose(rng, RATES[stated.motion])
+    return replace(stated, size=stated.size or size, direction=direction, speed=speed)
 
 
 def _draw_objects(rng: Generator) -> tuple[tuple[Stated, ...], str | None]:
-    """Shapes, colours and motions of one or two objects, and behind or front where the first passes
-    the second."""
+    """Draw one or two objects; also returns behind or front if the first passes the second."""
     count = 1 + int(rng.random() < TWO)
     shapes = [_choose(rng, SHAPES) for _ in range(count)]
     colours = [str(name) for name in rng.choice(list(OBJECT_COLOURS), count, replace=False)]
@@ -105,7 +92,7 @@ def _draw_objects(rng: Generator) -> tuple[tuple[Stated, ...], str | None]:
 
 
 def _body(stated: Stated, rng: Generator) -> Body | None:
-    """An object somewhere in the frame; None where it does not fit."""
+    """Place an object at random in the frame; None if it does not fit."""
     low, high = SIZES[stated.size] if stated.size else PULSE_SIZE
     radius = float(rng.uniform(low, high))
     reach = radius * SHAPES[stated.shape].reach
@@ -118,9 +105,8 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
         phase = float(rng.uniform(-0.12, 0.12))
     motion = Motion(stated.motion, stated.direction, stated.speed, rate, amplitude, phase)
     centre, ahead = [], heading(stated.direction) if stated.motion == "bounce" else (0, 0)
-    limited = (
-        replace(motion, kind="still") if stated.motion == "bounce" else motion
-    )  # a bounce may start anywhere
+    # a bounce may start anywhere
+    limited = replace(motion, kind="still") if stated.motion == "bounce" else motion
     for (side_low, side_high), way in zip(extent(limited, (0, 0), reach), ahead, strict=True):
         gap = TURN_GAP if turns and side_high > reach else WALL
         if side_high - side_low > 1 - 2 * gap:
@@ -133,27 +119,23 @@ def _body(stated: Stated, rng: Generator) -> Body | None:
 
 
 def _passing(objects: tuple[Stated, ...], passing: str, rng: Generator) -> tuple[Body, Body] | None:
-    """The first object crosses the second, which stays still, and comes clear of it on both
-    sides."""
+    """Let the first object cross the second, a still one, and clear it on both sides."""
     mover, other = (_body(stated, rng) for stated in objects)
     if mover is None or other is None:
         return None
     along = int(objects[0].direction in ("up", "down"))
+    forward = objects[0].direction in ("right", "down")
     clear = WALL + 2 * mover.reach + other.reach + PASS_GAP
-    low, high = (
-        max(mover.reach, other.reach) + WALL + 2 / 64,
-        1 - max(mover.reach, other.reach) - WALL - 2 / 64,
-    )
+    reach = max(mover.reach, other.reach)
+    low, high = reach + WALL + 2 / 64, 1 - reach - WALL - 2 / 64
     if clear > 0.5:
         return None
     centre, start = [0.0, 0.0], [0.0, 0.0]
-    centre[along], centre[1 - along] = (
-        float(rng.uniform(clear, 1 - clear)),
-        float(rng.uniform(low, high)),
-    )
-    room = centre[along] if objects[0].direction in ("right", "down") else 1 - centre[along]
+    centre[along] = float(rng.uniform(clear, 1 - clear))
+    centre[1 - along] = float(rng.uniform(low, high))
+    room = centre[along] if forward else 1 - centre[along]
     place = float(rng.uniform(mover.reach + WALL, room - other.reach - mover.reach - PASS_GAP))
-    start[along] = place if objects[0].direction in ("right", "down") else 1 - place
+    start[along] = place if forward else 1 - place
     start[1 - along] = centre[1 - along] + float(rng.uniform(-2, 2)) / 64
     depth = int(passing == "behind")
     return (
@@ -163,7 +145,7 @@ def _passing(objects: tuple[Stated, ...], passing: str, rng: Generator) -> tuple
 
 
 def relation_of(first: Body, second: Body) -> tuple[str | None, float]:
-    """How the first lies to the second at all times, and the gap between what they ever cover."""
+    """Return the first body's relation to the second at all times, and their extents' gap."""
     (left, right), (top, bottom) = first.extent
     (other_left, other_right), (other_top, other_bottom) = second.extent
     gaps = {"left": other_left - right, "right": left - other_right, "above": other_top - bottom}
@@ -175,8 +157,7 @@ def relation_of(first: Body, second: Body) -> tuple[str | None, float]:
 def _place(
     objects: tuple[Stated, ...], relation: str | None, rng: Generator
 ) -> tuple[Body, ...] | None:
-    """The objects in the frame so that the relation holds and none touches another unless it passes
-    it."""
+    """Place objects so that the relation holds and only passing objects touch; None if unlucky."""
     if relation in ("behind", "front"):
         return _passing(objects, relation, rng)
     bodies = [_body(stated, rng) for stated in objects]
@@ -190,7 +171,7 @@ def _place(
 
 
 def _leave_out(objects: tuple[Stated, ...], rng: Generator) -> tuple[Stated, ...]:
-    """What the caption will say of the objects: always shape, colour and motion, often the rest."""
+    """Drop some attributes for the caption, but never shape, colour or motion."""
     return tuple(
         replace(
             stated,
@@ -212,11 +193,11 @@ def _stream(seed: int, *labels: str) -> Generator:
 
 
 def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:
-    """The scene of a seed, the same on every machine; ValueError for an unknown split, a negative
-    seed, a bad size.
+    """Return the scene of a seed, the same on every machine.
 
     train and test are disjoint streams of one distribution; every scene of composition has a pair
-    of attributes that the others never have.
+    of attributes that the others never have. ValueError for an unknown split, a negative seed, or
+    a bad size.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known: use one of {', '.join(SPLITS)}")
@@ -240,18 +221,17 @@ def sample_scene(seed: int, split: str = "train", size: int = 64) -> Scene:
 def _caption(
     bodies: tuple[Body, ...], passing: str | None, ground: Ground, rng: Generator
 ) -> Caption:
-    relation = passing or (
-        relation_of(*bodies)[0] if len(bodies) == 2 and rng.random() < 0.85 else None
-    )
-    said = _leave_out(tuple(body.stated for body in bodies), rng)
-    return write(said, relation, ground.name if rng.random() < 0.75 else None, rng)
+    relation = passing
+    if not passing and len(bodies) == 2 and rng.random() < 0.85:
+        relation = relation_of(*bodies)[0]
+    stated = _leave_out(tuple(body.stated for body in bodies), rng)
+    return write(stated, relation, ground.name if rng.random() < 0.75 else None, rng)
 
 
 def realise(caption: Caption, seed: int, size: int = 64) -> Scene:
-    """Another scene that the caption is true of; what the caption leaves open is drawn from the
-    seed.
+    """Return a scene that fits a caption; what the caption leaves open is drawn from the seed.
 
-    ValueError where no scene was found that has it all.
+    ValueError if no such scene is found.
     """
     check_size(size)
     rng = _stream(seed, "caption", repr(caption))

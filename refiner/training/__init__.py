@@ -1,1 +1,1 @@
-"""Training: objectives and the rollouts that they are computed on."""
+"""Training: objectives, and the rollouts that they are computed on."""

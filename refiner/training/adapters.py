@@ -1,8 +1,7 @@
-"""Trainable LoRA branches, by peft: a refiner's, whose final layer is silenced, and the plain LoRA
-that is its control.
+"""Trainable LoRA branches (peft): a refiner's, with a silent final layer, and a plain LoRA's.
 
-Both are a second tree of modules over the base's own parameters, so the base never knows, no pass
-has to switch anything on or off, and a checkpointed region recomputes what it computed.
+Both are a second module tree that shares the base's parameters. The base stays as it is, no pass
+switches adapters on or off, and checkpointed regions recompute the same values.
 """
 
 from collections.abc import Mapping
@@ -24,12 +23,12 @@ PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
 def attach_branches(
     base: CausalWan, rank: int, *, silent_head: bool, start: Start = "random", seed: int = 0
 ) -> CausalWan:
-    """A tree over the base's frozen parameters with fresh LoRA branches (rank = alpha, B zero),
-    which are trainable.
+    """Add trainable LoRA branches (alpha = rank, B zero) to the frozen base.
 
-    With `silent_head` it is T_φ: the final layer's base weight and bias count as zero. `start`
-    "head" then gives that layer a branch of rank 64, whatever `rank` is, whose A is the base's
-    weight: B = -c I is Δ = -c v, within reach of the first update. ValueError without peft.
+    With `silent_head` the result is T_φ: the final layer's base weight and bias count as zero.
+    `start` "head" then gives that layer a branch of rank 64, whatever `rank` is, with A set to the
+    base's weight: B = -c I yields Δ = -c v, which the first update can reach. ValueError if peft
+    is missing.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -61,7 +60,7 @@ def attach_branches(
 
 
 def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:
-    """The trainable factors by name."""
+    """Return the trainable factors by name."""
     return {
         name: parameter
         for name, parameter in network.model.named_parameters()
@@ -72,13 +71,12 @@ def branch_parameters(network: CausalWan) -> dict[str, nn.Parameter]:
 def pairs_of(
     network: CausalWan, factors: Mapping[str, Tensor] | None = None
 ) -> dict[str, LoraPair]:
-    """The factors by layer with their scale, detached and whole: as they stand, or others by
-    parameter name."""
+    """Return detached, unsharded LoRA pairs by layer: the current factors, or those given."""
     factors = branch_parameters(network) if factors is None else factors
     pairs = {}
     for name, module in network.model.named_modules():
         if hasattr(module, "lora_A"):
-            names = (f"{name}.{part}.default.weight" for part in ("lora_A", "lora_B"))
+            names = (f"{name}.{factor}.default.weight" for factor in ("lora_A", "lora_B"))
             down, up = (whole(factors[each].detach()).clone() for each in names)
             pairs[name] = LoraPair(down, up, module.scaling["default"])
     return pairs
@@ -86,17 +84,16 @@ def pairs_of(
 
 @torch.no_grad()
 def load_pairs(network: CausalWan, pairs: Mapping[str, LoraPair], base: CausalWan) -> None:
-    """Go on from factors; ValueError unless they are of this tree's layers and ranks."""
+    """Load factors to train on from; ValueError unless layers and ranks are this tree's."""
     check_pairs(pairs, base.model)
     for name, module in network.model.named_modules():
         if hasattr(module, "lora_A"):
-            for part, tensor in (
-                ("lora_A", pairs[name].down),
-                ("lora_B", pairs[name].up * pairs[name].scale),
-            ):
-                own = getattr(module, part)["default"].weight
-                if own.shape != tensor.shape:
+            pair = pairs[name]
+            up = pair.up * pair.scale / module.scaling["default"]
+            for factor, tensor in (("lora_A", pair.down), ("lora_B", up)):
+                weight = getattr(module, factor)["default"].weight
+                if weight.shape != tensor.shape:
                     raise ValueError(
-                        f"{name} has rank {len(pairs[name].down)}, not {own.shape}: use its own rank"
+                        f"{name} has rank {len(pair.down)}, not {tuple(weight.shape)}: use its rank"
                     )
-                own.copy_(tensor / (module.scaling["default"] if part == "lora_B" else 1))
+                weight.copy_(tensor)

@@ -1,4 +1,4 @@
-"""Batches that processes make ahead of their step, where a GPU would wait for them."""
+"""Batches prepared by worker processes ahead of their step, so that a GPU need not wait."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,49 +10,45 @@ from torch.utils.data import DataLoader, Dataset
 from ..stopping import ignore_in_worker
 
 T = TypeVar("T")
-MOST = 8  # processes
-EACH = 2  # batches that each of them is ahead
+MAX_WORKERS = 8
+PREFETCH = 2  # batches that each worker prepares ahead
 
 
 def helpers(device: torch.device) -> int:
-    """Processes that make batches for a model on this device: none where it needs the cores
-    itself."""
-    return 0 if device.type == "cpu" else min(MOST, os.cpu_count() or 1)
+    """Return the number of workers for a device: 0 on a CPU, whose cores the model needs."""
+    return 0 if device.type == "cpu" else min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 class Ahead(Generic[T]):
-    """`make(index)` for rising indices below `end`, made by `workers` processes before it is asked
-    for.
+    """Compute `make(index)` ahead of time in `workers` processes, for rising indices below `end`.
 
-    Without workers it is made when asked. `make` is a module's function, or a partial one, and what
-    it gives depends on the index alone; so it is the same with any number of workers, and from any
-    index on.
+    Without workers, compute it on request. `make` must be picklable (a module-level function or a
+    partial of one) and depend on the index alone, so that results are the same with any number of
+    workers and from any starting index.
     """
 
     def __init__(self, make: Callable[[int], T], end: int, workers: int = 0) -> None:
         self.make, self.end, self.workers = make, end, workers
         self.next = -1
-        self.made: Iterator[T] = iter(())
+        self.results: Iterator[T] = iter(())
 
     def __call__(self, index: int) -> T:
-        """What belongs to `index`; after another one than the last and one the processes begin
-        anew."""
+        """Return the result for `index`; a jump in the indices restarts the workers."""
         if not self.workers or index >= self.end:
             return self.make(index)
         if index != self.next:
-            self.made = iter(self._loader(index))
+            self.results = iter(self._loader(index))
         self.next = index + 1
-        return next(self.made)
+        return next(self.results)
 
     def _loader(self, start: int) -> DataLoader:
-        made = _Made(self.make, start, self.end)
         return DataLoader(
-            made, batch_size=None, num_workers=self.workers, prefetch_factor=EACH, collate_fn=_as_it_is,
-            worker_init_fn=ignore_in_worker,
+            _Results(self.make, start, self.end), batch_size=None, num_workers=self.workers,
+            prefetch_factor=PREFETCH, collate_fn=_identity, worker_init_fn=ignore_in_worker,
         )  # fmt: skip
 
 
-class _Made(Dataset):
+class _Results(Dataset):
     """The results of a function as a data set."""
 
     def __init__(self, make: Callable[[int], T], start: int, end: int) -> None:
@@ -65,5 +61,5 @@ class _Made(Dataset):
         return self.make(self.start + place)
 
 
-def _as_it_is(made: T) -> T:
-    return made
+def _identity(result: T) -> T:
+    return result

@@ -1,5 +1,4 @@
-"""What a run was begun with, noted in its folder, so that a training with other options does not go
-on with it."""
+"""A note in a run's folder of its options, so that no training resumes it with other options."""
 
 import hashlib
 import json
@@ -12,21 +11,20 @@ from ..reading import CONFIG_BYTES, read_json
 from .distributed import saved_shards
 
 NOTE = "run.json"
-SHORT = 20  # characters of a value that a message shows
-PROSE = "source"  # of a preset: words about it, which change nothing
-FORMER = {"levels": "steps", "first_levels": "first_steps"}  # of a preset, in older notes
+SHORT = 20  # longest value, in characters, that a message shows
+PROSE = "source"  # a preset's description, which does not affect training
+FORMER = {"levels": "steps", "first_levels": "first_steps"}  # a preset's names in older notes
 
 
 def begin(
-    run: Path, told: Mapping[str, Any], may_change: Collection[str], *, first: bool = True
+    run: Path, options: Mapping[str, Any], may_change: Collection[str], *, first: bool = True
 ) -> None:
-    """Check that a run goes on as it was begun; one that has taken no step yet notes what it is
-    `told` now.
+    """Check a run's options against its note; write the note if no step has been taken yet.
 
-    `told` is JSON by name. Of several processes only the `first` one notes it. Raises ValueError
-    where a name outside of `may_change` differs, or the note is damaged.
+    `options` is JSON by name. Only the `first` of several processes writes. ValueError if a name
+    outside `may_change` differs, or the note is damaged.
     """
-    now = json.loads(json.dumps(told))
+    now = json.loads(json.dumps(options))
     note = run / NOTE
     if not note.exists() or not has_begun(run):
         if first:
@@ -37,9 +35,8 @@ def begin(
         return
     try:
         before = dict(read_json(note, CONFIG_BYTES))
-        fixed = [
-            name for name in now if name not in may_change and name in before
-        ]  # older notes say less
+        # older notes hold fewer names
+        fixed = [name for name in now if name not in may_change and name in before]
         other = next((name for name in fixed if not _agree(before[name], now[name])), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{note} cannot be read ({error!r}): give the run another name") from error
@@ -55,7 +52,7 @@ def begin(
 
 
 def _agree(before: object, now: object) -> bool:
-    """Compare two values of a note; a table by the names that both have."""
+    """Compare two values of a note; tables by the names that both have."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return before == now
     before = {name: before[old] for name, old in FORMER.items() if old in before} | before
@@ -63,13 +60,12 @@ def _agree(before: object, now: object) -> bool:
 
 
 def digest(words: Sequence[str]) -> str:
-    """Of many words, as a note keeps them."""
+    """Hash a list of prompts, for a note."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a step of a run is saved or logged. Until then, as when its device was too small, it
-    may be changed."""
+    """Return whether a step of the run is saved or logged; until then its options may change."""
     log = run / "log.jsonl"
     return (
         (run / "state.pt").exists()

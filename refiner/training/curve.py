@@ -1,4 +1,4 @@
-"""Loss and reward curves as a picture: a panel a logged figure, its name and value above it."""
+"""Loss and reward curves as a picture: one panel for each logged figure, titled with its value."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from ..pictures import write_png
 from .log import read_rows
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 8
-TITLE, FONT_SIZE = 24, 14  # height of the band above a curve, and of its letters
-DOT = 2  # radius of the last value's
+TITLE, FONT_SIZE = 24, 14  # heights of the band above a curve and of its letters
+DOT = 2  # radius of the last value's dot
 RAW, SMOOTH, FRAME, INK = (205, 215, 235), (30, 70, 160), (190, 190, 190), (60, 60, 60)
 HIDDEN = ("step", "seconds")
 
@@ -43,7 +43,7 @@ def _panel(name: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
         y = HEIGHT - MARGIN - 1 - heights * (HEIGHT - TITLE - MARGIN - DOT - 1)
         draw.line([*zip(x, y, strict=True)], fill=colour)
     end = (x[-1] - DOT, y[-1] - DOT, x[-1] + DOT, y[-1] + DOT)
-    draw.ellipse(end, fill=SMOOTH)  # a line of one point is not seen
+    draw.ellipse(end, fill=SMOOTH)  # a line of one point would be invisible
     return np.asarray(panel)
 
 

@@ -1,7 +1,6 @@
-"""One training in several processes, as torchrun starts them: FSDP2's shards, checkpoints that each
-writes a part of.
+"""Training in several processes (torchrun): FSDP2 and sharded checkpoints.
 
-Each process makes its own rows of every step's clips. With one process nothing here does anything.
+Each process samples its rows of every step's clips. With one process everything here is a no-op.
 """
 
 import os
@@ -23,16 +22,15 @@ from torch import Tensor, nn
 from ..noise.refiner import shared_copy
 from ..wan.causal import CausalWan
 
-OLDEST = (2, 9)  # of torch
-PATIENCE = timedelta(hours=2)  # of the other processes, while the first draws a sample sheet
+OLDEST = (2, 9)  # torch version
+PATIENCE = timedelta(hours=2)  # the others wait while the first process draws a sample sheet
 
 
 @contextmanager
 def distributed(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, for the time of a training; yields this one's
-    device.
+    """Join torchrun's process group for a training; yields this process's device.
 
-    Where they are joined already they stay so: gloo does not join twice in one process.
+    An existing group is reused: gloo cannot join twice in one process.
     """
     if not is_one_of_several():
         yield device
@@ -49,22 +47,21 @@ def distributed(device: torch.device) -> Iterator[torch.device]:
     )
     try:
         yield device
-        dist.barrier()  # the others wait for what the first one writes
+        dist.barrier()  # until the first process has written its files
     finally:
         dist.destroy_process_group()
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun started this process beside others."""
+    """Return whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def end_process(status: int) -> NoReturn:
-    """End one of several processes with this exit status, without taking the interpreter down.
+    """Exit one of several processes without shutting the interpreter down.
 
-    Gloo's threads outlive their group (seen with torch 2.13), and one that asks for the
-    interpreter's lock while it is taken down aborts the process: "terminate called without an
-    active exception".
+    Gloo's threads outlive their group (seen with torch 2.13), and one that takes the GIL during
+    shutdown aborts the process: "terminate called without an active exception".
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,8 +69,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def check_torch(version: str) -> None:
-    """Raise ValueError for a torch whose sharded trainings differ from those of one process, as the
-    critic's of 2.7."""
+    """Raise ValueError for a torch too old for sharded training: 2.7 trains a different critic."""
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         raise ValueError(
             f"training in several processes needs torch 2.9 or newer, and torch is {version}"
@@ -81,22 +77,22 @@ def check_torch(version: str) -> None:
 
 
 def world() -> int:
-    """Processes of this training."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This one's number."""
+    """Return this process's number."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that logs and draws."""
+    """Return whether this is the process that logs and draws."""
     return rank() == 0
 
 
 def averaged(figures: Tensor) -> Tensor:
-    """The mean over all processes."""
+    """Average over all processes, in place."""
     if world() > 1:
         dist.all_reduce(figures)
         figures /= world()
@@ -104,34 +100,27 @@ def averaged(figures: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A parameter in one piece; where it is sharded every process must ask for it."""
+    """Gather a sharded parameter; every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def sharded(network: CausalWan) -> CausalWan:
-    """The network with every parameter split among the processes, and gathered while its module
-    runs."""
+    """Shard every parameter over the processes; FSDP gathers it while its module runs."""
     if world() == 1:
         return network
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view"
-    )  # nothing here writes in place
+    # harmless: nothing here writes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     model = shared_copy(network.model)
     mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
     units = [*model.blocks, model.head]
     for unit in units:
         unit.forward = MethodType(_forward, unit)
-    for part in (
-        *units,
-        model.patch_embedding,
-        model.text_embedding,
-        model.time_embedding,
-        model.time_projection,
-    ):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    embeddings = [model.patch_embedding, model.text_embedding, model.time_embedding]
+    for module in (*units, *embeddings, model.time_projection):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return replace(network, model=model, apply=gathered)
 
 
@@ -140,14 +129,12 @@ def _forward(module: nn.Module, function: Callable, *arguments: object) -> objec
 
 
 def gathered(function: Callable, module: nn.Module, *arguments: object) -> object:
-    """A function of a sharded module, run as its forward: FSDP gathers the parameters before it and
-    lets go after."""
+    """Call a function of a sharded module as its forward, so that FSDP gathers its parameters."""
     return module(function, *arguments)
 
 
 def save_shards(state: dict, run: Path, done: int) -> None:
-    """Write the state after `done` steps into the run's folder, each process its shards; the state
-    before stays until the new one is complete."""
+    """Save the state after `done` steps, each process its shards, then drop the previous state."""
     import torch.distributed.checkpoint as checkpoint
 
     folder, partial = run / f"state_{done:08d}", run / ".state.partial"
@@ -168,24 +155,24 @@ def save_shards(state: dict, run: Path, done: int) -> None:
 
 
 def saved_shards(run: Path) -> list[Path]:
-    """Saved states, the newest last."""
+    """Return the saved states, newest last."""
     return sorted(run.glob("state_[0-9]*"))
 
 
 def load_shards(state: dict, run: Path) -> int:
-    """Read the newest state into `state`, whose tensors are all there; returns its number of steps.
-    ValueError where it is damaged, or of other tensors."""
+    """Load the newest state into the tensors of `state`; returns its number of steps.
+
+    ValueError if it is damaged or holds other tensors.
+    """
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder = saved_shards(run)[-1]
     try:
         checkpoint.load(state, checkpoint_id=folder)
-    except CheckpointException as error:  # of every process; not an Exception
-        reasons = [
-            str(one[0] if isinstance(one, tuple) else one) for one in error.failures.values()
-        ]
-        raise ValueError(
-            f"{folder.name} cannot be read: {(reasons or ['no reason is told'])[0]}"
-        ) from error
+    except CheckpointException as error:  # collects all processes' errors; not an Exception
+        failures = error.failures.values()
+        reasons = [str(one[0] if isinstance(one, tuple) else one) for one in failures]
+        reason = reasons[0] if reasons else "no reason given"
+        raise ValueError(f"{folder.name} cannot be read: {reason}") from error
     return int(folder.name.removeprefix("state_"))

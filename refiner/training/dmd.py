@@ -1,8 +1,8 @@
-"""Distribution matching distillation: the gradient of KL(q_t || p_t) as a loss (AutoRefiner eq. 5;
-Yin et al. 2024).
+"""Distribution matching distillation: the gradient of KL(q_t || p_t) as a loss.
 
 Two bidirectional networks score noised samples: a frozen real one, with classifier-free guidance,
-and a fake one that is trained online on the generator's own samples. Clips are [B, C, F, h, w].
+and a fake one trained online on the generator's samples (AutoRefiner eq. 5; Yin et al. 2024).
+Clips are [B, C, F, h, w].
 """
 
 from dataclasses import dataclass
@@ -16,45 +16,39 @@ from ..rollout import add_noise, predict_x0
 from ..wan.causal import CausalWan, KeyValue
 
 Text = list[KeyValue]
-SMALLEST = (
-    1e-8  # distance of samples from what the real network makes of them, where they are the same
-)
+SMALLEST = 1e-8  # floor of the gradient's normaliser, for samples that equal their prediction
 
 
 @dataclass(frozen=True, slots=True)
 class DmdOptions:
-    """As in Self-Forcing's training: timesteps are drawn uniformly, shifted, and kept inside (low,
-    high)."""
+    """Self-Forcing's scoring: timesteps drawn uniformly, shifted, and clamped to (low, high)."""
 
-    guidance: float = (
-        3.0  # w of real + w · (real − real without a prompt): the usual scale is 1 + w
-    )
+    guidance: float = 3.0  # w of real + w · (real − unconditional); the usual scale is 1 + w
     shift: float = 5.0
     low: float = 0.02
     high: float = 0.98
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    """σ = s·u / (1 + (s − 1)·u)."""
+    """Return σ = s·u / (1 + (s − 1)·u)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def draw_sigma(batch: int, options: DmdOptions, generator: torch.Generator) -> Tensor:
-    """One noise level a sample, [B] in (low, high)."""
+    """Draw one noise level per sample: [B] in (low, high)."""
     u = torch.rand(batch, generator=generator, device=generator.device)
     return shifted(u, options.shift).clamp(options.low, options.high)
 
 
 def whole_flow(network: CausalWan, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
-    """The flow of whole clips [B, C, F, h, w] at one level a sample [B], every frame seeing every
-    other."""
+    """Predict the flow of whole clips [B, C, F, h, w] bidirectionally, one level [B] per sample."""
     t = 1000 * sigma[:, None]
     dtype = network.model.patch_embedding.weight.dtype
     return network(noisy.to(dtype), t, text, WholeClip(noisy.shape[2])).to(noisy.dtype)
 
 
 def column(sigma: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, 1, 1]."""
+    """Reshape [B] to [B, 1, 1, 1, 1]."""
     return sigma[:, None, None, None, None]
 
 
@@ -67,7 +61,7 @@ def real_prediction(
     texts: tuple[Text, Text],
     guidance: float,
 ) -> Tensor:
-    """x0 of noised clips by the real network, guided; `texts` are the prompt and no prompt."""
+    """Predict x0 of noised clips by the guided real network; `texts`: prompt, empty prompt."""
     noisy = add_noise(clean, noise, column(sigma))
     predictions = [
         predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma)) for text in texts
@@ -77,13 +71,12 @@ def real_prediction(
 
 @torch.no_grad()
 def dmd_gradient(
-    clean: Tensor, noise: Tensor, sigma: Tensor, real: CausalWan, fake: CausalWan, texts: tuple[Text, Text, Text],
-    guidance: float,
+    clean: Tensor, noise: Tensor, sigma: Tensor, real: CausalWan, fake: CausalWan,
+    texts: tuple[Text, Text, Text], guidance: float,
 ) -> Tensor:  # fmt: skip
-    """(fake − real) / mean |clean − real|, per sample: where the samples should not go.
+    """Return (fake − real) / mean |clean − real| per sample; the samples should move against it.
 
-    `texts` are the prompt for the real network, no prompt for it, and the prompt for the fake
-    network.
+    `texts` are the real network's prompt and empty prompt, and the fake network's prompt.
     """
     with_prompt, without, for_fake = texts
     guided = real_prediction(clean, noise, sigma, real, (with_prompt, without), guidance)
@@ -94,13 +87,12 @@ def dmd_gradient(
 
 
 def dmd_loss(clean: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to `clean` is the given one, up to a constant: ½ mean (x −
-    sg(x − g))²."""
+    """Return ½ mean (x − sg(x − g))², whose gradient in x is `gradient` up to a constant."""
     target = (clean - gradient).detach()
     return 0.5 * F.mse_loss(clean.double(), target.double())
 
 
 def critic_loss(fake: CausalWan, clean: Tensor, noise: Tensor, sigma: Tensor, text: Text) -> Tensor:
-    """Flow matching of the fake network on samples: mean (v − (ε − x0))²."""
+    """Return the fake network's flow-matching loss on samples: mean (v − (ε − x0))²."""
     flow = whole_flow(fake, add_noise(clean, noise, column(sigma)), sigma, text)
     return F.mse_loss(flow, noise - clean)

@@ -1,5 +1,7 @@
-"""Distribution matching as an objective: the frozen real network, and the fake one that learns
-along (AutoRefiner, eq. 5; refiner/training/dmd.py has the arithmetic)."""
+"""Distribution matching as an objective: a frozen real network and a fake one trained online.
+
+AutoRefiner, eq. 5; refiner/training/dmd.py has the arithmetic.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +14,7 @@ from ..wan.transformer import WanTransformer
 from .distributed import sharded
 from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_sigma, real_prediction
 from .learner import Learner, noise_stream
-from .objective import Means, Part
+from .objective import Means, MicroBatch
 from .options import RefineOptions
 from .precision import for_training, mixed_precision
 from .replay import Replay, replayable
@@ -22,9 +24,10 @@ BETAS = (0.0, 0.999)
 
 
 class DmdObjective:
-    """State: the fake network. `encode` turns prompts into contexts [B, L, text_dim].
+    """Distribution matching; its state is the fake network.
 
-    `critic_clip` limits the norm of the critic's gradient; None: 4 times the usual norm.
+    `encode` maps prompts to contexts [B, L, text_dim]. `critic_clip` limits the norm of the
+    critic's gradient; None: 4 times the median of the last updates.
     """
 
     def __init__(
@@ -52,14 +55,14 @@ class DmdObjective:
     def load_state_dict(self, state: dict) -> None:
         self.critic.load_state_dict(state["critic"])
 
-    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """Update the fake network on the path's own clips."""
+    def prepare(self, index: int, samples: Iterator[tuple[MicroBatch, Tensor]]) -> dict[str, float]:
+        """Update the fake network on the sampling path's clips."""
         self.critic.zero_grad()
         means = Means()
-        for part, clean in samples:
-            tensors = (clean, *self._noised(part), part.context)
-            _, loss = self.replay(self._critic_loss, *tensors, weight=part.weight)
-            means.add({"loss": loss}, part.weight)
+        for batch, clean in samples:
+            tensors = (clean, *self._scoring_noise(batch), batch.context)
+            _, loss = self.replay(self._critic_loss, *tensors, weight=batch.weight)
+            means.add({"loss": loss}, batch.weight)
         logged = means.floats()
         self.critic.update(index, 1.0, clip=self.critic_clip)
         return logged
@@ -67,7 +70,7 @@ class DmdObjective:
     def _critic_loss(
         self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """A part's loss, a mean over draws: weighted, and as it is."""
+        """Return a micro-batch's loss, averaged over draws: weighted and unweighted."""
         with mixed_precision(self.device, self.options.precision):
             text = self.fake.text(context)
             losses = [
@@ -77,34 +80,36 @@ class DmdObjective:
         loss = torch.stack(losses).mean()
         return weight * loss, loss
 
-    def given(self, part: Part) -> tuple[tuple[Tensor, ...], dict]:
-        """No prompt's context, and what the clips are noised with."""
+    def loss_arguments(self, batch: MicroBatch) -> tuple[tuple[Tensor, ...], dict]:
+        """Return the empty prompt's context, and the noises and sigmas to score the clips at."""
         with torch.no_grad(), mixed_precision(self.device, self.options.precision):
-            nothing = self.encode([""] * len(part.prompts))
-        return (nothing, *self._noised(part)), {}
+            unconditional = self.encode([""] * len(batch.prompts))
+        return (unconditional, *self._scoring_noise(batch)), {}
 
     def loss(
         self,
         clean: Tensor,
         context: Tensor,
         residuals: Residuals,
-        nothing: Tensor,
+        unconditional: Tensor,
         noise: Tensor,
         sigma: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See dmd_loss; logged is the size of the gradient."""
-        gradient = self._gradient(clean, context, nothing, noise, sigma)
+        """Return dmd_loss; log the gradient's mean absolute value."""
+        gradient = self._gradient(clean, context, unconditional, noise, sigma)
         return dmd_loss(clean, gradient), {"gradient": gradient.abs().mean()}
 
     @torch.no_grad()
-    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """How much less the real network changes clips `after` than `before` when it denoises them:
-        the difference of mean |clip - prediction|. The fake network has no say: it follows the
-        refined clips."""
-        (nothing, noise, sigma), _ = self.given(part)
+    def improvement(self, before: Tensor, after: Tensor, batch: MicroBatch) -> float:
+        """Return how much closer clips get to the real network's predictions of them.
+
+        It is mean |clip - prediction| of `before` minus that of `after`. The fake network is not
+        used: it follows the refined clips.
+        """
+        (unconditional, noise, sigma), _ = self.loss_arguments(batch)
         distances = []
         with mixed_precision(self.device, self.options.precision):
-            texts = self.teacher.text(part.context), self.teacher.text(nothing)
+            texts = self.teacher.text(batch.context), self.teacher.text(unconditional)
             for clean in (before, after):
                 for draw in zip(noise, sigma, strict=True):
                     prediction = real_prediction(
@@ -116,29 +121,30 @@ class DmdObjective:
 
     @torch.no_grad()
     def _gradient(
-        self, clean: Tensor, context: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor
+        self, clean: Tensor, context: Tensor, unconditional: Tensor, noise: Tensor, sigma: Tensor
     ) -> Tensor:
-        """The mean of dmd_gradient over draws of noise [N, B, C, F, h, w] and sigma [N, B]."""
+        """Average dmd_gradient over draws of noise [N, B, C, F, h, w] and sigma [N, B]."""
         clean, guidance = clean.detach(), self.options.dmd.guidance
         with mixed_precision(self.device, self.options.precision):
-            texts = self.teacher.text(context), self.teacher.text(nothing), self.fake.text(context)
+            for_real = self.teacher.text(context), self.teacher.text(unconditional)
+            texts = (*for_real, self.fake.text(context))
             gradients = [
                 dmd_gradient(clean, *draw, self.teacher, self.fake, texts, guidance)
                 for draw in zip(noise, sigma, strict=True)
             ]
         return torch.stack(gradients).mean(dim=0)
 
-    def _noised(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Noises [N, B, C, F, h, w] and sigmas [N, B] to score a part's clips at.
+    def _scoring_noise(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return noises [N, B, C, F, h, w] and sigmas [N, B] to score the clips at.
 
-        Drawn for the whole step, of which the part has its rows, unless the part brings them.
+        Those of the micro-batch if it holds any, else its rows of a draw for the whole step.
         """
-        if part.scored_at is not None:
-            return part.scored_at
-        generator = noise_stream(self.device, self.options.seed, part.index, part.use, 1)
-        shape = (part.total, *part.path.shape[2:])
+        if batch.scored_at is not None:
+            return batch.scored_at
+        generator = noise_stream(self.device, self.options.seed, batch.index, batch.use, 1)
+        shape = (batch.total, *batch.path.shape[2:])
         noises, sigmas = [], []
         for _ in range(self.options.score_draws):
-            noises.append(torch.randn(shape, generator=generator, device=self.device)[part.rows])
-            sigmas.append(draw_sigma(part.total, self.options.dmd, generator)[part.rows])
+            noises.append(torch.randn(shape, generator=generator, device=self.device)[batch.rows])
+            sigmas.append(draw_sigma(batch.total, self.options.dmd, generator)[batch.rows])
         return torch.stack(noises), torch.stack(sigmas)

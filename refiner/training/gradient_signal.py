@@ -1,4 +1,4 @@
-"""Measure the signal in a gradient: the part that the gradients of independent batches share."""
+"""Measure the signal in a gradient: what the gradients of independent batches have in common."""
 
 import math
 import warnings
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from .distributed import whole
 
-ENOUGH = 64  # updates after which a training's own gradients are judged
-SURE = 2.0  # standard errors
+ENOUGH = 64  # updates after which a training's gradients are judged
+SURE = 2.0  # standard errors above 0 that count as a signal
 ADVICE = "pool more clips (accumulation), or train for another objective"
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far the gradients of independent batches agree, at the same parameters."""
+    """Agreement of the gradients of independent batches at the same parameters."""
 
     cosine: float  # mean over pairs
     error: float  # standard error of that mean
-    share: float  # power of what all have in common, of the power of one
+    share: float  # power of the common gradient, relative to that of one batch's
 
     @property
     def seen(self) -> bool:
-        """Whether there is a signal at all."""
+        """Whether there is a significant signal."""
         return self.cosine > SURE * self.error
 
 
@@ -51,15 +51,14 @@ def agreement(gradients_KN: Tensor) -> Agreement:
 
 
 def flat(gradients: Iterable[Tensor | None]) -> Tensor:
-    """Gradients as one vector; parameters without one are left out."""
+    """Concatenate gradients to one vector, without parameters that have none."""
     return torch.cat([whole(gradient).flatten() for gradient in gradients if gradient is not None])
 
 
 class Signal:
-    """Watches a training: the cosine between the gradients of successive updates, whose clips are
-    independent.
+    """Track the cosine between successive updates' gradients, whose clips are independent.
 
-    It warns, once, of a training whose first updates have nothing in common.
+    Warns once if the first updates have nothing in common.
     """
 
     def __init__(self) -> None:
@@ -67,7 +66,7 @@ class Signal:
         self.cosines: list[float] = []
 
     def compare(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """`signal`, the cosine with the update before; nothing at the first one."""
+        """Return `signal`, the cosine with the previous update; nothing at the first one."""
         gradient, before = flat(gradients), self.last
         self.last = gradient
         if before is None or before.shape != gradient.shape:
@@ -83,7 +82,7 @@ class Signal:
         mean, error = fmean(self.cosines), stdev(self.cosines) / math.sqrt(ENOUGH)
         if mean <= SURE * error:
             warnings.warn(
-                f"no signal: the gradients of the first {ENOUGH} updates have a mean cosine of {mean:+.3f} ±"
-                f" {error:.3f}, so the training wanders: {ADVICE}",
+                f"no signal: the gradients of the first {ENOUGH} updates have a mean cosine of"
+                f" {mean:+.3f} ± {error:.3f}, so the training wanders: {ADVICE}",
                 stacklevel=2,
             )

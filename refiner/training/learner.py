@@ -1,5 +1,4 @@
-"""What trainings share: learning-rate curve, optimiser with a running average, random streams by
-step."""
+"""Shared parts of trainings: learning rate, optimiser with running average, random streams."""
 
 import copy
 import math
@@ -11,15 +10,13 @@ from torch import nn
 
 from .distributed import whole
 
-AVERAGED = (
-    8  # a running average is of the last eighth of a run that is shorter than its longest memory
-)
-NORMS = 50  # of the last updates, whose median limits the next one's
-LOOSE = 4.0  # times the median
+AVERAGED = 8  # a run shorter than the average's memory averages its last eighth
+NORMS = 50  # gradient norms of the last updates; their median limits the next one's
+LOOSE = 4.0  # the limit, in medians
 
 
 def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
-    """Factor on the learning rate: up over `warm` steps, then down a half cosine to `floor`."""
+    """Return the rate's factor: up over `warm` steps, then along a half cosine to `floor`."""
     fall = 0.5 * (1 + math.cos(math.pi * min(index / steps, 1)))
     return min(1.0, (index + 1) / warm) * (floor + (1 - floor) * fall)
 
@@ -27,15 +24,14 @@ def warm_cosine(index: int, steps: int, warm: int = 100, floor: float = 0.02) ->
 def warm_root(
     index: int, steps: int, warm: int = 100, hold: float = 0.1, cool: float = 0.25
 ) -> float:
-    """Factor on the learning rate of a long run: up, held, down with the root of the steps, then to
-    0 at the end."""
+    """Return a long run's rate factor: up, constant, down as 1/√step, then linearly to 0."""
     falling = min(1.0, math.sqrt(hold * steps / (index + 1)))
     ending = min(1.0, (1 - index / steps) / cool)
     return min(1.0, (index + 1) / warm) * falling * ending
 
 
 def muon_optimizer() -> type[torch.optim.Optimizer]:
-    """Muon; ValueError where torch is too old for it, which is newer than all else here needs."""
+    """Import Muon; ValueError if torch is too old for it (the rest runs on older versions)."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(
             f"this training needs torch 2.9 or newer, for Muon, and torch is {torch.__version__}"
@@ -46,12 +42,12 @@ def muon_optimizer() -> type[torch.optim.Optimizer]:
 
 
 class MuonAdamW:
-    """Muon on weight matrices and convolution kernels, AdamW on all else; behaves as one optimiser.
+    """Muon on weight matrices and convolution kernels, AdamW on the rest, as one optimiser.
 
     Muon (Jordan et al. 2024) steps along the orthogonalised momentum. It takes matrices only, so a
-    kernel goes in as a view [out, in * taps] of itself. `rate` is AdamW's; Muon's is `muon` times
-    the same factor. Muon's steps are all of one size, so a matrix whose output meets no norm grows
-    under it: those whose names hold one of `spared` are AdamW's, too.
+    kernel is passed as its view [out, in * taps]. `rate` is AdamW's learning rate, `muon` Muon's;
+    both get the same factor. Muon's steps all have one size, so a matrix without a norm behind it
+    grows: matrices whose names contain one of `spared` use AdamW, too.
     """
 
     def __init__(
@@ -61,13 +57,12 @@ class MuonAdamW:
         named = [
             (name, p)
             for name, p in model.named_parameters()
-            if not any(part in name for part in spared)
+            if not any(fragment in name for fragment in spared)
         ]
         self.kernels = [p for _, p in named if p.ndim > 1 and len(p) > 1 and p[0].numel() > 1]
         others = [p for p in model.parameters() if all(p is not kernel for kernel in self.kernels)]
-        self.matrices = [
-            nn.Parameter(kernel.data.flatten(1)) for kernel in self.kernels
-        ]  # of the same memory
+        # views: they share the kernels' memory
+        self.matrices = [nn.Parameter(kernel.data.flatten(1)) for kernel in self.kernels]
         self.muon = muon_optimizer()(self.matrices, muon, weight_decay=decay)
         self.adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.0)
         self.rates = ((self.muon, muon), (self.adamw, rate))
@@ -92,7 +87,7 @@ class MuonAdamW:
 
 
 class AdamW:
-    """AdamW alone, with the interface of the above."""
+    """AdamW with the interface of MuonAdamW."""
 
     def __init__(
         self, model: nn.Module, rate: float, betas: tuple[float, float], decay: float
@@ -110,11 +105,7 @@ class AdamW:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load what an optimiser has learnt of each parameter; its options are those that it was made
-    with.
-
-    Raises ValueError for a state of other parameters.
-    """
+    """Load an optimiser's moments, not its options; ValueError if they are another model's."""
     optimizer.load_state_dict(
         {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
     )
@@ -128,8 +119,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy for inference; parameters are cloned, as those of several processes' shards cannot be
-    copied deeply."""
+    """Copy a model for inference; parameters are cloned, as FSDP's shards cannot be deep-copied."""
     clones = {
         id(one): nn.Parameter(one.detach().clone(), requires_grad=False)
         for one in model.parameters()
@@ -138,20 +128,20 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 class Learner:
-    """A model, its optimiser and its running average: all the state of a training that is not data.
+    """A model with its optimiser and running average.
 
-    With `muon`, its learning rate, matrices and kernels but the `spared` ones are trained by Muon;
-    without, everything by AdamW. An `average` of 0 is none: it is the model itself.
+    With `muon` (its learning rate), Muon trains matrices and kernels except the `spared` ones;
+    otherwise AdamW trains everything. With `average` 0 the average is the model itself.
     """
 
     def __init__(
-        self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0, muon: float = 0.0,
-        spared: tuple[str, ...] = (),
+        self, model: nn.Module, learning_rate: float, average: float, betas=(0.9, 0.99), decay=0.0,
+        muon: float = 0.0, spared: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.model = model
         self.average = frozen_copy(model) if average else model
         self.keep = average
-        self.norms = torch.full((NORMS,), torch.nan)  # of the last updates' gradients, in turn
+        self.norms = torch.full((NORMS,), torch.nan)  # ring buffer of the last gradient norms
         self.optimizer = (
             MuonAdamW(model, learning_rate, muon, betas, decay, spared)
             if muon
@@ -159,20 +149,21 @@ class Learner:
         )
 
     def step(self, loss: torch.Tensor, index: int, factor: float, clip: float = 1.0) -> None:
-        """One optimisation step on `loss` at `factor` times the learning rate; then the average
-        follows."""
+        """Take an optimisation step on `loss` at `factor` times the learning rate."""
         self.zero_grad()
         loss.backward()
         self.update(index, factor, clip)
 
     def zero_grad(self) -> None:
-        """Begin a step whose gradient comes in several backward passes."""
+        """Clear the gradients before a step of several backward passes."""
         self.model.zero_grad(set_to_none=True)
 
     def update(self, index: int, factor: float, clip: float | None = 1.0) -> None:
-        """Step along the accumulated gradient, whose norm is clipped to `clip`, or without it to 4
-        times the median of the last 50 updates. ValueError, and no step, where the gradient is not
-        finite."""
+        """Step along the accumulated gradient, then update the average.
+
+        The gradient's norm is clipped to `clip`; None: to 4 times the median of the last 50
+        updates. ValueError, without a step, if the gradient is not finite.
+        """
         global _whole
         self.optimizer.set_factor(factor)
         limit = self.usual_norm() * LOOSE if clip is None else clip
@@ -196,13 +187,12 @@ class Learner:
             )
 
     def usual_norm(self) -> float:
-        """The median norm of the last updates' gradients; infinity before the first update."""
+        """Return the median gradient norm of the last updates; infinity before the first."""
         median = self.norms.nanmedian().item()
         return math.inf if math.isnan(median) else median
 
     def allocate(self) -> None:
-        """Make the optimiser's state as its first step does, without a step: what a state is read
-        into in place."""
+        """Allocate the optimiser's state without a step, so that a state can be loaded in place."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -227,31 +217,28 @@ _whole = True
 
 
 def is_whole() -> bool:
-    """Whether the state of what is trained here can be saved: no update has begun since
-    `mark_whole`."""
+    """Return whether the state is consistent: no update has begun since `mark_whole`."""
     return _whole
 
 
 def mark_whole() -> None:
-    """Say that the state is that between two steps, or tells how far into a step it is."""
+    """Declare the state consistent: it is between two steps, or records how far a step got."""
     global _whole
     _whole = True
 
 
 class FirstHalf:
-    """The first of a step's two updates. It is a part of the state, so that a run may go on behind
-    it."""
+    """The first of a step's two updates, saved with the state so that a run can resume after it."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """The step is complete, or has not begun."""
+        """Forget the update: the step is complete, or has not begun."""
         self.index, self.logged = -1, {}
 
     def take(self, index: int, update: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Make the first update of step `index`, unless the state already has it; returns its
-        log."""
+        """Run the first update of step `index`, unless the state has it; returns its figures."""
         if self.index != index:
             self.clear()
             self.logged = update()
@@ -260,13 +247,13 @@ class FirstHalf:
         return dict(self.logged)
 
     def state_dict(self) -> dict:
-        """Nothing between two steps."""
-        return (
-            {} if self.index < 0 else {"first_half": {"index": self.index, "logged": self.logged}}
-        )
+        """Return the update's figures; nothing between two steps."""
+        if self.index < 0:
+            return {}
+        return {"first_half": {"index": self.index, "logged": self.logged}}
 
     def load_state_dict(self, state: dict) -> None:
-        """From a stage's state."""
+        """Read the update from a stage's state."""
         self.clear()
         if "first_half" in state:
             index, logged = (state["first_half"][name] for name in ("index", "logged"))
@@ -278,7 +265,7 @@ class FirstHalf:
 
 
 class LearnerStage:
-    """A stage whose whole state is one learner."""
+    """A stage whose state is a single learner's."""
 
     learner: Learner
 
@@ -290,10 +277,10 @@ class LearnerStage:
 
 
 def stream(*key: int) -> np.random.Generator:
-    """Random numbers that belong to these integers (seed, step, use) and to nothing else."""
+    """Return the random stream that belongs to these integers (seed, step, use)."""
     return np.random.default_rng(key)
 
 
 def noise_stream(device: torch.device, *key: int) -> torch.Generator:
-    """The same for tensors on a device."""
+    """Return the same as `stream`, for tensors on a device."""
     return torch.Generator(device).manual_seed(int(stream(*key).integers(1 << 62)))

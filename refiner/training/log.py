@@ -1,4 +1,4 @@
-"""A training's log: a line of JSON a step, of which whatever is damaged is left out."""
+"""A training's log: one line of JSON per step; damaged lines are skipped."""
 
 import json
 import math
@@ -7,16 +7,15 @@ from pathlib import Path
 
 from ..reading import LINES_BYTES, read_bytes
 
-LARGEST = 1e300  # of a figure
-Row = dict[str, float]  # figures of a step by name, with `step` and `seconds`
+LARGEST = 1e300  # figures beyond it are damage
+Row = dict[str, float]  # a step's figures by name, with `step` and `seconds`
 
 
 def read_rows(log: Path, before: float = math.inf) -> list[Row]:
-    """Read the rows of the steps before `before`, in the order of the file; none where there is no
-    file.
+    """Read the rows of steps below `before` in file order; an empty list if there is no file.
 
-    Warns of damaged lines, which are left out; a last line without its end is one that a kill cut
-    off, and is left out silently. ValueError for what is no regular file or longer than any log.
+    Damaged lines are skipped with a warning; an unterminated last line, as after a kill, silently.
+    ValueError if the path is no regular file or longer than any log.
     """
     if not log.exists():
         return []

@@ -1,5 +1,4 @@
-"""The training loop of every stage: seeded, logged, and continued by the same command after any
-kind of end."""
+"""The training loop of every stage: seeded, logged, and resumed by the same command."""
 
 import ctypes
 import os
@@ -28,10 +27,9 @@ RUNS = Path.home() / ".cache" / "autorefiner" / "runs"
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse big blocks of this process instead of returning each to the kernel.
+    """Make glibc reuse large freed blocks instead of returning them to the kernel.
 
-    Fetching them anew, page by page, takes up to half of the time of a CPU training. Nothing is
-    done elsewhere.
+    Page faults on fresh blocks take up to half of a CPU training's time. A no-op outside glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -45,7 +43,7 @@ class Stage(Protocol):
     """One model in training. A step must depend on nothing but the saved state and its index."""
 
     def step(self, index: int) -> dict[str, float]:
-        """Take one optimisation step; returns what is logged, `loss` first."""
+        """Take one optimisation step; returns the figures to log, `loss` first."""
         ...
 
     def state_dict(self) -> dict: ...
@@ -53,7 +51,7 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
     def allocate(self) -> None:
-        """Of a stage that several processes train: make every tensor of the state."""
+        """Allocate every tensor of the state; needed only for training in several processes."""
         ...
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
@@ -63,7 +61,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """How long, and how often what is written."""
+    """The length of a training, and how often state and sample sheets are written."""
 
     run: Path
     steps: int
@@ -72,37 +70,36 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.save_every, self.show_every) < 1:
-            raise ValueError(
-                f"steps {self.steps}, save {self.save_every}, show {self.show_every}: give at least 1"
-            )
+            given = f"steps {self.steps}, save {self.save_every}, show {self.show_every}"
+            raise ValueError(f"{given}: give at least 1")
 
     def saves(self, done: int) -> bool:
-        """Whether the state is saved after `done` steps."""
+        """Return whether the state is saved after `done` steps."""
         return done % self.save_every == 0 or done == self.steps
 
     def shows(self, done: int) -> bool:
-        """Whether a sample sheet is drawn after `done` steps."""
+        """Return whether a sample sheet is drawn after `done` steps."""
         return done % self.show_every == 0 or done == self.steps
 
 
 class Watch(Protocol):
-    """What follows a training, and may end it by raising."""
+    """Callbacks during a training; each may end it by raising."""
 
     def report(self, done: int) -> None:
-        """So many steps are taken."""
+        """Handle the number of steps taken."""
         ...
 
     def add(self, index: int, figures: Mapping[str, float]) -> None:
-        """Take what a step logged."""
+        """Handle a step's figures."""
         ...
 
     def sheet(self, path: Path) -> None:
-        """A sample sheet was written."""
+        """Handle a new sample sheet."""
         ...
 
 
 class Unwatched:
-    """Nobody follows the training but its bar and its log."""
+    """A watch that does nothing."""
 
     def report(self, done: int) -> None: ...
 
@@ -112,13 +109,13 @@ class Unwatched:
 
 
 def train(stage: Stage, options: LoopOptions, watch: Watch | None = None) -> None:
-    """Train to `options.steps`, from where the run in `options.run` stands.
+    """Train to `options.steps`, resuming the run in `options.run`.
 
-    The folder gets the state, log.jsonl (a line a step), loss.png and the stage's sample sheets; of
-    several processes the first one writes the latter. Whatever ends it, steps that were taken are
-    saved first, and the same call goes on behind them. Raises ValueError at the first loss that is
-    not finite, what was saved before stays; for what a step refuses, with its number; and for a
-    folder that another training writes. OSError where the disk is full.
+    Writes the state, log.jsonl (one line per step), loss.png and sample sheets into that folder;
+    of several processes the first writes all but the state. However the training ends, the steps
+    taken are saved, and the same call resumes after them. ValueError, with the last saved state
+    intact, for a figure that is not finite, an error in a step (with its number), or a folder that
+    another training is writing; OSError if the disk is full.
     """
     options.run.mkdir(parents=True, exist_ok=True)
     watch = watch or Unwatched()
@@ -133,8 +130,8 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -
     start = restore(stage, options.run)
     if start > options.steps:
         raise ValueError(
-            f"{options.run} has taken {start} steps, more than {options.steps}: ask for {start} or more, or train in"
-            " another folder"
+            f"{options.run} has taken {start} steps, more than {options.steps}:"
+            f" ask for {start} or more, or train in another folder"
         )
     with _Steps(stage, options.run, start) as steps, _Log(log, start, options.steps) as lines:
         if start and options.shows(start) and not sheet_path(options.run, start).exists():
@@ -160,8 +157,7 @@ def _train(stage: Stage, options: LoopOptions, log: Path | None, watch: Watch) -
 
 
 def show(stage: Stage, run: Path, done: int, watch: Watch, logged: dict[str, float]) -> None:
-    """Draw the sample sheet after `done` steps and log its scores. One that is not scored is not
-    left behind."""
+    """Draw the sample sheet after `done` steps and log its scores; delete it if that fails."""
     path = sheet_path(run, done)
     try:
         logged |= stage.show(run, done)
@@ -173,7 +169,7 @@ def show(stage: Stage, run: Path, done: int, watch: Watch, logged: dict[str, flo
 
 
 def _show_again(stage: Stage, run: Path, done: int, watch: Watch, lines: "_Log") -> None:
-    """Draw a sheet whose drawing was interrupted."""
+    """Draw a sheet that an earlier call did not complete."""
     scores: dict[str, float] = {}
     try:
         show(stage, run, done, watch, scores)
@@ -182,16 +178,15 @@ def _show_again(stage: Stage, run: Path, done: int, watch: Watch, lines: "_Log")
 
 
 def sheet_path(run: Path, done: int) -> Path:
-    """The sample sheet after `done` steps."""
+    """Return the path of the sample sheet after `done` steps."""
     return run / f"sheet_{done:06d}.png"
 
 
 class _Steps:
-    """The steps that a stage has taken. Whatever ends the training between two updates, none of
-    them is lost.
+    """Counts a stage's steps and saves them when the training ends between two updates.
 
-    Ctrl-C and SIGTERM end it after the step that is being taken, the second one at once. Of several
-    processes, in a thread, or where somebody else handles the signals, they stay what they are.
+    Ctrl-C and SIGTERM end the training after the current step, a second signal at once. Handlers
+    are left alone in several processes, outside the main thread, or if others are installed.
     """
 
     def __init__(self, stage: Stage, run: Path, taken: int) -> None:
@@ -222,12 +217,12 @@ class _Steps:
             warn("stopping after this step (Ctrl-C again to stop now)")
         elif is_whole():
             interrupt()
-        else:  # within an update, which is short
+        else:  # in the middle of an update, which is short
             call_later(self._ask, SOON)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a first signal wait for the end of what is done here."""
+        """Defer a first signal to the end of the block."""
         self.waits = True
         try:
             yield
@@ -236,8 +231,7 @@ class _Steps:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Take a step. One that ends by an error does not count; what its updates changed is not
-        saved."""
+        """Count the step taken in the block; one that raises does not count and is not saved."""
         mark_whole()
         with self.waiting():
             yield
@@ -245,14 +239,13 @@ class _Steps:
             mark_whole()
 
     def save(self) -> None:
-        """Save the state after the steps that were taken."""
+        """Save the state after the steps taken so far."""
         save(self.stage, self.run, self.taken)
         self.saved = self.taken
 
 
 def _step(stage: Stage, index: int) -> dict[str, float]:
-    """What the step logs. What it refuses, as a reward out of its range, names the step: the log
-    ends before it."""
+    """Take a step; ValueErrors, as of a reward out of range, and infinite figures name it."""
     try:
         logged = stage.step(index)
     except ValueError as error:
@@ -265,19 +258,18 @@ def _step(stage: Stage, index: int) -> dict[str, float]:
 
 
 class _Log:
-    """A line a step in a file, and a bar; for a path of None neither."""
+    """Writes a line per step to a file and updates a progress bar; neither if the path is None."""
 
     def __init__(self, path: Path | None, start: int, steps: int) -> None:
         self.path = path
-        self.pending: tuple[int, dict[str, float], float] | None = (
-            None  # step, figures, when it began
-        )
+        # step, figures, start time
+        self.pending: tuple[int, dict[str, float], float] | None = None
         if path is not None:
             self._begin(read_rows(path, start))
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def _begin(self, rows: list[Row]) -> None:
-        """Go on behind these rows. The file is whole at any time, so that a kill loses no line."""
+        """Rewrite the file with these rows, atomically, and append from there on."""
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(map(format_row, rows)))
         os.replace(partial, self.path)
@@ -296,7 +288,7 @@ class _Log:
             self.file.close()
 
     def complete(self, index: int, scores: dict[str, float]) -> None:
-        """Add the scores of a sheet to the last line, if it is that of step `index`."""
+        """Add a sheet's scores to the last line, if it is that of step `index`."""
         if self.path is None or not scores:
             return
         rows = read_rows(self.path, index + 1)
@@ -306,7 +298,7 @@ class _Log:
             self._begin([*rows[:-1], {**rows[-1], **scores, **seconds}])
 
     def write(self) -> None:
-        """Write the line of the step that was taken, unless it is there."""
+        """Write the pending line, if there is one."""
         if self.path is None or self.pending is None:
             return
         (index, logged, began), self.pending = self.pending, None
@@ -318,9 +310,9 @@ class _Log:
 
 
 def save(stage: Stage, run: Path, done: int) -> None:
-    """Replace the run's state by the stage's; of several processes each writes its part.
+    """Replace the run's saved state; each of several processes writes its shards.
 
-    OSError where it cannot be written: the state before stays, and nothing of the new one.
+    OSError if it cannot be written; the previous state then stays, and no partial file.
     """
     if world() > 1:
         save_shards(stage.state_dict(), run, done)
@@ -334,23 +326,25 @@ def save(stage: Stage, run: Path, done: int) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         reason = str(error).partition("\n")[0]
         raise OSError(
-            f"{run}: the state could not be written ({reason}): make room, then run the same command again"
+            f"{run}: the state could not be written ({reason}):"
+            " make room, then run the same command again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)  # what failed is left of it
+        temporary.unlink(missing_ok=True)
 
 
 def restore(stage: Stage, run: Path) -> int:
-    """Bring the stage to the run's saved state; returns the number of steps taken, 0 for a new run.
+    """Load the run's saved state into the stage; returns the steps taken, 0 for a new run.
 
-    ValueError for a run of one process that several go on with, and the other way round, for a
-    state that is damaged, and for one that is not of this stage's tensors.
+    ValueError if the state is damaged, holds other tensors than this stage, or was written by one
+    process and is read by several, or vice versa.
     """
     path, shards = run / "state.pt", saved_shards(run)
     if shards if world() == 1 else path.exists():
         begun, now = ("several processes", "one") if world() == 1 else ("one process", "several")
         raise ValueError(
-            f"{run} was begun by {begun}, not {now}: go on as it was begun, or train in another folder"
+            f"{run} was begun by {begun}, not {now}:"
+            " go on as it was begun, or train in another folder"
         )
     if not shards and not path.exists():
         return 0
@@ -361,14 +355,15 @@ def restore(stage: Stage, run: Path) -> int:
         stage.load_state_dict(state["stage"])
         return state["done"]
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        said = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
-            f"{run} holds another training ({said}): give the options that it was begun with, or another folder"
+            f"{run} holds another training ({reason}):"
+            " give the options that it was begun with, or another folder"
         ) from error
 
 
 def _read(path: Path) -> dict:
-    """A saved state; ValueError for a file that is none, or not whole."""
+    """Read a saved state; ValueError for a damaged file or one that holds something else."""
     try:
         state = load_torch(path, verify=True)
     except ValueError as error:

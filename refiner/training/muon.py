@@ -1,5 +1,4 @@
-"""Muon whose products are in the dtype that the machine multiplies: torch's own always takes
-bf16."""
+"""Muon with products in a dtype that the machine multiplies fast; torch's always uses bf16."""
 
 import math
 from collections import defaultdict
@@ -13,11 +12,9 @@ from .precision import multiplies_bf16
 def orthogonalised(
     stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Matrices [N, A, B] with singular values near 1, by Newton-Schulz iteration (Jordan et al.
-    2024).
+    """Orthogonalise matrices [N, A, B] by Newton-Schulz iteration (Jordan et al. 2024).
 
-    In bf16, or in fp32 where the device has no bf16 products: there they take a hundred times as
-    long as fp32.
+    In bf16, or in fp32 on devices that emulate bf16 products, at a hundredth of fp32's speed.
     """
     a, b, c = coefficients
     x = stack.to(torch.bfloat16 if multiplies_bf16(stack.device) else torch.float32)
@@ -31,11 +28,13 @@ def orthogonalised(
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon and its state, always with Nesterov's momentum and rates scaled as in the
-    original; matrices of one shape go through their products together."""
+    """torch.optim.Muon, batched over matrices of one shape; the state is the same.
+
+    Always with Nesterov momentum and the original's scaling of the rate.
+    """
 
     @torch.no_grad()
-    def step(self) -> None:  # no closure: nothing here has one
+    def step(self) -> None:  # without torch's closure, which is not used here
         for group in self.param_groups:
             shapes = defaultdict(list)
             for parameter in group["params"]:
@@ -52,7 +51,7 @@ class Muon(torch.optim.Muon):
                 )
 
     def _momentum(self, parameter: Tensor, group: dict) -> Tensor:
-        """Nesterov's update of a matrix."""
+        """Update a matrix's momentum; returns Nesterov's update."""
         state, gradient = self.state[parameter], parameter.grad
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)

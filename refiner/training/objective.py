@@ -1,4 +1,4 @@
-"""What a training pursues on the clips that its sampling path makes; one file an objective."""
+"""The interface of training objectives on sampled clips; each objective is one file."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,35 +13,36 @@ from .residuals import Residuals
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some of a step's clips, before they are made: those of `rows` among the step's `total`."""
+class MicroBatch:
+    """Inputs of some of a step's clips: those in `rows` of the step's `total`."""
 
     path: Tensor  # noises [levels, B, C, F, h, w]
-    exit_level: int  # index of the level that all stop at
+    exit_level: int  # index of the level that all clips stop at
     context: Tensor  # [B, L, text_dim]
     prompts: tuple[str, ...]
-    index: int  # of the step
-    use: int  # of the step's random numbers
+    index: int  # step
+    use: int  # key of the step's random stream
     rows: slice
     total: int
     weight: float  # in the step's mean
-    scored_at: tuple[Tensor, Tensor] | None = None  # noises and sigmas; None: the objective's own
+    scored_at: tuple[Tensor, Tensor] | None = None  # noises, sigmas; None: the objective draws them
 
 
 class Objective(Protocol):
-    """What the sampling path is trained for."""
+    """A loss on sampled clips, with the networks that it trains along."""
 
     ratio: int  # the path learns at every ratio-th step
-    learners: Sequence[Learner]  # of what the objective itself has to learn
+    learners: Sequence[Learner]  # the objective's networks in training
 
-    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """Learn what the objective itself has to; returns what is logged. `samples`, parts and
-        their clips [B, C, F, h, w], are made as taken and have no graph."""
+    def prepare(self, index: int, samples: Iterator[tuple[MicroBatch, Tensor]]) -> dict[str, float]:
+        """Update the objective's networks; returns the figures to log.
+
+        `samples` are micro-batches with clips [B, C, F, h, w], sampled lazily and without a graph.
+        """
         ...
 
-    def given(self, part: Part) -> tuple[Sequence[Tensor], dict[str, Hashable]]:
-        """What `loss` takes besides clips: tensors, as of random numbers, and other things by
-        name."""
+    def loss_arguments(self, batch: MicroBatch) -> tuple[Sequence[Tensor], dict[str, Hashable]]:
+        """Return extra arguments for loss(): tensors (graph inputs) and hashable constants."""
         ...
 
     def loss(
@@ -52,24 +53,28 @@ class Objective(Protocol):
         *tensors: Tensor,
         **others: Hashable,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss of clips [B, C, F, h, w] that have a graph, and what is logged; a function as
-        Replay asks for, unless its training is not replayed."""
+        """Return the loss of clips [B, C, F, h, w] that have a graph, and the figures to log.
+
+        Must be a function as Replay requires, unless the training is not replayed.
+        """
         ...
 
-    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """How much better clips `after` [B, C, F, h, w] are than `before`, of the same prompts and
-        noises."""
+    def improvement(self, before: Tensor, after: Tensor, batch: MicroBatch) -> float:
+        """Return how much better clips `after` [B, C, F, h, w] are than `before`.
+
+        Both have the micro-batch's prompts and noises.
+        """
         ...
 
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None:
-        """From a stage's state, of which the objective's is a part."""
+        """Read the objective's entries of a stage's state."""
         ...
 
 
 class Means:
-    """Figures of a step, as weighted means over its parts."""
+    """A step's figures as weighted means over its micro-batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -79,9 +84,8 @@ class Means:
             self.sums[name] = self.sums.get(name, 0) + weight * figure.detach().double()
 
     def floats(self) -> dict[str, float]:
-        """By name, in the order of their first appearance; over all processes."""
+        """Return the means over all processes by name, in order of first appearance."""
         if not self.sums:
             return {}
-        return dict(
-            zip(self.sums, averaged(torch.stack([*self.sums.values()])).tolist(), strict=True)
-        )
+        means = averaged(torch.stack([*self.sums.values()])).tolist()
+        return dict(zip(self.sums, means, strict=True))

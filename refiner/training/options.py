@@ -1,4 +1,4 @@
-"""What a refiner's training may be told."""
+"""Options of a refiner's training."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,17 +13,18 @@ from .precision import Precision
 
 Method = Literal["autorefiner", "init-noise", "lora"]
 Aim = Literal["dmd", "reward"]
-MOST_RANK = 1024  # beyond it a LoRA is as large as the weights that it spares
-LARGEST = 3e38  # of fp32
+MOST_RANK = 1024  # a larger LoRA is as big as the weights it adapts
+POSITIVE = ("rank", "steps", "batch", "accumulation", "frames", "ratio", "shown", "score_draws")
+LARGEST = 3e38  # about fp32's maximum
 
 
 @dataclass(frozen=True, slots=True)
 class RefineOptions:
     """Training options. Frames are latent; a step samples `batch` · `accumulation` clips.
 
-    With objective `dmd` the critic learns at every step and the refiner at every `ratio`-th after
-    the critic's warm-up; with `reward` the refiner learns at every step. The refiner's rate rises
-    over `warmup` of its updates and falls to 0 along a cosine.
+    With objective `dmd` the critic learns at every step and, after the critic's warm-up, the
+    refiner at every `ratio`-th; with `reward` the refiner learns at every step. The refiner's rate
+    rises over `warmup` of its updates, then falls to 0 along a cosine.
     """
 
     method: Method = "autorefiner"
@@ -36,25 +37,25 @@ class RefineOptions:
     steps: int = 2000
     batch: int = 16
     accumulation: int = 4
-    antithetic: bool = False  # clips in pairs: one prompt, noises of opposite sign
+    antithetic: bool = False  # clips in pairs of one prompt, with noises of opposite sign
     frames: int = 21
-    height: int = 8  # of the latents
-    width: int = 8
+    height: int = 8  # latent
+    width: int = 8  # latent
     learning_rate: float = 1e-3
     warmup: float = 0.05  # share of the refiner's updates
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, of the refiner
+    betas: tuple[float, float] = (0.9, 0.999)  # the refiner's AdamW
     critic_rate: float = 1e-4
     critic_warmup: int = 150  # steps before the refiner's first update, at most a quarter of all
     ratio: int = 2
-    score_draws: int = 1  # noises that each clip is scored with, with objective dmd
+    score_draws: int = 1  # noises per clip to score it with, for objective dmd
     ema: float = 0.999  # longest memory of the average; a short run averages its last eighth
     l2: float = 0.03  # weight of ½ mean(Δ²), with objective reward
     preset: Preset = PRESETS["self-forcing"]
-    guidance: float = DmdOptions().guidance  # of the real score, with objective dmd
+    guidance: float = DmdOptions().guidance  # of the real score, for objective dmd
     seed: int = 0
     shown: int = 32
     checkpointing: bool = False
-    precision: Precision = "bf16"  # of products; fp32 on a CPU that has none in bf16
+    precision: Precision = "bf16"  # of products; CPUs without bf16 products use fp32
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -66,22 +67,12 @@ class RefineOptions:
         named = (("method", Method), ("objective", Aim), ("start", Start), ("precision", Precision))
         for name, allowed in named:
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is not known: use {', '.join(get_args(allowed))}"
-                )
+                choices = ", ".join(get_args(allowed))
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known: use {choices}")
         ReflectiveCache(self.history, self.previous)
 
     def _check_numbers(self) -> None:
-        for name in (
-            "rank",
-            "steps",
-            "batch",
-            "accumulation",
-            "frames",
-            "ratio",
-            "shown",
-            "score_draws",
-        ):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
         if self.rank > MOST_RANK:
@@ -89,10 +80,11 @@ class RefineOptions:
         for name in ("height", "width"):
             if getattr(self, name) < 2 or getattr(self, name) % 2:
                 raise ValueError(
-                    f"{name} {getattr(self, name)}: give an even number from 2 on, of latents (8 pixels)"
+                    f"{name} {getattr(self, name)}:"
+                    " give an even number of latents (8 pixels each), at least 2"
                 )
         for name in ("learning_rate", "critic_rate"):
-            if not 0 < getattr(self, name) <= 1:  # no NaN is
+            if not 0 < getattr(self, name) <= 1:  # rejects NaN, too
                 raise ValueError(
                     f"{name} {getattr(self, name)}: give one above 0 and at most 1, like 1e-4"
                 )
@@ -141,21 +133,23 @@ class RefineOptions:
 
     @property
     def cache(self) -> ReflectiveCache:
-        """What T_φ sees; the initial noise comes before any prediction."""
+        """What T_φ attends to; there is no prediction yet when the initial noise is refined."""
         return ReflectiveCache(
             self.history, "none" if self.method == "init-noise" else self.previous
         )
 
     @property
     def exits(self) -> list[int]:
-        """Indices of the levels that a training rollout may end at, the same for every method: the
-        refined ones."""
+        """Indices of the levels that a training rollout may end at: the refined ones.
+
+        The same for every method.
+        """
         levels = range(len(self.preset.levels))
         return [i for i in levels if self.preset.levels[i] in self.levels] or [*levels]
 
     @property
     def refined(self) -> frozenset[int]:
-        """Nominal steps of the levels that T_φ refines."""
+        """Nominal levels that T_φ refines."""
         return frozenset({STEPS} if self.method == "init-noise" else self.levels)
 
     @property
@@ -165,12 +159,12 @@ class RefineOptions:
 
     @property
     def updates(self) -> int:
-        """Updates of the refiner in all."""
+        """The refiner's total number of updates."""
         every = self.ratio if self.objective == "dmd" else 1
         return -(-(self.steps - self.first_update) // every)
 
     def rate_factor(self, update: int) -> float:
-        """Factor on the learning rate at one of the updates."""
+        """Return the learning rate's factor at an update."""
         return warm_cosine(
             update, self.updates, warm=max(1, round(self.warmup * self.updates)), floor=0.0
         )

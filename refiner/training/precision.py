@@ -1,5 +1,4 @@
-"""How passes are computed in training: products in bf16, attention by what is fastest on the
-device."""
+"""Numerics of training: products in bf16, attention by the device's fastest kernel."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -12,25 +11,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..wan.causal import CausalWan, Halves, Kernels, after_attention, attention, before_attention
 
 Precision = Literal["bf16", "fp32"]
-# All but cuDNN's, torch's first choice on an H100 or H200, whose backward pass is known to give NaN
-# at times (pytorch issue 196678 and others). A refiner's gradient was NaN on an H200, never on a
-# CPU; that this was why is not certain.
+# Without cuDNN, torch's first choice on an H100 or H200: its backward pass is known to return NaN
+# at times (pytorch issue 196678 and others). A refiner's gradient was NaN on an H200 and never on a
+# CPU; whether this was the cause is not certain.
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-KINDS_OF_CALL = (
-    64  # lengths of a history, with and without gradients, that a compiled function may meet
-)
+KINDS_OF_CALL = 64  # compilations per function: history lengths, with and without gradients
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are worth having: on a CPU without instructions for them they are
-    emulated, number by number, at a hundredth of fp32's speed and less. Most desktop CPUs have
-    none."""
+    """Return whether the device has fast bf16 products.
+
+    CPUs without the instructions, as most desktop CPUs, emulate them at less than a hundredth of
+    fp32's speed.
+    """
     return device.type != "cpu" or _cpu_multiplies_bf16()
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """As oneDNN says, by a function of torch's own that a version may lack: fp32 is right then,
-    too."""
+    """Ask oneDNN through a private function of torch; False where a version lacks it."""
     try:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
@@ -38,8 +36,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def allow_recompiling(times: int) -> None:
-    """Let a compiled function be compiled for so many kinds of call; the setting's name changed in
-    torch 2.6."""
+    """Set how often a function may be recompiled; torch 2.6 renamed the setting."""
     config = torch._dynamo.config
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(config, name):
@@ -48,12 +45,11 @@ def allow_recompiling(times: int) -> None:
 
 
 def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torch.autocast:
-    """bf16 for the products, fp32 for the rest: as good here, and two to three times as fast, on a
-    CPU that has them.
+    """Autocast products to bf16: as good here, and two to three times as fast.
 
-    With fp32, and on a CPU that has no bf16 products, nothing is cast. No cast is kept for the next
-    pass: in older versions of torch a weight that was first cast without gradients, as in the
-    levels before the trained one, would get none behind it either.
+    Does nothing for fp32 or on a device without fast bf16 products. Casts are not cached: older
+    versions of torch would reuse a weight's cast from a pass without gradients, as at the levels
+    before the trained one, and the weight would get no gradient.
     """
     wanted = precision == "bf16" and multiplies_bf16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
@@ -62,8 +58,10 @@ def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torc
 def explicit_attention(
     q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax(q kᵀ / √D) v [B, N, H·D] by two products: in bf16 on the CPU four times as fast as
-    the fused kernel."""
+    """Return softmax(q kᵀ / √D) v [B, N, H·D] by two products.
+
+    In bf16 on a CPU four times as fast as the fused kernel.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BTHD, v_BTHD))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
@@ -72,18 +70,16 @@ def explicit_attention(
 
 
 def fused_attention(q_BNHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *bias: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v [B, N, H·D] by torch's choice of kernels other than cuDNN's."""
+    """Return softmax(q kᵀ / √D) v [B, N, H·D] by a fused kernel other than cuDNN's."""
     with sdpa_kernel(WITHOUT_CUDNN):
         return attention(q_BNHD, k_BTHD, v_BTHD, *bias)
 
 
 def for_training(network: CausalWan, device: torch.device, compiled: bool = False) -> CausalWan:
-    """The network with attention as training computes it: products on the CPU, else the fused
-    kernel.
+    """Return the network with training's attention: explicit products on a CPU, else fused.
 
-    With `compiled`, and a C++ compiler on the machine, a step takes about three quarters of its
-    time, and replayed on a GPU little more than half; the first ones of a process take half a
-    minute.
+    With `compiled` (needs a C++ compiler) a step takes about three quarters of the time, replayed
+    on a GPU little more than half; a process's first steps take half a minute.
     """
     kernels, halves = _training_functions(device, compiled)
     return replace(network, kernels=kernels, halves=halves)

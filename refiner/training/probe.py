@@ -1,5 +1,4 @@
-"""Probe a training before it takes hours: does its gradient hold a signal? (`autorefiner train
---probe`)"""
+"""Check a training's gradient for a signal before it takes hours (`autorefiner train --probe`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from tqdm import trange
 from .gradient_signal import ADVICE, Agreement, agreement, flat
 from .refiner_stage import RefinerStage
 
-FEWEST = 3  # batches that are compared
-APART = 1 << 32  # steps of the probe's batches, which no training takes
+FEWEST = 3  # batches
+APART = 1 << 32  # offset of the probe's step indices, beyond any training's
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +19,18 @@ class Probe:
     """Measurements of a stage's gradient and residuals."""
 
     batches: int
-    clips: int  # of each batch
+    clips: int  # per batch
     signal: Agreement
-    figures: Mapping[str, float]  # logged of a step, as means over batches
+    figures: Mapping[str, float]  # a step's logged figures, as means over batches
     held_out: float | None  # None where no prompts are held out
 
     def lines(self) -> list[str]:
-        """The probe as a person reads it, and what to do about it."""
+        """Format the probe for the terminal, with advice."""
         signal = self.signal
         rows = [
-            f"gradient    mean cosine {signal.cosine:+.4f} ± {signal.error:.4f} between {self.batches} batches of"
-            f" {self.clips} clips, signal / total power {signal.share:+.4f}"
+            f"gradient    mean cosine {signal.cosine:+.4f} ± {signal.error:.4f} between"
+            f" {self.batches} batches of {self.clips} clips,"
+            f" signal / total power {signal.share:+.4f}"
         ]
         steps = [name.partition(" ")[2] for name in self.figures if name.startswith("rms ")]
         for step in steps:
@@ -48,8 +48,7 @@ class Probe:
 
 
 def probe(stage: RefinerStage, batches: int) -> Probe:
-    """Compare the gradients of independent batches at the stage's factors; nothing of the stage
-    changes.
+    """Compare the gradients of independent batches; the stage does not change.
 
     ValueError for fewer than 3 batches.
     """
@@ -60,9 +59,8 @@ def probe(stage: RefinerStage, batches: int) -> Probe:
         figures.append(stage.gradient(APART + number).floats())
         gradients.append(flat(factor.grad for factor in stage.factors.values()))
     stage.learner.zero_grad()
-    names = dict.fromkeys(
-        name for each in figures for name in each
-    )  # each batch ends at a level of its own
+    # batches may end at different levels, and then log different names
+    names = dict.fromkeys(name for each in figures for name in each)
     means = {name: fmean(each[name] for each in figures if name in each) for name in names}
     clips = stage.options.batch * stage.options.accumulation
     signal = agreement(torch.stack(gradients))

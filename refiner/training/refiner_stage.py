@@ -1,7 +1,7 @@
-"""Training of a noise refiner (AutoRefiner, Algorithm 1), and of its controls.
+"""Training of a noise refiner (AutoRefiner, Algorithm 1) and of its controls.
 
-`autorefiner` learns T_φ on the path's noises, `init-noise` T_φ on the initial noise alone, `lora`
-plain branches on the base itself: one loop, one objective, one budget.
+`autorefiner` trains T_φ on the path's noises, `init-noise` T_φ on the initial noise alone, `lora`
+plain branches on the base: one loop, one objective, one budget.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,52 +24,46 @@ from .adapters import attach_branches, branch_parameters, pairs_of
 from .distributed import rank, sharded, world
 from .gradient_signal import Signal
 from .learner import FirstHalf, Learner, stream
-from .objective import Means, Objective, Part
+from .objective import Means, MicroBatch, Objective
 from .options import RefineOptions
 from .precision import for_training, mixed_precision
 from .replay import Replay, replayable
 from .residuals import Residuals
 from .self_rollout import self_rollout
 
-MINIMISED = "minimised"  # among the figures of a part; not logged
+MINIMISED = "minimised"  # the weighted loss among a micro-batch's figures; not logged
 HELD_OUT = (0, 3)  # step and use of the held-out clips' random numbers
 
 
 class RefinerStage:
-    """State of a training: the factors and their average, and the objective's.
+    """Training state: the factors, their average, and the objective's networks.
 
-    `encode` turns prompts into contexts [B, L, text_dim]; `show` draws and scores the average, as a
-    loop's stage does. `held_out` are prompts that are not trained on, on which refined clips are
-    compared with the base's.
+    `encode` maps prompts to contexts [B, L, text_dim]; `show` draws and scores the average (see
+    Stage.show). Refined clips are compared with the base's on the `held_out` prompts, which are
+    not trained on.
     """
 
     def __init__(
         self, options: RefineOptions, base: CausalWan, objective: Objective, prompts: Sequence[str],
-        encode: Callable[[list[str]], Tensor], show: Callable[["RefinerStage", Path, int], dict[str, float]],
+        encode: Callable[[list[str]], Tensor],
+        show: Callable[["RefinerStage", Path, int], dict[str, float]],
         held_out: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.options, self.objective, self.prompts, self.held_out = (
-            options,
-            objective,
-            prompts,
-            held_out,
-        )
+        self.options, self.objective = options, objective
+        self.prompts, self.held_out = prompts, held_out
         self.encode, self._show = encode, show
         self.device = next(base.model.parameters()).device
         base = for_training(base, self.device, options.compiled)
         self.base = replace(base, checkpointing=options.checkpointing)
-        even = world() * (2 if options.antithetic else 1)
-        if options.batch % even:
+        divisor = world() * (2 if options.antithetic else 1)
+        if options.batch % divisor:
             raise ValueError(
-                f"a batch of {options.batch} in {world()} processes: give a multiple of {even}"
+                f"a batch of {options.batch} in {world()} processes: give a multiple of {divisor}"
             )
         tree = attach_branches(
-            self.base,
-            options.rank,
-            silent_head=options.method != "lora",
-            start=options.start,
+            self.base, options.rank, silent_head=options.method != "lora", start=options.start,
             seed=options.seed,
-        )
+        )  # fmt: skip
         self.tree, self.base = sharded(tree), sharded(self.base)
         self.factors = branch_parameters(self.tree)
         self.learner = Learner(
@@ -85,7 +79,7 @@ class RefinerStage:
         self.signal = Signal()
 
     def allocate(self) -> None:
-        """Bring the optimisers' state to where it can be read in place."""
+        """Allocate the optimisers' states, so that they can be loaded in place."""
         for learner in (self.learner, *self.objective.learners):
             learner.allocate()
 
@@ -116,29 +110,31 @@ class RefinerStage:
 
     @torch.no_grad()
     def compare(self) -> dict[str, float]:
-        """`held-out`: by how much the factors as they stand improve on the base, with held-out
-        prompts and the same noise, by the objective's own measure. Nothing where no prompts are
-        held out."""
+        """Return `held-out`, the current factors' improvement on the base on held-out prompts.
+
+        By the objective's measure, with the same noise. Empty if no prompts are held out.
+        """
         if not self.held_out:
             return {}
         exit_level, prompts = max(self.options.exits), tuple(self.held_out)
         (index, use), count = HELD_OUT, len(prompts)
         seed = int(stream(self.options.seed, index, use).integers(1 << 62))
         noise, rows = WhiteNoise(seed), slice(0, count)
-        part = self._part(
+        batch = self._micro_batch(
             prompts, noise, exit_level, rows, index=index, use=use, total=count, weight=1.0
         )
         before, after = (
-            self._clips(part.path, part.context, exit_level, base=base)[0] for base in (True, False)
+            self._clips(batch.path, batch.context, exit_level, base=base)[0]
+            for base in (True, False)
         )
-        return {"held-out": self.objective.improvement(before, after, part)}
+        return {"held-out": self.objective.improvement(before, after, batch)}
 
     def average(self) -> dict[str, LoraPair]:
-        """The average factors by layer."""
+        """Return the averaged factors by layer."""
         return pairs_of(self.tree, dict(zip(self.factors, self.learner.average, strict=True)))
 
     def refiner(self, residuals: Residuals | None = None) -> Refiner | None:
-        """T_φ as it stands, with its graph; None where the branches are the base's own."""
+        """Return the current T_φ with its graph; None for method lora."""
         if self.options.method == "lora":
             return None
         return Refiner(self.tree, self.options.cache, self.options.refined, watch=residuals)
@@ -147,13 +143,12 @@ class RefinerStage:
         """Accumulate the gradient of a step's clips in the factors; returns the figures to log."""
         self.learner.zero_grad()
         means = Means()
-        for part in self._parts(index, use=1):
-            tensors, others = self.objective.given(part)
-            fixed = {"exit_level": part.exit_level, "weight": part.weight, **others}
-            figures = self.replay(self._loss, part.path, part.context, *tensors, **fixed)
-            means.add(
-                {name: figure for name, figure in figures.items() if name != MINIMISED}, part.weight
-            )
+        for batch in self._micro_batches(index, use=1):
+            tensors, others = self.objective.loss_arguments(batch)
+            fixed = {"exit_level": batch.exit_level, "weight": batch.weight, **others}
+            figures = self.replay(self._loss, batch.path, batch.context, *tensors, **fixed)
+            logged = {name: figure for name, figure in figures.items() if name != MINIMISED}
+            means.add(logged, batch.weight)
         return means
 
     def _teach(self, index: int, update: int) -> dict[str, float]:
@@ -173,19 +168,19 @@ class RefinerStage:
         weight: float,
         **others: Hashable,
     ) -> dict[str, Tensor]:
-        """Of a part, by its weight, and what is logged of the part."""
+        """Return a micro-batch's weighted loss and its figures to log."""
         residuals = Residuals()
         (clean,) = self._clips(path, context, exit_level, residuals)
         loss, figures = self.objective.loss(clean, context, residuals, *tensors, **others)
         return {MINIMISED: weight * loss, **figures, **residuals.figures()}
 
-    def _samples(self, index: int) -> Iterator[tuple[Part, Tensor]]:
-        """The parts of what the objective itself learns from, and their clips [B, C, F, h, w]."""
-        for part in self._parts(index, use=0):
+    def _samples(self, index: int) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Yield the objective's micro-batches with their clips [B, C, F, h, w]."""
+        for batch in self._micro_batches(index, use=0):
             (clean,) = self.replay.forward(
-                self._clips, part.path, part.context, exit_level=part.exit_level
+                self._clips, batch.path, batch.context, exit_level=batch.exit_level
             )
-            yield part, clean
+            yield batch, clean
 
     def _clips(
         self,
@@ -195,8 +190,10 @@ class RefinerStage:
         residuals: Residuals | None = None,
         base: bool = False,
     ) -> tuple[Tensor]:
-        """Clips [B, C, F, h, w] along a path of noises [levels, B, C, F, h, w]; with `base`,
-        without any branches."""
+        """Sample clips [B, C, F, h, w] along noises [levels, B, C, F, h, w].
+
+        With `base`, without any branches.
+        """
         first_graph = 0 if self.options.method == "init-noise" else None
         with mixed_precision(self.device, self.options.precision):
             noise = GivenNoise(path, self.options.preset.all_levels[: len(path)])
@@ -205,37 +202,33 @@ class RefinerStage:
             )
             return (self_rollout(rollout, exit_level, first_graph),)
 
-    def _parts(self, index: int, use: int) -> Iterator[Part]:
-        """This process's share of the step's clips, part by part; what is drawn for a clip is the
-        same in any parts."""
+    def _micro_batches(self, index: int, use: int) -> Iterator[MicroBatch]:
+        """Yield this process's micro-batches of a step.
+
+        Each clip's draws are the same however the step is split.
+        """
         options, total = self.options, self.options.batch * self.options.accumulation
         rng = stream(options.seed, index, use)
-        alike = 2 if options.antithetic else 1
-        drawn = rng.integers(len(self.prompts), size=-(-total // alike))
-        prompts = tuple(self.prompts[drawn[row // alike]] for row in range(total))
+        group = 2 if options.antithetic else 1  # clips of one prompt
+        drawn = rng.integers(len(self.prompts), size=-(-total // group))
+        prompts = tuple(self.prompts[drawn[row // group]] for row in range(total))
         seed, exit_level = int(rng.integers(1 << 62)), int(rng.choice(options.exits))
         share = options.batch // world()
         for start in range(rank() * share, total, options.batch):
             rows, weight = slice(start, start + share), options.batch / total
-            noise = WhiteNoise(seed, start // alike)
+            noise = WhiteNoise(seed, start // group)
             if options.antithetic:
                 noise = AntitheticNoise(noise)
-            yield self._part(
-                prompts[rows],
-                noise,
-                exit_level,
-                rows,
-                index=index,
-                use=use,
-                total=total,
+            yield self._micro_batch(
+                prompts[rows], noise, exit_level, rows, index=index, use=use, total=total,
                 weight=weight,
-            )
+            )  # fmt: skip
 
-    def _part(
-        self, prompts: tuple[str, ...], noise: NoiseSource, exit_level: int, rows: slice, *, index: int, use: int,
-        total: int, weight: float,
-    ) -> Part:  # fmt: skip
-        """Prompts and noises of some of a step's clips."""
+    def _micro_batch(
+        self, prompts: tuple[str, ...], noise: NoiseSource, exit_level: int, rows: slice, *,
+        index: int, use: int, total: int, weight: float,
+    ) -> MicroBatch:  # fmt: skip
+        """Encode the prompts and draw the noises of some of a step's clips."""
         options = self.options
         chunks = plan_chunks(options.preset, options.frames)[1]
         last = chunks[-1].levels[exit_level].step
@@ -244,19 +237,18 @@ class RefinerStage:
         with torch.no_grad(), mixed_precision(self.device, options.precision):
             context = self.encode([*prompts])
         path = upload(path, self.device, torch.float32)
-        return Part(path, exit_level, context, prompts, index, use, rows, total, weight)
+        return MicroBatch(path, exit_level, context, prompts, index, use, rows, total, weight)
 
     def rollout(
         self, context: Tensor, noise: NoiseSource, refiner: Refiner | None, base: bool = False
     ) -> Rollout:
-        """A rollout of the path with these prompts' contexts [B, L, text_dim]; that of the `base`
-        has no branches."""
+        """Start a rollout with contexts [B, L, text_dim]; with `base`, without any branches."""
         options = self.options
         network = self.tree if options.method == "lora" and not base else self.base
         plan = RunPlan(
             options.preset, options.frames, options.height, options.width, batch=len(context)
         )
         return Rollout.of(
-            network, context, plan, noise, memory=GraphMemory, refiner=refiner, device=self.device,
-            dtype=torch.float32,
+            network, context, plan, noise, memory=GraphMemory, refiner=refiner,
+            device=self.device, dtype=torch.float32,
         )  # fmt: skip

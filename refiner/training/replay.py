@@ -1,5 +1,4 @@
-"""A step's forward and backward pass as a CUDA graph: what holds small networks up is the launching
-of kernels."""
+"""Forward and backward pass as a CUDA graph, as small networks are bound by kernel launches."""
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -15,8 +14,8 @@ from ..wan.upload import Tables
 from .distributed import world
 from .options import RefineOptions
 
-WARM = 2  # ordinary passes before the one that is captured: they fill tables and choose kernels
-# parameters: of larger networks kernels take longer than launches, and activations much memory
+WARM = 2  # eager passes before the capture: they fill tables and choose kernels
+# parameters; in larger networks kernels take longer than launches, and activations much memory
 SMALL = 100_000_000
 
 Outputs = Sequence[Tensor] | dict[str, Tensor]
@@ -38,23 +37,22 @@ def holding(tables: Tables) -> Iterator[None]:
 
 
 class Captured(NamedTuple):
-    """One pass: the graph, what it reads, and what it writes."""
+    """A captured pass: its graph, static inputs and outputs."""
 
     graph: "torch.cuda.CUDAGraph"
     inputs: list[Tensor]
     outputs: Outputs
-    gradients: list[Tensor | None]  # none at all of a pass without gradients
+    gradients: list[Tensor | None]  # empty for a pass without gradients
 
 
 class Replay:
-    """Gradients of a model's parameters by a function of tensors: computed as usual on the CPU,
-    replayed on a GPU.
+    """Run a function of tensors and its backward pass: eagerly on the CPU, replayed on a GPU.
 
-    The function must make the same passes for the same shapes and `fixed` arguments, draw no random
-    numbers, and read nothing that changes but its tensors and parameters: a replay repeats the
-    kernels of the first call. Each kind of call keeps the memory of its activations. An `eager` one
-    replays nothing and asks nothing of the function. With `adds`, gradients add up until someone
-    sets them to None, as those of a step's parts.
+    A replay repeats the kernels of the first call. So, for the same shapes and `fixed` arguments,
+    the function must make the same passes, draw no random numbers, and read nothing that changes
+    except its tensors and the parameters. Each kind of call keeps its activations' memory. `eager`
+    turns replays off. With `adds`, gradients accumulate, as over a step's micro-batches, until the
+    caller sets them to None.
     """
 
     def __init__(
@@ -63,33 +61,32 @@ class Replay:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.adds, self.replays = adds, device.type == "cuda" and not eager
         self.captured: dict[Hashable, Captured] = {}
-        self.tables: Tables = {}  # on the device; captured passes read them in place
+        self.tables: Tables = {}  # device tensors that captured passes read in place
 
     def __call__(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
-        """What `function(*tensors, **fixed)` returns, a loss first, whose gradients now stand in
-        the parameters."""
+        """Return `function(*tensors, **fixed)`, a loss first, and set the parameters' gradients."""
         before = [parameter.grad if self.adds else None for parameter in self.parameters]
-        found = self._replay(self._learn, function, tensors, fixed)
-        if found is None:
+        captured = self._replay(self._learn, function, tensors, fixed)
+        if captured is None:
             for parameter, sum_before in zip(self.parameters, before, strict=True):
                 parameter.grad = sum_before
             return self._learn(function, tensors, fixed)
         for parameter, sum_before, gradient in zip(
-            self.parameters, before, found.gradients, strict=True
+            self.parameters, before, captured.gradients, strict=True
         ):
             parameter.grad = self._sum(sum_before, gradient)
-        return found.outputs
+        return captured.outputs
 
     def _sum(self, before: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-        """A replay's gradient, whose memory the next replay writes, added to the one before."""
+        """Add a replay's gradient, whose memory the next replay overwrites, to the previous one."""
         if gradient is None or not self.adds:
             return before if gradient is None else gradient
         return gradient.clone() if before is None else before.add_(gradient)
 
     def forward(self, function: Function, *tensors: Tensor, **fixed: Hashable) -> Outputs:
-        """What `function(*tensors, **fixed)` returns, without gradients."""
-        found = self._replay(self._look, function, tensors, fixed)
-        return self._look(function, tensors, fixed) if found is None else found.outputs
+        """Return `function(*tensors, **fixed)` without gradients."""
+        captured = self._replay(self._look, function, tensors, fixed)
+        return self._look(function, tensors, fixed) if captured is None else captured.outputs
 
     def _learn(
         self, function: Function, tensors: Sequence[Tensor], fixed: dict[str, Hashable]
@@ -118,8 +115,11 @@ class Replay:
         tensors: Sequence[Tensor],
         fixed: dict[str, Hashable],
     ) -> Captured | None:
-        """The pass of this kind, after it was run on these tensors; what it wrote stands until its
-        next run. None where nothing is replayed, as after a capture that failed."""
+        """Replay this kind of call on these tensors, capturing it if needed.
+
+        Its outputs are valid until its next replay. None if replays are off, as after a failed
+        capture.
+        """
         if not self.replays:
             return None
         shapes = ((tensor.shape, tensor.dtype) for tensor in tensors)
@@ -128,20 +128,17 @@ class Replay:
             try:
                 with holding(self.tables):
                     self.captured[kind] = self._capture(run, function, tensors, fixed)
-            except (
-                RuntimeError
-            ) as error:  # of CUDA, or of an allocator that cannot; the function's own comes again
+            # CUDA cannot capture it, or the allocator cannot; the function's errors come up again
+            except RuntimeError as error:
                 self.replays = False
-                warnings.warn(
-                    f"passes are not replayed, which is slower: {str(error).partition(chr(10))[0]}",
-                    stacklevel=2,
-                )
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"passes are not replayed, which is slower: {reason}", stacklevel=2)
                 return None
-        found = self.captured[kind]
-        for own, new in zip(found.inputs, tensors, strict=True):
-            own.copy_(new)
-        found.graph.replay()
-        return found
+        captured = self.captured[kind]
+        for static, new in zip(captured.inputs, tensors, strict=True):
+            static.copy_(new)
+        captured.graph.replay()
+        return captured
 
     def _capture(
         self,
@@ -164,20 +161,15 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = run(function, inputs, fixed)
-        return Captured(
-            graph,
-            inputs,
-            outputs,
-            [parameter.grad for parameter in self.parameters] if learns else [],
-        )
+        gradients = [parameter.grad for parameter in self.parameters] if learns else []
+        return Captured(graph, inputs, outputs, gradients)
 
 
 def replayable(options: RefineOptions, network: CausalWan) -> bool:
-    """Whether a refiner's training makes the same passes at every step, and whether they are worth
-    replaying.
+    """Return whether a refiner's training repeats its passes, and whether replays pay off.
 
-    A reward draws its frames; a window that forgets frames makes indices on the device; several
-    processes, and what is compiled or recomputed in the backward pass, were not tried.
+    A reward draws frames, and a window that drops frames builds indices on the device. Several
+    processes, compilation and checkpointing are untested.
     """
     whole = world() == 1
     remembers = options.preset.window < 0 or options.preset.window >= options.frames

@@ -1,4 +1,4 @@
-"""What a refiner adds to the noises of a rollout: watched, measured, and penalised."""
+"""Measure and penalise the residuals that a refiner adds to the noises of a rollout."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,21 @@ from ..schedule import Level
 
 
 def normal_distance(noise_BCFhw: Tensor) -> Tensor:
-    """How far noise is from N(0, I): KL(N(m, s²) || N(0, 1)) in nats, a Gaussian fitted to each
-    channel, their mean.
+    """Measure how far noise is from N(0, I): mean over channels of KL(N(m, s²) || N(0, 1)), nats.
 
-    White noise of n values a channel has 1/n. It is in the units of the penalty: a shift of all
-    values by m has m²/2.
+    White noise of n values per channel has 1/n. The units are those of the penalty: shifting all
+    values by m gives m²/2.
     """
     variance, mean = torch.var_mean(noise_BCFhw.float(), dim=(0, 2, 3, 4), correction=0)
     return 0.5 * (variance + mean.square() - 1 - variance.log()).mean()
 
 
 def describe(noise_BCFhw: Tensor, residual_BCFhw: Tensor) -> dict[str, Tensor]:
-    """Figures of a residual Δ on noise ε.
+    """Return figures of a residual Δ on noise ε.
 
-    `rms` of Δ; `constant`, the rms over channels of each channel's mean Δ, which says nothing about
-    a clip; `shrink`, the mean of Δ · ε, which is -c where the noise was shrunk by c; `distance`,
-    that of ε + Δ from N(0, I).
+    `rms` of Δ; `constant`, the rms over channels of each channel's mean Δ, which is the same for
+    every clip; `shrink`, the mean of Δ · ε, -c if the noise is shrunk by c; `distance`, that of
+    ε + Δ from N(0, I).
     """
     noise, residual = noise_BCFhw.float(), residual_BCFhw.float()
     return {
@@ -34,11 +33,10 @@ def describe(noise_BCFhw: Tensor, residual_BCFhw: Tensor) -> dict[str, Tensor]:
 
 
 class Residuals:
-    """A refiner's watch over one rollout: the residuals that have a graph, and figures of all of
-    them by level."""
+    """Collects a rollout's residuals: those with a graph, and figures of all by level."""
 
     def __init__(self) -> None:
-        self.trained: list[Tensor] = []  # [B, C, F, h, w], one a chunk
+        self.trained: list[Tensor] = []  # [B, C, F, h, w] per chunk
         self.seen: dict[str, list[Tensor]] = {}
 
     def __call__(self, noise: Tensor, residual: Tensor, level: Level) -> None:
@@ -49,15 +47,12 @@ class Residuals:
                 self.seen.setdefault(f"{name} {level.step}", []).append(figure)
 
     def penalty(self, device: torch.device) -> Tensor:
-        """½ mean(Δ²) over elements, then over chunks (AutoRefiner eq. 9); 0 where nothing was
-        refined."""
+        """Return ½ mean(Δ²) over elements, then chunks (AutoRefiner eq. 9); 0 without residuals."""
         if not self.trained:
             return torch.zeros((), device=device)
-        return torch.stack(
-            [0.5 * residual.float().square().mean() for residual in self.trained]
-        ).mean()
+        penalties = [0.5 * residual.float().square().mean() for residual in self.trained]
+        return torch.stack(penalties).mean()
 
     def figures(self) -> dict[str, Tensor]:
-        """Figures of every level (see `describe`), as means over chunks, by names like `rms
-        750`."""
+        """Return each level's figures (see `describe`), averaged over chunks, as `rms 750`."""
         return {name: torch.stack(each).mean() for name, each in self.seen.items()}

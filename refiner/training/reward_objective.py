@@ -1,5 +1,4 @@
-"""Rewards as an objective (AutoRefiner, eq. 9 and Algorithm 1): −Σ weight · reward + l2 · ½
-mean(Δ²)."""
+"""Rewards as an objective: −Σ weight · reward + l2 · ½ mean(Δ²) (AutoRefiner, eq. 9)."""
 
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -9,19 +8,18 @@ from torch import Tensor
 
 from ..wan.vae import WanVAE
 from .learner import stream
-from .objective import Part
+from .objective import MicroBatch
 from .options import RefineOptions
 from .precision import mixed_precision
 from .residuals import Residuals
 from .rewards.decode import decode_frames
 from .rewards.reward import Mixture
 
-DRAWS = 4  # of the frames that two clips are compared by
+DRAWS = 4  # of frames to compare two clips by
 
 
 class RewardObjective:
-    """Draws frames of the step's clips, decodes those alone, and raises what the rewards say of
-    them."""
+    """Maximises rewards of frames drawn from the step's clips; only those are decoded."""
 
     ratio = 1
     learners = ()
@@ -34,13 +32,13 @@ class RewardObjective:
 
     def load_state_dict(self, state: dict) -> None: ...
 
-    def prepare(self, index: int, samples: Iterator[tuple[Part, Tensor]]) -> dict[str, float]:
-        """Nothing: rewards are frozen."""
+    def prepare(self, index: int, samples: Iterator[tuple[MicroBatch, Tensor]]) -> dict[str, float]:
+        """Do nothing: rewards are frozen."""
         return {}
 
-    def given(self, part: Part) -> tuple[tuple[Tensor, ...], dict[str, Hashable]]:
-        """The prompts, and the step whose frames are drawn."""
-        return (), {"prompts": part.prompts, "index": part.index}
+    def loss_arguments(self, batch: MicroBatch) -> tuple[tuple[Tensor, ...], dict[str, Hashable]]:
+        """Return the prompts, and the step's index, which seeds the draw of frames."""
+        return (), {"prompts": batch.prompts, "index": batch.index}
 
     def loss(
         self,
@@ -51,30 +49,29 @@ class RewardObjective:
         prompts: tuple[str, ...],
         index: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logged are the loss, the weighted reward, each reward's own mean, and the penalty."""
+        """Return the loss; log it, the weighted reward, each reward's mean, and the penalty."""
         rewards, scores = self._rewards(clean, prompts, stream(self.options.seed, index, 2))
         reward, penalty = rewards.mean(), residuals.penalty(rewards.device)
         loss = self.options.l2 * penalty - reward
-        own = {name: each.mean() for name, each in scores.items()}
-        return loss, {"loss": loss, "reward": reward, **own, "l2": penalty}
+        means = {name: each.mean() for name, each in scores.items()}
+        return loss, {"loss": loss, "reward": reward, **means, "l2": penalty}
 
     @torch.no_grad()
-    def improvement(self, before: Tensor, after: Tensor, part: Part) -> float:
-        """The mean weighted reward of `after` less that of `before`, over several draws of
-        frames."""
+    def improvement(self, before: Tensor, after: Tensor, batch: MicroBatch) -> float:
+        """Return the mean gain in weighted reward, over several draws of frames."""
         gains = []
         for number in range(DRAWS):
-            rewards = [
-                self._rewards(clips, part.prompts, stream(self.options.seed, number, part.use))[0]
-                for clips in (before, after)
-            ]
-            gains.append((rewards[1] - rewards[0]).mean())
+            key = self.options.seed, number, batch.use  # the same frames of both clips
+            old, new = (
+                self._rewards(clips, batch.prompts, stream(*key))[0] for clips in (before, after)
+            )
+            gains.append((new - old).mean())
         return torch.stack(gains).mean().item()
 
     def _rewards(
         self, clean: Tensor, prompts: Sequence[str], rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted rewards [B] of drawn frames, and each reward's own scores [B] by name."""
+        """Return weighted rewards [B] of drawn frames, and each reward's scores [B] by name."""
         drawn = self.rewards.draw(rng, 4 * clean.shape[2] - 3)
         numbers = sorted(set().union(*drawn))
         with mixed_precision(clean.device, self.options.precision):

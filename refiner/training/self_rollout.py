@@ -1,5 +1,4 @@
-"""The sampler's own rollout with a graph behind one level of every chunk, as Self-Forcing and
-AutoRefiner train."""
+"""Rollout with a graph at one level of every chunk, as Self-Forcing and AutoRefiner train."""
 
 import torch
 from torch import Tensor
@@ -8,19 +7,17 @@ from ..rollout import Rollout
 
 
 def self_rollout(rollout: Rollout, exit_level: int, grad_level: int | None = None) -> Tensor:
-    """Sample every chunk down to `exit_level` (an index into the last one's levels) and stop there;
-    [B, C, F, h, w].
+    """Sample every chunk down to `exit_level` and stop there; returns clips [B, C, F, h, w].
 
-    A first chunk with levels of its own ends at the same nominal step. The noise of `grad_level`
-    (default: the exit level, as AutoRefiner's Algorithm 1 has it), its refinement and every
-    prediction from there on have a graph; history is detached, as latents and as keys and values,
-    and so is the prediction before. The rollout's memory must be a GraphMemory.
+    `exit_level` indexes the last chunk's levels; a first chunk with other levels ends at the same
+    nominal one. The graph starts at the noise of `grad_level` (default: the exit level, as in
+    AutoRefiner's Algorithm 1) with its refinement and covers every later prediction; history
+    (latents, keys and values) and the prediction before are detached. The rollout's memory must be
+    a GraphMemory.
     """
     usual = rollout.chunks[-1].levels
-    last, first_grad = (
-        usual[exit_level].step,
-        usual[exit_level if grad_level is None else grad_level].step,
-    )
+    last = usual[exit_level].step
+    first_grad = last if grad_level is None else usual[grad_level].step
     predictions = []
     for chunk in rollout:
         x0: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Sample sheets of a refiner's training: clips before it and now, from the same noise."""
+"""Sample sheets of a refiner's training: clips of base and refiner from the same noise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from ..wan.causal import CausalWan
 from ..wan.vae import WanVAE
 from .refiner_stage import RefinerStage
 
-PROMPTS = 4  # shown on a sheet
-FRAMES = 8  # of each clip
+PROMPTS = 4  # per sheet
+FRAMES = 8  # per clip
 
-Show = Callable[[RefinerStage, Path, int], dict[str, float]]  # stage, folder, step to scores
+Show = Callable[[RefinerStage, Path, int], dict[str, float]]  # stage, folder, step -> scores
 
 
 def trained(stage: RefinerStage, base: CausalWan) -> tuple[CausalWan, Refiner | None]:
-    """The base with the averaged refiner, or with method lora a network with the LoRA merged."""
+    """Return base and averaged refiner; for method lora, the merged network and None."""
     pairs = stage.average()
     if stage.options.method == "lora":
         return merged(base, pairs, silent_head=False), None
@@ -30,14 +30,14 @@ def trained(stage: RefinerStage, base: CausalWan) -> tuple[CausalWan, Refiner | 
 
 
 def gather_only(stage: RefinerStage, folder: Path, index: int) -> dict[str, float]:
-    """Take part in gathering the average, for the sheet that the first process draws."""
+    """Help gather the sharded average for the sheet that the first process draws."""
     stage.average()
     return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Sheets:
-    """Draw a clip of each prompt by the base, and below it by the trained refiner."""
+    """Draws a clip of each prompt by the base, and below it by the trained refiner."""
 
     base: CausalWan
     encode: Callable[[list[str]], Tensor]

@@ -53,8 +53,8 @@ def test_the_files_are_small_and_say_what_they_are() -> None:
 def test_the_vae_returns_held_out_clips(demo: Demo) -> None:
     pixels, _ = clip_batch(range(4), "test", 33)
     assert psnr(demo.vae.decode(demo.vae.encode(pixels)), pixels) > 30
-    found = summarise(score(returned_clips(demo.vae, held_out(2)), held_out(2)))
-    assert found["colour"].mean > 95 and found["total"].mean > 90
+    summary = summarise(score(returned_clips(demo.vae, held_out(2)), held_out(2)))
+    assert summary["colour"].mean > 95 and summary["total"].mean > 90
 
 
 def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
@@ -68,18 +68,17 @@ def test_previews_know_the_ground_from_the_object(demo: Demo) -> None:
 def test_the_student_paints_what_its_prompt_says(demo: Demo) -> None:
     captions = held_out(6)
     clips = [*student_clips(demo.student, demo.text, demo.vae, captions)]
-    found, others = (
-        summarise(score(clips, told)) for told in (captions, [*captions[1:], captions[0]])
+    right, others = (
+        summarise(score(clips, texts)) for texts in (captions, [*captions[1:], captions[0]])
     )
-    assert found["colour"].mean > others["colour"].mean + 20
-    assert not math.isnan(found["total"].mean)
+    assert right["colour"].mean > others["colour"].mean + 20
+    assert not math.isnan(right["total"].mean)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shapes", [("star", "circle"), ("cross", "square")])
 def test_the_words_decide_a_shape(demo: Demo, shapes: tuple[str, str]) -> None:
-    """Of noised clips the teacher sees one shape with its word and another with the other word. A
-    latent of the first counts 1, of the second 0."""
+    """The teacher denoises a clip towards its prompt's shape: 1 is the right one, 0 another."""
     scenes = (sample_scene(seed, "test") for seed in count())
     alone = [
         scene
@@ -100,11 +99,11 @@ def test_the_words_decide_a_shape(demo: Demo, shapes: tuple[str, str]) -> None:
     noise = torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(1))
     sigma, apart = torch.full((len(alone),), 0.92), latents[0] - latents[1]
     noisy = add_noise(latents[0], noise, 0.92)
-    told = []
+    shares = []
     for context in contexts:
         x0 = predict_x0(noisy, whole_flow(demo.teacher, noisy, sigma, context), 0.92)
-        told.append(((x0 - latents[1]) * apart).sum() / apart.square().sum())
-    assert told[0] > told[1] + 0.25
+        shares.append(((x0 - latents[1]) * apart).sum() / apart.square().sum())
+    assert shares[0] > shares[1] + 0.25
 
 
 def _as(body: Body, shape: str) -> Body:
@@ -143,9 +142,9 @@ def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys)
     assert main(["demo", "show", "--clips", "1", "--out", str(tmp_path)]) == 0
     assert len(decoded(tmp_path / "sprites_1.mp4")) == 81
     assert (tmp_path / "sprites.png").exists()
-    told = capsys.readouterr().out
-    assert held_out(1)[0].text in told and "base: " in told
-    assert "rewarded" in told
+    output = capsys.readouterr().out
+    assert held_out(1)[0].text in output and "base: " in output
+    assert "rewarded" in output
 
 
 def test_names_stand_on_plates_of_one_size() -> None:

@@ -1,4 +1,4 @@
-"""The student's distillation has the objective of a refiner's training, at noises of its own."""
+"""The student's distillation uses the objective of a refiner's training with other noises."""
 
 from itertools import pairwise
 
@@ -30,11 +30,11 @@ def stage(monkeypatch) -> DistilStage:
 
 def test_the_critic_is_scored_at_the_noises_behind_the_path(stage) -> None:
     prompts, _ = distil_prompts(stage.options, stage.clips, 0)
-    part = stage._part(0, 0, prompts)
-    noise, sigma = (scored[0] for scored in part.scored_at)
+    batch = stage._batch(0, 0, prompts)
+    noise, sigma = (scored[0] for scored in batch.scored_at)
     with torch.no_grad():
-        clean = stage._rollout(part.path, part.context, part.exit_level)
-        text = stage.objective.fake.text(part.context)
+        clean = stage._rollout(batch.path, batch.context, batch.exit_level)
+        text = stage.objective.fake.text(batch.context)
         expected = critic_loss(stage.objective.fake, clean, noise, sigma, text).item()
     assert isinstance(stage.objective, DmdObjective)
     assert stage.step(0)["loss"] == pytest.approx(expected, rel=1e-6)

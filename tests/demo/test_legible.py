@@ -1,5 +1,4 @@
-"""What a latent must tell by itself: means by cell, shapes as they are seen, latents between their
-cells."""
+"""Legible latents: means by cell, visible shapes, latents moved between cells."""
 
 import numpy as np
 import pytest
@@ -39,8 +38,8 @@ def test_the_video_is_the_one_that_is_rendered() -> None:
 
 def test_the_parts_make_up_the_video() -> None:
     parts = render_parts(sample_scene(passing()), 33)
-    made = parts.colour + (1 - parts.shapes.sum(axis=0)) * parts.ground
-    assert np.abs(made.transpose(1, 2, 3, 0) - parts.video).max() < 2  # rounded once a layer
+    composed = parts.colour + (1 - parts.shapes.sum(axis=0)) * parts.ground
+    assert np.abs(composed.transpose(1, 2, 3, 0) - parts.video).max() < 2  # rounded once a layer
 
 
 def test_what_another_object_hides_is_not_seen() -> None:
@@ -82,11 +81,11 @@ def test_latents_that_hold_the_facts_are_read_without_error() -> None:
         part.zero_()
     reader.facts.weight[range(12), range(12)] = 1
     reader.which.weight[range(6), range(6)] = 1000
-    told = reader(latents, pixels, facts)
+    losses = reader(latents, pixels, facts)
     assert (
-        max(told["covers"], told["colours"]) < 1e-10
-        and told["which"] < 1e-3
-        and told["picture"] > 0.01
+        max(losses["covers"], losses["colours"]) < 1e-10
+        and losses["which"] < 1e-3
+        and losses["picture"] > 0.01
     )
     shares = linear_shares(latents, facts)
     assert (shares["covers"], shares["colours"]) == pytest.approx((1, 1))
@@ -95,7 +94,7 @@ def test_latents_that_hold_the_facts_are_read_without_error() -> None:
 
 @pytest.mark.parametrize("by", [(3, 5), (7, 1)])
 def test_moved_latents_are_of_moved_pixels(by) -> None:
-    """Of latents that are linear in the place, as a picture's own means are of a ramp."""
+    """Latents are linear in the position, like the means of a ramp."""
     down, right = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
     pixels = (2 * down + right).expand(1, 3, 5, 24, 32)
     latents, shifted = (

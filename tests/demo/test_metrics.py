@@ -1,5 +1,4 @@
-"""The metrics are proven: truth scores full marks, planted faults lower their own row, wrong
-captions score chance."""
+"""The metrics: truth scores 100, planted faults lower their row, wrong captions score chance."""
 
 import itertools
 from collections.abc import Callable
@@ -139,7 +138,7 @@ def duplicate(scene: Scene, video: np.ndarray) -> np.ndarray:
 
 
 FAULTS = {
-    # fault: its own row, and what that row may reach at most
+    # fault: its row, and the row's highest allowed score
     freeze: ("dynamic", 40),
     flicker: ("flicker", 50),
     colour_drift: ("drift", 60),
@@ -153,8 +152,8 @@ FAULTS = {
 
 
 def test_truth_has_full_marks_in_every_row(truth_scores):
-    found = means(truth_scores)
-    assert min(found[name] for name in (*ROWS, *TOTALS)) >= 97, found
+    summary = means(truth_scores)
+    assert min(summary[name] for name in (*ROWS, *TOTALS)) >= 97, summary
 
 
 @pytest.mark.parametrize(
@@ -163,24 +162,24 @@ def test_truth_has_full_marks_in_every_row(truth_scores):
 )
 def test_truth_has_full_marks_at_other_sizes_and_lengths(split, size, frames, clips):
     scenes = [sample_scene(seed, split, size) for seed in range(100, 100 + clips)]
-    found = means([evaluate_clip(render(scene, frames), scene.caption) for scene in scenes])
-    assert min(found[name] for name in ROWS) >= 97, found
+    summary = means([evaluate_clip(render(scene, frames), scene.caption) for scene in scenes])
+    assert min(summary[name] for name in ROWS) >= 97, summary
 
 
 def test_unseen_pairs_have_full_marks_too():
     scenes = [sample_scene(seed, "composition") for seed in range(12)]
-    found = means([evaluate_clip(render(scene), scene.caption) for scene in scenes])
-    assert min(found[name] for name in ROWS) >= 97, found
+    summary = means([evaluate_clip(render(scene), scene.caption) for scene in scenes])
+    assert min(summary[name] for name in ROWS) >= 97, summary
 
 
 def test_objects_are_found_where_the_truth_has_them(scenes, videos):
     for scene, video in zip(scenes[:24], videos, strict=False):
-        truth, found = scene.truth(81), find(video)
-        assert found.backdrop.name == scene.ground.name
+        truth, detections = scene.truth(81), find(video)
+        assert detections.backdrop.name == scene.ground.name
         if len(set(scene.ground.tones)) == 2:
-            assert abs(found.backdrop.split - scene.ground.split) < 0.005
-        assert sorted(track.colour for track in found.tracks) == sorted(truth.colour)
-        for track in found.tracks:
+            assert abs(detections.backdrop.split - scene.ground.split) < 0.005
+        assert sorted(track.colour for track in detections.tracks) == sorted(truth.colour)
+        for track in detections.tracks:
             index = truth.colour.index(track.colour)
             assert track.shape == truth.shape[index]
             assert (track.present | track.hidden).all() and track.known.sum() > 20
@@ -192,7 +191,7 @@ def test_objects_are_found_where_the_truth_has_them(scenes, videos):
                 assert np.abs(track.angle - track.angle[0] - turned).max() < 0.05
         if scene.caption.relation in ("behind", "front"):
             assert (
-                found.tracks[in_front(found.tracks)[0, 1]].colour
+                detections.tracks[in_front(detections.tracks)[0, 1]].colour
                 == truth.colour[truth.depth.index(0)]
             )
 
@@ -205,21 +204,20 @@ def test_what_a_vae_does_to_pixels_costs_no_meaning(scenes, videos, truth_scores
         [(a.astype(float) - b).ravel() for a, b in zip(worn, videos, strict=False)]
     )
     assert 28 < 20 * np.log10(255 / np.sqrt((off**2).mean())) < 31
-    found = means(
+    summary = means(
         [evaluate_clip(video, scene.caption) for video, scene in zip(worn, scenes, strict=False)]
     )
     truth = means(truth_scores)
     for name in SEMANTIC:
-        assert found[name] >= truth[name] - 3, (name, found[name])
-    assert found["imaging"] < 80
+        assert summary[name] >= truth[name] - 3, (name, summary[name])
+    assert summary["imaging"] < 80
 
 
 def test_captions_of_other_clips_score_chance(scenes, videos):
-    """Chance for the count is how often two captions have one number; the others are far below it,
-    and below a half."""
-    found = [find(video) for video in videos[:40]]
+    """The count's chance is how often two captions agree in number; other rows are below 30."""
+    detections = [find(video) for video in videos[:40]]
     pairs = [(i, j) for i, j in itertools.permutations(range(40), 2) if (i - j) % 4 == 1]
-    rows = np.array([astuple(semantic_rows(found[i], scenes[j].caption)) for i, j in pairs])
+    rows = np.array([astuple(semantic_rows(detections[i], scenes[j].caption)) for i, j in pairs])
     chance = Semantic(*np.nanmean(rows, axis=0))
     alike = np.mean([len(scenes[i].bodies) == len(scenes[j].bodies) for i, j in pairs])
     assert chance.count == pytest.approx(100 * alike, abs=1)
@@ -239,13 +237,13 @@ def test_a_fault_lowers_its_own_row(fault, scenes, videos, truth_scores):
         evaluate_clip(fault(scenes[index], videos[index]), scenes[index].caption)
         for index in chosen
     ]
-    found, before = means(scores), means([truth_scores[index] for index in chosen])
-    assert found[row] <= most and found[row] <= before[row] - 20, found
+    summary, before = means(scores), means([truth_scores[index] for index in chosen])
+    assert summary[row] <= most and summary[row] <= before[row] - 20, summary
     same_kind = QUALITY if row in QUALITY else SEMANTIC
     if fault is not vanish:  # which takes what moves, and the last chunk's object, with it
-        assert min(same_kind, key=found.__getitem__) == row, found
+        assert min(same_kind, key=summary.__getitem__) == row, summary
     else:
-        assert found["count"] < 65 and found["drift"] < 65, found
+        assert summary["count"] < 65 and summary["drift"] < 65, summary
     untouched = {
         freeze: ("flicker", "imaging"),
         flicker: ("smoothness", "dynamic"),
@@ -257,7 +255,7 @@ def test_a_fault_lowers_its_own_row(fault, scenes, videos, truth_scores):
         swap_colours: QUALITY,
     }
     for name in untouched.get(fault, ()):
-        assert found[name] > 97, (name, found[name])
+        assert summary[name] > 97, (name, summary[name])
 
 
 def test_time_and_mirror_turn_the_action_round(scenes, videos):
@@ -316,16 +314,16 @@ def scores_of(**rows: float) -> ClipScores:
 
 
 def test_totals_are_weighted_as_vbench_weighs_them():
-    found = means(
+    summary = means(
         [
             scores_of(dynamic=0, object=30, relation=np.nan),
             scores_of(dynamic=0, object=50, relation=np.nan),
         ]
     )
-    assert found["object"] == 40
-    assert found["quality"] == pytest.approx(80 * 6 / 6.5)
-    assert found["semantic"] == pytest.approx((40 + 3 * 80) / 4)
-    assert found["total"] == pytest.approx((4 * found["quality"] + found["semantic"]) / 5)
+    assert summary["object"] == 40
+    assert summary["quality"] == pytest.approx(80 * 6 / 6.5)
+    assert summary["semantic"] == pytest.approx((40 + 3 * 80) / 4)
+    assert summary["total"] == pytest.approx((4 * summary["quality"] + summary["semantic"]) / 5)
     assert with_totals(np.full(12, 50.0))[-1] == 50
 
 
@@ -379,8 +377,7 @@ def test_diversity_is_that_of_the_world_or_none(scenes):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_frames_at_all_have_scores(seed):
-    """What an untrained model shows: blocks that come, go, touch and change their colour; and plain
-    noise."""
+    """As of an untrained model: blocks that come, go, touch and change colour, and plain noise."""
     rng = np.random.default_rng(seed)
     clip = np.empty((17, 64, 64, 3), np.uint8)
     clip[:] = rng.integers(0, 256, 3)

@@ -67,8 +67,8 @@ def train_stage(folder: Path, what: str) -> None:
         patch.setattr(cli, "preview_map", partial(vae.preview_map, clips=3))
         patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
-        kept = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
-        assert main(["demo", "train", what, "--run", str(folder), *size, *kept]) == 0
+        often = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
+        assert main(["demo", "train", what, "--run", str(folder), *size, *often]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def run(folder: Path) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_logs_draws_and_shows(folder, stage) -> None:
-    """In this order: each stage begins with what those before it have made."""
+    """In this order: each stage needs the models of those before it."""
     for each in ("clips", stage) if stage == "teacher" else (stage,):
         train_stage(folder, each)
     run = folder
@@ -272,10 +272,10 @@ def test_psnr_is_in_decibel_of_the_whole_range() -> None:
 
 def test_answers_are_numbered_by_what_the_caption_states() -> None:
     caption = sample_scene(0).caption
-    found = answers(caption)
+    right = answers(caption)
     said = {
         name: choices[number - 1]
-        for (name, choices), number in zip(QUESTIONS, found, strict=True)
+        for (name, choices), number in zip(QUESTIONS, right, strict=True)
         if number
     }
     assert said["0.shape"] == caption.objects[0].shape
@@ -315,9 +315,9 @@ def test_words_belong_to_their_object_or_the_ground() -> None:
 def test_words_of_every_caption_have_an_owner() -> None:
     for seed in range(200):
         caption = sample_scene(seed).caption
-        found = owners(caption, len(words(caption.text)))
-        assert -1 not in found
-        assert {0, len(caption.objects) - 1} <= set(found) and (2 in found) == (
+        owned = owners(caption, len(words(caption.text)))
+        assert -1 not in owned
+        assert {0, len(caption.objects) - 1} <= set(owned) and (2 in owned) == (
             caption.ground is not None
         )
 

@@ -1,4 +1,4 @@
-"""The sprite world's own reward: what contradicts what, and a model that can be asked."""
+"""The sprites' reward: contradictions of captions and clips, and the model."""
 
 from dataclasses import replace
 
@@ -30,17 +30,17 @@ BLUE = Stated("circle", "blue", "still")
 
 
 def said(caption: Caption) -> dict[str, object]:
-    """Everything that a caption states, by a name of its own."""
-    found = {"relation": caption.relation, "ground": caption.ground}
+    """Return everything that a caption states, by unique names."""
+    stated = {"relation": caption.relation, "ground": caption.ground}
     for place, one in enumerate(caption.objects):
-        found |= {f"{place}.{name}": getattr(one, name) for name in Stated.__slots__}
-    return found
+        stated |= {f"{place}.{name}": getattr(one, name) for name in Stated.__slots__}
+    return stated
 
 
 def test_every_change_is_of_one_attribute_that_was_said() -> None:
     caption = Caption("", (RED, BLUE), "left", "navy")
-    found = changes(caption)
-    assert {name for _, name, _ in found} == {
+    possible = changes(caption)
+    assert {name for _, name, _ in possible} == {
         "shape",
         "colour",
         "motion",
@@ -48,15 +48,17 @@ def test_every_change_is_of_one_attribute_that_was_said() -> None:
         "relation",
         "ground",
     }
-    assert (-1, "relation", "right") in found
-    assert {value for place, name, value in found if (place, name) == (0, "shape")} == {
+    assert (-1, "relation", "right") in possible
+    assert {value for place, name, value in possible if (place, name) == (0, "shape")} == {
         "square",
         "triangle",
         "cross",
     }
-    assert "blue" not in {value for place, name, value in found if (place, name) == (0, "colour")}
+    assert "blue" not in {
+        value for place, name, value in possible if (place, name) == (0, "colour")
+    }
     before = said(caption)
-    for change in found:
+    for change in possible:
         place, name, value = change
         after = said(changed(caption, change, np.random.default_rng(0)))
         different = {key for key in before if before[key] != after[key]}
@@ -66,7 +68,7 @@ def test_every_change_is_of_one_attribute_that_was_said() -> None:
     assert draw_change(caption, np.random.default_rng(0), frozenset({"size"})) is None
     assert {
         name for _, name, _ in (draw_change(caption, np.random.default_rng(i)) for i in range(60))
-    } == {name for _, name, _ in found}
+    } == {name for _, name, _ in possible}
 
 
 def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
@@ -81,9 +83,9 @@ def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
             (body.stated, one)
             for body, one in zip(other.bodies, other.caption.objects, strict=True)
         ]
-        for full, told in stated:
+        for full, partial in stated:
             assert all(
-                getattr(told, name) in (None, getattr(full, name)) for name in Stated.__slots__
+                getattr(partial, name) in (None, getattr(full, name)) for name in Stated.__slots__
             )
             assert full.motion != "spin" or SHAPES[full.shape].symmetry
         assert other.caption.ground in (None, other.ground.name)
@@ -117,8 +119,8 @@ def test_steps_on_one_batch_lower_its_loss() -> None:
     stage = RewardStage(
         RewardOptions(batch=1, learning_rate=0.3), torch.device("cpu")
     )  # a hundredth of it at step 0
-    found = [stage.step(0) for _ in range(6)]
-    assert found[-1]["loss"] + found[-1]["facts"] < 0.8 * (found[0]["loss"] + found[0]["facts"])
+    logged = [stage.step(0) for _ in range(6)]
+    assert logged[-1]["loss"] + logged[-1]["facts"] < 0.8 * (logged[0]["loss"] + logged[0]["facts"])
 
 
 def test_the_model_comes_back_from_a_file_and_leads_to_its_frames(tmp_path) -> None:
@@ -130,11 +132,11 @@ def test_the_model_comes_back_from_a_file_and_leads_to_its_frames(tmp_path) -> N
     assert save_model(tmp_path, "reward", model, None, {"steps": 10}).stat().st_size <= 4 * 2**20
     reward = load_sprite_reward(tmp_path)
     frames.requires_grad_(True)
-    found = scored(reward, frames, numbers, captions)
+    scores = scored(reward, frames, numbers, captions)
     with torch.no_grad():
         expected = (model.embed_video(frames, places) * model.embed_text(captions)).sum(1)
-    assert torch.allclose(found, expected, atol=0.02)  # of bf16
-    found.sum().backward()
+    assert torch.allclose(scores, expected, atol=0.02)  # of bf16
+    scores.sum().backward()
     assert frames.grad.abs().sum(dim=(2, 3, 4)).gt(0).all()
     assert all(parameter.grad is None for parameter in reward.model.parameters())
 

@@ -92,10 +92,10 @@ def test_rows_are_timed_again_and_nothing_else_of_them_changes(tmp_path: Path, m
 def test_every_table_compares_with_one_base_and_trains_all_rows_alike() -> None:
     options = TablesOptions()
     for number in TABLES:
-        found = KINDS[number].rows(options)
-        assert found[0].name.startswith("base") and found[0].training is None
-        assert len({row.name for row in found}) == len(found)
-        trained = [row.training for row in found if row.training is not None]
+        rows = KINDS[number].rows(options)
+        assert rows[0].name.startswith("base") and rows[0].training is None
+        assert len({row.name for row in rows}) == len(rows)
+        trained = [row.training for row in rows if row.training is not None]
         assert len({(one.steps, one.batch, one.objective) for one in trained}) == 1
         assert sorted({one.seed for one in trained}) == ([0, 1] if number == 8 else [0])
         assert [one.rank for one in trained] == ([*RANKS] if number == 6 else [64] * len(trained))
@@ -168,23 +168,23 @@ def test_an_untrained_residual_is_its_formula(kind, expected) -> None:
     level = make_level(750, 5.0, True)
     refiner = Control(kind, 0.1).refiner(tiny_network(), (750,))
     noise, x0 = torch.full((1, 16, 3, 4, 4), -1.0), torch.full((1, 16, 3, 4, 4), 2.0)
-    found = refiner.residual(noise, x0, level, None, None, None, torch.float32)
-    torch.testing.assert_close(found, torch.full_like(noise, expected))
+    residual = refiner.residual(noise, x0, level, None, None, None, torch.float32)
+    torch.testing.assert_close(residual, torch.full_like(noise, expected))
     assert refiner.at(level) and not refiner.at(make_level(500, 5.0, True))
 
 
 def test_a_hand_made_refiner_adds_the_bases_flow() -> None:
     """Without other branches its features are the base's, so Δ is -c (v - bias) of a joint pass."""
     network = tiny_network()
-    made = Control("hand-made", 0.1).refiner(network, (750,))
-    assert made.cache.previous == "joint" and made.levels == {750}
+    control = Control("hand-made", 0.1).refiner(network, (750,))
+    assert control.cache.previous == "joint" and control.levels == {750}
     torch.testing.assert_close(
-        made.network.model.head.head.weight, -0.1 * network.model.head.head.weight
+        control.network.model.head.head.weight, -0.1 * network.model.head.head.weight
     )
-    assert not made.network.model.head.head.bias.any()
+    assert not control.network.model.head.head.bias.any()
     for name in ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"):
         assert torch.equal(
-            made.network.model.get_parameter(name), network.model.get_parameter(name)
+            control.network.model.get_parameter(name), network.model.get_parameter(name)
         )
 
 
@@ -259,8 +259,8 @@ def test_a_row_tells_its_machines_where_they_differ(tmp_path: Path) -> None:
         machines({"base": base, "one": gpu})
         == "Rows were trained on a GPU; they were measured on a GPU."
     )
-    told = machines({"base": base, "one": gpu, "two": gpu, "three": cpu})
-    assert told == "Rows were trained on a GPU, `three` on a CPU; they were measured on a GPU."
+    sentence = machines({"base": base, "one": gpu, "two": gpu, "three": cpu})
+    assert sentence == "Rows were trained on a GPU, `three` on a CPU; they were measured on a GPU."
     assert machines({"base": replace(base, measured_on="")}) == ""
 
 
@@ -269,8 +269,8 @@ def test_clips_of_one_object_are_told_by_motion() -> None:
     captions = [Caption("", (spin,)), Caption("", (swing,)), Caption("", (spin, swing))]
     good, bad = (ClipScores(*[figure] * len(fields(ClipScores))) for figure in (100.0, 0.0))
     outcome = Outcome([good, good, bad, bad, good, bad], np.zeros((3, 2)), Cost(), 9, 1)
-    told = [line.replace(" ", "") for line in tables.by_motion(outcome, captions).splitlines()]
-    assert told[-3:] == ["|spin|2|50.0|50.0|", "|spin,fast|2|50.0|50.0|", "|swing|2|100.0|100.0|"]
+    lines = [line.replace(" ", "") for line in tables.by_motion(outcome, captions).splitlines()]
+    assert lines[-3:] == ["|spin|2|50.0|50.0|", "|spin,fast|2|50.0|50.0|", "|swing|2|100.0|100.0|"]
 
 
 def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""The synthetic world: deterministic, true to its captions, and nothing in a caption that cannot be
-seen."""
+"""The synthetic world is deterministic, fits its captions, and shows all that they state."""
 
 from dataclasses import replace
 
@@ -46,8 +45,7 @@ def test_a_seed_is_one_clip_whatever_else_is_drawn(split):
 
 
 def test_a_seed_keeps_its_meaning():
-    """Evaluation sets are lists of seeds, so a change of these captions is a change of every
-    published number."""
+    """Evaluation sets are lists of seeds: other captions would change every published number."""
     texts = [sample_scene(0, split).caption.text for split in ("train", "test")]
     assert texts == [
         "a green star spins counterclockwise slowly to the left of a white "
@@ -105,7 +103,7 @@ def test_held_out_pairs_are_in_composition_only(scenes):
     assert not seen & held_out
     assert not any(pairs(sample_scene(seed, "test")) & held_out for seed in range(300))
     composition = [pairs(sample_scene(seed, "composition")) for seed in range(300)]
-    assert all(found & held_out for found in composition)
+    assert all(each & held_out for each in composition)
     assert held_out <= set().union(*composition)
     everything = {(shape, colour) for shape in SHAPES for colour in OBJECT_COLOURS}
     assert everything - HELD_OUT_LOOKS <= seen
@@ -255,11 +253,15 @@ def test_a_caption_that_does_not_fit_says_so(scenes):
 
 def test_no_caption_is_unlike_captions_and_others_are_told() -> None:
     assert not [
-        told for seed in range(300) for told in unlike_captions(sample_scene(seed).caption.text)
+        warning
+        for seed in range(300)
+        for warning in unlike_captions(sample_scene(seed).caption.text)
     ]
-    told = unlike_captions(
+    warnings = unlike_captions(
         "a small red star bounces to the left of a green circle on a blue ground"
     )
-    assert told[0].startswith("the sprites have no blue ground: theirs are black, grey")
-    assert told[1:] == ["the circle has no motion: say one of each object, as 'that stays still'"]
+    assert warnings[0].startswith("the sprites have no blue ground: theirs are black, grey")
+    assert warnings[1:] == [
+        "the circle has no motion: say one of each object, as 'that stays still'"
+    ]
     assert unlike_captions("a star") and not unlike_captions("")

@@ -1,1 +1,1 @@
-"""What is in a clip of the synthetic world, found from its pixels alone, and how good that is."""
+"""Exact metrics: detect a clip's objects and ground from its pixels alone, and score them."""

@@ -1,5 +1,4 @@
-"""What a track does: the kind of motion, its direction and its speed, told by where it turns and
-how often."""
+"""Classify a track's motion, its direction and speed, by where it turns and how often."""
 
 from dataclasses import dataclass
 
@@ -10,20 +9,21 @@ from ..motion import FPS, RATES, WALL
 from ..shapes import SHAPES
 from .track import Track
 
-MOVES = 5 / 64  # frame sides between the ends of a way, from which an object moves
-TURNS = 3 / 64  # that a place must come back by to be a turn
-AT_WALL = 3 / 64  # of a turn from where a bounce turns, up to which it is one
-GROWS = 0.25  # from smallest to largest, of the radius
-SPINS = 0.05  # turns a second
-ROUND = 0.4  # width of a way by its length, from which it is an orbit
+# Thresholds, lengths in frame sides.
+MOVES = 5 / 64  # extent of a path from which an object moves
+TURNS = 3 / 64  # distance to come back by, to count as a turn
+AT_WALL = 3 / 64  # largest distance from a wall at which a turn is a bounce
+GROWS = 0.25  # range of the radius, relative to its median, from which an object pulses
+SPINS = 0.05  # turns per second
+ROUND = 0.4  # width of a path relative to its length, from which it is an orbit
 FIT = 0.6  # share of the variance that a regular motion explains
-FREQUENCIES = np.arange(0.10, 1.30, 0.01)  # per second
+FREQUENCIES = np.arange(0.10, 1.30, 0.01)  # Hz
 OTHER = "other"  # a motion that no caption states
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A motion as seen; direction and speed are None where the kind has none."""
+    """A detected motion; direction and speed are None if the kind has none."""
 
     kind: str
     direction: str | None = None
@@ -31,13 +31,13 @@ class Action:
 
 
 def speed_class(kind: str, rate: float) -> str:
-    """Slow or fast, split halfway (as a ratio) between the world's two."""
+    """Return slow or fast, split at the geometric mean of the world's two ranges."""
     return "fast" if rate > np.sqrt(RATES[kind]["slow"][1] * RATES[kind]["fast"][0]) else "slow"
 
 
 def turns(values: ndarray, least: float) -> list[int]:
-    """Indices where the values turn round, and then come back by `least`."""
-    found, best, way = [], 0, 0
+    """Return the indices of extrema after which the values come back by at least `least`."""
+    extrema, best, way = [], 0, 0
     for index, value in enumerate(values):
         gain = (value - values[best]) * (way or 1)
         if way == 0 and abs(gain) > least:
@@ -45,18 +45,16 @@ def turns(values: ndarray, least: float) -> list[int]:
         elif way and gain > 0:
             best = index
         elif way and gain < -least:
-            found.append(best)
+            extrema.append(best)
             best, way = index, -way
-    return found
+    return extrema
 
 
 def rhythm(time: ndarray, values: ndarray) -> tuple[float, float]:
-    """The frequency that explains values [T, k] best, and the share of their variance it
-    explains."""
+    """Return the frequency that fits values [T, k] best, and the explained share of variance."""
     wave = 2 * np.pi * FREQUENCIES[:, None] * time
-    design = np.stack(
-        [np.ones_like(wave), np.cos(wave), np.sin(wave)], axis=-1
-    )  # [frequencies, T, 3]
+    # [frequencies, T, 3]
+    design = np.stack([np.ones_like(wave), np.cos(wave), np.sin(wave)], axis=-1)
     square = design.transpose(0, 2, 1) @ design + 1e-6 * np.eye(3)
     fitted = design @ np.linalg.solve(square, design.transpose(0, 2, 1) @ values)
     left = ((fitted - values) ** 2).sum(axis=(1, 2))
@@ -66,7 +64,7 @@ def rhythm(time: ndarray, values: ndarray) -> tuple[float, float]:
 
 
 def see_action(track: Track) -> Action:
-    """The motion of a track, from the frames where its place is known."""
+    """Classify a track's motion from the frames where its position is known."""
     time = np.flatnonzero(track.known) / FPS
     place, radius, angle = (
         values[track.known] for values in (track.position, track.radius, track.angle)
@@ -78,32 +76,29 @@ def see_action(track: Track) -> Action:
     low, high = np.quantile(radius, (0.03, 0.97))
     if high - low >= GROWS * np.median(radius):
         frequency, fit = rhythm(time, radius[:, None])
-        return (
-            Action("pulse", None, speed_class("pulse", frequency)) if fit > FIT else Action(OTHER)
-        )
+        pulse = Action("pulse", None, speed_class("pulse", frequency))
+        return pulse if fit > FIT else Action(OTHER)
     slope = np.polyfit(time, angle, 1)[0] / (2 * np.pi)
     if abs(slope) >= SPINS and np.corrcoef(time, angle)[0, 1] ** 2 > FIT:
-        return Action(
-            "spin",
-            "clockwise" if slope > 0 else "counterclockwise",
-            speed_class("spin", abs(slope)),
-        )
+        direction = "clockwise" if slope > 0 else "counterclockwise"
+        return Action("spin", direction, speed_class("spin", abs(slope)))
     return Action("still")
 
 
 def _smooth(values: ndarray) -> ndarray:
-    """The median of every three."""
+    """Return the running median of three."""
     return np.median(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0)
 
 
 def _way(time: ndarray, place: ndarray, reach: float) -> Action:
-    """The motion of what moves: at [T] seconds at place [T, 2]."""
+    """Classify the motion of a moving object from its positions [T, 2] at times [T]."""
     span = np.ptp(_smooth(place), axis=0)
     corners = [turns(place[:, axis], TURNS) if span[axis] >= MOVES else [] for axis in (0, 1)]
     turned = np.concatenate([place[corners[axis], axis] for axis in (0, 1)])
     gaps = np.minimum(turned, 1 - turned) - reach - WALL
     if not len(gaps) or np.median(gaps) < AT_WALL:
-        return _bounce(time, place, [found[0] if found else len(time) - 1 for found in corners])
+        first_turn = [extrema[0] if extrema else len(time) - 1 for extrema in corners]
+        return _bounce(time, place, first_turn)
     if span.min() > ROUND * span.max():
         frequency, fit = rhythm(time, place)
         x, y = (place - (place.max(axis=0) + place.min(axis=0)) / 2).T
@@ -116,8 +111,7 @@ def _way(time: ndarray, place: ndarray, reach: float) -> Action:
 
 
 def _bounce(time: ndarray, place: ndarray, first_turn: list[int]) -> Action:
-    """Direction is that of the way to the first turn, along each axis; speed that of the median
-    step."""
+    """Return a bounce with its direction up to the first turn on each axis, and median speed."""
     velocity = np.diff(place, axis=0) / np.diff(time)[:, None]
     speeds = np.hypot(*velocity.T)[np.diff(time) < 1.5 / FPS]
     way = []

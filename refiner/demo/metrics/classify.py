@@ -1,5 +1,4 @@
-"""Which shape a blob is, and how it is turned: its moments against those of the world's shapes,
-drawn and found."""
+"""Classify a blob's shape and angle by comparing its moments with rendered templates."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,30 +13,28 @@ from .segment import ORDERS, Blobs, find_backdrop, find_blobs
 
 NAMES = tuple(SHAPES)
 RADII = np.geomspace(4.5, 26, 16)  # pixels
-BLURS = (0.0, 0.7, 1.4)  # of templates, in pixels: what a VAE's output looks like
-SCALE = np.array(
-    [0.03, 0.05, 0.05, 0.05, 0.08]
-)  # of the features: spread, three harmonics, log of area
+BLURS = (0.0, 0.7, 1.4)  # of the templates, in pixels, like a VAE's output
+# units of the features: spread, three harmonics, log of area
+SCALE = np.array([0.03, 0.05, 0.05, 0.05, 0.08])
 CANVAS = 96
 
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Features of the drawn shapes, K of each: their signature, and their harmonics' phases when
-    upright."""
+    """Features of K renderings of each shape, and the phases of the upright shapes' harmonics."""
 
     features: ndarray  # [6, K, 5]
     phase: ndarray  # [6], of the harmonic of the shape's symmetry, at angle 0
 
 
 def features(blobs: Blobs) -> ndarray:
-    """What does not change when a shape turns, in units of what tells two shapes apart: [B, 5]."""
+    """Return rotation-invariant features [B, 5]; 1 about separates two shapes."""
     columns = [blobs.spread, *np.abs(blobs.harmonics).T, np.log(blobs.area)]
     return np.stack(columns, axis=1) / SCALE
 
 
 def blur(frames: ndarray, sigma: float) -> ndarray:
-    """Gaussian blur of uint8 frames [F, H, W, 3], in pixels; the edge is repeated."""
+    """Blur uint8 frames [F, H, W, 3] with a Gaussian of `sigma` pixels and repeated edges."""
     if sigma <= 0:
         return frames
     reach = int(np.ceil(3 * sigma))
@@ -45,19 +42,16 @@ def blur(frames: ndarray, sigma: float) -> ndarray:
     weights = (weights / weights.sum()).astype(np.float32)
     video = frames.astype(np.float32)
     for axis in (1, 2):
-        length = video.shape[axis]
-        padded = np.pad(
-            video, [(reach, reach) if a == axis else (0, 0) for a in range(4)], mode="edge"
-        )
-        video = sum(
-            w * padded.take(np.arange(length) + i, axis=axis) for i, w in enumerate(weights)
-        )
+        places = np.arange(video.shape[axis])
+        widths = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
+        padded = np.pad(video, widths, mode="edge")
+        video = sum(w * padded.take(places + i, axis=axis) for i, w in enumerate(weights))
     return np.round(video).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
 def templates() -> Templates:
-    """Every shape at every radius, angle and blur, off the pixel grid, as the detector sees it."""
+    """Detect every shape at every radius, angle and blur, off the pixel grid."""
     ground = draw_ground(GROUND_COLOURS["black"], GROUND_COLOURS["black"], 0.5, CANVAS)
     turns = np.array([0.0, 0.3, 0.6])
     radius, angle = (grid.ravel() for grid in np.meshgrid(RADII, turns))
@@ -66,10 +60,8 @@ def templates() -> Templates:
     for name in NAMES:
         layer = Layer(name, OBJECT_COLOURS["white"], position, radius / CANVAS, angle)
         sharp = draw(ground, [layer], len(radius))
-        seen = [
-            find_blobs(video, find_backdrop(video))
-            for video in (blur(sharp, sigma) for sigma in BLURS)
-        ]
+        videos = [blur(sharp, sigma) for sigma in BLURS]
+        seen = [find_blobs(video, find_backdrop(video)) for video in videos]
         rows.append(np.concatenate([features(blobs) for blobs in seen]))
         order = SHAPES[name].symmetry
         upright = seen[0].harmonics[np.flatnonzero(angle == 0)[-1]]  # the largest at angle 0
@@ -78,17 +70,15 @@ def templates() -> Templates:
 
 
 def shape_distances(blobs: Blobs) -> ndarray:
-    """Distance of every blob to the nearest template of every shape, [B, 6]; 1 is about what tells
-    shapes apart."""
-    found = features(blobs)
+    """Return every blob's distance to each shape's nearest template [B, 6], in features' units."""
+    measured = features(blobs)
     known = templates().features
-    square = ((found[:, None, None] - known) ** 2).sum(axis=-1)
+    square = ((measured[:, None, None] - known) ** 2).sum(axis=-1)
     return np.sqrt(square.min(axis=-1))
 
 
 def angles(blobs: Blobs, shape: str) -> ndarray:
-    """Angle of every blob if it is this shape, [B]: radians, modulo the shape's symmetry; 0 where
-    none can be seen."""
+    """Return every blob's angle [B] as this shape: radians modulo its symmetry, 0 without one."""
     order = SHAPES[shape].symmetry
     if not order:
         return np.zeros(len(blobs.area))

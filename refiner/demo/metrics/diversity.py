@@ -1,5 +1,4 @@
-"""Diversity: how much clips of one caption differ, against how much scenes of the world differ that
-it is true of."""
+"""Diversity: how much a caption's clips differ, relative to the world's scenes that fit it."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -13,37 +12,40 @@ from ..scene import Scene
 from ..world import realise
 from .action import see_action
 from .semantic import match
-from .track import Found, find
+from .track import Detections, find
 
-SCENES = 12  # of the world for each caption
+SCENES = 12  # world scenes per caption
 SIZE_WEIGHT = 2  # a radius counts as its diameter
 
 
 def diversity(clips: Sequence[ndarray], captions: Sequence[Caption]) -> float:
-    """0–100 over uint8 clips [F, S, S, 3], each with its caption: 0 where all clips of a caption
-    are the same, 100 where they differ as the world's do, in places, sizes and grounds.
+    """Score the diversity of uint8 clips [F, S, S, 3] of captions, 0–100.
 
-    ValueError unless some caption has two clips.
+    0 if all clips of a caption are the same, 100 if their places, sizes and grounds differ as the
+    world's do. ValueError unless some caption has two clips.
     """
     return of_spreads(spreads(clips, captions))
 
 
 def of_spreads(spread: ndarray) -> float:
-    """The diversity of captions by their spreads [captions, 2]."""
-    found, expected = spread.sum(axis=0)
-    return 100 * min(1.0, found / expected)
+    """Return the diversity of captions from their spreads [captions, 2]."""
+    measured, expected = spread.sum(axis=0)
+    return 100 * min(1.0, measured / expected)
 
 
 def spreads(clips: Sequence[ndarray], captions: Sequence[Caption]) -> ndarray:
-    """How much the clips of each caption differ, and how much the world's do: [captions with two
-    clips or more, 2]."""
+    """Return the spreads of each caption's clips and of the world's scenes: [captions, 2].
+
+    Captions with a single clip are left out; ValueError if none is left.
+    """
     by_caption: dict[Caption, list[ndarray]] = {}
     for clip, caption in zip(clips, captions, strict=True):
         by_caption.setdefault(caption, []).append(clip)
     by_caption = {caption: same for caption, same in by_caption.items() if len(same) > 1}
     if not by_caption:
         raise ValueError(
-            f"{len(clips)} clips of as many captions: diversity needs two seeds of a caption or more"
+            f"{len(clips)} clips of as many captions:"
+            " diversity needs two seeds of a caption or more"
         )
     rows = []
     for caption, same in by_caption.items():
@@ -54,38 +56,34 @@ def spreads(clips: Sequence[ndarray], captions: Sequence[Caption]) -> ndarray:
 
 
 def _spread(clips: Sequence[ndarray]) -> float:
-    """Mean distance of two, each [F, features]; what one of them lacks does not count as a
-    difference."""
-    return float(
-        np.mean(
-            [np.nan_to_num(np.abs(one - other)).mean() for one, other in combinations(clips, 2)]
-        )
-    )
+    """Return the mean distance of two clips, each [F, features]; NaN counts as no difference."""
+    pairs = combinations(clips, 2)
+    return float(np.mean([np.nan_to_num(np.abs(one - other)).mean() for one, other in pairs]))
 
 
-def _seen(found: Found, caption: Caption) -> ndarray:
-    """Places and sizes of the stated objects, and the ground's tones, by frame; NaN where there is
-    none."""
-    actions = [see_action(track) for track in found.tracks]
+def _columns(position: ndarray, radius: ndarray) -> ndarray:
+    """Join an object's positions [F, 2] and weighted radii [F] to [F, 3]."""
+    return np.concatenate([position, SIZE_WEIGHT * radius[:, None]], axis=1)
+
+
+def _seen(detections: Detections, caption: Caption) -> ndarray:
+    """Return stated objects' places and sizes and the ground's tones by frame; NaN if absent."""
+    tracks, frames = detections.tracks, detections.frames
+    actions = [see_action(track) for track in tracks]
     columns = []
-    for index in match(caption, found.tracks, actions):
+    for index in match(caption, tracks, actions):
         if index is None:
-            columns.append(np.full((found.frames, 3), np.nan))
+            columns.append(np.full((frames, 3), np.nan))
         else:
-            track = found.tracks[index]
-            columns.append(
-                np.concatenate([track.position, SIZE_WEIGHT * track.radius[:, None]], axis=1)
-            )
-    return np.concatenate([*columns, found.backdrop.tones.reshape(found.frames, 6) / 255], axis=1)
+            columns.append(_columns(tracks[index].position, tracks[index].radius))
+    return np.concatenate([*columns, detections.backdrop.tones.reshape(frames, 6) / 255], axis=1)
 
 
 def _true(scene: Scene, frames: int) -> ndarray:
-    """The same of a scene of the world."""
+    """Return the features of _seen for a scene of the world."""
     truth = scene.truth(frames)
     columns = [
-        np.concatenate(
-            [truth.position[:, index], SIZE_WEIGHT * truth.radius[:, index, None]], axis=1
-        )
+        _columns(truth.position[:, index], truth.radius[:, index])
         for index in range(len(scene.bodies))
     ]
     tones = np.array([GROUND_COLOURS[tone] for tone in scene.ground.tones]).reshape(1, 6) / 255

@@ -1,4 +1,4 @@
-"""A clip and its caption to scores: every row of the table, 0–100."""
+"""Score a clip against its caption: every row of the table, 0–100."""
 
 from dataclasses import astuple, dataclass
 
@@ -17,7 +17,7 @@ ROWS = (*SEMANTIC, *QUALITY)
 
 @dataclass(frozen=True, slots=True)
 class ClipScores:
-    """The rows of one clip, 0–100, higher is better; NaN is what its caption does not state."""
+    """A clip's scores, 0–100, higher is better; NaN for what its caption does not state."""
 
     object: float
     colour: float
@@ -39,9 +39,7 @@ class ClipScores:
 
 
 def evaluate_clip(frames: ndarray, caption: Caption) -> ClipScores:
-    """Scores of decoded frames, uint8 [F, S, S, 3], against what the caption states. The clip's
-    truth is not used."""
-    found = find(frames)
-    return ClipScores(
-        *astuple(semantic_rows(found, caption)), *astuple(quality_rows(frames, found))
-    )
+    """Score uint8 frames [F, S, S, 3] against the caption alone, without the clip's truth."""
+    detections = find(frames)
+    semantic, quality = semantic_rows(detections, caption), quality_rows(frames, detections)
+    return ClipScores(*astuple(semantic), *astuple(quality))

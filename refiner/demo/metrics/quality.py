@@ -1,5 +1,4 @@
-"""Quality rows: how good a clip is whatever its caption. Each is 0–100, and about 100 for what the
-world renders.
+"""Quality rows: how good a clip is, whatever its caption; 0–100, about 100 for rendered clips.
 
 Lengths are in 64ths of the frame side, colours and errors in levels of 0–255.
 """
@@ -13,20 +12,20 @@ from ..motion import WALL
 from ..palette import GROUND_COLOURS, OBJECT_COLOURS
 from ..render import Layer, draw, draw_ground
 from ..shapes import SHAPES
-from .track import Found, Track, in_front
+from .track import Detections, Track, in_front
 
-RIM = 3 / 64  # around an object, in frame sides: what no longer counts as ground
-FIRST, LAST = 9, 12  # frames of the first chunk and of the last
+RIM = 3 / 64  # margin around an object, in frame sides, that is not scored as ground
+FIRST, LAST = 9, 12  # frames of the first and the last chunk
 WINDOW = 16  # frames, one second, in which something has to happen
-# What a window has to show of change to count, and what is only noise: places, radii (relative),
-# angles (radians), and how much of an object is hidden.
+# Changes in a window that count in full, and those that are noise: of positions, relative radii,
+# angles (radians), and the hidden share of an object.
 ENOUGH, NOISE = (1.8, 0.05, 0.40, 0.15), (0.5, 0.02, 0.12, 0.05)
 
-# What the world itself shows from frame to frame: the fastest swing bends 0.46, the fastest pulse's
-# radius 0.13, the fastest bounce goes 1.9 and turns at a wall.
+# Largest changes from frame to frame in the world, with a margin: the fastest swing bends by 0.46,
+# the fastest pulse's radius by 0.13, the fastest bounce moves by 1.9 and turns at a wall.
 BEND, SWELL, STEP = 0.55, 0.3, 2.5
-# By how much a row may be off before it falls, about what 8-bit pixels cost the truth, and the
-# excess at which 37 of 100 are left: lengths for smoothness, levels for the others.
+# Error that a row may have before its score falls, about that of the truth in 8-bit pixels, and
+# the excess that leaves 37 of 100: lengths for smoothness, levels for the others.
 ALLOWED = {
     "flicker": 0.6,
     "background": 0.5,
@@ -50,75 +49,71 @@ SCALE = {
 class Quality:
     """The quality rows of a clip, 0–100."""
 
-    smoothness: float  # places and sizes change without jumps
-    flicker: float  # ground and colours do not change to and fro from frame to frame; 100 is none
-    subject: float  # every object stays there, and stays itself
-    background: float  # the ground stays as it is
-    imaging: float  # pixels are those of the world's shapes, colours, edges and grounds
-    dynamic: float  # the share of seconds in which something moves, turns or grows
-    drift: float  # the last chunk is as good as the first, and has its colours; 100 is no drift
+    smoothness: float  # positions and sizes change without jumps
+    flicker: float  # ground and colours do not oscillate from frame to frame; 100 is no flicker
+    subject: float  # every object stays present, with its shape and colour
+    background: float  # the ground stays the same
+    imaging: float  # pixels match the world's shapes, colours, edges and grounds
+    dynamic: float  # share of seconds in which something moves, turns or grows
+    drift: float  # the last chunk is as good as the first, with its colours; 100 is no drift
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How far the pixels are from what the world would render of what was found, by frame; NaN
-    where not known."""
+    """Errors by frame against a rendering of the detections; NaN where unknown."""
 
     objects: ndarray  # [F], mean over the pixels in and around objects
-    ground: (
-        ndarray  # [F], root mean square over the others, so that a pattern of a few pixels counts
-    )
+    ground: ndarray  # [F], rms over the others, so that a pattern of few pixels counts
 
 
-def quality_rows(frames: ndarray, found: Found) -> Quality:
-    """The quality rows of uint8 frames [F, S, S, 3] and what was found in them."""
-    if not found.tracks:
-        far = ground_mask(found)
-        return Quality(0, _flicker(frames, found, far), 0, _background(frames, far), 0, 0, 0)
-    far = ground_mask(found)
-    errors = render_errors(frames, found, far)
+def quality_rows(frames: ndarray, detections: Detections) -> Quality:
+    """Score uint8 frames [F, S, S, 3] and the detections in them."""
+    far = ground_mask(detections)
+    flicker, background = _flicker(frames, detections, far), _background(frames, far)
+    if not detections.tracks:
+        return Quality(0, flicker, 0, background, 0, 0, 0)
+    errors = render_errors(frames, detections, far)
     return Quality(
-        smoothness=float(np.mean([_smoothness(track) for track in found.tracks])),
-        flicker=_flicker(frames, found, far),
-        subject=_subject(found),
-        background=_background(frames, far),
+        smoothness=float(np.mean([_smoothness(track) for track in detections.tracks])),
+        flicker=flicker,
+        subject=_subject(detections),
+        background=background,
         imaging=_imaging(errors),
-        dynamic=_dynamic(found),
-        drift=_drift(found, errors),
+        dynamic=_dynamic(detections),
+        drift=_drift(detections, errors),
     )
 
 
 def _marks(excess: ndarray | float, row: str) -> ndarray:
-    """1 up to what the row is allowed, then falling by e for every scale of it."""
+    """Return 1 up to the row's allowance, then fall by a factor of e per SCALE."""
     return np.exp(-np.maximum(np.asarray(excess) - ALLOWED.get(row, 0.0), 0.0) / SCALE[row])
 
 
 def _score(excess: float, row: str) -> float:
-    """The same out of 100."""
+    """Return the marks out of 100."""
     return 100 * float(_marks(excess, row))
 
 
-def ground_mask(found: Found) -> ndarray:
-    """The pixels that lie away from every object: bool [F, S, S]."""
-    grid = (np.arange(found.size, dtype=np.float32) + 0.5) / found.size
-    far = np.ones((found.frames, found.size, found.size), dtype=bool)
-    for track in found.tracks:
+def ground_mask(detections: Detections) -> ndarray:
+    """Return the pixels away from every object: bool [F, S, S]."""
+    size = detections.size
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    far = np.ones((detections.frames, size, size), dtype=bool)
+    for track in detections.tracks:
         reach = np.where(track.present, track.radius * SHAPES[track.shape].reach + RIM, 0)
         x, y = (track.position[:, axis, None].astype(np.float32) for axis in (0, 1))
-        far &= ((grid - x) ** 2)[:, None, :] + ((grid - y) ** 2)[:, :, None] > (reach**2)[
-            :, None, None
-        ]
+        square = ((grid - x) ** 2)[:, None, :] + ((grid - y) ** 2)[:, :, None]
+        far &= square > (reach**2)[:, None, None]
     return far
 
 
 def _bend(values: ndarray) -> ndarray:
-    """How far each value is from halfway between its neighbours in time."""
+    """Return each value's deviation from the mean of its neighbours in time."""
     return values[1:-1] - (values[:-2] + values[2:]) / 2
 
 
 def _smoothness(track: Track) -> float:
-    """Root mean square of what places and sizes bend beyond what the world's motions do; a wall may
-    turn them."""
+    """Score the rms bend of positions and sizes beyond the world's motions and turns at walls."""
     inside = track.known[1:-1] & track.known[:-2] & track.known[2:]
     if not inside.any():
         return 0.0
@@ -129,78 +124,72 @@ def _smoothness(track: Track) -> float:
     wall = 64 * (np.minimum(place, 1 - place).min(axis=1) - reach) < 2 + speed
     turn = np.where(wall, np.maximum(step[1:], step[:-1]).clip(max=STEP), 0)
     jump = 64 * np.hypot(*_bend(track.position).T) - BEND - turn
-    swell = 2 * (
-        64 * np.abs(_bend(track.radius)) - SWELL
-    )  # an edge moves by half of what the width does
+    swell = 2 * (64 * np.abs(_bend(track.radius)) - SWELL)  # the width changes by twice as much
     excess = np.maximum(np.maximum(jump, swell), 0)[inside]
     return _score(float(np.sqrt((excess**2).mean())), "smoothness")
 
 
-def _flicker(frames: ndarray, found: Found, far: ndarray) -> float:
-    """Mean bend of the ground's pixels, and of the objects' colours, in levels."""
+def _flicker(frames: ndarray, detections: Detections, far: ndarray) -> float:
+    """Score the mean bend of the ground's pixels and of the objects' colours, in levels."""
     still = far[1:-1] & far[:-2] & far[2:]
     video = frames.astype(np.int16)
     bend = np.abs(2 * video[1:-1] - video[:-2] - video[2:]).sum(axis=-1)[still]
-    parts = [float(bend.mean()) / 6 if len(bend) else 0.0]
-    for track in found.tracks:
+    ground = float(bend.mean()) / 6 if len(bend) else 0.0
+    objects = []
+    for track in detections.tracks:
         colours = np.where(track.clean[:, None], track.rgb, np.nan)
         bends = np.abs(_bend(colours))
         if not np.isnan(bends).all():
-            parts.append(float(np.nanmean(bends)))
-    return _score((parts[0] + (np.mean(parts[1:]) if parts[1:] else 0)) / 2, "flicker")
+            objects.append(float(np.nanmean(bends)))
+    return _score((ground + (np.mean(objects) if objects else 0)) / 2, "flicker")
 
 
-def _subject(found: Found) -> float:
-    """Mean over the frames in which an object is not hidden: there, of its colour, and of its
-    shape."""
+def _subject(detections: Detections) -> float:
+    """Score presence, colour and shape over the frames in which an object is not hidden."""
     scores, weights = [], []
-    for track in found.tracks:
+    for track in detections.tracks:
         off = np.linalg.norm(track.rgb - np.nanmedian(track.rgb, axis=0), axis=1)
-        kept = _marks(np.nan_to_num(off), "colour") * np.where(
-            track.clean & ~track.same_shape, 0.5, 1
-        )
-        scores.append((kept * track.present)[~track.hidden].mean())
+        shape = np.where(track.clean & ~track.same_shape, 0.5, 1)
+        marks = _marks(np.nan_to_num(off), "colour") * shape
+        scores.append((marks * track.present)[~track.hidden].mean())
         weights.append(track.present.sum())
     return 100 * float(np.average(scores, weights=weights))
 
 
 def _background(frames: ndarray, far: ndarray) -> float:
-    """Mean distance of the ground's pixels from their own mean over time."""
+    """Score the mean deviation of the ground's pixels from their mean over time."""
     weight = far[..., None].astype(np.float32)
     mean = (frames * weight).sum(axis=0) / np.maximum(weight.sum(axis=0), 1)
-    return _score(
-        float((np.abs(frames - mean) * weight).sum() / max(3 * weight.sum(), 1)), "background"
-    )
+    deviation = (np.abs(frames - mean) * weight).sum() / max(3 * weight.sum(), 1)
+    return _score(float(deviation), "background")
 
 
-def render_errors(frames: ndarray, found: Found, far: ndarray) -> Errors:
-    """Renders what was found in the world's own colours, and compares."""
-    tones = found.backdrop.name.split(" over ")
+def render_errors(frames: ndarray, detections: Detections, far: ndarray) -> Errors:
+    """Render the detections in the world's colours and compare."""
+    backdrop, tracks = detections.backdrop, detections.tracks
+    tones = backdrop.name.split(" over ")
     top, bottom = GROUND_COLOURS[tones[0]], GROUND_COLOURS[tones[-1]]
-    order = list(range(len(found.tracks)))
-    front = in_front(found.tracks)
-    order.sort(
-        key=lambda index: sum(index in pair and first == index for pair, first in front.items())
-    )
+    front = in_front(tracks)
+
+    def times_in_front(index: int) -> int:
+        return sum(index in pair and first == index for pair, first in front.items())
+
     layers = [
         Layer(
-            track.shape,
-            OBJECT_COLOURS[track.colour],
-            track.position,
-            track.radius * track.present,
-            track.angle,
+            track.shape, OBJECT_COLOURS[track.colour], track.position,
+            track.radius * track.present, track.angle,
         )
-        for track in (found.tracks[index] for index in order)
-    ]
-    drawn = draw(draw_ground(top, bottom, found.backdrop.split, found.size), layers, found.frames)
+        for track in (tracks[index] for index in sorted(range(len(tracks)), key=times_in_front))
+    ]  # fmt: skip
+    ground = draw_ground(top, bottom, backdrop.split, detections.size)
+    drawn = draw(ground, layers, detections.frames)
     off = np.abs(frames.astype(np.int16) - drawn).sum(axis=-1) / np.float32(3)
     area = far.sum(axis=(1, 2))
-    known = np.logical_and.reduce([track.clean | ~track.present for track in found.tracks]) & (
-        area < far[0].size
-    )
+    clean = np.logical_and.reduce([track.clean | ~track.present for track in tracks])
+    known = clean & (area < far[0].size)
     near = (off * ~far).sum(axis=(1, 2)) / np.maximum(far[0].size - area, 1)
-    ground = np.sqrt((off**2 * far).sum(axis=(1, 2)) / np.maximum(area, 1))
-    return Errors(np.where(known, near, np.nan), ground)
+    away = np.sqrt((off**2 * far).sum(axis=(1, 2)) / np.maximum(area, 1))
+    return Errors(np.where(known, near, np.nan), away)
 
 
 def _mean(values: ndarray, instead: float = 0.0) -> float:
@@ -213,51 +202,44 @@ def _imaging(errors: Errors) -> float:
     return 0.5 * objects + 0.5 * _score(_mean(errors.ground), "ground")
 
 
-def _dynamic(found: Found) -> float:
-    """Mean over windows of the clearest change of any object, 1 from what the world's slowest
-    motions show."""
-    starts = range(0, max(found.frames - WINDOW, 0) + 1, WINDOW // 2)
+def _dynamic(detections: Detections) -> float:
+    """Score each window's clearest change of any object; the world's slowest motions score 1."""
+    starts = range(0, max(detections.frames - WINDOW, 0) + 1, WINDOW // 2)
     cues = []
-    for track in found.tracks:
+    for track in detections.tracks:
         size = track.radius / np.median(track.radius)
-        changes = (
-            64 * track.position,
-            *(values[:, None] for values in (size, track.angle, track.lost)),
-        )
+        scalars = [values[:, None] for values in (size, track.angle, track.lost)]
+        changes = (64 * track.position, *scalars)
         for values, enough, noise in zip(changes, ENOUGH, NOISE, strict=True):
             mean = (values[:-2] + values[1:-1] + values[2:]) / 3 if len(values) > 2 else values
-            spans = [
-                float(np.ptp(mean[start : start + WINDOW - 2], axis=0).max()) for start in starts
-            ]
+            windows = (mean[start : start + WINDOW - 2] for start in starts)
+            spans = [float(np.ptp(window, axis=0).max()) for window in windows]
             cues.append((np.array(spans) - noise) / (enough - noise))
     return 100 * float(np.clip(np.max(cues, axis=0), 0, 1).mean())
 
 
-def _drift(found: Found, errors: Errors) -> float:
-    """The first chunk against the last: colours, distance from the world, and which objects are
-    there."""
+def _drift(detections: Detections, errors: Errors) -> float:
+    """Score the last chunk against the first: colours, errors, and which objects are present."""
     first, last = slice(0, FIRST), slice(-LAST, None)
-    tones = found.backdrop.tones
-    change = [
-        float(np.linalg.norm(tones[last].mean(axis=0) - tones[first].mean(axis=0), axis=1).mean())
-    ]
-    kept = []
-    for track in found.tracks:
-        change.append(
-            _mean(np.linalg.norm(_colour(track, last) - _colour(track, first), keepdims=True))
-        )
+    tones = detections.backdrop.tones
+    step = tones[last].mean(axis=0) - tones[first].mean(axis=0)
+    change = [float(np.linalg.norm(step, axis=1).mean())]
+    presence = []
+    for track in detections.tracks:
+        step = _colour(track, last) - _colour(track, first)
+        change.append(_mean(np.linalg.norm(step, keepdims=True)))
         seen = track.present | track.hidden
-        kept.append(1 - abs(float(seen[last].mean()) - float(seen[first].mean())))
-    parts = [part for part in (errors.objects, errors.ground) if _known(part, first, last)]
-    worse = max(_mean(part[last]) - _mean(part[first]) for part in parts)
-    return float(np.mean(kept)) * _score(float(np.mean(change)) + max(worse, 0.0), "drift")
+        presence.append(1 - abs(float(seen[last].mean()) - float(seen[first].mean())))
+    known = [each for each in (errors.objects, errors.ground) if _known(each, first, last)]
+    worse = max(_mean(each[last]) - _mean(each[first]) for each in known)
+    return float(np.mean(presence)) * _score(float(np.mean(change)) + max(worse, 0.0), "drift")
 
 
-def _known(values: ndarray, *parts: slice) -> bool:
-    return all((~np.isnan(values[part])).any() for part in parts)
+def _known(values: ndarray, *spans: slice) -> bool:
+    return all((~np.isnan(values[span])).any() for span in spans)
 
 
-def _colour(track: Track, part: slice) -> ndarray:
-    """Mean colour over a part of the clip; NaN where the object is not seen as a whole there."""
-    colours = track.rgb[part][track.clean[part]]
+def _colour(track: Track, span: slice) -> ndarray:
+    """Average the colour over some frames; NaN if the object is never seen alone in them."""
+    colours = track.rgb[span][track.clean[span]]
     return colours.mean(axis=0) if len(colours) else np.full(3, np.nan)

@@ -1,5 +1,4 @@
-"""Pixels to blobs: the ground of every frame, and the connected regions of each object colour over
-it.
+"""Segment frames: the ground, and the connected regions (blobs) of each object colour.
 
 F frames, S frame side in pixels, N pixels that belong to a blob, B blobs of all frames together.
 """
@@ -12,37 +11,34 @@ from numpy import ndarray
 from ..palette import GROUND_COLOURS, OBJECT_COLOURS, table
 from ..render import lower_share
 
-CONTRAST = (
-    40  # levels from the ground, over three channels, from which a pixel belongs to an object
-)
+# Areas are in pixels at 64×64.
+CONTRAST = 40  # levels from the ground, over three channels, from which a pixel is an object's
 TWO_TONES = 30  # levels between the tones of a ground that has two
-CORE = 8  # pixels of one colour, at 64×64, from which a frame is said to have that colour
-SLIVER = 8  # frames
-SPECK = 4  # pixels at 64×64: a region of fewer is noise
-SMALLEST = 14  # pixels at 64×64; what is smaller and touches nothing is no object
-ORDERS = (3, 4, 5)  # angular harmonics that tell the shapes apart
+CORE = 8  # smallest core of a colour that counts as present
+SLIVER = 8  # frames around one with a core, in which a colour may appear without one
+SPECK = 4  # smaller regions are noise
+SMALLEST = 14  # smaller blobs that touch no other are no objects
+ORDERS = (3, 4, 5)  # angular harmonics that distinguish the shapes
 COLOURS = tuple(OBJECT_COLOURS)
 
 
 @dataclass(frozen=True, slots=True)
 class Backdrop:
-    """The ground as found: its name, where its upper tone ends (in frame sides), and its tones by
-    frame."""
+    """The detected ground: its name, the end of its upper tone in frame sides, tones by frame."""
 
     name: str
     split: float
     tones: ndarray  # [F, 2, 3], upper and lower, in 0–255
 
     def rows(self, size: int) -> ndarray:
-        """Colour by frame and row, float32 [F, size, 3]."""
+        """Return the colour by frame and row, float32 [F, size, 3]."""
         share = lower_share(self.split, size)
         return (self.tones[:, :1] * (1 - share) + self.tones[:, 1:] * share).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Blobs:
-    """Connected regions of one colour. Lengths are in pixels; `area` weighs pixels by how much is
-    covered."""
+    """Connected regions of one colour; lengths in pixels, `area` weighted by coverage."""
 
     frame: ndarray  # [B]
     colour: ndarray  # [B], index into COLOURS
@@ -51,16 +47,15 @@ class Blobs:
     rgb: ndarray  # [B, 3], of the inner pixels
     spread: ndarray  # [B], second moment over that of a disc of this area, times 1/2
     harmonics: ndarray  # [B, 3], complex: mean of (z / radius)^k over the region, for k of ORDERS
-    touching: ndarray  # [B], whether a blob of another colour is next to it
+    touching: ndarray  # [B], next to a blob of another colour
 
     def pick(self, chosen: ndarray) -> "Blobs":
-        """Those that the index or mask chooses."""
+        """Select blobs by index or mask."""
         return Blobs(*(getattr(self, field)[chosen] for field in self.__slots__))
 
 
 def find_backdrop(frames: ndarray) -> Backdrop:
-    """The ground, from the frame's outermost two columns and rows, which objects hardly ever
-    reach."""
+    """Detect the ground from the outermost two rows and columns, which objects rarely reach."""
     size = frames.shape[1]
     columns = frames[:, :, (0, 1, -2, -1)]  # [F, S, 4, 3]
     profile = np.median(columns.reshape(len(frames), size, -1, 3), axis=(0, 2))  # [S, 3]
@@ -76,7 +71,7 @@ def find_backdrop(frames: ndarray) -> Backdrop:
     lower = np.concatenate(
         [columns[:, place + 3 :].reshape(len(frames), -1, 3), ring[:, 2 * size :]], axis=1
     )
-    tones = np.stack([np.median(part, axis=1) for part in (upper, lower)], axis=1)
+    tones = np.stack([np.median(half, axis=1) for half in (upper, lower)], axis=1)
     top, bottom = np.median(tones, axis=0)
     step = bottom - top
     if np.linalg.norm(step) < TWO_TONES:
@@ -92,14 +87,13 @@ def _nearest_tone(rgb: ndarray) -> str:
 
 
 def _next_to(labels: ndarray) -> list[ndarray]:
-    """The labels of the pixels left, right, above and below; 0 outside the frame."""
+    """Return the labels left, right, above and below each pixel; 0 outside the frame."""
     around = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
     return [around[:, 1:-1, :-2], around[:, 1:-1, 2:], around[:, :-2, 1:-1], around[:, 2:, 1:-1]]
 
 
 def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
-    """Squared distance of each pixel to each colour mixed with its ground, at least 0.1 of the
-    colour: [N, 7]."""
+    """Return each pixel's squared distance [N, 7] to ground mixed with at least 0.1 of a colour."""
     step = table(OBJECT_COLOURS)[:, None] - ground  # [7, N, 3]
     along, length = np.einsum("cnk,nk->cn", step, off_ground), np.einsum("cnk,cnk->cn", step, step)
     mix = np.clip(along / length, 0.1, 1)
@@ -107,15 +101,17 @@ def _mismatch(off_ground: ndarray, ground: ndarray) -> ndarray:
 
 
 def _about(present: ndarray) -> ndarray:
-    """What is present within SLIVER frames: [F, 7]. A sliver that sticks out behind another object
-    has no core."""
+    """Return the colours present within SLIVER frames [F, 7], as slivers have no core."""
     padded = np.pad(present, ((SLIVER, SLIVER), (0, 0)))
     return np.lib.stride_tricks.sliding_window_view(padded, 2 * SLIVER + 1, axis=0).any(axis=-1)
 
 
 def label_pixels(frames: ndarray, off_ground: ndarray, rows: ndarray) -> tuple[ndarray, ndarray]:
-    """Colours by pixel, uint8 [F, S, S] (0 ground, 1 + index of colour), and as the clip has them,
-    float [F, 7, 3]."""
+    """Label pixels by colour.
+
+    Returns uint8 [F, S, S], 0 for ground and 1 + index of the colour, and the clip's mean colours,
+    float [F, 7, 3].
+    """
     count, size = frames.shape[:2]
     distance = np.sqrt(np.einsum("fyxk,fyxk->fyx", off_ground, off_ground))
     where = np.nonzero(distance > CONTRAST)
@@ -128,14 +124,15 @@ def label_pixels(frames: ndarray, off_ground: ndarray, rows: ndarray) -> tuple[n
     present = _about(cores >= CORE * (size / 64) ** 2)
     mismatch[~present[where[0]]] = np.inf
     labels[where] = np.where(present.any(axis=1)[where[0]], mismatch.argmin(axis=1) + 1, 0)
-    return labels, _colours(
-        frames[where][inner].astype(np.float32), distance[where][inner], key, count
-    )
+    pixels = frames[where][inner].astype(np.float32)
+    return labels, _colours(pixels, distance[where][inner], key, count)
 
 
 def _colours(pixels: ndarray, weight: ndarray, key: ndarray, count: int) -> ndarray:
-    """Mean colour by frame and label, of the pixels farthest from the ground above all; the
-    palette's where none."""
+    """Average pixels by frame and label, weighted to those farthest from the ground.
+
+    Labels without pixels have the palette's colour.
+    """
     weight = (weight / 255).astype(np.float64) ** 8
     slots = count * len(COLOURS)
     total = np.bincount(key, weight, slots)
@@ -149,7 +146,7 @@ def _colours(pixels: ndarray, weight: ndarray, key: ndarray, count: int) -> ndar
 
 
 def components(labels: ndarray) -> ndarray:
-    """Connected regions (by side) of one label within a frame: int [F, S, S], −1 on the ground."""
+    """Number the 4-connected regions of one label in a frame: int [F, S, S], −1 on the ground."""
     flat = labels.reshape(-1, labels.shape[-1])
     starts = np.ones(flat.shape, dtype=bool)
     starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
@@ -168,53 +165,47 @@ def components(labels: ndarray) -> ndarray:
 
 
 def _regions(labels: ndarray) -> tuple[ndarray, ndarray]:
-    """Connected regions without specks, with the rim of a pixel that the ground mixes into: numbers
-    [F, S, S], −1 on the ground, and labels.
+    """Number connected regions without specks; returns numbers [F, S, S] and labels.
+
+    They are grown by the one-pixel rim that the ground mixes into; −1 is ground.
     """
     name = components(labels)
     pixels = np.bincount(name[name >= 0], minlength=1)
     name[(name >= 0) & (pixels[name] < SPECK * (labels.shape[1] / 64) ** 2)] = -1
-    colour = np.zeros(len(pixels) + 1, dtype=np.uint8)  # of each region; the last is the ground's
+    colour = np.zeros(len(pixels) + 1, dtype=np.uint8)  # by region; the last is the ground's
     colour[name[name >= 0]] = labels[name >= 0]
     name = np.where(name < 0, np.maximum.reduce(_next_to(name + 1)) - 1, name)
     return name, colour[name]
 
 
 def find_blobs(frames: ndarray, backdrop: Backdrop) -> Blobs:
-    """The blobs of uint8 frames [F, S, S, 3]; parts of one colour that another splits are one
-    blob."""
+    """Find the blobs of uint8 frames [F, S, S, 3]; regions of one colour that touch others join."""
     size = frames.shape[1]
     rows = backdrop.rows(size)
     off_ground = frames - rows[:, :, None]
     labels, colours = label_pixels(frames, off_ground, rows)
     name, labels = _regions(labels)
     where = np.nonzero(labels)
-    touch = np.logical_or.reduce([(side != labels) & (side > 0) for side in _next_to(labels)])[
-        where
-    ]
+    touching = [(side != labels) & (side > 0) for side in _next_to(labels)]
+    touch = np.logical_or.reduce(touching)[where]
     name, label = name[where], labels[where].astype(np.int64) - 1
     touched = np.zeros(name.max(initial=0) + 1, dtype=bool)
     touched[name[touch]] = True
     joined = len(touched) + where[0] * len(COLOURS) + label
     _, name = np.unique(np.where(touched[name], joined, name), return_inverse=True)
     step = colours[where[0], label] - rows[where[:2]]
-    alpha = np.einsum("nk,nk->n", step, off_ground[where]) / np.maximum(
-        np.einsum("nk,nk->n", step, step), 1
-    )
-    blobs = _measure(name, where, np.clip(alpha, 0, 1), label, colours, touch)
-    kept = (blobs.area >= SMALLEST * (size / 64) ** 2) | (blobs.touching & (blobs.area > 2))
-    return blobs.pick(kept)
+    along, length = (np.einsum("nk,nk->n", step, other) for other in (off_ground[where], step))
+    alpha = np.clip(along / np.maximum(length, 1), 0, 1)
+    blobs = _measure(name, where, alpha, label, colours, touch)
+    large = blobs.area >= SMALLEST * (size / 64) ** 2
+    return blobs.pick(large | (blobs.touching & (blobs.area > 2)))
 
 
 def _measure(
-    name: ndarray,
-    where: tuple[ndarray, ...],
-    alpha: ndarray,
-    label: ndarray,
-    colours: ndarray,
+    name: ndarray, where: tuple[ndarray, ...], alpha: ndarray, label: ndarray, colours: ndarray,
     touch: ndarray,
-) -> Blobs:
-    """Moments of the blobs, from their pixels' blob number, place, cover and label."""
+) -> Blobs:  # fmt: skip
+    """Compute the blobs' moments from their pixels' blob number, place, coverage and label."""
 
     def total(values: ndarray) -> ndarray:
         return np.bincount(name, values)

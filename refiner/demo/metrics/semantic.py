@@ -1,5 +1,4 @@
-"""Semantic rows: whether a clip holds what its caption states. Each is 0–100; what is not stated is
-not asked."""
+"""Semantic rows: does a clip show what its caption states? 0–100 each, for stated facts only."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -9,17 +8,16 @@ import numpy as np
 from ..captions import Caption, Stated
 from ..world import SIZES
 from .action import Action, see_action
-from .track import Found, Track, in_front
+from .track import Detections, Track, in_front
 
-START = 12  # frames over which the relation at the start is seen
-# of the two radii together: how far centres lie apart along an axis for left, right, above, below
-APART = 0.6
+START = 12  # first frames, over which a relation in space is measured
+APART = 0.6  # distance of centres along an axis for a relation, in sums of the two radii
 SIZE_LIMIT = float(np.sqrt(SIZES["small"][1] * SIZES["large"][0]))  # radius in frame sides
 
 
 @dataclass(frozen=True, slots=True)
 class Semantic:
-    """How much of what the caption states is there, 0–100; relation is NaN where none is stated."""
+    """The semantic rows, 0–100; relation is NaN if none is stated."""
 
     object: float  # shapes, and sizes where stated: half for a right shape of the wrong size
     colour: float  # of the objects, and of the ground where stated
@@ -29,13 +27,12 @@ class Semantic:
 
 
 def seen_size(track: Track) -> str:
-    """Small or large, halfway (as a ratio) between the world's two."""
+    """Return small or large, split at the geometric mean of the world's two ranges."""
     return "large" if np.median(track.radius[track.known]) > SIZE_LIMIT else "small"
 
 
 def match(caption: Caption, tracks: tuple[Track, ...], actions: list[Action]) -> list[int | None]:
-    """Which track is which stated object: by shape first, then colour, then motion; None where
-    there is none."""
+    """Assign a track to each stated object, by shape, then colour, then motion; None if missing."""
     places = [*range(len(tracks)), *[None] * len(caption.objects)]
 
     def worth(chosen: tuple[int | None, ...]) -> int:
@@ -48,38 +45,34 @@ def match(caption: Caption, tracks: tuple[Track, ...], actions: list[Action]) ->
         )
 
     longest = sorted(places[: len(tracks)], key=lambda index: -tracks[index].present.sum())[:4]
-    return list(
-        max(permutations([*longest, *places[len(tracks) :]], len(caption.objects)), key=worth)
-    )
+    candidates = permutations([*longest, *places[len(tracks) :]], len(caption.objects))
+    return list(max(candidates, key=worth))
 
 
-def semantic_rows(found: Found, caption: Caption) -> Semantic:
-    """The semantic rows of a clip for a caption."""
-    actions = [see_action(track) for track in found.tracks]
-    chosen = match(caption, found.tracks, actions)
+def semantic_rows(detections: Detections, caption: Caption) -> Semantic:
+    """Score a clip's detections against a caption."""
+    tracks = detections.tracks
+    actions = [see_action(track) for track in tracks]
+    chosen = match(caption, tracks, actions)
     pairs = [
-        (
-            stated,
-            found.tracks[index] if index is not None else None,
-            actions[index] if index is not None else None,
-        )
+        (stated, None, None) if index is None else (stated, tracks[index], actions[index])
         for stated, index in zip(caption.objects, chosen, strict=True)
     ]
     colours = [
         float(track is not None and track.colour == stated.colour) for stated, track, _ in pairs
     ]
     if caption.ground:
-        colours.append(float(found.backdrop.name == caption.ground))
-    seen = sum((track.present | track.hidden).astype(int) for track in found.tracks) + np.zeros(
-        found.frames
-    )
+        colours.append(float(detections.backdrop.name == caption.ground))
+    there = [(track.present | track.hidden).astype(int) for track in tracks]
+    seen = sum(there) + np.zeros(detections.frames)
+    relation = np.nan
+    if caption.relation:
+        relation = 100 * float(_relation(caption.relation, chosen, tracks))
     return Semantic(
         object=100 * float(np.mean([_object(stated, track) for stated, track, _ in pairs])),
         colour=100 * float(np.mean(colours)),
         count=100 * float((seen == len(caption.objects)).mean()),
-        relation=100 * float(_relation(caption.relation, chosen, found.tracks))
-        if caption.relation
-        else np.nan,
+        relation=relation,
         action=100 * float(np.mean([_action(stated, action) for stated, _, action in pairs])),
     )
 
@@ -93,17 +86,16 @@ def _object(stated: Stated, track: Track | None) -> float:
 def _action(stated: Stated, action: Action | None) -> float:
     if action is None or action.kind != stated.motion:
         return 0.0
-    parts = [1.0]
+    marks = [1.0]
     if stated.direction:
-        parts.append(float(action.direction == stated.direction))
+        marks.append(float(action.direction == stated.direction))
     if stated.speed:
-        parts.append(float(action.speed == stated.speed))
-    return sum(parts) / len(parts)
+        marks.append(float(action.speed == stated.speed))
+    return sum(marks) / len(marks)
 
 
 def _relation(relation: str, chosen: list[int | None], tracks: tuple[Track, ...]) -> bool:
-    """Whether the first stated object lies so to the second: in the first frames, or in depth where
-    they meet."""
+    """Return whether the relation holds: in the first frames, or in depth where objects meet."""
     if None in chosen:
         return False
     first, second = (tracks[index] for index in chosen)

@@ -1,4 +1,4 @@
-"""Scores of many clips to a table: means, totals as VBench weighs them, and bootstrap intervals."""
+"""Tables of many clips' scores: means, totals weighted as in VBench, bootstrap intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,39 +12,37 @@ DYNAMIC_WEIGHT = 0.5  # of dynamic among the quality rows, as in VBench
 TOTALS = ("quality", "semantic", "total")
 RESAMPLES = 2000
 LEVEL = 0.95
+TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # quantiles of an interval's ends
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean, and the ends of its 95 % bootstrap interval."""
+    """A mean with its 95 % bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return (
-            "–" if np.isnan(self.mean) else f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
-        )
+        if np.isnan(self.mean):
+            return "–"
+        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
 
 
 def resampled_interval(values: ndarray, statistic: Callable[[ndarray], float]) -> Interval:
-    """A statistic of values [n, …], and its 95 % bootstrap interval over them."""
+    """Return a statistic of values [n, …] with its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(
-        [statistic(values[rows]) for rows in drawn], ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    )
+    low, high = np.quantile([statistic(values[rows]) for rows in drawn], TAILS)
     return Interval(float(statistic(values)), float(low), float(high))
 
 
-Summary = dict[str, Interval]  # by row: those of ROWS, then of TOTALS
+Summary = dict[str, Interval]  # by row, in the order of ROWS, then TOTALS
 
 
 def with_totals(means: ndarray) -> ndarray:
-    """Row means [..., 12] with quality, semantic and total = (4 · quality + semantic) / 5 after
-    them: [..., 15].
+    """Append quality, semantic and total to row means: [..., 12] to [..., 15].
 
-    A row that no clip has (NaN) is left out of its mean.
+    total = (4 · quality + semantic) / 5. Rows that no clip has (NaN) do not count.
     """
     weights = np.where(np.array(ROWS) == "dynamic", DYNAMIC_WEIGHT, 1.0)
     there = ~np.isnan(means)
@@ -53,16 +51,15 @@ def with_totals(means: ndarray) -> ndarray:
         chosen = weights * np.isin(ROWS, names) * there
         totals.append((np.nan_to_num(means) * chosen).sum(axis=-1) / chosen.sum(axis=-1))
     quality, semantic = totals
-    return np.concatenate(
-        [means, np.stack([quality, semantic, (4 * quality + semantic) / 5], axis=-1)], axis=-1
-    )
+    totals.append((4 * quality + semantic) / 5)
+    return np.concatenate([means, np.stack(totals, axis=-1)], axis=-1)
 
 
 def _resampled(scores: Sequence[ClipScores], groups: Sequence[int] | None) -> ndarray:
-    """Means and totals of all clips, then of each resample of them: [1 + RESAMPLES, 15].
+    """Return means and totals of all clips, then of each resample: [1 + RESAMPLES, 15].
 
-    Clips of one group, as of one caption, are drawn together. The draws depend on the number of
-    groups alone, so two sets of scores of the same clips are resampled alike.
+    Groups, as of a caption's clips, are drawn as a whole. The draws depend on the number of groups
+    alone, so paired sets of scores are resampled alike.
     """
     if not scores:
         raise ValueError("no scores: evaluate at least one clip")
@@ -81,21 +78,19 @@ def _resampled(scores: Sequence[ClipScores], groups: Sequence[int] | None) -> nd
 
 
 def _summary(draws: ndarray) -> Summary:
-    found = {}
+    summary = {}
     for name, column in zip((*ROWS, *TOTALS), draws.T, strict=True):
         known = column[1:][~np.isnan(column[1:])]
-        low, high = (
-            np.quantile(known, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-            if len(known)
-            else (np.nan, np.nan)
-        )
-        found[name] = Interval(float(column[0]), float(low), float(high))
-    return found
+        low, high = np.quantile(known, TAILS) if len(known) else (np.nan, np.nan)
+        summary[name] = Interval(float(column[0]), float(low), float(high))
+    return summary
 
 
 def summarise(scores: Sequence[ClipScores], groups: Sequence[int] | None = None) -> Summary:
-    """Means with intervals of every row and total. `groups` names the caption of each clip where it
-    has several."""
+    """Return every row's and total's mean with its interval.
+
+    `groups` holds each clip's caption number; None: every clip is its own group.
+    """
     return _summary(_resampled(scores, groups))
 
 
@@ -104,32 +99,28 @@ def paired_difference(
     baseline: Sequence[ClipScores],
     groups: Sequence[int] | None = None,
 ) -> Summary:
-    """What `scores` gain over `baseline`, clip by clip of the same captions; ValueError for unequal
-    numbers."""
+    """Return the gain of `scores` over `baseline`, clip by clip; ValueError for unequal numbers."""
     if len(scores) != len(baseline):
         raise ValueError(
-            f"{len(scores)} clips against {len(baseline)}: a paired difference needs the same captions"
+            f"{len(scores)} clips against {len(baseline)}:"
+            " a paired difference needs the same captions"
         )
     return _summary(_resampled(scores, groups) - _resampled(baseline, groups))
 
 
 def format_table(columns: Mapping[str, Summary]) -> str:
-    """A Markdown table, aligned as plain text too: a line a row, a column a summary."""
-    names = (*SEMANTIC, *QUALITY, *TOTALS)
-    lines = [
-        ["row", *columns],
-        *[[name, *(str(column[name]) for column in columns.values())] for name in names],
-    ]
+    """Format summaries as the columns of a Markdown table."""
+    lines = [["row", *columns]]
+    for name in (*SEMANTIC, *QUALITY, *TOTALS):
+        lines.append([name, *(str(column[name]) for column in columns.values())])
     return aligned(lines)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells, whose first line is the heading, aligned as plain text too."""
+    """Format lines of cells, the heading first, as a Markdown table padded for plain text."""
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    whole = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in whole
-    )
+    rows = []
+    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)

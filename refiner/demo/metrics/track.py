@@ -1,5 +1,4 @@
-"""Blobs to tracks: which object is which over time, also behind another, and what each is by
-frame."""
+"""Link blobs to tracks: objects over time, also while another hides them."""
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -13,39 +12,36 @@ from ..shapes import SHAPES
 from .classify import NAMES, angles, shape_distances
 from .segment import COLOURS, Backdrop, Blobs, find_backdrop, find_blobs
 
-NEAR = (
-    10 / 64
-)  # frame sides between two frames, up to which a blob of another colour is still the same object
-PASSING = 3  # frames: blobs that last no longer are no objects
-BRIEF = 0.05  # of the frames, likewise
-WHOLE = 0.08  # of an object's cover, which a measurement may miss next to another object
+NEAR = 10 / 64  # largest step, in frame sides, of an object whose blob changes colour
+PASSING = 3  # frames; shorter chains of blobs are no objects
+BRIEF = 0.05  # share of the frames, likewise
+WHOLE = 0.08  # share of its area that an object next to another may lack and still be measured
 ALIKE = 0.5  # in units of shape_distances
 BLEND = 60  # pixels at 64×64, smaller than the world's smallest object
-HIDES = 0.12  # of an object's cover, lost to the other on average, from which one is behind
+HIDES = 0.12  # share of its area that an object loses when it is behind another
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One object by frame. Positions and radii are in frame sides; they and angles are interpolated
-    where not known."""
+    """An object by frame. Positions and radii, in frame sides, and angles are interpolated."""
 
     shape: str
     colour: str
-    present: ndarray  # [F], something of it is seen
-    clean: ndarray  # [F], seen and next to no other object, so that its looks can be measured
-    known: ndarray  # [F], seen as a whole, so that its place and size can be measured
-    hidden: ndarray  # [F], not seen because another is in front of it
+    present: ndarray  # [F], visible at least in part
+    clean: ndarray  # [F], visible and touching no other object: its looks can be measured
+    known: ndarray  # [F], visible as a whole: its position and size can be measured
+    hidden: ndarray  # [F], invisible behind another object
     position: ndarray  # [F, 2]
     radius: ndarray  # [F]
-    angle: ndarray  # [F], radians, without jumps; 0 where no turn can be seen
-    rgb: ndarray  # [F, 3], NaN where it is not seen
-    same_shape: ndarray  # [F], where clean: its looks are this shape's rather than another's
-    lost: ndarray  # [F], of its cover, next to another object; 0 where clean
+    angle: ndarray  # [F], radians, unwrapped; 0 for shapes without a visible angle
+    rgb: ndarray  # [F, 3], NaN where invisible
+    same_shape: ndarray  # [F], where clean: the blob looks like `shape`
+    lost: ndarray  # [F], share of its area hidden next to another object; 0 where clean
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a clip is found to hold."""
+class Detections:
+    """The ground and objects detected in a clip."""
 
     frames: int
     size: int
@@ -53,17 +49,16 @@ class Found:
     tracks: tuple[Track, ...]
 
 
-def find(frames: ndarray) -> Found:
-    """Ground and objects of uint8 frames [F, S, S, 3]; ValueError for anything else, and for less
-    than a second."""
-    if (
-        frames.dtype != np.uint8
-        or frames.ndim != 4
-        or frames.shape[3] != 3
-        or frames.shape[1] != frames.shape[2]
-    ):
+def find(frames: ndarray) -> Detections:
+    """Detect ground and objects in uint8 frames [F, S, S, 3].
+
+    ValueError for other frames, and for less than a second.
+    """
+    square = frames.ndim == 4 and frames.shape[1] == frames.shape[2] and frames.shape[3] == 3
+    if frames.dtype != np.uint8 or not square:
         raise ValueError(
-            f"frames {frames.dtype} {list(frames.shape)}: give uint8 [F, S, S, 3] with square frames"
+            f"frames {frames.dtype} {list(frames.shape)}:"
+            " give uint8 [F, S, S, 3] with square frames"
         )
     if len(frames) < FPS:
         raise ValueError(f"{len(frames)} frames: motion is judged over at least {FPS}, one second")
@@ -75,12 +70,11 @@ def find(frames: ndarray) -> Found:
     chains = [np.array(chain) for chain in link(blobs, frames.shape[1]) if len(chain) > least]
     chains = [chain for chain in chains if not _blend(blobs, chain, frames.shape[1])]
     tracks = [_track(blobs, distances, chain, len(frames), frames.shape[1]) for chain in chains]
-    return Found(len(frames), frames.shape[1], backdrop, tuple(tracks))
+    return Detections(len(frames), frames.shape[1], backdrop, tuple(tracks))
 
 
 def link(blobs: Blobs, size: int) -> list[list[int]]:
-    """Blob indices of each object in order of time: the same colour first, then what is near;
-    however far it jumps."""
+    """Chain blob indices over time: blobs of one colour at any distance, then near ones."""
     chains: list[list[int]] = []
     for frame in np.unique(blobs.frame):
         free = list(np.flatnonzero(blobs.frame == frame))
@@ -107,21 +101,19 @@ def link(blobs: Blobs, size: int) -> list[list[int]]:
 
 
 def _blend(blobs: Blobs, chain: ndarray, size: int) -> bool:
-    """Whether it is only the mixed colour between two objects that a blur makes: small, and never
-    by itself."""
-    return bool(
-        blobs.touching[chain].all() and np.median(blobs.area[chain]) < BLEND * (size / 64) ** 2
-    )
+    """Return whether a chain is just mixed colour between blurred objects: small, never alone."""
+    small = np.median(blobs.area[chain]) < BLEND * (size / 64) ** 2
+    return bool(blobs.touching[chain].all() and small)
 
 
 def _spread_out(values: ndarray, at: ndarray, frames: int) -> ndarray:
-    """Values known at some frames, linear between them: [F] or [F, k]."""
+    """Interpolate values known at some frames linearly to all: [F] or [F, k]."""
     columns = [np.interp(np.arange(frames), at, column) for column in np.atleast_2d(values.T)]
     return np.stack(columns, axis=-1) if values.ndim == 2 else columns[0]
 
 
 def _hidden(present: ndarray, touching: ndarray) -> ndarray:
-    """Gaps that begin and end next to another object."""
+    """Return the gaps [F] that begin and end next to another object."""
     hidden = np.zeros(len(present), dtype=bool)
     seen = np.flatnonzero(present)
     for before, after in pairwise(seen):
@@ -140,9 +132,8 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
     lost = np.zeros(frames)
     lost[at] = np.where(touching, 1 - blobs.area[chain] / full[at], 0)
     whole = ~touching | (np.abs(lost[at]) < WHOLE)
-    whole = (
-        whole if whole.any() else np.ones(len(chain), dtype=bool)
-    )  # never seen by itself: take it as it is
+    if not whole.any():  # never seen alone: use all frames
+        whole = np.ones(len(chain), dtype=bool)
     apart = apart if not (apart & ~whole).any() else whole
     shape = NAMES[int(np.minimum(distances[chain[apart]], 4).mean(axis=0).argmin())]
     present, clean, known, near = (np.zeros(frames, dtype=bool) for _ in range(4))
@@ -151,8 +142,8 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
     lost[hidden] = 1
     rgb, same = np.full((frames, 3), np.nan), np.zeros(frames, dtype=bool)
     rgb[at] = blobs.rgb[chain]
-    own = distances[chain[apart], NAMES.index(shape)]
-    same[at[apart]] = own <= distances[chain[apart]].min(axis=1) + ALIKE
+    to_shape = distances[chain[apart], NAMES.index(shape)]
+    same[at[apart]] = to_shape <= distances[chain[apart]].min(axis=1) + ALIKE
     good, good_at = chain[whole], at[whole]
     turned = angles(blobs.pick(good), shape)
     turned = np.unwrap(turned, period=2 * np.pi / (SHAPES[shape].symmetry or 1))
@@ -174,14 +165,12 @@ def _track(blobs: Blobs, distances: ndarray, chain: ndarray, frames: int, size: 
 
 
 def in_front(tracks: tuple[Track, ...]) -> dict[tuple[int, int], int]:
-    """For every two tracks (by index) that come so near that one hides the other, which of them is
-    in front."""
+    """Return the index of the front track for every pair of which one hides the other."""
     front = {}
     for one, other in combinations(range(len(tracks)), 2):
-        both = (tracks[one].lost != 0) | (tracks[other].lost != 0)
-        losses = [
-            float(np.clip(tracks[index].lost[both], 0, 1).max(initial=0)) for index in (one, other)
-        ]
+        lost = tracks[one].lost, tracks[other].lost
+        both = (lost[0] != 0) | (lost[1] != 0)
+        losses = [float(np.clip(each[both], 0, 1).max(initial=0)) for each in lost]
         if max(losses) > HIDES and max(losses) > 1.5 * min(losses):
             front[one, other] = one if losses[0] < losses[1] else other
     return front

@@ -1,2 +1,1 @@
-"""How the bundled models are trained: one stage a file, over one loop that can be killed and
-continued."""
+"""Training recipes of the bundled models: one stage per file, over one resumable loop."""

@@ -1,5 +1,4 @@
-"""Captions that are false of a clip by one word, and clips that are false of a caption by one
-thing."""
+"""Captions that are wrong about a clip in one attribute, and clips that differ in one."""
 
 from dataclasses import replace
 
@@ -15,14 +14,12 @@ from ..world import SIZES
 
 OPPOSITE = {"left": "right", "above": "below", "behind": "front"}
 OPPOSITE |= {value: key for key, value in OPPOSITE.items()}
-MIDDLE = (0.35, 0.65)  # where what begins to swing or orbit is put, in frame sides
-Change = tuple[
-    int, str, str
-]  # which object (or -1: the caption), which attribute, and its new value
+MIDDLE = (0.35, 0.65)  # range of a new swing's or orbit's centre, in frame sides
+Change = tuple[int, str, str]  # object (-1: the caption), attribute, new value
 
 
 def changes(caption: Caption) -> list[Change]:
-    """List every change of one stated thing; each makes a true caption false."""
+    """List every change of one stated attribute; each makes a true caption false."""
     possible = [(-1, "ground", other) for other in GROUNDS if caption.ground not in (None, other)]
     passing = caption.relation in ("behind", "front")
     if caption.relation:
@@ -62,7 +59,7 @@ def changes(caption: Caption) -> list[Change]:
 def draw_change(
     caption: Caption, rng: Generator, attributes: frozenset[str] | None = None
 ) -> Change | None:
-    """Draw a change, uniformly over the attributes; None where none of `attributes` can change."""
+    """Draw a change, uniformly over the attributes; None if none of `attributes` can change."""
     possible = [
         change for change in changes(caption) if attributes is None or change[1] in attributes
     ]
@@ -75,7 +72,7 @@ def draw_change(
 
 
 def changed(caption: Caption, change: Change, rng: Generator) -> Caption:
-    """The caption with the change, in new words."""
+    """Return the caption with the change, in new words."""
     place, name, value = change
     objects, relation, ground = caption.objects, caption.relation, caption.ground
     if place >= 0:
@@ -102,8 +99,7 @@ def _restated(stated: Stated, name: str, value: str) -> Stated:
 
 
 def twin(scene: Scene, change: Change, caption: Caption, rng: Generator) -> Scene:
-    """The scene with the change, and the caption that is true of it; a relation cannot be changed
-    so."""
+    """Return the scene with the change, which must not be of a relation, and its caption."""
     place, name, value = change
     if name == "ground":
         return replace(scene, ground=Ground(value, scene.ground.split), caption=caption)
@@ -115,7 +111,7 @@ def twin(scene: Scene, change: Change, caption: Caption, rng: Generator) -> Scen
 
 
 def _rebuilt(body: Body, name: str, value: str, rng: Generator) -> Body:
-    """The object with another attribute, where it was unless its new motion needs room."""
+    """Return the object with another attribute, in place unless its new motion needs room."""
     stated = replace(body.stated, **{name: value})
     if name in ("shape", "colour"):
         return replace(body, stated=stated)
@@ -132,15 +128,9 @@ def _rebuilt(body: Body, name: str, value: str, rng: Generator) -> Body:
     rate = float(rng.uniform(*rates[speed])) if rates else 0.0
     reach = float(rng.uniform(*REACH[value])) if value in REACH else 0.0
     phase = float(rng.uniform(0, 2 * np.pi)) if value in REACH else 0.0
-    centre = (
-        tuple(float(np.clip(c, *MIDDLE)) for c in body.centre)
-        if value in ("orbit", "swing")
-        else body.centre
-    )
+    centre = body.centre
+    if value in ("orbit", "swing"):
+        centre = tuple(float(np.clip(c, *MIDDLE)) for c in centre)
     stated = replace(stated, direction=direction, speed=speed)
-    return replace(
-        body,
-        stated=stated,
-        motion=Motion(value, direction, speed, rate, reach, phase),
-        centre=centre,
-    )
+    motion = Motion(value, direction, speed, rate, reach, phase)
+    return replace(body, stated=stated, motion=motion, centre=centre)

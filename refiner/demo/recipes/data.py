@@ -1,4 +1,4 @@
-"""Encoded clips of the world on disk: rendered once, encoded once, then read whole into memory."""
+"""Encoded clips of the world: rendered and encoded once, stored in shards, read into memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,10 @@ from ..captions import Caption, write
 from ..render import clip_batch
 from ..world import sample_scene
 
-SHARD = 64  # clips a file
-AT_ONCE = {"cpu": 4, "cuda": 32}  # clips in one pass of the encoder
+SHARD = 64  # clips per file
+AT_ONCE = {"cpu": 4, "cuda": 32}  # clips per pass of the encoder
 FRAMES = 81
-# times that a clip whose caption tells of a diagonal bounce is drawn for each of another: 1 in 30
-# is one
-DIAGONALS = 3
+DIAGONALS = 3  # weight of clips with a diagonal bounce, which are 1 in 30
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -32,26 +30,24 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_part(shard: int, at_once: int, index: int) -> Tensor:
-    """Pixels [B, 3, F, H, W] of the part `index`, counted over all shards of `shard` clips."""
-    parts = -(-shard // at_once)
-    first, start = index // parts * shard, index % parts * at_once
+    """Render pixels [B, 3, F, H, W] of batch `index`, counted over all shards of `shard` clips."""
+    batches = -(-shard // at_once)
+    first, start = index // batches * shard, index % batches * at_once
     return clip_batch(range(first + start, first + min(start + at_once, shard)), "train", FRAMES)[0]
 
 
 @torch.no_grad()
 def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
-    """Write the first `shards` shards of training clips that are not there yet; seeds 0 … 64·shards
-    − 1."""
+    """Write those of the first `shards` shards that are missing: seeds 0 … 64·shards − 1."""
     folder.mkdir(parents=True, exist_ok=True)
     device = vae.conv1.weight.device
     at_once = AT_ONCE.get(device.type, AT_ONCE["cpu"])
-    parts = -(-SHARD // at_once)
-    rendered = Ahead(partial(shard_part, SHARD, at_once), shards * parts, helpers(device))
-    for number in tqdm(
-        [n for n in range(shards) if not shard_path(folder, n).exists()], unit="shard"
-    ):
+    batches = -(-SHARD // at_once)
+    rendered = Ahead(partial(shard_part, SHARD, at_once), shards * batches, helpers(device))
+    missing = [number for number in range(shards) if not shard_path(folder, number).exists()]
+    for number in tqdm(missing, unit="shard"):
         latents = []
-        for index in range(number * parts, (number + 1) * parts):
+        for index in range(number * batches, (number + 1) * batches):
             with mixed_precision(device):
                 latents.append(vae.encode(rendered(index).to(device)).cpu())
         shard = {"latents": torch.cat(latents).bfloat16()}
@@ -59,7 +55,7 @@ def encode_shards(vae: WanVAE, folder: Path, shards: int) -> None:
 
 
 def times_drawn(caption: Caption) -> int:
-    """How often clips of a caption are drawn, for each time that most are."""
+    """Return the weight of a caption's clips in a draw."""
     return DIAGONALS if any(" " in (one.direction or "") for one in caption.objects) else 1
 
 
@@ -69,43 +65,41 @@ class Clips:
 
     latents: Tensor
     captions: Sequence[Caption]
-    drawn: np.ndarray = field(init=False)  # indices of clips, some more often than others
+    drawn: np.ndarray = field(init=False)  # indices of clips, repeated by their weight
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self,
-            "drawn",
-            np.repeat(np.arange(len(self.latents)), [*map(times_drawn, self.captions)]),
-        )
+        weights = [*map(times_drawn, self.captions)]
+        object.__setattr__(self, "drawn", np.repeat(np.arange(len(self.latents)), weights))
 
     @classmethod
     def read(cls, folder: Path) -> "Clips":
-        """All shards of a folder, in order; ValueError when there is none."""
+        """Read all shards of a folder; ValueError if there are none, or some are missing."""
         paths = sorted(folder.glob("clips_*.safetensors"))
         if not paths or [shard_path(folder, number) for number in range(len(paths))] != paths:
             raise ValueError(
-                f"{folder} holds no unbroken run of encoded clips: make them with `demo train clips`"
+                f"{folder} holds no unbroken run of encoded clips:"
+                " make them with `demo train clips`"
             )
-        parts = []
+        shards = []
         for path in paths:
             with safe_open(path, "pt") as file:
-                parts.append(file.get_tensor("latents"))
-        latents = torch.cat(parts)
+                shards.append(file.get_tensor("latents"))
+        latents = torch.cat(shards)
         return cls(latents, [sample_scene(seed).caption for seed in range(len(latents))])
 
     def batch(
         self, rng: np.random.Generator, count: int, unsaid: float, frames: int | None = None
     ) -> tuple[Tensor, list[str]]:
-        """Latents [B, 16, F, h, w] in bf16, of the first `frames` or all, and a text for each."""
+        """Draw bf16 latents [B, 16, F, h, w], of the first `frames` or all, and their texts."""
         chosen = rng.choice(self.drawn, count)
         return self.latents[torch.from_numpy(chosen), :, :frames], self._texts(chosen, rng, unsaid)
 
     def texts(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Texts of some of the clips."""
+        """Draw texts of clips."""
         return self._texts(rng.choice(self.drawn, count), rng, unsaid=0.0)
 
     def _texts(self, chosen: np.ndarray, rng: np.random.Generator, unsaid: float) -> list[str]:
-        """New words for each caption, or none at all."""
+        """Rewrite each caption in new words, or leave it empty with probability `unsaid`."""
         captions = (self.captions[index] for index in chosen)
         texts = [
             write(caption.objects, caption.relation, caption.ground, rng).text

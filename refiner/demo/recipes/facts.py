@@ -1,5 +1,4 @@
-"""What there is to know of a scene, fact by fact: each object by its colour, which no other has,
-and the ground."""
+"""A scene as a list of facts: attributes of each object, named by its unique colour, and ground."""
 
 from collections.abc import Sequence
 
@@ -30,17 +29,14 @@ PLACE = {fact: place for place, fact in enumerate(FACTS)}
 
 
 def facts_of(objects: Sequence[Stated], ground: str | None) -> tuple[Tensor, Tensor]:
-    """Which facts hold [len(FACTS)], 0 or 1, and which are known, where the objects say what they
-    say.
+    """Return which facts hold and which are known, each [len(FACTS)] of 0 or 1.
 
-    An attribute that is not said of an object is not known of it; of a colour that no object has,
-    nothing holds.
+    An attribute that is not stated of an object is unknown. No fact holds of a colour that no
+    object has.
     """
     holds, known = torch.zeros(len(FACTS)), torch.ones(len(FACTS))
-    said = [(one.colour, name, getattr(one, name)) for one in objects for name in VALUES] + [
-        ("", "ground", ground)
-    ]
-    for colour, name, value in said:
+    stated = [(one.colour, name, getattr(one, name)) for one in objects for name in VALUES]
+    for colour, name, value in [*stated, ("", "ground", ground)]:
         if value is not None:
             holds[PLACE[colour, name, value]] = 1
         else:

@@ -1,8 +1,7 @@
-"""The sprites' text-video reward: clips and captions in one space, told apart from what differs by
-one attribute.
+"""Training of the sprites' text-video reward: contrast against clips that differ in one attribute.
 
-Contrast alone begins slowly, so one linear layer, which is thrown away, reads every fact of the
-scene from both kinds of vectors besides.
+The contrastive loss learns slowly at first, so a linear layer, discarded after training, also
+reads every fact of the scene from both embeddings.
 """
 
 from dataclasses import dataclass
@@ -29,44 +28,43 @@ from .facts import FACTS, facts_of
 SIZE = 64
 VISIBLE = frozenset({"shape", "colour", "motion", "size", "speed", "direction", "ground"})
 ATTRIBUTES = ("shape", "colour", "motion", "size", "speed", "direction", "relation", "ground")
-SHARPEST = 100.0
-RARE = -3.0  # log-odds of a fact at first
-STRETCH = 10.0  # of unit vectors, before facts are read from them
+SHARPEST = 100.0  # largest inverse temperature
+RARE = -3.0  # initial log-odds of a fact
+STRETCH = 10.0  # factor on unit vectors before facts are read from them
 
 
 @dataclass(frozen=True, slots=True)
 class RewardOptions:
-    """Of the recipe. A step takes `batch` scenes and of each a twin that differs by one
-    attribute."""
+    """Options of the recipe. A step takes `batch` scenes, and of each a twin.
+
+    A twin differs in one attribute.
+    """
 
     steps: int = 2500
     batch: int = 32
     learning_rate: float = 1e-3
     ema: float = 0.998
     longest: int = 161  # frames of the video that a clip is taken from
-    noise: float = 0.06  # up to, on frames in 0–1
-    blur: float = 0.7  # up to, share of a 3x3 blur
-    shown: int = 256  # held-out clips that are scored
+    noise: float = 0.06  # largest noise on frames in 0–1
+    blur: float = 0.7  # largest share of a 3x3 blur
+    shown: int = 256  # held-out clips to score
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips [B, F, 3, H, W] in 0–1, when their frames are [B, F], what is true of each, and what is
-    not."""
+    """Clips with a true and a false caption each."""
 
-    frames: Tensor
-    numbers: Tensor
+    frames: Tensor  # [B, F, 3, H, W] in 0–1
+    numbers: Tensor  # [B, F], the frames' indices
     true: list[str]
     false: list[str]
-    seen: tuple[
-        Tensor, Tensor
-    ]  # facts that hold in each clip, and those that are known [B, len(FACTS)]
+    seen: tuple[Tensor, Tensor]  # facts that hold and are known of each clip [B, len(FACTS)]
     said: tuple[Tensor, Tensor]  # the same of each true caption
 
 
 class Reader(nn.Module):
-    """The model under a question for each fact."""
+    """The model with a linear readout of each fact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,14 +73,11 @@ class Reader(nn.Module):
         nn.init.constant_(self.facts.bias, RARE)
 
     def loss_of_facts(self, vectors: Tensor, facts: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy of the known facts, a tenth of their sum."""
-        holds, known = (part.to(vectors.device) for part in facts)
+        """Return a tenth of the known facts' cross-entropy, summed over facts."""
+        holds, known = (tensor.to(vectors.device) for tensor in facts)
         logits = self.facts(STRETCH * vectors).float()
-        return (
-            0.1
-            * F.binary_cross_entropy_with_logits(logits, holds, known, reduction="sum")
-            / len(vectors)
-        )
+        entropy = F.binary_cross_entropy_with_logits(logits, holds, known, reduction="sum")
+        return 0.1 * entropy / len(vectors)
 
 
 class RewardStage(LearnerStage):
@@ -105,56 +100,52 @@ class RewardStage(LearnerStage):
         with mixed_precision(self.device):
             video = model.embed_video(frames, batch.numbers.to(self.device))
             text = model.embed_text(batch.true + batch.false)
-            facts = reader.loss_of_facts(video, batch.seen) + reader.loss_of_facts(
-                text[: len(video)], batch.said
-            )
+            of_video = reader.loss_of_facts(video, batch.seen)
+            facts = of_video + reader.loss_of_facts(text[: len(video)], batch.said)
         logits = model.sharpness.exp().clamp(max=SHARPEST) * video @ text.T
         right = torch.arange(len(video), device=self.device)
-        loss = (
-            F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(video)].T, right)
-        ) / 2
+        by_video = F.cross_entropy(logits, right)
+        loss = (by_video + F.cross_entropy(logits[:, : len(video)].T, right)) / 2
         self.learner.step(loss + facts, index, warm_cosine(index, options.steps))
         hits = (logits.argmax(1) == right).float().mean()
         return {"loss": loss.item(), "facts": facts.item(), "hits": hits.item()}
 
     def finished(self) -> SpriteVideoText:
-        """The average model."""
+        """Return the average model."""
         return self.learner.average.model
 
     @torch.no_grad()
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """Held-out clips: share found among all captions, and share that fits its caption better
-        than one changed by an attribute; the latter by attribute goes into the folder."""
+        """Score held-out clips; write the accuracies by attribute into the folder.
+
+        `found` is the share whose caption ranks first among all, `right` the share that fits its
+        caption better than one with a changed attribute.
+        """
         model, options = self.finished(), self.options
         rng = np.random.default_rng(0)
         scenes = [sample_scene(seed, "test") for seed in range(options.shown)]
         frames, numbers = clips_of(scenes, [FRAMES.draw(rng, 81) for _ in scenes])
         video = model.embed_video(frames.to(self.device), numbers.to(self.device))
         text = model.embed_text([scene.caption.text for scene in scenes])
-        retrieved = (
-            ((video @ text.T).argmax(1).cpu() == torch.arange(len(scenes))).float().mean().item()
-        )
-        own, shares, lines = (video * text).sum(1), [], []
+        ranked_first = (video @ text.T).argmax(1).cpu()
+        retrieved = (ranked_first == torch.arange(len(scenes))).float().mean().item()
+        fits, shares, lines = (video * text).sum(1), [], []
         for name in ATTRIBUTES:
-            picked = [
-                (i, draw_change(scene.caption, rng, frozenset({name})))
-                for i, scene in enumerate(scenes)
-            ]
-            picked = [(i, change) for i, change in picked if change]
+            drawn = [draw_change(scene.caption, rng, frozenset({name})) for scene in scenes]
+            picked = [(i, change) for i, change in enumerate(drawn) if change]
             if not picked:
                 continue
-            false = model.embed_text(
-                [changed(scenes[i].caption, change, rng).text for i, change in picked]
-            )
+            captions = [changed(scenes[i].caption, change, rng) for i, change in picked]
+            false = model.embed_text([caption.text for caption in captions])
             rows = torch.tensor([i for i, _ in picked], device=self.device)
-            shares.append((own[rows] > (video[rows] * false).sum(1)).float().mean().item())
+            shares.append((fits[rows] > (video[rows] * false).sum(1)).float().mean().item())
             lines.append(f"{name:<14}{100 * shares[-1]:6.2f}{len(picked):6d}")
         (folder / f"answers_{index:06d}.txt").write_text("\n".join(lines) + "\n")
         return {"found": retrieved, "right": float(np.mean(shares))}
 
 
 def make_batch(options: RewardOptions, index: int) -> Batch:
-    """Of a step: scenes and their twins, in turn; all clips have as many frames."""
+    """Draw a step's scenes and their twins, in turn; all clips have equally many frames."""
     rng = stream(options.seed, index, 0)
     scenes: list[Scene] = []
     for seed in rng.integers(1 << 40, size=options.batch):
@@ -163,22 +154,22 @@ def make_batch(options: RewardOptions, index: int) -> Batch:
         scenes += [scene, twin(scene, change, changed(scene.caption, change, rng), rng)]
     count = int(rng.choice((3, 5, FRAMES.count), p=(0.1, 0.1, 0.8)))
     drawn = []
-    for _ in range(options.batch):  # a scene and its twin are seen at the same times
+    for _ in range(options.batch):  # a scene and its twin have the same frame numbers
         interval = int(rng.choice((1, 2, FRAMES.interval, 4), p=(0.1, 0.1, 0.7, 0.1)))
         span = interval * (count - 1)
         first = 0 if rng.random() < FRAMES.opening else int(rng.integers(options.longest - span))
         drawn += 2 * [tuple(range(first, first + span + 1, interval))]
     frames, numbers = clips_of(scenes, drawn)
     captions = [scene.caption for scene in scenes]
-    true, false = (
-        [_reworded(caption, rng) for caption in captions],
-        [_false(caption, rng) for caption in captions],
-    )
-    return Batch(
-        frames, numbers, true, false,
-        _stacked([facts_of([body.stated for body in scene.bodies], scene.ground.name) for scene in scenes]),
-        _stacked([facts_of(caption.objects, caption.ground) for caption in captions]),
-    )  # fmt: skip
+    true = [_reworded(caption, rng) for caption in captions]
+    false = [_false(caption, rng) for caption in captions]
+    seen = _stacked([_facts_of_scene(scene) for scene in scenes])
+    said = _stacked([facts_of(caption.objects, caption.ground) for caption in captions])
+    return Batch(frames, numbers, true, false, seen, said)
+
+
+def _facts_of_scene(scene: Scene) -> tuple[Tensor, Tensor]:
+    return facts_of([body.stated for body in scene.bodies], scene.ground.name)
 
 
 def _stacked(facts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -187,25 +178,22 @@ def _stacked(facts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def clips_of(scenes: list[Scene], drawn: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Frames [B, F, 3, H, W] in 0–1 of scenes at these frame numbers, and the numbers [B, F]."""
+    """Render frames [B, F, 3, H, W] in 0–1 of scenes at these numbers; returns both."""
     clips = [
         render_at(scene, np.array(numbers) / FPS, SIZE)
         for scene, numbers in zip(scenes, drawn, strict=True)
     ]
-    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255, torch.tensor(
-        drawn
-    )
+    frames = torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255
+    return frames, torch.tensor(drawn)
 
 
 def worn(frames_BFCHW: Tensor, options: RewardOptions, generator: torch.Generator) -> Tensor:
-    """Frames a little blurred and noisy, each clip by its own amount, as a VAE or a small model may
-    make them."""
-    amount = torch.rand(
-        2, len(frames_BFCHW), 1, 1, 1, 1, generator=generator, device=frames_BFCHW.device
-    )
+    """Blur frames and add noise, by random amounts per clip, like a VAE or a small model."""
+    device = frames_BFCHW.device
+    amount = torch.rand(2, len(frames_BFCHW), 1, 1, 1, 1, generator=generator, device=device)
     flat = F.pad(frames_BFCHW.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
     blurred = F.avg_pool2d(flat, 3, stride=1).view_as(frames_BFCHW)
-    noise = torch.randn(frames_BFCHW.shape, generator=generator, device=frames_BFCHW.device)
+    noise = torch.randn(frames_BFCHW.shape, generator=generator, device=device)
     mixed = torch.lerp(frames_BFCHW, blurred, options.blur * amount[0])
     return (mixed + options.noise * amount[1] * noise).clamp(0, 1)
 

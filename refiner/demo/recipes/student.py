@@ -1,8 +1,8 @@
-"""The causal student: the teacher's weights taught to work chunk by chunk, then distilled.
+"""The causal student: the teacher's weights, trained to work chunk by chunk, then distilled.
 
-First teacher forcing: clean history, one noised chunk at a time, flow matching at the sampler's
-levels and between them. Then Self-Forcing: distribution matching against the teacher on the
-student's own rollouts, with the objective of a refiner's training.
+First teacher forcing: flow matching of one noised chunk at a time after clean history, at the
+sampler's levels and between them. Then Self-Forcing: distribution matching against the teacher on
+the student's rollouts, with the objective of a refiner's training.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from ...training.ahead import Ahead, helpers
 from ...training.dmd import column, draw_sigma, shifted
 from ...training.dmd_objective import BETAS, DmdObjective
 from ...training.learner import FirstHalf, Learner, LearnerStage, noise_stream, stream, warm_cosine
-from ...training.objective import Part
+from ...training.objective import MicroBatch
 from ...training.options import RefineOptions
 from ...training.precision import for_training, mixed_precision
 from ...training.replay import Replay
@@ -40,7 +40,7 @@ from .teacher import TEXT_WAY, new_model, sprite_config, twin
 
 @dataclass(frozen=True, slots=True)
 class InitOptions:
-    """Causal initialisation: from the teacher's weights at its width, else from random ones."""
+    """Causal initialisation, from the teacher's weights if its width is the same, else random."""
 
     width: int = 256
     steps: int = 800
@@ -49,14 +49,14 @@ class InitOptions:
     muon: float = 5e-3
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
-    at_levels: float = 0.5  # share of chunks noised at a level of the sampler, the others anywhere
+    at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels
     seed: int = 0
     compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SmallInitOptions(InitOptions):
-    """Causal initialisation of a student a fifth of the teacher's size, from random weights."""
+    """Causal initialisation of a student a fifth of the teacher's size, with random weights."""
 
     width: int = 128
     steps: int = 4000
@@ -81,7 +81,7 @@ class DistilOptions:
 
     @property
     def objective(self) -> RefineOptions:
-        """The objective's options, as a refiner's training has them."""
+        """The objective's options, in the form of a refiner's training."""
         return RefineOptions(
             steps=self.steps, batch=self.batch, accumulation=1, ratio=self.ratio,
             critic_rate=self.critic_rate, guidance=self.guidance, preset=PRESET, seed=self.seed,
@@ -89,7 +89,7 @@ class DistilOptions:
         )  # fmt: skip
 
 
-CLIP = 10.0  # norm of the distillation's gradients
+CLIP = 10.0  # largest norm of the distillation's gradients
 
 
 def graph_memory(network: CausalWan, shape: torch.Size) -> GraphMemory:
@@ -100,23 +100,18 @@ class CausalInitStage(LearnerStage):
     """Training state of the causal initialisation."""
 
     def __init__(
-        self,
-        options: InitOptions,
-        teacher: CausalWan,
-        clips: Clips,
-        text: SpriteTextEncoder,
+        self, options: InitOptions, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
         vae: WanVAE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
         self.device = next(teacher.model.parameters()).device
         config = teacher.config
         if options.width != config.dim:
             config = sprite_config(options.width, text)
-        model = (
-            twin(teacher)
-            if config == teacher.config
-            else new_model(config, options.seed).to(self.device)
-        )
+        if config == teacher.config:
+            model = twin(teacher)
+        else:
+            model = new_model(config, options.seed).to(self.device)
         self.learner = Learner(
             model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY
         )
@@ -168,7 +163,7 @@ class CausalInitStage(LearnerStage):
                 memory.commit()
 
     def _levels(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A sigma for each sample and frame [B, F]: one of the sampler's, or any."""
+        """Draw a sigma for each sample and frame [B, F]: one of the sampler's, or any."""
         levels = torch.tensor([level.sigma for level in PRESET.chunk_levels()], device=self.device)
         u = torch.rand(
             3, batch, self.clips.latents.shape[2], generator=generator, device=self.device
@@ -186,7 +181,7 @@ class CausalInitStage(LearnerStage):
 class DistilStage:
     """Training state of the distillation: the generator, its average, and the objective's networks.
 
-    The objective is that of a refiner's training; here the whole student learns.
+    The objective is that of a refiner's training, but the whole student is trained.
     """
 
     def __init__(
@@ -216,7 +211,7 @@ class DistilStage:
         self.first_half.load_state_dict(state)
 
     def step(self, index: int) -> dict[str, float]:
-        """Teach the critic every step and the generator every `ratio`-th."""
+        """Update the critic every step and the generator every `ratio`-th."""
         for_critic, for_generator = self.prompts(index)
         logged = self.first_half.take(index, lambda: self._teach_critic(index, for_critic))
         if index % self.options.ratio == 0:
@@ -225,23 +220,22 @@ class DistilStage:
         return logged
 
     def _teach_critic(self, index: int, prompts: list[str]) -> dict[str, float]:
-        part = self._part(index, 0, prompts)
-        fixed = {"exit_level": part.exit_level}
-        (clean,) = self.replay.forward(self._clips_of, part.path, part.context, **fixed)
-        return self.objective.prepare(index, iter([(part, clean)]))
+        batch = self._batch(index, 0, prompts)
+        fixed = {"exit_level": batch.exit_level}
+        (clean,) = self.replay.forward(self._clips_of, batch.path, batch.context, **fixed)
+        return self.objective.prepare(index, iter([(batch, clean)]))
 
     def _teach_generator(self, index: int, prompts: list[str]) -> float:
         """Update the generator; returns the mean size of its loss's gradient."""
-        part = self._part(index, 1, prompts)
-        tensors, _ = self.objective.given(part)
-        fixed = {"exit_level": part.exit_level}
-        _, size = self.replay(self._generator_loss, part.path, part.context, *tensors, **fixed)
+        batch = self._batch(index, 1, prompts)
+        tensors, _ = self.objective.loss_arguments(batch)
+        fixed = {"exit_level": batch.exit_level}
+        _, size = self.replay(self._generator_loss, batch.path, batch.context, *tensors, **fixed)
         self.generator.update(index // self.options.ratio, 1.0, clip=CLIP)
         return size.item()
 
-    def _part(self, index: int, use: int, prompts: list[str]) -> Part:
-        """A step's clips: their exit level, the noises of their path, and those to score them
-        at."""
+    def _batch(self, index: int, use: int, prompts: list[str]) -> MicroBatch:
+        """Draw a step's exit level, the noises of its clips' path, and those to score them at."""
         options, shape = self.options, (len(prompts), *self.clips.latents.shape[1:])
         exit_level = int(stream(options.seed, index, use, 2).integers(len(PRESET.levels)))
         generator = noise_stream(self.device, options.seed, index, use, 1)
@@ -250,7 +244,7 @@ class DistilStage:
             for size in ((len(PRESET.levels), *shape), shape)
         )
         sigma = draw_sigma(len(prompts), self.objective.options.dmd, generator)
-        return Part(
+        return MicroBatch(
             path, exit_level, self._encode(prompts), tuple(prompts), index, use,
             rows=slice(0, len(prompts)), total=len(prompts), weight=1.0,
             scored_at=(noise[None], sigma[None]),
@@ -258,7 +252,7 @@ class DistilStage:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Tensor:
-        """Contexts [B, L, text_dim], in fp32 whatever the training's precision is."""
+        """Encode prompts as contexts [B, L, text_dim], always in fp32."""
         with torch.autocast(self.device.type, enabled=False):
             return self.text(prompts)
 
@@ -278,8 +272,8 @@ class DistilStage:
         batch, _, frames, height, width = path.shape[1:]
         plan = RunPlan(PRESET, frames, height, width, batch)
         rollout = Rollout.of(
-            self.network, context, plan, GivenNoise(path, PRESET.levels), memory=GraphMemory, device=self.device,
-            dtype=torch.float32,
+            self.network, context, plan, GivenNoise(path, PRESET.levels), memory=GraphMemory,
+            device=self.device, dtype=torch.float32,
         )  # fmt: skip
         return self_rollout(rollout, exit_level)
 

@@ -25,31 +25,27 @@ WIDTHS = {
     128: dict(num_heads=1, ffn_dim=512, num_layers=4),
     256: dict(num_heads=8, ffn_dim=1024, num_layers=5),
 }
-TEXT_WAY = (
-    "text_embedding.",
-    "cross_attn.v.",
-)  # without a norm behind them, so no matrices for Muon
+TEXT_WAY = ("text_embedding.", "cross_attn.v.")  # not for Muon: no norm follows them
 
 
 def sprite_config(width: int, text: SpriteTextEncoder) -> WanConfig:
-    """Sizes of the demo's transformers."""
+    """Return the config of the demo's transformer of this width."""
     return WanConfig(dim=width, text_dim=text.text_dim, text_len=text.text_len, **WIDTHS[width])
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherOptions:
-    """Of the recipe."""
+    """Options of the recipe."""
 
     width: int = 256
     steps: int = 3300
-    batch: int = 64  # whole clips; of short ones as many as have about as many frames
-    # Latent frames of the clips' beginnings that steps up to this share of all are on: looks first,
-    # motion after them.
+    batch: int = 64  # whole clips, or as many shorter ones as have about the same frames in all
+    # Up to a share of the steps, train on the clips' first latent frames: looks before motion.
     lengths: tuple[tuple[float, int], ...] = ((0.25, 3), (0.55, 9))
     learning_rate: float = 1e-3
     muon: float = 5e-2
     ema: float = 0.999
-    shift: float = 5.0  # of the training noise levels: the VAE forgives what is left at low ones
+    shift: float = 5.0  # of the training noise levels; the VAE tolerates errors at low ones
     unsaid: float = 0.1  # share of clips without a prompt, for guidance
     shown: int = 32  # held-out captions of a sample sheet's scores
     seed: int = 0
@@ -58,8 +54,7 @@ class TeacherOptions:
 
 @dataclass(frozen=True, slots=True)
 class LongerOptions(TeacherOptions):
-    """Of a second training, of a finished teacher: whole clips throughout, at the rates of the
-    first one's middle."""
+    """Options of a finished teacher's second training: whole clips, at mid-training rates."""
 
     steps: int = 14000
     lengths: tuple[tuple[float, int], ...] = ()
@@ -68,40 +63,30 @@ class LongerOptions(TeacherOptions):
 
 
 def twin(network: CausalWan) -> WanTransformer:
-    """A trainable copy of a network's weights."""
+    """Return a trainable copy of a network's model."""
     model = WanTransformer(network.config)
     model.load_state_dict(network.model.state_dict())
     return model.to(next(network.model.parameters()).device)
 
 
 class TeacherStage(LearnerStage):
-    """Training state of the teacher: a new one's, or of a copy of the one that it starts with."""
+    """Training state of the teacher: a new one, or a copy of `start`."""
 
     def __init__(
-        self, options: TeacherOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE, device: torch.device,
-        start: CausalWan | None = None,
+        self, options: TeacherOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE,
+        device: torch.device, start: CausalWan | None = None,
     ) -> None:  # fmt: skip
-        self.options, self.clips, self.text, self.vae, self.device = (
-            options,
-            clips,
-            text,
-            vae,
-            device,
-        )
-        model = (
-            twin(start)
-            if start
-            else new_model(sprite_config(options.width, text), options.seed).to(device)
-        )
+        self.options, self.device = options, device
+        self.clips, self.text, self.vae = clips, text, vae
+        if start:
+            model = twin(start)
+        else:
+            model = new_model(sprite_config(options.width, text), options.seed).to(device)
         config = model.config
         self.learner = Learner(
-            model,
-            options.learning_rate,
-            options.ema,
-            decay=0.01,
-            muon=options.muon,
+            model, options.learning_rate, options.ema, decay=0.01, muon=options.muon,
             spared=TEXT_WAY,
-        )
+        )  # fmt: skip
         self.network = for_training(CausalWan(model, config), device, options.compiled)
         self.average = replace(self.network, model=self.learner.average)
         self.replay = Replay(model, device)
@@ -113,9 +98,8 @@ class TeacherStage(LearnerStage):
         clean = clean.to(self.device).float()
         generator = noise_stream(self.device, options.seed, index, 1)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        sigma = shifted(
-            torch.rand(len(clean), generator=generator, device=self.device), options.shift
-        )
+        u = torch.rand(len(clean), generator=generator, device=self.device)
+        sigma = shifted(u, options.shift)
         with torch.no_grad():
             context = self.text(prompts)
         (loss,) = self.replay(self._loss, clean, noise, sigma, context)
@@ -124,23 +108,19 @@ class TeacherStage(LearnerStage):
 
     def _loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor]:
         with mixed_precision(self.device):
-            flow = whole_flow(
-                self.network,
-                add_noise(clean, noise, column(sigma)),
-                sigma,
-                self.network.text(context),
-            )
+            noisy = add_noise(clean, noise, column(sigma))
+            flow = whole_flow(self.network, noisy, sigma, self.network.text(context))
         return (F.mse_loss(flow, noise - clean),)
 
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """A sheet and scores of held-out captions, with half the steps of a final sample."""
+        """Draw and score held-out captions, with half the steps of a final sample."""
         captions = held_out(self.options.shown)
         clips = teacher_clips(self.average, self.text, self.vae, captions, steps=25)
         return show_clips(clips, captions, folder, index)
 
 
 def new_model(config: WanConfig, seed: int) -> WanTransformer:
-    """Random weights that predict nothing yet."""
+    """Create a model with random weights that predicts zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WanTransformer(config)
@@ -150,10 +130,9 @@ def new_model(config: WanConfig, seed: int) -> WanTransformer:
 
 
 def teacher_batch(options: TeacherOptions, clips: Clips, index: int) -> tuple[Tensor, list[str]]:
-    """Latents [B, 16, F, h, w] of a step, in bf16, and their prompts."""
+    """Draw a step's latents [B, 16, F, h, w], in bf16, and their prompts."""
     whole = clips.latents.shape[2]
-    frames = next(
-        (length for share, length in options.lengths if index < share * options.steps), whole
-    )
+    lengths = (length for share, length in options.lengths if index < share * options.steps)
+    frames = next(lengths, whole)
     count = max(1, options.batch * whole // frames)
     return clips.batch(stream(options.seed, index, 0), count, options.unsaid, frames)

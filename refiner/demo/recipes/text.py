@@ -1,6 +1,8 @@
-"""The sprites' text encoder: its output must tell every attribute that a caption states, and each
-word all of what it belongs to, so that whoever attends to one word of an object knows the
-object."""
+"""Training of the sprites' text encoder to make all stated attributes linearly readable.
+
+From the mean over words, and from each word of an object (so that attending to one word gives the
+whole object) and of the ground.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +20,7 @@ from ..shapes import SHAPES
 from ..text_encoder import SpriteTextEncoder
 from ..world import SIZES, sample_scene
 
-# What each of the two objects has, and what the caption has once; the first answer is that it is
-# not said.
+# Questions about each of the two objects, and about the caption; answer 0 is "not stated".
 OF_OBJECT: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
     "colour": tuple(OBJECT_COLOURS),
@@ -36,25 +37,25 @@ QUESTIONS: list[tuple[str, tuple[str, ...]]] = [
 
 
 def answers(caption: Caption) -> list[int]:
-    """The number of the right answer to each question about a caption."""
+    """Return the number of the right answer to each question about a caption."""
     nothing = Stated(None, None, None)
     objects = (*caption.objects, nothing)[:2]
-    said = [getattr(one, name) for one in objects for name in OF_OBJECT] + [
-        caption.relation,
-        caption.ground,
-    ]
+    stated = [getattr(one, name) for one in objects for name in OF_OBJECT]
+    stated += [caption.relation, caption.ground]
     return [
-        0 if one is None else 1 + choices.index(one)
-        for one, (_, choices) in zip(said, QUESTIONS, strict=True)
+        0 if value is None else 1 + choices.index(value)
+        for value, (_, choices) in zip(stated, QUESTIONS, strict=True)
     ]
 
 
-GROUND, NOBODY = 2, -1  # owners of a word beside the two objects
+GROUND, NOBODY = 2, -1  # owners of a word besides the two objects
 
 
 def owners(caption: Caption, length: int) -> list[int]:
-    """What each word of a caption belongs to, [length]: object 0 or 1, from its noun to the next
-    one, or the ground."""
+    """Return the owner of each word [length]: object 0 or 1, the ground, or nobody.
+
+    An object owns the words up to the next object.
+    """
     read = words(caption.text)
     owned, begins = [NOBODY] * len(read), []
     for one in caption.objects:
@@ -65,9 +66,7 @@ def owners(caption: Caption, length: int) -> list[int]:
         owned[start:end] = [number] * (end - start)
     if caption.ground:
         noun = next(place for place, word in enumerate(read) if word in GROUND_WORDS)
-        two = (
-            " over " in caption.ground
-        )  # "on a ground of navy over brown", else "on a navy ground"
+        two = " over " in caption.ground  # "on a ground of navy over brown", "on a navy ground"
         start, end = (noun - 2, noun + 5) if two else (noun - 3, noun + 1)
         owned[start:end] = [GROUND] * (end - start)
     return (owned + [NOBODY] * length)[:length]
@@ -75,7 +74,7 @@ def owners(caption: Caption, length: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Of the recipe; minutes on a CPU."""
+    """Options of the recipe, which takes minutes on a CPU."""
 
     dim: int = 128
     text_len: int = 32
@@ -87,8 +86,7 @@ class TextOptions:
 
 
 class Reader(nn.Module):
-    """The encoder under a linear question for each attribute, which is thrown away after
-    training."""
+    """The encoder with linear readouts of each attribute, which are discarded after training."""
 
     def __init__(self, options: TextOptions) -> None:
         super().__init__()
@@ -104,8 +102,8 @@ class Reader(nn.Module):
     def ask(self, captions: list[Caption]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield each question's name, logits [N, answers] and right answers [N].
 
-        First about whole captions, from the mean over their words; then about objects, from each of
-        an object's words; then about the ground, from each of its words.
+        First about captions, from the mean over their words, then about objects and the ground,
+        from each of their words.
         """
         context = self.encoder([caption.text for caption in captions])
         right = torch.tensor([answers(caption) for caption in captions], device=context.device)
@@ -147,8 +145,7 @@ class TextStage(LearnerStage):
 
     @torch.no_grad()
     def show(self, folder: Path, index: int) -> dict[str, float]:
-        """Share of right answers on captions of held-out pairs; the table of every question goes
-        into the folder."""
+        """Return the accuracy on held-out pairs; write it by question into the folder."""
         captions = [sample_scene(seed, "composition").caption for seed in range(256)]
         hits = {
             name: (logits.argmax(1) == right).float().mean().item()

@@ -1,5 +1,4 @@
-"""The sprites' VAE: reconstruction of short clips, a little KL, then a scale that Wan's published
-statistics fit."""
+"""Training of the sprites' VAE: reconstruction, a little KL, latents scaled to Wan's statistics."""
 
 import copy
 import math
@@ -28,45 +27,42 @@ from ..world import sample_scene
 from .legible import CELL, GROUP, Reader, linear_shares, shown
 
 LOGGED = ("covers", "colours", "which", "picture", "kl", "error")
-HELD_OUT, SHOWN = 32, 8  # clips whose latents are read, and those of them that are decoded
+HELD_OUT, SHOWN = 32, 8  # clips to encode for scores, and how many of them to decode
 
 
 @dataclass(frozen=True, slots=True)
 class VaeOptions:
-    """Of the recipe. First the encoder alone learns latents that tell by themselves what there is
-    (legible.py); then both learn to bring the pixels through, with these losses kept.
+    """Options of the recipe: first the encoder alone with the losses of legible.py, then both.
 
-    All on crops, short and long ones in turn: they hold the same edges and corners, and what was
-    trained on 9 frames alone drifts over 33.
+    Trains on crops, which hold the same edges and corners as frames, alternating 9 and 33 frames:
+    a VAE trained on 9 alone drifts over 33.
     """
 
     dim: int = 8
     steps: int = 5400
-    reading: float = 0.7  # share of the steps, on the encoder alone
+    reading: float = 0.7  # share of the steps that train the encoder alone
     crop: int = 40
     crop_frames: tuple[int, int] = (9, 33)
-    batch: int = 8  # crops of the longer kind; of the shorter, as many as have that many frames
+    batch: int = 8  # longer crops, or as many shorter ones as have the same frames in all
     learning_rate: float = 4e-3
     muon: float = 1e-2
-    joint: float = 0.6  # of both rates, when the decoder learns too
-    # Standard deviation of what is added to the latents: the VAE's constant posterior. It is large,
-    # so that latents a little beside the truth, as a small model makes them, still decode to a
-    # picture like it.
+    joint: float = 0.6  # factor on both rates when the decoder is trained, too
+    # Standard deviation of the noise on the latents: the VAE's constant posterior. Large, so that
+    # a small model's slightly wrong latents still decode to a similar picture.
     noise: float = 0.3
-    kl: float = 5e-3  # of half the mean square of the latents, the part of the KL that the mean has
-    edges: float = 0.5  # of the difference of neighbouring pixels
-    covers: float = 8.0  # weights of what is read
+    kl: float = 5e-3  # weight of half the mean square of the latents: the mean's term of the KL
+    edges: float = 0.5  # weight of the error in differences of neighbouring pixels
+    covers: float = 8.0  # weights of the readouts
     colours: float = 2.0
     which: float = 0.5
     picture: float = 1.0
-    # share of reconstructions that are from latents moved by a part of a cell (as in EQ-VAE)
-    moved: float = 0.5
+    moved: float = 0.5  # share of steps with latents moved by a fraction of a cell (EQ-VAE)
     ema: float = 0.998
     seed: int = 0
 
 
 class VaeStage(LearnerStage):
-    """Training state of the VAE and of what reads its latents: model, average, optimiser."""
+    """Training state of the VAE and the readouts of its latents."""
 
     def __init__(self, options: VaeOptions, device: torch.device) -> None:
         self.options, self.device = options, device
@@ -84,69 +80,58 @@ class VaeStage(LearnerStage):
 
     def step(self, index: int) -> dict[str, float]:
         options, rng = self.options, stream(self.options.seed, index, 2)
-        pixels, facts = (part.to(self.device) for part in self.crops(index))
+        pixels, facts = (tensor.to(self.device) for tensor in self.crops(index))
         start = int(options.reading * options.steps)
         joint = index >= start
-        by = (
-            rng.integers(1, CELL, size=2).tolist()
-            if joint and rng.random() < options.moved
-            else None
-        )
+        by = None
+        if joint and rng.random() < options.moved:
+            by = rng.integers(1, CELL, size=2).tolist()
         target = moved_pixels(pixels, by) if by else pixels
         generator = noise_stream(self.device, options.seed, index, 1)
+        shapes = (latent_shape(self.model.z_dim, clips) for clips in (pixels, target))
         read, decoded = (
-            torch.randn(
-                latent_shape(self.model.z_dim, part), generator=generator, device=self.device
-            )
-            for part in (pixels, target)
+            torch.randn(shape, generator=generator, device=self.device) for shape in shapes
         )
         weights = torch.tensor(by or (0, 0), device=self.device) / CELL
-        figures = self.replay(
-            self._loss,
-            pixels,
-            facts,
-            read,
-            decoded,
-            target,
-            weights,
-            joint=joint,
-            shift=by is not None,
-        )
-        if joint:  # a schedule of its own
-            self.learner.update(
-                index, options.joint * warm_cosine(index - start, options.steps - start)
-            )
+        tensors, shift = (pixels, facts, read, decoded, target, weights), by is not None
+        figures = self.replay(self._loss, *tensors, joint=joint, shift=shift)
+        if joint:  # with a schedule for the second stage alone
+            factor = options.joint * warm_cosine(index - start, options.steps - start)
         else:
-            self.learner.update(index, warm_cosine(index, start))
-        loss, *parts = torch.stack(list(figures)).tolist()
-        logged = {"loss": loss} | dict(zip(LOGGED, parts, strict=False))
+            factor = warm_cosine(index, start)
+        self.learner.update(index, factor)
+        loss, *others = torch.stack(list(figures)).tolist()
+        logged = {"loss": loss} | dict(zip(LOGGED, others, strict=False))
         return logged | ({"dB": decibel(logged.pop("error"))} if joint else {})
 
     def _loss(
-        self, pixels: Tensor, facts: Tensor, read: Tensor, decoded: Tensor, target: Tensor, weights: Tensor,
-        joint: bool, shift: bool,
+        self, pixels: Tensor, facts: Tensor, read: Tensor, decoded: Tensor, target: Tensor,
+        weights: Tensor, joint: bool, shift: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """The loss, and what LOGGED names. Noises `read` and `decoded` are added for the reader and
-        the decoder, whose latents, with `shift`, are first moved by `weights` of a cell."""
+        """Return the loss and the figures that LOGGED names.
+
+        `read` and `decoded` are the noises on the readouts' and the decoder's latents; with
+        `shift`, the decoder's are moved by `weights` of a cell.
+        """
         options = self.options
         with mixed_precision(self.device):
             mean = self.model.moments(pixels)[0]
             read_losses = self.reader(mean + options.noise * read, pixels, facts)
             kl = 0.5 * mean.float().square().mean()
-            loss = options.kl * kl + sum(
-                getattr(options, name) * part for name, part in read_losses.items()
-            )
+            weighted = (getattr(options, name) * loss for name, loss in read_losses.items())
+            loss = options.kl * kl + sum(weighted)
             if not joint:
                 return [loss, *read_losses.values(), kl]
             mean = moved_latents(mean, weights) if shift else mean
-            error, off = reconstruction_loss(
-                self.model.decode(mean + options.noise * decoded).float(), target, options.edges
-            )
+            reconstruction = self.model.decode(mean + options.noise * decoded).float()
+            error, off = reconstruction_loss(reconstruction, target, options.edges)
         return [loss + off, *read_losses.values(), kl, error]
 
     def finished(self) -> WanVAE:
-        """The average model, on the CPU, scaled for Wan's statistics, its variance output saying
-        what it was."""
+        """Return the average model on the CPU, scaled for Wan's statistics.
+
+        Its variance output is set to the constant of training.
+        """
         vae = copy.deepcopy(self.learner.average["vae"]).cpu()
         with torch.no_grad():
             vae.conv1.weight[vae.z_dim :] = 0
@@ -158,14 +143,16 @@ class VaeStage(LearnerStage):
 
 
 def latent_shape(channels: int, pixels: Tensor) -> tuple[int, ...]:
-    """Of the latents of pixels [B, 3, 1 + 4n, H, W]: [B, channels, 1 + n, H/8, W/8]."""
+    """Return the latents' shape [B, channels, 1 + n, H/8, W/8] for pixels [B, 3, 1 + 4n, H, W]."""
     batch, _, frames, height, width = pixels.shape
     return batch, channels, 1 + (frames - 1) // GROUP, height // CELL, width // CELL
 
 
 def moved_latents(latents: Tensor, weights: Tensor) -> Tensor:
-    """Latents [B, 16, F, h, w] between their cells, `weights` [2] of a cell down and to the right:
-    a cell smaller each way."""
+    """Interpolate latents [B, 16, F, h, w] `weights` [2] of a cell down and to the right.
+
+    The result is a cell smaller each way.
+    """
     for weight, axis in zip(weights, (3, 4), strict=True):
         cells = latents.shape[axis] - 1
         latents = torch.lerp(
@@ -175,15 +162,14 @@ def moved_latents(latents: Tensor, weights: Tensor) -> Tensor:
 
 
 def moved_pixels(pixels: Tensor, by: Sequence[int]) -> Tensor:
-    """Pixels [B, 3, F, H, W] that latents moved by so many pixels, down and to the right, are
-    of."""
+    """Crop pixels [B, 3, F, H, W] to match latents moved by these pixels down and right."""
     for offset, axis in zip(by, (3, 4), strict=True):
         pixels = pixels.narrow(axis, offset, pixels.shape[axis] - CELL)
     return pixels
 
 
 def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 3, F, H, W] of a step, and their facts [B, 12, F, H, W]."""
+    """Draw a step's pixels [B, 3, F, H, W] and their facts [B, 12, F, H, W]."""
     frames = options.crop_frames[index % 2]
     count = max(1, options.batch * max(options.crop_frames) // frames)
     rng = stream(options.seed, index, 0)
@@ -198,24 +184,25 @@ def training_crops(options: VaeOptions, index: int) -> tuple[Tensor, Tensor]:
 def crop_of(
     scene: Scene, frames: int, side: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A square of a scene, near to where one of its objects begins: pixels [3, F, S, S], facts [12,
-    F, S, S]."""
+    """Crop a scene near an object's start: pixels [3, F, S, S] and facts [12, F, S, S]."""
     column, row = scene.bodies[int(rng.integers(len(scene.bodies)))].path(np.zeros(1)).position[0]
     corner = np.array((row, column)) * scene.size + (rng.uniform(-0.3, 0.3, 2) - 0.5) * side
     top, left = np.clip(corner.round().astype(int), 0, scene.size - side).tolist()
     pixels, facts = (
-        part[..., top : top + side, left : left + side] for part in shown(scene, frames)
+        tensor[..., top : top + side, left : left + side] for tensor in shown(scene, frames)
     )
     return pixels, facts
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
-    """Of the second part: the encoder stays, so what was encoded stays true, and the decoder learns
-    to be sharp, on crops first."""
+    """Options of the decoder's second training, with a frozen encoder, on crops first.
+
+    It sharpens the decoder; encoded clips stay valid.
+    """
 
     steps: int = 1450
-    crop_share: float = 0.6  # of the steps
+    crop_share: float = 0.6  # share of the steps on crops
     crop: int = 40
     batch: int = 8
     frames: int = 33
@@ -244,9 +231,8 @@ class DecoderStage(LearnerStage):
         options = self.options
         pixels = self.pixels(index).to(self.device)
         shape = latent_shape(self.vae.z_dim, pixels)
-        noise = torch.randn(
-            shape, generator=noise_stream(self.device, options.seed, index, 1), device=self.device
-        )
+        generator = noise_stream(self.device, options.seed, index, 1)
+        noise = torch.randn(shape, generator=generator, device=self.device)
         loss, error = self.replay(self._loss, pixels, noise)
         self.learner.update(index, warm_cosine(index, options.steps))
         return {"loss": loss.item(), "dB": decibel(error.item())}
@@ -260,7 +246,7 @@ class DecoderStage(LearnerStage):
         return loss, error
 
     def finished(self) -> WanVAE:
-        """The VAE with the decoder's average."""
+        """Return the VAE with the averaged decoder."""
         vae = copy.deepcopy(self.vae)
         decoder, conv2 = self.learner.average
         vae.decoder.load_state_dict(decoder.state_dict())
@@ -272,7 +258,7 @@ class DecoderStage(LearnerStage):
 
 
 def decoder_pixels(options: DecoderOptions, index: int) -> Tensor:
-    """Pixels [B, 3, F, H, W] of a step."""
+    """Draw a step's pixels [B, 3, F, H, W]."""
     rng = stream(options.seed, index, 0)
     seeds = rng.integers(1 << 40, size=options.batch).tolist()
     if index < options.crop_share * options.steps:
@@ -284,26 +270,25 @@ def decoder_pixels(options: DecoderOptions, index: int) -> Tensor:
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, edges: float) -> tuple[Tensor, Tensor]:
-    """Mean squared error, and the loss: three times it, and `edges` of the difference of
-    neighbouring pixels."""
+    """Return the mean squared error and the loss: 3 · error + `edges` · L1 of pixel differences."""
     error = F.mse_loss(decoded, pixels)
     steps = sum(F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis)) for axis in (3, 4)) / 2
     return error, 3 * error + edges * steps
 
 
 def decibel(error: float) -> float:
-    """A mean squared error of pixels in [-1, 1] as PSNR."""
+    """Convert a mean squared error of pixels in [-1, 1] to PSNR."""
     return 10 * math.log10(4 / error)
 
 
 @torch.no_grad()
 def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
-    """PSNR and what latents tell, on held-out clips, and a sheet of truth over reconstruction of
-    four."""
+    """Score reconstruction and legibility on held-out clips; draw truth over reconstruction."""
     device = vae.conv1.weight.device
     scores, frames, latents, facts = [], [], [], []
     for seed in range(HELD_OUT):
-        pixels, true = (part[None].to(device) for part in shown(sample_scene(seed, "test"), 33))
+        scene = shown(sample_scene(seed, "test"), 33)
+        pixels, true = (tensor[None].to(device) for tensor in scene)
         latents.append(vae.encode(pixels))
         facts.append(true)
         if seed >= SHOWN:
@@ -313,21 +298,18 @@ def show_vae(vae: WanVAE, folder: Path, index: int) -> dict[str, float]:
         if seed < 4:
             frames += [*to_frames(pixels)[:32:4], *to_frames(decoded)[:32:4]]
     contact_sheet(frames, folder / f"sheet_{index:06d}.png", columns=8)
-    shares = {
-        f"{name} told": share
-        for name, share in linear_shares(torch.cat(latents), torch.cat(facts)).items()
-    }
-    return {"psnr": float(np.mean(scores)), **shares}
+    shares = linear_shares(torch.cat(latents), torch.cat(facts))
+    legible = {f"{name} R2": share for name, share in shares.items()}
+    return {"psnr": float(np.mean(scores)), **legible}
 
 
 @torch.no_grad()
 def start_linear(vae: WanVAE) -> None:
-    """Initialise so that pixels come through at once: branches at zero, a trunk that keeps
-    variance, no biases.
+    """Initialise with zero residual branches, a variance-preserving trunk, and zero biases.
 
-    PyTorch's default shrinks the trunk's signal below its biases, and the decoder then stays at one
-    colour for hundreds of steps. Over time the trunk starts with the mean of two frames on the way
-    in and the same frame twice on the way out.
+    PyTorch's default shrinks the trunk's signal below its biases, and the decoder then outputs one
+    colour for hundreds of steps. In time, downsampling starts as the mean of two frames and
+    upsampling as a repetition of each.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -350,18 +332,18 @@ def start_linear(vae: WanVAE) -> None:
 
 @torch.no_grad()
 def reconstruct(vae: WanVAE, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, F, H, W] encoded and decoded, in fp32."""
+    """Encode and decode pixels [B, 3, F, H, W], in fp32."""
     return vae.decode(vae.encode(pixels)).clamp(-1, 1)
 
 
 def psnr(decoded: Tensor, pixels: Tensor) -> float:
-    """Peak signal-to-noise ratio of clips in [-1, 1], in dB over all elements."""
+    """Return the PSNR of clips in [-1, 1], in dB over all elements."""
     return (10 * torch.log10(4 / (decoded - pixels).square().mean())).item()
 
 
 @torch.no_grad()
 def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [16] of the raw latents of training clips."""
+    """Return mean and standard deviation [16] of training clips' raw latents."""
     means = [
         vae.moments(to_pixels(render(sample_scene(seed), frames))[None])[0] for seed in range(clips)
     ]
@@ -371,15 +353,14 @@ def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[T
 
 @torch.no_grad()
 def preview_map(vae: WanVAE, clips: int = 24, frames: int = 33) -> list[list[float]]:
-    """A linear map [17, 3] of a latent's 16 channels and a 1 to the mean colour in [-1, 1] of its
-    8x8 pixels.
+    """Fit a linear map [17, 3] from a latent (and a 1) to the mean colour of its 8x8 pixels.
 
-    The last of a latent's frames counts. Least squares over clips of the world; previews without a
-    VAE use it.
+    Colours are in [-1, 1], of a latent's last frame. Previews without a VAE use the map.
     """
     pixels, _ = clip_batch(range(clips), frames=frames)
     latents = vae.encode(pixels.to(vae.conv1.weight.device)).cpu()
     colours = F.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
-    known, wanted = (part.double().movedim(1, -1).flatten(0, -2) for part in (latents, colours))
+    pair = (latents, colours)
+    known, wanted = (tensor.double().movedim(1, -1).flatten(0, -2) for tensor in pair)
     solved = torch.linalg.lstsq(F.pad(known, (0, 1), value=1.0), wanted).solution
     return [[round(weight, 4) for weight in row] for row in solved.tolist()]

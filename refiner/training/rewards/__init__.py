@@ -1,2 +1,1 @@
-"""Differentiable rewards: what a refiner may be trained to raise, and what a search may choose
-by."""
+"""Differentiable rewards, to train a refiner with or to choose candidates by in a search."""

@@ -1,8 +1,7 @@
-"""Image rewards of the CLIP family: how well single frames fit the prompt, from any local CLIP
-folder.
+"""Image rewards of the CLIP family: how well single frames fit the prompt.
 
-A folder is what `CLIPModel.save_pretrained` writes, in safetensors, with the tokenizer and
-preprocessor_config.json beside it. Frames go in through torch alone, so that they keep their graph.
+A model's folder is what `CLIPModel.save_pretrained` writes, in safetensors, with the tokenizer and
+preprocessor_config.json. Frames are preprocessed in torch, so that gradients reach them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +17,13 @@ from ...reading import CONFIG_BYTES, check_regular, read_json
 from .reward import FrameDraw
 
 PIP_LINE = 'pip install "transformers>=4.50.3"'
-FILTERS = {2: "bilinear", 3: "bicubic"}  # of PIL, by its number
-SINGLE = FrameDraw(2)  # frames a step, as in the paper
+FILTERS = {2: "bilinear", 3: "bicubic"}  # by PIL's number
+SINGLE = FrameDraw(2)  # two frames per step, as in the paper
 
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """A score of the cosine of picture and prompt and of the model's learnt logit scale, and its
-    range."""
+    """A score from the image-text cosine and the model's logit scale, with its range."""
 
     score: Callable[[Tensor, float], Tensor]
     range: Callable[[float], tuple[float, float]]
@@ -45,8 +43,7 @@ FORMULAS: dict[str, Formula] = {
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Resize the shorter side, or both; cut out the centre; normalise. Sizes are (height, width) in
-    pixels."""
+    """Resize the shorter side, or both; crop the centre; normalise. Sizes are (height, width)."""
 
     shortest: int | None
     size: tuple[int, int] | None
@@ -57,21 +54,20 @@ class Preprocessing:
 
     @classmethod
     def read(cls, folder: Path) -> "Preprocessing":
-        """From preprocessor_config.json; ValueError for one that says something else."""
+        """Read preprocessor_config.json; ValueError if it is missing or unsupported."""
         path = folder / "preprocessor_config.json"
         try:
-            told = read_json(path, CONFIG_BYTES)
-            size = _size(told["size"]) if told.get("do_resize", True) else {}
-            crop = _size(told["crop_size"]) if told.get("do_center_crop", True) else {}
+            config = read_json(path, CONFIG_BYTES)
+            size = _size(config["size"]) if config.get("do_resize", True) else {}
+            crop = _size(config["crop_size"]) if config.get("do_center_crop", True) else {}
+            both_sides = size and "shortest_edge" not in size
             return cls(
                 shortest=size.get("shortest_edge"),
-                size=(size["height"], size["width"])
-                if size and "shortest_edge" not in size
-                else None,
+                size=(size["height"], size["width"]) if both_sides else None,
                 crop=(crop["height"], crop["width"]) if crop else None,
-                mode=FILTERS[told.get("resample", 3)],
-                mean=tuple(map(float, told["image_mean"])),
-                std=tuple(map(float, told["image_std"])),
+                mode=FILTERS[config.get("resample", 3)],
+                mean=tuple(map(float, config["image_mean"])),
+                std=tuple(map(float, config["image_std"])),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -79,14 +75,12 @@ class Preprocessing:
             ) from error
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in 0–1 as the model takes them."""
+        """Preprocess images [N, 3, H, W] in 0–1."""
         images, (height, width) = images_NCHW.float(), images_NCHW.shape[-2:]
         size = self.size
         if self.shortest is not None:
-            short, long = (
-                self.shortest,
-                int(self.shortest * max(height, width) / min(height, width)),
-            )
+            short = self.shortest
+            long = int(short * max(height, width) / min(height, width))
             size = (short, long) if height <= width else (long, short)
         if size is not None and size != (height, width):
             images = F.interpolate(
@@ -107,33 +101,22 @@ class Preprocessing:
         return (images - mean) / std
 
 
-def _size(told: Any) -> Mapping[str, int]:
-    """A size as newer or older configurations write it; an int is the shorter side, or both sides
-    of a crop."""
-    return (
-        {"shortest_edge": told, "height": told, "width": told}
-        if isinstance(told, int)
-        else dict(told)
-    )
+def _size(value: Any) -> Mapping[str, int]:
+    """Read a size; in older configurations an int: the shorter side, or both sides of a crop."""
+    if isinstance(value, int):
+        return {"shortest_edge": value, "height": value, "width": value}
+    return dict(value)
 
 
 class ClipReward:
-    """Mean score of the frames by one of FORMULAS, under a frozen CLIP."""
+    """The frames' mean score by one of FORMULAS, under a frozen CLIP."""
 
     def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        tokenizer: Callable,
-        preprocess: Preprocessing,
+        self, name: str, model: nn.Module, tokenizer: Callable, preprocess: Preprocessing,
         frames: FrameDraw = SINGLE,
-    ) -> None:
-        self.name, self.frames, self.preprocess, self.tokenizer = (
-            name,
-            frames,
-            preprocess,
-            tokenizer,
-        )
+    ) -> None:  # fmt: skip
+        self.name, self.frames = name, frames
+        self.preprocess, self.tokenizer = preprocess, tokenizer
         self.model = model.eval().requires_grad_(False)
         self.scale = model.logit_scale.exp().item()
         self.range = FORMULAS[name].range(self.scale)
@@ -141,26 +124,23 @@ class ClipReward:
     def __call__(
         self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
     ) -> Tensor:
-        """Scores [B], see Reward."""
+        """Return scores [B]; see Reward."""
         batch = len(frames_BFCHW)
         image = self._project("vision", pixel_values=self.preprocess(frames_BFCHW.flatten(0, 1)))
         with torch.no_grad():
             length = self.model.config.text_config.max_position_embeddings
-            told = self.tokenizer(
-                list(prompts),
-                padding="max_length",
-                truncation=True,
-                max_length=length,
+            tokens = self.tokenizer(
+                list(prompts), padding="max_length", truncation=True, max_length=length,
                 return_tensors="pt",
-            ).to(frames_BFCHW.device)
+            ).to(frames_BFCHW.device)  # fmt: skip
             text = self._project(
-                "text", input_ids=told["input_ids"], attention_mask=told["attention_mask"]
+                "text", input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
         cosine = (image.unflatten(0, (batch, -1)) * text[:, None]).sum(-1)
         return FORMULAS[self.name].score(cosine, self.scale).mean(1)
 
     def _project(self, tower: str, **inputs: Tensor) -> Tensor:
-        """Unit vectors of pictures or texts, fp32."""
+        """Embed pictures or texts as unit vectors, fp32."""
         pooled = getattr(self.model, f"{tower}_model")(**inputs).pooler_output
         projection = (
             self.model.visual_projection if tower == "vision" else self.model.text_projection
@@ -171,11 +151,9 @@ class ClipReward:
 def load_clip_reward(
     name: str, folder: Path, device: torch.device | str = "cpu", frames: FrameDraw = SINGLE
 ) -> ClipReward:
-    """A reward by one of FORMULAS from a model's folder. Nothing is downloaded and no pickle is
-    opened.
+    """Load a reward by one of FORMULAS from a model's folder, without downloads or pickles.
 
-    ValueError in one line where the folder holds no CLIP in safetensors, or transformers is
-    missing.
+    ValueError if the folder holds no CLIP in safetensors, or transformers is missing.
     """
     try:
         from transformers import CLIPModel, CLIPTokenizer
@@ -190,7 +168,7 @@ def load_clip_reward(
         ) from error
     if kind != "clip":
         raise ValueError(f"{folder} holds a model of type {kind!r}: a CLIP was asked for")
-    for path in folder.iterdir():  # transformers would wait for a pipe
+    for path in folder.iterdir():  # transformers would block on a pipe
         if not path.is_dir():
             check_regular(path)
     try:
@@ -199,8 +177,9 @@ def load_clip_reward(
         ).float()
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{folder} cannot be read as a CLIP in safetensors ({said}): save it with both"
+            f"{folder} cannot be read as a CLIP in safetensors ({reason}):"
+            " save model and tokenizer with save_pretrained"
         ) from error
     return ClipReward(name, model.to(device), tokenizer, Preprocessing.read(folder), frames)

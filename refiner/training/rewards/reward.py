@@ -1,6 +1,6 @@
-"""What a reward is: a score of a video's frames under its prompt, with a graph and a stated range.
+"""The interface of rewards: differentiable scores of a video's frames under its prompt.
 
-Higher is always better. F frames drawn from a video, by their number among its pixel frames.
+Higher is better. F counts frames drawn from a video; `numbers` are their pixel frame indices.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLACK = 1e-3  # of the width of a range: what rounding may add to a cosine of 1
+SLACK = 1e-3  # share of a range that rounding may exceed it by
 
 
 @dataclass(frozen=True, slots=True)
 class FrameDraw:
-    """Which frames of a video a reward sees: `count` single ones, or with an `interval` a clip of
-    them.
+    """Which frames of a video a reward sees: `count` single ones, or a clip with an `interval`.
 
-    A clip begins at the video's first frame in a share `opening` of the draws and anywhere in the
-    others. A video that is too short gives fewer frames.
+    A clip begins at the video's first frame in a share `opening` of the draws, else anywhere. A
+    video that is too short yields fewer frames.
     """
 
     count: int
@@ -30,17 +29,17 @@ class FrameDraw:
     def __post_init__(self) -> None:
         if self.count < 1 or self.interval < 0 or not 0 <= self.opening <= 1:
             raise ValueError(
-                f"{self.count} frames at an interval of {self.interval}: give at least 1 frame, and an interval of 0"
-                " (single frames) or more"
+                f"{self.count} frames at an interval of {self.interval}:"
+                " give at least 1 frame, and an interval of 0 (single frames) or more"
             )
 
     @property
     def reach(self) -> int:
-        """How many frames before the last one it may look back."""
+        """How many frames a clip reaches back from its last one."""
         return self.interval * (self.count - 1)
 
     def draw(self, rng: np.random.Generator, total: int) -> tuple[int, ...]:
-        """Frames for one training step, rising, of a video of `total`."""
+        """Draw frames for a training step, rising, from a video of `total`."""
         if not self.interval:
             return tuple(sorted(rng.choice(total, min(self.count, total), replace=False).tolist()))
         span = self._span(total)
@@ -48,8 +47,7 @@ class FrameDraw:
         return tuple(range(first, first + span + 1, self.interval))
 
     def newest(self, total: int, new: int) -> tuple[int, ...]:
-        """Frames to judge a video of `total` by, of which the last `new` are in question: nothing
-        is drawn."""
+        """Return frames to judge the last `new` of a video of `total` by; deterministic."""
         if self.interval:
             return tuple(range(total - 1 - self._span(total), total, self.interval))
         places = np.linspace(total - new, total - 1, min(self.count, new) + 2)[1:-1]
@@ -63,43 +61,41 @@ class Reward(Protocol):
     """A differentiable score, higher is better."""
 
     name: str
-    range: tuple[float, float]  # of every score
+    range: tuple[float, float]  # bounds of the scores
     frames: FrameDraw
 
     def __call__(
         self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
     ) -> Tensor:
-        """Scores [B], fp32, of frames [B, F, 3, H, W] in 0–1, with a graph; `numbers` are those of
-        the F frames."""
+        """Return differentiable fp32 scores [B] of frames [B, F, 3, H, W] in 0–1."""
         ...
 
 
 def scored(
     reward: Reward, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
 ) -> Tensor:
-    """A reward's scores [B], checked: ValueError for one that is outside of its range, or not a
-    number."""
+    """Return a reward's scores [B]; ValueError if one is NaN or outside the reward's range."""
     scores = reward(frames_BFCHW, numbers, prompts)
     if scores.shape != (len(prompts),):
         raise ValueError(
-            f"reward {reward.name} gave scores {tuple(scores.shape)}, expected [{len(prompts)}]: a video one"
+            f"reward {reward.name} gave scores {tuple(scores.shape)}, expected [{len(prompts)}]:"
+            " return one per video"
         )
     low, high = reward.range
     slack = SLACK * (high - low)
-    inside = (scores >= low - slack) & (scores <= high + slack)  # no NaN is
+    inside = (scores >= low - slack) & (scores <= high + slack)  # False for NaN
     if not inside.all():
         worst = scores[~inside][0].item()
         raise ValueError(
-            f"reward {reward.name} gave {worst:.4g}, outside of its range {low:g} to {high:g}: its weights or its range"
-            " are wrong"
+            f"reward {reward.name} gave {worst:.4g}, outside of its range {low:g} to {high:g}:"
+            " check its weights and its range"
         )
     return scores
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Rewards with weights; their sum is what a refiner raises. ValueError for none, or two of one
-    name."""
+    """A weighted sum of rewards; ValueError for none, or two of one name."""
 
     parts: tuple[tuple[Reward, float], ...]
 
@@ -112,23 +108,22 @@ class Mixture:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Of the sum."""
-        ends = torch.tensor([reward.range for reward, _ in self.parts]) * torch.tensor(
-            [[w] for _, w in self.parts]
-        )
+        """Bounds of the sum."""
+        ranges = torch.tensor([reward.range for reward, _ in self.parts])
+        ends = ranges * torch.tensor([[weight] for _, weight in self.parts])
         return ends.amin(1).sum().item(), ends.amax(1).sum().item()
 
     @property
     def reach(self) -> int:
-        """How many frames before a video's last one a search's rewards look back at."""
+        """How many frames the rewards reach back from a video's last one in a search."""
         return max(reward.frames.reach for reward, _ in self.parts)
 
     def draw(self, rng: np.random.Generator, total: int) -> list[tuple[int, ...]]:
-        """Frames of a video of `total` for each reward."""
+        """Draw frames of a video of `total` for each reward."""
         return [reward.frames.draw(rng, total) for reward, _ in self.parts]
 
     def newest(self, total: int, new: int) -> list[tuple[int, ...]]:
-        """The same for a search, see FrameDraw.newest."""
+        """Return frames for a search for each reward; see FrameDraw.newest."""
         return [reward.frames.newest(total, new) for reward, _ in self.parts]
 
     def __call__(
@@ -138,10 +133,9 @@ class Mixture:
         drawn: Sequence[tuple[int, ...]],
         prompts: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum [B], and each reward's own scores [B] by name.
+        """Return the weighted sum [B], and each reward's scores [B] by name.
 
-        Frames [B, F, 3, H, W] have these `numbers`, in order; `drawn` are those that each reward
-        sees.
+        `numbers` are those of frames [B, F, 3, H, W], `drawn` those that each reward sees.
         """
         place = {number: index for index, number in enumerate(numbers)}
         scores = {

@@ -1,4 +1,4 @@
-"""A reward as what a search chooses by (refiner/samplers/search.py)."""
+"""A reward as the verifier of a search (refiner/samplers/search.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,64 +13,61 @@ from .reward import Mixture
 
 @dataclass(frozen=True, slots=True)
 class RewardVerifier:
-    """Scores the newest frames of each candidate video, decoded, under its prompt; one prompt a
-    sample."""
+    """Scores the newest decoded frames of each candidate video under its sample's prompt."""
 
     rewards: Mixture
     vae: WanVAE
     prompts: Sequence[str]
 
     def begin(self) -> "RewardJudge":
-        """A judge of a run from its first chunk on, a given one where there are any."""
+        """Start a judge for a run, from its first chunk on (a given one if there are any)."""
         return RewardJudge(self)
 
 
 @dataclass(slots=True)
 class RewardJudge:
-    """Decodes each candidate from where the decoder stands behind the chunks that were kept.
+    """Decodes each candidate from the decoder's state after the chosen chunks.
 
-    Of what was kept it holds the decoder's state and as many frames as a reward looks back at,
-    however long the video.
+    Of those it stores only that state and as many frames as a reward looks back at, however long
+    the video.
     """
 
     verifier: RewardVerifier
     state: DecoderState = field(default_factory=DecoderState)
-    frames: Tensor | None = None  # the last that were kept [B, F, 3, H, W] in 0–1
-    kept: int = 0  # pixel frames in all
-    chosen: Tensor | None = None  # kept, but decoded only if another chunk follows
+    frames: Tensor | None = None  # the last decoded ones [B, F, 3, H, W] in 0–1
+    num_frames: int = 0  # pixel frames decoded so far
+    chosen: Tensor | None = None  # the last chunk, decoded only if another one follows
 
     @torch.no_grad()
     def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
-        """The weighted reward [B] of a candidate [B, C, F, h, w] for the next chunk."""
+        """Return the weighted reward [B] of a candidate [B, C, F, h, w] for the next chunk."""
         self._advance()
         rewards, prompts = self.verifier.rewards, self.verifier.prompts
         new, frames = self._decoded(x0, self.state.clone())
-        total = self.kept + new
+        total = self.num_frames + new
         drawn = rewards.newest(total, new)
         numbers = sorted(set().union(*drawn))
         first = total - frames.shape[1]
-        return rewards(frames[:, [number - first for number in numbers]], numbers, drawn, prompts)[
-            0
-        ]
+        picked = frames[:, [number - first for number in numbers]]
+        return rewards(picked, numbers, drawn, prompts)[0]
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
-        """Go on from this one."""
+        """Continue from this candidate."""
         self._advance()
         self.chosen = x0
 
     def _advance(self) -> None:
-        """Decode what was chosen last."""
+        """Decode the chunk that was chosen last."""
         if self.chosen is None:
             return
         chosen, self.chosen = self.chosen, None
         new, frames = self._decoded(chosen, self.state)
-        self.kept += new
+        self.num_frames += new
         self.frames = frames[:, max(0, frames.shape[1] - self.verifier.rewards.reach) :].clone()
 
     @torch.no_grad()
     def _decoded(self, x0: Tensor, state: DecoderState) -> tuple[int, Tensor]:
-        """How many frames a chunk has, and they behind the kept ones."""
+        """Decode a chunk; returns its number of frames, and all stored frames including them."""
         pixels = ((self.verifier.vae.decode(x0, state).transpose(1, 2) + 1) / 2).clamp(0, 1)
-        return pixels.shape[1], pixels if self.frames is None else torch.cat(
-            (self.frames, pixels), dim=1
-        )
+        frames = pixels if self.frames is None else torch.cat((self.frames, pixels), dim=1)
+        return pixels.shape[1], frames

@@ -1,4 +1,4 @@
-"""Video rewards: how well a clip of frames fits the prompt, by any model that embeds both."""
+"""Video rewards: how well a clip fits the prompt, by any model that embeds both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,20 @@ from .reward import FrameDraw
 
 
 class VideoTextModel(Protocol):
-    """A frozen model with one space for clips and texts, InternVideo2 or the sprite world's own."""
+    """A frozen model that embeds clips and texts in one space, as InternVideo2 or the sprites'."""
 
     def embed_video(self, frames_BFCHW: Tensor, numbers: Tensor) -> Tensor:
-        """Unit vectors [B, D], with a graph, of frames [B, F, 3, H, W] in 0–1 whose place in the
-        video is [F]."""
+        """Embed frames [B, F, 3, H, W] in 0–1 of these indices [F] as unit vectors [B, D]."""
         ...
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [B, D]."""
+        """Embed prompts as unit vectors [B, D]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class VideoTextReward:
-    """The cosine of clip and prompt."""
+    """The cosine of a clip's and a prompt's embeddings."""
 
     name: str
     model: VideoTextModel
@@ -35,7 +34,7 @@ class VideoTextReward:
     def __call__(
         self, frames_BFCHW: Tensor, numbers: Sequence[int], prompts: Sequence[str]
     ) -> Tensor:
-        """Scores [B], see Reward."""
+        """Return scores [B]; see Reward."""
         with torch.no_grad():
             text = self.model.embed_text(prompts)
         video = self.model.embed_video(
