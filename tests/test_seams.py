@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from test_refiner import pairs_for
 from torch import Tensor
 
 from autorefiner.refiner.memory.graph import GraphMemory
@@ -29,6 +28,7 @@ from autorefiner.refiner.wan.causal import KeyValue, Seen
 from autorefiner.refiner.wan.transformer import WanConfig
 
 from tiny import tiny_network
+from tiny_refiner import pairs_for
 
 TWO_HEADS = WanConfig(dim=128, num_heads=2, ffn_dim=128, num_layers=2, text_dim=32, text_len=8)
 SF = PRESETS["self-forcing"]

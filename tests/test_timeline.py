@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_refiner import pairs_for
 from torch import Tensor
 
 from autorefiner.refiner.memory.graph import GraphMemory
@@ -20,6 +19,7 @@ from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline
 
 from tiny import tiny_network
+from tiny_refiner import pairs_for
 
 SF = PRESETS["self-forcing"]
 CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
