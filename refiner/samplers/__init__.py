@@ -25,6 +25,6 @@ SEARCHES: dict[str, Callable[..., Method]] = {
 METHODS = SAMPLERS | SEARCHES
 
 __all__ = [
-    "METHODS", "SAMPLERS", "SEARCHES", "Method", "best_of_n", "hiar", "ode", "search_over_path", "self_forcing",
-    "self_refine",
+    "METHODS", "SAMPLERS", "SEARCHES", "Method", "best_of_n", "hiar", "ode", "search_over_path",
+    "self_forcing", "self_refine",
 ]  # fmt: skip

@@ -1,5 +1,4 @@
-"""Retrieval: the sink, the last frames, and the k others that answer the chunk's mean query best
-(CAMR)."""
+"""Retrieval (CAMR): sink, last frames, and the k others that answer the mean query best."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,8 +28,8 @@ class TopFrames(Policy):
     def __post_init__(self) -> None:
         if self.k < 1 or self.sink < 0 or self.recent < 0:
             raise ValueError(
-                f"top-frames with k {self.k}, sink {self.sink}, recent {self.recent}: give a k of 1 or"
-                " more, the others 0 or more"
+                f"top-frames with k {self.k}, sink {self.sink}, recent {self.recent}: give a k of"
+                " at least 1, the others 0 or more"
             )
 
     def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
