@@ -174,11 +174,12 @@ def summary(job: Job) -> str:
     """Describe the run in one line."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
+    policy = "" if options.policy == "window" else f", policy {options.policy}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels {','.join(map(str, preset.levels))}, {preset.chunk} latent"
-        f" frames a chunk, memory {window}, on {job.device}"
+        f" frames a chunk, method {options.method}, memory {window}{policy}, on {job.device}"
         f" in {str(job.dtype).removeprefix('torch.')}{refined}"
     )
 
