@@ -9,6 +9,7 @@ from ..wan.transformer import PATCH, WanConfig
 from .policies import Window
 from .policy import Policy
 from .positions import Absolute, Positions
+from .store import PlainStore, Slots, Store
 
 Keys = Literal["rotated", "raw"]
 
@@ -36,6 +37,7 @@ class MemoryPlan:
     dtype: torch.dtype = torch.float32
     spare_frames: int = 0  # slots after the window for the tokens of a refine pass
     policy: Policy = field(default_factory=Window)
+    store: type[Store] = PlainStore
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
@@ -104,6 +106,14 @@ class MemoryPlan:
         return self.window_frames + self.spare_frames
 
     @property
+    def slots(self) -> Slots:
+        """What the store holds."""
+        return Slots(
+            self.layers, self.batch, self.held_frames, self.frame_tokens, self.heads, self.head_dim,
+            self.dtype,
+        )  # fmt: skip
+
+    @property
     def layer_bytes(self) -> int:
         """Bytes of the keys (or values) of one layer."""
         tokens = self.batch * self.held_frames * self.frame_tokens
@@ -113,7 +123,8 @@ class MemoryPlan:
     def nbytes(self) -> int:
         """Bytes of all keys and values, one layer's rotated keys if raw, and a policy's means."""
         means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
-        return self.layer_bytes * (2 * self.layers + (self.keys == "raw")) + means
+        rotated = self.layer_bytes if self.keys == "raw" else 0
+        return self.store.count_bytes(self.slots) + rotated + means
 
     @property
     def read_bytes(self) -> int:

@@ -11,7 +11,7 @@ from ..wan.upload import upload
 from .frames import FrameLedger
 from .plan import MemoryPlan
 from .policy import Held, check_ranks
-from .store import PlainStore, Runs, Store, pick_frames
+from .store import Runs, Store, pick_frames
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -43,14 +43,12 @@ class RingMemory:
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.ledger = FrameLedger(plan)
-        heads = (plan.heads, plan.head_dim)
-        shape = (plan.batch, plan.held_frames * plan.frame_tokens, *heads)
-        self.store: Store = PlainStore(plan.layers, shape, plan.frame_tokens, plan.dtype, device)
+        self.store: Store = plan.store(plan.slots, device)
         like = dict(dtype=plan.dtype, device=device)
-        self.rotated = torch.empty(shape, **like) if plan.keys == "raw" else None
+        self.rotated = torch.empty(plan.slots.shape, **like) if plan.keys == "raw" else None
         self.means: list[Tensor] = []  # by layer, of the raw keys of each slot [B, F, H, D]
         if plan.policy.means:
-            shape = (plan.batch, plan.held_frames, *heads)
+            shape = (plan.batch, plan.held_frames, plan.heads, plan.head_dim)
             self.means = [torch.empty(shape, **like) for _ in range(plan.layers)]
         self.device = torch.device(device)
         self.current: RingView | None = None
@@ -172,6 +170,7 @@ class RingView(SlotFrames):
         raw_query: Tensor | None = None,
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`. Writes in place, so not for passes with autograd."""
+        self.memory.store.prefetch((layer + 1) % self.memory.plan.layers)
         self.write(layer, self.stored(raw_key, table), value)
         if self.memory.means:
             self._summarise(layer, raw_key)

@@ -1,6 +1,8 @@
 """Storage of the keys and values of a sampling memory."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,8 +21,31 @@ def pick_frames(layer: KeyValue, index_BF: Tensor, frame_tokens: int) -> KeyValu
     return KeyValue(*(part[samples, index_BF].flatten(1, 2) for part in frames))
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What a store holds: in every layer, keys and values of this many frames."""
+
+    layers: int
+    batch: int
+    frames: int
+    frame_tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of a layer's keys, and of its values: [B, T, H, D]."""
+        return self.batch, self.frames * self.frame_tokens, self.heads, self.head_dim
+
+
 class Store(Protocol):
-    """Slots of one frame each, in every layer."""
+    """Slots of one frame each, in every layer. Made of `Slots` and a device."""
+
+    @staticmethod
+    def count_bytes(slots: Slots) -> int:
+        """Bytes that a store of these slots will allocate."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -55,18 +80,16 @@ class Store(Protocol):
 class PlainStore:
     """Tensors in the memory's dtype on its device: reads are slices."""
 
-    def __init__(
-        self,
-        layers: int,
-        shape: tuple[int, int, int, int],
-        frame_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        """Allocate keys and values of `shape` [B, T, H, D] for every layer."""
-        self.frame_tokens = frame_tokens
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+    def __init__(self, slots: Slots, device: torch.device | str) -> None:
+        self.frame_tokens = slots.frame_tokens
+        like, layers = dict(dtype=slots.dtype, device=device), range(slots.layers)
+        self.keys = [torch.empty(slots.shape, **like) for _ in layers]
+        self.values = [torch.empty(slots.shape, **like) for _ in layers]
+
+    @staticmethod
+    def count_bytes(slots: Slots) -> int:
+        """See `Store`."""
+        return 2 * slots.layers * math.prod(slots.shape) * slots.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -105,3 +128,6 @@ class PlainStore:
     def free(self) -> None:
         """See `Store`."""
         self.keys, self.values = [], []
+
+
+STORES: dict[str, type[Store]] = {"plain": PlainStore}
