@@ -229,11 +229,9 @@ def large_networks() -> None:
         initial: torch.Tensor | None = None,
         **_: object,
     ):
-        start = plan.given
-        for length in plan.lengths[plan.given_chunks :]:
-            generator = torch.Generator().manual_seed(start)
-            yield torch.randn(1, 16, length, plan.height, plan.width, generator=generator)
-            start += length
+        for chunk in plan.chunks:
+            generator = torch.Generator().manual_seed(chunk.start)
+            yield torch.randn(1, 16, chunk.length, plan.height, plan.width, generator=generator)
 
     class Enlarged:
         def decode(self, x0: torch.Tensor, state: list[int]) -> torch.Tensor:
