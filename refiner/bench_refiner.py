@@ -71,7 +71,7 @@ def bench_refiner(
         for previous in ("pending", "joint"):
             cache = ReflectiveCache("shared", previous)
             forms[f"{previous}, merged"] = Refiner(copied, cache)
-            forms[f"{previous}, branches"] = Refiner(base, cache, on=branches.on)
+            forms[f"{previous}, unmerged"] = Refiner(base, cache, on=branches.on)
         tokens = case.config.text_len, case.config.text_dim
         context = torch.randn(1, *tokens, device=device, dtype=dtype)
         plan = RunPlan(preset, preset.chunk * chunks, case.height, case.width)

@@ -31,8 +31,8 @@ def write_tiny_bundle(models: Path) -> None:
     torch.manual_seed(0)
     save_model(models, "vae", WanVAE(4), None, {})
     save_model(models, "text", SpriteTextEncoder(16), None, {})
-    for name in ("teacher", "student"):
-        save_model(models, name, WanTransformer(SIZES), SIZES, {})
+    for name, recipe in (("teacher", {}), ("student", {"preset": "self-forcing"})):
+        save_model(models, name, WanTransformer(SIZES), SIZES, recipe)
     save_model(models, "reward", SpriteVideoText(16, 16), None, {})
 
 
