@@ -1,4 +1,4 @@
-"""Which frames a Reflective Cache will hold, and its bytes, for the page to draw before a run."""
+"""Answer the page: frames and bytes that a Reflective Cache will hold, before a run."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -34,7 +34,7 @@ LONGEST_TEXT = 500
 
 
 def cache_view(request: object) -> dict[str, Any]:
-    """Which latent frames the last chunk of a clip sees, and the bytes of all keys and values.
+    """List the latent frames that the last chunk of a clip sees, and count bytes of all K/V.
 
     `request` is the page's: the widgets of a Reflective Cache, and `model`, `refiner`, `schedule`
     and `size` as the page found them in the graph, else None. Loads no model. ValueError, in one

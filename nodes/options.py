@@ -38,7 +38,7 @@ class ChunkSchedule:
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """Which latent frames memory holds (a window of -1: all), and what a refiner sees of them."""
+    """Frames that memory holds (a window of -1: all), and a refiner's view of them."""
 
     window: int = -1
     sink: int = 0

@@ -26,7 +26,7 @@ from ..refiner.wan.vae import CHANNELS, normalized
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a host knows of a MODEL without loading it."""
+    """Properties of a MODEL, known without loading it."""
 
     config: WanConfig
     dtype: torch.dtype  # that it computes in

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
+from math import isnan
 from typing import TypeVar
 
 Made = TypeVar("Made")
@@ -9,7 +10,7 @@ KINDS = {int: int, float: float, "int": int, "float": float}
 
 
 def knobs(make: Callable) -> dict[str, Parameter]:
-    """The arguments of a function that text can set: whole numbers and numbers with a default."""
+    """Return the arguments of a function that text can set: int or float, with a default."""
     parameters = signature(make).parameters.values()
     return {
         each.name: each
@@ -19,10 +20,9 @@ def knobs(make: Callable) -> dict[str, Parameter]:
 
 
 def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Made:
-    """Make what `text` names, of a table of functions by name; ValueError lists the names or the
-    knobs.
+    """Call the function that `text` names, with its knobs; ValueError lists names or knobs.
 
-    `kind` says in the message what is chosen.
+    `kind` is the word for what is chosen, in messages.
     """
     name, _, settings = text.partition(":")
     if name not in table:
@@ -38,8 +38,11 @@ def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Ma
 
 
 def _number(place: str, value: str, number: Callable[[str], float]) -> float:
+    wanted = "a whole number" if number is int else "a number"
     try:
-        return number(value)
+        parsed = number(value)
     except ValueError:
-        wanted = "a whole number" if number is int else "a number"
         raise ValueError(f"{place} {value!r}: give {wanted}") from None
+    if isnan(parsed):
+        raise ValueError(f"{place} {value!r}: give {wanted}")
+    return parsed

@@ -26,7 +26,6 @@ __all__ = [
     "Progress",
     "PromptSwitch",
     "Rollout",
-    "Sampler",
     "add_noise",
     "predict_x0",
 ]
@@ -356,6 +355,3 @@ class Rollout:
         timestep = torch.full((1, 1), t, dtype=torch.float64)
         view = self.cache(cache).view(chunk.frames, keep_pending)
         return self.network(x, timestep, self.text, view, keys_only=keys_only)
-
-
-Sampler = Callable[[Rollout], Iterator[Tensor]]

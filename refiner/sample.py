@@ -9,7 +9,7 @@ from .noise.refiner import Refiner
 from .noise.source import NoiseSource, WhiteNoise
 from .rollout import Progress, Rollout
 from .run_plan import RunPlan
-from .samplers import Method, self_forcing
+from .samplers import Method, as_method, self_forcing
 from .timeline import Timeline
 from .wan.causal import CausalWan
 
@@ -25,7 +25,7 @@ def sample(
     seed: int = 0,
     noise: NoiseSource | None = None,
     initial: Tensor | None = None,
-    method: Method | None = None,
+    method: Method | Callable | None = None,
     refiner: Refiner | None = None,
     callback: Callable[[Progress], None] | None = None,
     device: torch.device | None = None,
@@ -41,11 +41,7 @@ def sample(
     ValueError when `initial`, `context` or the method do not fit the plan. Chunks are not checked
     for finite values, which would wait for the device: see `finite`.
     """
-    method = method or self_forcing()
-    if not isinstance(method, Method):
-        raise ValueError(
-            f"method {method!r} is no Method: give one, like self_forcing(), or Method(name, run)"
-        )
+    method = as_method(method or self_forcing())
     method.check(plan.preset, refiner.cache if refiner else None)
     check_initial(initial, plan, network)
     timeline = context if isinstance(context, Timeline) else Timeline.of(context)

@@ -28,6 +28,7 @@ def test_knobs_are_numbers_of_their_kind() -> None:
         ("one:whole=x", "whole number"),
         ("one:whole=1.5", "whole number"),
         ("one:share=", "a number"),
+        ("one:share=nan", "a number"),
         ("one:words=b", "whole=1, share=0.5"),
         ("one:whole", "whole number"),
     ],

@@ -14,7 +14,8 @@ from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.run_plan import RunPlan
 from autorefiner.refiner.sample import sample
-from autorefiner.refiner.samplers import hiar, self_forcing, self_refine
+from autorefiner.refiner.samplers import SAMPLERS, SelfRefine, hiar, self_refine
+from autorefiner.refiner.samplers.self_forcing import predict_chunk
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline
 
@@ -112,6 +113,17 @@ def test_samples_that_keep_their_pending_keys_keep_their_means(network) -> None:
     assert (clip(RingMemory, 1) - ring[:1]).abs().max() < 1e-4
 
 
-def test_a_method_that_is_no_record_is_refused(network) -> None:
+def test_scripts_may_give_a_method_as_they_used_to(network) -> None:
+    def mine(rollout):
+        for chunk in rollout.chunks:
+            x0 = predict_chunk(rollout, chunk)
+            rollout.commit(x0, chunk)
+            yield x0
+
+    expected = run(network, CONTEXT)
+    assert torch.equal(run(network, CONTEXT, method=SAMPLERS["self-forcing"]), expected)
+    assert torch.equal(run(network, CONTEXT, method=mine), expected)
+    assert torch.equal(run(network, CONTEXT, method=SelfRefine({})), expected)
+    assert not torch.equal(run(network, CONTEXT, method=SAMPLERS["ode"]), expected)
     with pytest.raises(ValueError, match="Method"):
-        run(network, CONTEXT, method=self_forcing)
+        run(network, CONTEXT, method="ode")

@@ -51,11 +51,11 @@ class NodeHost(Protocol):
         ...
 
     def model_folder(self, folder: str) -> Path:
-        """Where to write new model files; it need not exist."""
+        """Return the folder for new model files; it need not exist."""
         ...
 
     def output_folder(self) -> Path:
-        """Where to write results; it need not exist."""
+        """Return the folder for results; it need not exist."""
         ...
 
     def output_path(self, prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:
@@ -84,7 +84,7 @@ class NodeHost(Protocol):
         ...
 
     def facts(self, model: Model) -> ModelFacts:
-        """What is known of a MODEL. ValueError unless it is Wan2.1 text-to-video."""
+        """Describe a MODEL; ValueError unless it is Wan2.1 text-to-video."""
         ...
 
     def base_of(self, model: Model) -> str | None:
@@ -110,7 +110,7 @@ class NodeHost(Protocol):
         ...
 
     def stops(self, node: str | None) -> int:
-        """How many runs of a node (by id) were stopped early; their results are not cached."""
+        """Count the runs of a node (by id) that were stopped early and must not be cached."""
         ...
 
     def decode(self, vae: Vae, raw_1CFhw: Tensor) -> Iterator[Tensor]:
@@ -132,7 +132,7 @@ class NodeHost(Protocol):
         ...
 
     def torch_device(self, nbytes: int = 0) -> torch.device:
-        """Where models run; frees `nbytes` there for one that the host does not manage."""
+        """Return the device for models; free `nbytes` there for one the host does not manage."""
         ...
 
     def training(self) -> AbstractContextManager[None]:

@@ -47,7 +47,7 @@ CHUNK = 3  # latent frames decoded together
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a workflow runs.
+    """The surroundings of a workflow.
 
     `base` holds ComfyUI's folders models/ and input/; files are written into `outputs`; `prompt`
     is the workflow in API format.

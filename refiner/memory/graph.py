@@ -109,7 +109,7 @@ class HistoryFrames:
         self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None
     ) -> None:
         """Select `past`; `stored` are the absolute indices in memory, by default the ledger's."""
-        self.past = past
+        self.past, self.policy = past, memory.plan.policy
         stored = [held.frame for held in memory.ledger.held] if stored is None else stored
         ranks = ranks_of(past, stored)
         self.layers = [select(layer, ranks, memory.plan.frame_tokens) for layer in memory.past]
@@ -118,6 +118,7 @@ class HistoryFrames:
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
+        self.policy.check_means()
         return self.layer_means[layer]
 
     def all(self, layer: int) -> KeyValue:
@@ -206,6 +207,9 @@ class GraphFrames:
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
         self.plan.policy.check_means()
+        if self.history is None:
+            batch, _, heads, size = self.current.key.shape
+            return self.current.key.new_zeros(batch, 0, heads, size)
         return self.history.means(layer)
 
     def all(self, layer: int) -> KeyValue:

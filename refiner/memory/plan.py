@@ -107,7 +107,7 @@ class MemoryPlan:
 
     @property
     def slots(self) -> Slots:
-        """What the store holds."""
+        """Layout of the store."""
         return Slots(
             self.layers, self.batch, self.held_frames, self.frame_tokens, self.heads, self.head_dim,
             self.dtype,

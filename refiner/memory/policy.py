@@ -1,4 +1,4 @@
-"""What a read attends to, of the frames in memory. Policies lie in `policies/`, one a file."""
+"""The interface of memory policies, which choose what is read. `policies/` has one a file."""
 
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
@@ -10,11 +10,10 @@ from ..wan.causal import KeyValue, Seen
 
 
 class Held(NamedTuple):
-    """A committed frame: its number in the order of arrival, and its absolute latent index in the
-    video."""
+    """A committed frame."""
 
-    order: int
-    frame: int
+    order: int  # of arrival
+    frame: int  # absolute latent index in the video
 
 
 class Frames(Protocol):

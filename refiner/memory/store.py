@@ -23,7 +23,7 @@ def pick_frames(layer: KeyValue, index_BF: Tensor, frame_tokens: int) -> KeyValu
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """What a store holds: in every layer, keys and values of this many frames."""
+    """Layout of a store: keys and values of this many frames in every layer."""
 
     layers: int
     batch: int

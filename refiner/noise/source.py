@@ -17,7 +17,7 @@ VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which noise of a chunk is drawn."""
+    """Key of one noise of a chunk."""
 
     step: int  # nominal, of the level that the noise leads to
     repeat: int = 0  # of the level

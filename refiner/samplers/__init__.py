@@ -1,5 +1,4 @@
-"""Sampling methods, one a file: a short generator over the verbs of a rollout, and a function that
-sets its knobs."""
+"""Sampling methods, one a file: a generator over a rollout, and a function that sets knobs."""
 
 from collections.abc import Callable
 
@@ -23,8 +22,22 @@ SEARCHES: dict[str, Callable[..., Method]] = {
     "search-over-path": search_over_path,
 }
 METHODS = SAMPLERS | SEARCHES
+# Former names, for scripts.
+SelfRefine, BestOfN, SearchOverPath = self_refine, best_of_n, search_over_path
+
+
+def as_method(method: Method | Callable) -> Method:
+    """Return a method; also for a function of `SAMPLERS` and for a bare generator function."""
+    if isinstance(method, Method):
+        return method
+    if not callable(method):
+        raise ValueError(f"method {method!r}: give a Method, like self_forcing()")
+    if method in SAMPLERS.values():
+        return method()
+    return Method(getattr(method, "__name__", "custom"), method)
+
 
 __all__ = [
-    "METHODS", "SAMPLERS", "SEARCHES", "Method", "best_of_n", "hiar", "ode", "search_over_path",
-    "self_forcing", "self_refine",
+    "METHODS", "SAMPLERS", "SEARCHES", "BestOfN", "Method", "SearchOverPath", "SelfRefine",
+    "as_method", "best_of_n", "hiar", "ode", "search_over_path", "self_forcing", "self_refine",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a sampling method is: a generator over a rollout, and what others need to know of it."""
+"""The record of a sampling method: its generator, and what progress bars and estimates ask."""
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from ..schedule import Chunk, Level, Preset
 
 
 def one_a_level(chunk: Chunk) -> int:
-    """One prediction for each level."""
+    """Count one prediction for each level."""
     return len(chunk.levels)
 
 
 def no_caches(levels: Sequence[Level]) -> tuple[Hashable, ...]:
-    """No memory but the one that there always is."""
+    """Return no names: the main memory is enough."""
     return ()
 
 
@@ -25,19 +25,19 @@ def any_run(preset: Preset, cache: ReflectiveCache | None) -> None:
 
 
 def no_note(levels: Sequence[int], refined: Collection[int]) -> str | None:
-    """Nothing to say."""
+    """Return None: the method always has something to do."""
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A sampling method with its knobs set; made by the functions in `METHODS`.
+    """A sampling method with its knobs set, made by a function of `SAMPLERS` or `SEARCHES`.
 
-    `run` yields the x0 [B, C, F, h, w] of each chunk. `passes` is the number of predictions of a
-    chunk, at most; without `exact` there may be fewer. `caches` names memories besides the one that
-    there always is. `check` raises ValueError for a preset or a refiner's cache that the method
-    cannot run with. `note` is a line where the method, or a refiner, has nothing to do in a run of
-    these nominal levels, of which some are refined.
+    `run` yields the x0 [B, C, F, h, w] of each chunk. `passes` counts the predictions of a chunk,
+    at most; without `exact` there may be fewer. `caches` names memories besides the main one.
+    `check` raises ValueError for a preset or a refiner's cache that the method cannot run with.
+    `note` returns a warning if the method, or a refiner, does nothing at these nominal levels, of
+    which some are refined.
     """
 
     name: str

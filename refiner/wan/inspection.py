@@ -1,4 +1,4 @@
-"""What a model file is: kind, layout, sizes and preset, from names, shapes and metadata alone."""
+"""Identify a model file: kind, layout, sizes and preset, from names, shapes and metadata."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
