@@ -6,11 +6,11 @@ from math import isnan
 from typing import TypeVar
 
 Made = TypeVar("Made")
-KINDS = {int: int, float: float, "int": int, "float": float}
+KINDS = {int: int, float: float, str: str, "int": int, "float": float, "str": str}
 
 
 def knobs(make: Callable) -> dict[str, Parameter]:
-    """Return the arguments of a function that text can set: int or float, with a default."""
+    """Return the arguments of a function that text can set: int, float or str, with a default."""
     parameters = signature(make).parameters.values()
     return {
         each.name: each
@@ -31,10 +31,17 @@ def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Ma
     for setting in filter(None, settings.split(",")):
         knob, _, value = (part.strip() for part in setting.partition("="))
         if knob not in known:
-            listed = ", ".join(f"{each.name}={each.default:g}" for each in known.values()) or "none"
-            raise ValueError(f"{kind} {name} has no knob {knob!r}: its knobs are {listed}")
-        values[knob] = _number(f"{kind} {name}, {knob}", value, KINDS[known[knob].annotation])
+            listed = ", ".join(f"{name}={_shown(each.default)}" for name, each in known.items())
+            raise ValueError(
+                f"{kind} {name} has no knob {knob!r}: its knobs are {listed or 'none'}"
+            )
+        parse = KINDS[known[knob].annotation]
+        values[knob] = value if parse is str else _number(f"{kind} {name}, {knob}", value, parse)
     return table[name](**values)
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _number(place: str, value: str, number: Callable[[str], float]) -> float:

@@ -16,7 +16,7 @@ from .noise.source import VERSION as NOISE_VERSION
 from .outputs import differences, read_given
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
-from .run_plan import RunPlan
+from .run_plan import RunPlan, suggested
 from .samplers import SAMPLERS, Method
 from .schedule import Preset, get_preset, latent_frames
 from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
@@ -64,8 +64,8 @@ class Job:
             "noise": str(NOISE_VERSION),
             "chunk_lengths": format_lengths(self.plan.lengths),
         }
-        if options.policy != "window":
-            metadata["policy"] = options.policy
+        if options.memory != "window":
+            metadata["memory"] = options.memory
         if options.lora:
             metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
         if self.refiner:
@@ -101,7 +101,8 @@ def prepare(options: GenerateOptions) -> Job:
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
-    preset = get_preset(name).changed(
+    policy = choose(options.memory, POLICIES, "memory")
+    preset = suggested(get_preset(name), policy).changed(
         levels=options.levels, window=options.window, sink=options.sink
     )
     total = latent_frames(options.frames)
@@ -111,7 +112,6 @@ def prepare(options: GenerateOptions) -> Job:
         initial, extended = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
     method = choose(options.method, SAMPLERS, "method")
-    policy = choose(options.policy, POLICIES, "policy")
     plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)

@@ -33,7 +33,7 @@ class GenerateOptions:
     height: int = 480
     seed: int = 0
     method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
-    policy: str = "window"  # one of POLICIES, with knobs
+    memory: str = "window"  # one of POLICIES, with knobs
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for

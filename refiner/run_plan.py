@@ -1,7 +1,7 @@
 """Plan a run: check its size and count its memory before anything is loaded."""
 
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,6 +11,16 @@ from .memory.policy import Policy
 from .memory.positions import get_positions
 from .schedule import Chunk, Preset, plan_chunks
 from .wan.transformer import WanConfig
+
+
+def suggested(preset: Preset, policy: Policy) -> Preset:
+    """Return the preset with the policy's window, sink and positions where it has none itself."""
+    if policy.window and preset.window < 0:
+        window, sink = policy.window
+        preset = preset.changed(window=window, sink=sink)
+    if policy.positions and preset.positions == "absolute":
+        preset = replace(preset, positions=policy.positions)
+    return preset
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ def make(whole: int = 1, share: float = 0.5, *, words: str = "a") -> tuple[int, 
 TABLE = {"one": make}
 
 
-def test_knobs_are_numbers_of_their_kind() -> None:
+def test_knobs_are_numbers_or_words() -> None:
     assert choose("one", TABLE, "thing") == (1, 0.5, "a")
     assert choose("one:whole=3", TABLE, "thing") == (3, 0.5, "a")
     assert choose("one: share = 1e-1 , whole=-2", TABLE, "thing") == (-2, 0.1, "a")
+    assert choose("one:words=C:/a b.json,whole=2", TABLE, "thing") == (2, 0.5, "C:/a b.json")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_knobs_are_numbers_of_their_kind() -> None:
         ("one:whole=1.5", "whole number"),
         ("one:share=", "a number"),
         ("one:share=nan", "a number"),
-        ("one:words=b", "whole=1, share=0.5"),
+        ("one:other=b", "whole=1, share=0.5, words=a"),
         ("one:whole", "whole number"),
     ],
 )

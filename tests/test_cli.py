@@ -118,18 +118,18 @@ def test_methods_and_policies_are_chosen_with_their_knobs(tmp_path, capsys) -> N
         return found
 
     plain = latents()
-    assert torch.equal(latents("--policy", "top-frames:k=15"), plain)
-    assert not torch.equal(latents("--policy", "top-frames:k=1,recent=1"), plain)
-    assert "policy top-frames:k=1,recent=1" in capsys.readouterr().err
-    assert "top-frames:k=1" in read_metadata(tmp_path / "star.mp4")["policy"]
+    assert torch.equal(latents("--memory", "top-frames:k=15"), plain)
+    assert not torch.equal(latents("--memory", "top-frames:k=1,recent=1"), plain)
+    assert ", top-frames:k=1,recent=1" in capsys.readouterr().err
+    assert "top-frames:k=1" in read_metadata(tmp_path / "star.mp4")["memory"]
     assert torch.equal(latents("--method", "hiar", "--levels", "1000"), latents("--steps", "1000"))
     assert not torch.equal(latents("--method", "hiar"), plain)
     assert "method hiar" in capsys.readouterr().err
     capsys.readouterr()
     for wrong in (
-        ("--policy", "top-frames:k=0"),
+        ("--memory", "top-frames:k=0"),
         ("--method", "hiar:k=1"),
-        ("--policy", "nothing"),
+        ("--memory", "nothing"),
     ):
         command = ["generate", "--model", "random-tiny", "--out", str(tmp_path / "a.mp4"), *wrong]
         assert main(command) == 2

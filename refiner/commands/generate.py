@@ -119,7 +119,7 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         f"which frames in memory a chunk attends to: {', '.join(POLICIES)}; with knobs like"
         " top-frames:k=4"
     )
-    group.add_argument("--policy", default="window", metavar=knobs, help=about)
+    group.add_argument("--memory", "--policy", default="window", metavar=knobs, help=about)
 
 
 def add_refiner(group: argparse._ArgumentGroup) -> None:
@@ -174,7 +174,7 @@ def summary(job: Job) -> str:
     """Describe the run in one line."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
-    policy = "" if options.policy == "window" else f", policy {options.policy}"
+    policy = "" if options.memory == "window" else f", {options.memory}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"

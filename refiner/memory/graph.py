@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..wan.causal import KeyValue, Seen
-from ..wan.rope import rotate, rotation_table
+from ..wan.rope import rotate
 from .frames import FrameLedger
 from .plan import MemoryPlan
 from .policy import Held, check_ranks
+from .positions import Placement
 from .ring import mixed
 from .store import pick_frames
 
@@ -21,12 +22,13 @@ class GraphMemory:
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | None = None) -> None:
-        """Take a plan; `device` is ignored and matches the signature of `RingMemory`."""
+        """Take a plan; the tensors of a policy are on `device`."""
         self.plan = plan
         self.ledger = FrameLedger(plan)
         self.past: list[KeyValue] = []  # of the ledger's frames, by layer
         # by layer, mean raw key of each frame [B, F, H, D]; empty unless the policy reads it
         self.means: list[Tensor] = []
+        self.policy = plan.policy.start(plan, device or "cpu")
         self.current: GraphView | None = None
 
     @property
@@ -40,10 +42,16 @@ class GraphMemory:
 
         Where keep_pending[b], it holds the K/V of sample b from the previous pass.
         """
-        if self.current is None and (leaving := self.ledger.leaving(len(frames))):
-            self.plan.policy.evicting(HistoryFrames(self, leaving))
+        if self.current is None:
+            self._open(len(frames))
         self.current = GraphView(self, tuple(frames), keep_pending)
         return self.current
+
+    def _open(self, new: int) -> None:
+        """Show the policy what a chunk of `new` frames displaces, then what it will see."""
+        if leaving := self.ledger.leaving(new):
+            self.policy.evicting(HistoryFrames(self, leaving))
+        self.policy.opening(HistoryFrames(self, self.ledger.visible(new)))
 
     def commit(self) -> None:
         """Append the K/V of the last pass; evict frames that no future chunk can attend to."""
@@ -58,7 +66,7 @@ class GraphMemory:
         self.past, self.means = new, means
         stored = [held.frame for held in self.ledger.held] + list(current.frames)
         if evicted := self.ledger.commit(current.frames):
-            self.plan.policy.evicting(HistoryFrames(self, evicted, stored))
+            self.policy.evicting(HistoryFrames(self, evicted, stored))
         self._evict(stored)
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> None:
@@ -66,10 +74,23 @@ class GraphMemory:
         stored = [held.frame for held in self.ledger.held]
         self.ledger.flush(keep_last, keep_sink)
         self._evict(stored)
+        self.policy.flushed(keep_sink)
 
     def free(self) -> None:
         """Free every tensor."""
         self.past, self.means, self.current = [], [], None
+        self.policy = self.plan.policy
+
+    def replace(self, layer: int, ranks: Sequence[int], frames: KeyValue) -> None:
+        """Replace frames of the history by rank, in new tensors."""
+        old, size = self.past[layer], self.plan.frame_tokens
+        index = torch.tensor(ranks, dtype=torch.long, device=old.key.device)
+        parts = []
+        for whole, part in zip(old, frames, strict=True):
+            by_frame = whole.unflatten(1, (-1, size))
+            replaced = by_frame.index_copy(1, index, part.unflatten(1, (-1, size)))
+            parts.append(replaced.flatten(1, 2))
+        self.past[layer] = KeyValue(*parts)
 
     def _evict(self, stored: list[int]) -> None:
         """Drop every stored frame that the ledger no longer holds."""
@@ -104,31 +125,50 @@ class HistoryFrames:
     """Past frames of a GraphMemory, keys as stored (see `refiner.memory.policy.Frames`)."""
 
     chunk = 0
+    current: tuple[int, ...] = ()
+    placement = Placement((), ())
 
     def __init__(
         self, memory: GraphMemory, past: Sequence[Held], stored: Sequence[int] | None = None
     ) -> None:
         """Select `past`; `stored` are the absolute indices in memory, by default the ledger's."""
-        self.past, self.policy = past, memory.plan.policy
+        self.past, self.memory = past, memory
         stored = [held.frame for held in memory.ledger.held] if stored is None else stored
-        ranks = ranks_of(past, stored)
-        self.layers = [select(layer, ranks, memory.plan.frame_tokens) for layer in memory.past]
-        self.layer_means = [mean if ranks is None else mean[:, ranks] for mean in memory.means]
+        self.ranks = ranks_of(past, stored)
         self.frame_tokens = memory.plan.frame_tokens
+        # as they are now: a write makes new tensors
+        self.whole, self.whole_means = list(memory.past), list(memory.means)
+        self.layers: dict[int, KeyValue] = {}  # selected when they are read
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
-        self.policy.check_means()
-        return self.layer_means[layer]
+        self.memory.policy.check_means()
+        means = self.whole_means[layer]
+        return means if self.ranks is None else means[:, self.ranks]
 
     def all(self, layer: int) -> KeyValue:
         """See `Frames`."""
+        if layer not in self.layers:
+            self.layers[layer] = select(self.whole[layer], self.ranks, self.frame_tokens)
         return self.layers[layer]
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""
         check_ranks(ranks_BF)
-        return pick_frames(self.layers[layer], ranks_BF, self.frame_tokens)
+        return pick_frames(self.all(layer), ranks_BF, self.frame_tokens)
+
+    def new(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        raise ValueError("there is no chunk between two chunks: read it in a policy's read()")
+
+    def stored(self, layer: int, ranks: Sequence[int]) -> KeyValue:
+        """See `Frames`."""
+        return select(self.all(layer), list(ranks), self.frame_tokens)
+
+    def put(self, layer: int, ranks: Sequence[int], frames: KeyValue) -> None:
+        """See `Frames`."""
+        held = [each.order for each in self.memory.ledger.held]
+        self.memory.replace(layer, [held.index(self.past[rank].order) for rank in ranks], frames)
 
 
 class GraphView:
@@ -139,7 +179,7 @@ class GraphView:
     def __init__(
         self, memory: GraphMemory, frames: tuple[int, ...], keep_pending: Tensor | None
     ) -> None:
-        self.plan = memory.plan
+        self.plan, self.policy = memory.plan, memory.policy
         self.keep_pending = keep_pending
         self.previous = None  # keys and values, and means, of the previous pass
         if keep_pending is not None:
@@ -169,14 +209,15 @@ class GraphView:
             self._summarise(layer, raw_key)
         if raw_query is None:
             return None
-        return self.plan.policy.read(layer, raw_query, self.reading(current, self.positions))
+        return self.policy.read(layer, raw_query, self.reading(current, self.positions))
 
     def reading(
         self, current: KeyValue, positions: Sequence[int], history: bool = True
     ) -> "GraphFrames":
         """Return the visible past and these tokens at these positions, for a policy to read."""
         past = self.history if history and self.past_positions else None
-        return GraphFrames(self.plan, past, self.past_positions if past else (), current, positions)
+        placement = Placement(tuple(self.past_positions) if past else (), tuple(positions))
+        return GraphFrames(self, past, placement, current)
 
     def _summarise(self, layer: int, raw_key: Tensor) -> None:
         """Store the mean key of each frame of the chunk."""
@@ -193,33 +234,46 @@ class GraphFrames:
 
     def __init__(
         self,
-        plan: MemoryPlan,
+        view: GraphView,
         history: HistoryFrames | None,
-        past_positions: Sequence[int],
-        current: KeyValue,
-        positions: Sequence[int],
+        placement: Placement,
+        tokens: KeyValue,
     ) -> None:
-        self.plan, self.history, self.current = plan, history, current
+        self.plan, self.policy, self.current = view.plan, view.policy, view.frames
+        self.history, self.tokens, self.placement = history, tokens, placement
         self.past = history.past if history else ()
-        self.chunk = len(positions)
-        self.positions = (*past_positions, *positions)
+        self.chunk = len(placement.chunk)
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
-        self.plan.policy.check_means()
+        self.policy.check_means()
         if self.history is None:
-            batch, _, heads, size = self.current.key.shape
-            return self.current.key.new_zeros(batch, 0, heads, size)
+            batch, _, heads, size = self.tokens.key.shape
+            return self.tokens.key.new_zeros(batch, 0, heads, size)
         return self.history.means(layer)
 
     def all(self, layer: int) -> KeyValue:
         """See `Frames`."""
-        seen = join(self.history.all(layer), self.current) if self.history else self.current
+        seen = join(self.history.all(layer), self.tokens) if self.history else self.tokens
+        return self._rotated(seen, (*self.placement.past, *self.placement.chunk))
+
+    def new(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        return self._rotated(self.tokens, self.placement.chunk)
+
+    def stored(self, layer: int, ranks: Sequence[int]) -> KeyValue:
+        """See `Frames`."""
+        return self.history.stored(layer, ranks)
+
+    def put(self, layer: int, ranks: Sequence[int], frames: KeyValue) -> None:
+        """See `Frames`."""
+        raise ValueError("memory changes between two chunks only: replace frames in opening()")
+
+    def _rotated(self, seen: KeyValue, positions: Sequence[int]) -> KeyValue:
+        """Rotate raw keys; leave others as they are."""
         if self.plan.keys == "rotated":
             return seen
-        grid = self.plan.height, self.plan.width
-        table = rotation_table(self.positions, *grid, self.plan.head_dim, like=seen.key)
-        return KeyValue(rotate(seen.key, table), seen.value)
+        return KeyValue(self.plan.rotate(seen.key, positions), seen.value)
 
     def take(self, layer: int, ranks_BF: Tensor) -> KeyValue:
         """See `Frames`."""

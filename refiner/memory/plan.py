@@ -1,10 +1,13 @@
 """Plan a K/V memory: check its sizes and count its bytes before anything is allocated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from ..wan.rope import rotate, rotation_table
 from ..wan.transformer import PATCH, WanConfig
 from .policies import Window
 from .policy import Policy
@@ -52,6 +55,11 @@ class MemoryPlan:
             raise ValueError(
                 f"{self.positions.name} positions move with the window: they need keys='raw'"
             )
+        if self.policy.raw and self.keys == "rotated":
+            raise ValueError(
+                f"memory {self.policy.name} moves or averages keys: it needs keys='raw'"
+            )
+        self.policy.check(self)
 
     @classmethod
     def of(
@@ -69,9 +77,9 @@ class MemoryPlan:
     ) -> "MemoryPlan":
         """Plan for latents of `shape` [B, C, F, h, w], where F counts given and new frames.
 
-        A window of -1 is full history. Keys default to raw where positions move.
+        A window of -1 is full history. Keys default to raw where positions or the policy move them.
         """
-        positions = positions or Absolute()
+        positions, policy = positions or Absolute(), policy or Window()
         batch, _, frames, height, width = shape
         if window_frames < 0 or window_frames >= frames:  # nothing is evicted, so no sink is needed
             window_frames, sink_frames = frames, 0
@@ -84,11 +92,11 @@ class MemoryPlan:
             width=width // PATCH[2],
             window_frames=window_frames,
             sink_frames=sink_frames,
-            keys=keys or ("raw" if positions.moving else "rotated"),
+            keys=keys or ("raw" if positions.moving or policy.raw else "rotated"),
             positions=positions,
             dtype=dtype,
             spare_frames=spare_frames,
-            policy=policy or Window(),
+            policy=policy,
         )
 
     @property
@@ -121,15 +129,21 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, one layer's rotated keys if raw, and a policy's means."""
+        """Bytes of all keys and values, one layer's rotated keys if raw, and the policy's own."""
         means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
         rotated = self.layer_bytes if self.keys == "raw" else 0
-        return self.store.count_bytes(self.slots) + rotated + means
+        own = means + self.policy.count_bytes(self)
+        return self.store.count_bytes(self.slots) + rotated + own
 
     @property
     def read_bytes(self) -> int:
         """Most bytes that a policy copies to read a layer."""
         return 2 * self.layer_bytes if self.policy.copies else 0
+
+    def rotate(self, raw_key_BTHD: Tensor, positions: Sequence[int]) -> Tensor:
+        """Rotate whole frames of raw keys to these temporal positions, one for each frame."""
+        table = rotation_table(positions, self.height, self.width, self.head_dim, like=raw_key_BTHD)
+        return rotate(raw_key_BTHD, table)
 
     def check_chunk(self, frames: int) -> None:
         """Raise ValueError when the sink and a chunk of `frames` do not fit in the window."""

@@ -1,12 +1,16 @@
 """The interface of memory policies, which choose what is read. `policies/` has one a file."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..wan.causal import KeyValue, Seen
+from .positions import Placement
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan
 
 
 class Held(NamedTuple):
@@ -19,11 +23,14 @@ class Held(NamedTuple):
 class Frames(Protocol):
     """The visible past and the current chunk, as a policy reads them.
 
-    Shape suffixes as in `refiner.wan.causal`. In the first chunk `past` is empty.
+    Shape suffixes as in `refiner.wan.causal`. In the first chunk `past` is empty. Between two
+    chunks (`evicting`, `opening`) there is no chunk, and keys are as stored.
     """
 
     past: Sequence[Held]  # visible frames, oldest first
-    chunk: int  # frames of the current chunk
+    chunk: int  # frames of this pass: a refine pass may take those of the chunk twice
+    current: tuple[int, ...]  # absolute latent indices of the current chunk
+    placement: Placement  # temporal positions of the past and of this pass
 
     def means(self, layer: int) -> Tensor:
         """Mean key before RoPE of each past frame [B, F, H, D]."""
@@ -40,6 +47,18 @@ class Frames(Protocol):
         """
         ...
 
+    def new(self, layer: int) -> KeyValue:
+        """The tokens of this pass, which follow the past in `all`, keys rotated."""
+        ...
+
+    def stored(self, layer: int, ranks: Sequence[int]) -> KeyValue:
+        """Past frames by rank, the same for each sample, keys as stored; a copy."""
+        ...
+
+    def put(self, layer: int, ranks: Sequence[int], frames: KeyValue) -> None:
+        """Replace past frames, keys as stored. Only between two chunks."""
+        ...
+
 
 def check_ranks(ranks_BF: object) -> None:
     """Raise ValueError unless ranks are an int64 tensor with a row for each sample."""
@@ -54,11 +73,29 @@ class Policy:
 
     Subclasses are frozen dataclasses whose fields are their knobs. At its neutral value a policy
     returns `frames.all(layer)`, and the run equals that of the window bit for bit.
+
+    A policy that remembers something from chunk to chunk returns an object for it from `start`:
+    a `Policy`, too, which belongs to one memory.
     """
 
     name: ClassVar[str]  # as in POLICIES
     means: ClassVar[bool] = False  # whether it reads Frames.means, which the memory then stores
     copies: ClassVar[bool] = True  # whether a read may copy a layer, whose bytes are then counted
+    raw: ClassVar[bool] = False  # whether it needs keys before RoPE, to move or average them
+    # for users and presets that name none: window and sink, and positions
+    window: ClassVar[tuple[int, int] | None] = None
+    positions: ClassVar[str | None] = None
+
+    def check(self, plan: "MemoryPlan") -> None:
+        """Raise ValueError for a memory that the policy cannot work with."""
+
+    def count_bytes(self, plan: "MemoryPlan") -> int:
+        """Count the bytes of the tensors that it stores besides the memory's own."""
+        return 0
+
+    def start(self, plan: "MemoryPlan", device: torch.device | str) -> "Policy":
+        """Return the policy for one empty memory: itself if it remembers nothing."""
+        return self
 
     def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue | list[Seen]:
         """Return what the chunk's queries (given before RoPE) attend to, keys rotated."""
@@ -66,6 +103,12 @@ class Policy:
 
     def evicting(self, frames: Frames) -> None:
         """Look at the frames in `frames.past` before they leave; each frame is shown once."""
+
+    def opening(self, frames: Frames) -> None:
+        """Look at the past of the next chunk, before its first pass; it may replace frames."""
+
+    def flushed(self, keep_sink: bool) -> None:
+        """Forget what came from frames that were dropped; the sink stays if `keep_sink`."""
 
     def check_means(self) -> None:
         """Raise ValueError unless the memory stores mean keys for this policy."""

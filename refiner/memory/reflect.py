@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ..wan.causal import KeyValue, Seen, View
-from ..wan.rope import rotate, rotation_table
+from ..wan.rope import rotate
 from .graph import GraphMemory, GraphView, join
+from .positions import Placement
 from .ring import RingMemory, RingView, SlotFrames
 
 History = Literal["shared", "none"]
@@ -80,7 +81,7 @@ class GraphReflection:
         if self.cache.previous == "pending":
             current, positions = join(view.new[layer], current), (*view.positions, *positions)
         reading = view.reading(current, positions, history=self.cache.history == "shared")
-        return view.plan.policy.read(layer, raw_query, reading)
+        return view.policy.read(layer, raw_query, reading)
 
 
 class RingReflection(SlotFrames):
@@ -99,6 +100,8 @@ class RingReflection(SlotFrames):
         self.joint = cache.previous == "joint"
         self.positions = view.positions * 2 if self.joint else view.positions
         self.first = chunk * memory.plan.frame_tokens if self.joint else 0
+        self.current = view.current
+        self.placement = Placement(view.placement.past, view.positions * 2)
 
     def extend(
         self,
@@ -123,7 +126,7 @@ class RingReflection(SlotFrames):
             return self._without_history(layer, noise_key, noise_value)
         frames = len(view.positions)
         self.memory.store.put(layer, [(view.used, 0, frames)], noise_key, noise_value)
-        return self.memory.plan.policy.read(layer, raw_query, self)
+        return self.memory.policy.read(layer, raw_query, self)
 
     def all(self, layer: int) -> KeyValue:
         """See `refiner.memory.policy.Frames`."""
@@ -134,6 +137,4 @@ class RingReflection(SlotFrames):
         seen, plan = join(self.view.pending(layer), KeyValue(stored_key, value)), self.memory.plan
         if self.memory.rotated is None:
             return seen
-        positions = self.view.positions * 2
-        table = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=seen.key)
-        return KeyValue(rotate(seen.key, table), seen.value)
+        return KeyValue(plan.rotate(seen.key, self.placement.chunk), seen.value)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..wan.causal import KeyValue, Seen
-from ..wan.rope import rotate, rotation_table
+from ..wan.rope import rotate
 from ..wan.upload import upload
 from .frames import FrameLedger
 from .plan import MemoryPlan
 from .policy import Held, check_ranks
+from .positions import Placement
 from .store import Runs, Store, pick_frames
 
 
@@ -51,13 +52,15 @@ class RingMemory:
             shape = (plan.batch, plan.held_frames, plan.heads, plan.head_dim)
             self.means = [torch.empty(shape, **like) for _ in range(plan.layers)]
         self.device = torch.device(device)
+        self.policy = plan.policy.start(plan, device)
         self.current: RingView | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated now."""
         rotated = 0 if self.rotated is None else self.rotated.nbytes
-        return self.store.nbytes + rotated + sum(mean.nbytes for mean in self.means)
+        own = sum(mean.nbytes for mean in self.means) + self.plan.policy.count_bytes(self.plan)
+        return self.store.nbytes + rotated + own
 
     def view(self, frames: Sequence[int], keep_pending: Tensor | None = None) -> "RingView":
         """Return the view of a chunk of these absolute latent frames and of its visible past.
@@ -66,18 +69,24 @@ class RingMemory:
         """
         frames = tuple(frames)
         if self.current is None or self.current.frames != frames or self.ledger.next_cut:
-            if self.current is None and (leaving := self.ledger.leaving(len(frames))):
-                self.plan.policy.evicting(Leaving(self, leaving))
+            if self.current is None:
+                self._open(len(frames))
             self.current = RingView(self, frames)
         self.current.keep_pending = keep_pending
         return self.current
+
+    def _open(self, new: int) -> None:
+        """Show the policy what a chunk of `new` frames overwrites, then what it will see."""
+        if leaving := self.ledger.leaving(new):
+            self.policy.evicting(HeldFrames(self, leaving))
+        self.policy.opening(HeldFrames(self, self.ledger.visible(new)))
 
     def commit(self) -> None:
         """Append the current chunk to the past."""
         if self.current is None:
             raise ValueError("nothing to commit: no chunk was predicted since the last commit")
         if evicted := self.ledger.commit(self.current.frames):
-            self.plan.policy.evicting(Leaving(self, evicted))  # not overwritten yet
+            self.policy.evicting(HeldFrames(self, evicted))  # not overwritten yet
         self.current = None
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> None:
@@ -86,16 +95,21 @@ class RingMemory:
         self.store.move(slots)
         for mean in self.means:
             mean[:, : len(slots)] = mean[:, slots]
+        self.policy.flushed(keep_sink)
         self.current = None
 
     def free(self) -> None:
         """Free every buffer."""
         self.store.free()
+        self.policy = self.plan.policy
         self.means, self.rotated, self.current = [], None, None
 
 
 class SlotFrames:
     """Frames in slots of a RingMemory, as a policy reads them (`refiner.memory.policy.Frames`)."""
+
+    current: tuple[int, ...] = ()
+    placement = Placement((), ())
 
     def __init__(
         self, memory: RingMemory, past: Sequence[Held], chunk_slots: Sequence[int]
@@ -122,12 +136,29 @@ class SlotFrames:
         """See `Frames`."""
         raise NotImplementedError
 
+    def new(self, layer: int) -> KeyValue:
+        """See `Frames`."""
+        seen, slots = self.memory.store, self._index(self.chunk_slots)
+        new = seen.pick(layer, slots.expand(self.memory.plan.batch, -1))
+        if self.memory.rotated is None:
+            return new
+        return new._replace(key=self.memory.plan.rotate(new.key, self.placement.chunk))
+
+    def stored(self, layer: int, ranks: Sequence[int]) -> KeyValue:
+        """See `Frames`."""
+        slots = self._index([self.past_slots[rank] for rank in ranks])
+        return self.memory.store.pick(layer, slots.expand(self.memory.plan.batch, -1))
+
+    def put(self, layer: int, ranks: Sequence[int], frames: KeyValue) -> None:
+        """See `Frames`."""
+        self.memory.store.put(layer, runs([self.past_slots[rank] for rank in ranks]), *frames)
+
     def _index(self, slots: Sequence[int]) -> Tensor:
         return upload(torch.tensor(slots, dtype=torch.long), self.memory.device, torch.long)
 
 
-class Leaving(SlotFrames):
-    """Frames that the next chunk overwrites, keys as stored."""
+class HeldFrames(SlotFrames):
+    """Frames between two chunks, keys as stored."""
 
     def __init__(self, memory: RingMemory, past: Sequence[Held]) -> None:
         super().__init__(memory, past, ())
@@ -151,10 +182,11 @@ class RingView(SlotFrames):
 
     def __init__(self, memory: RingMemory, frames: tuple[int, ...]) -> None:
         ledger = memory.ledger
+        self.current = self.frames = frames
         slots = [ledger.slot(ledger.arrived + i) for i in range(len(frames))]
         super().__init__(memory, ledger.visible(len(frames)), slots)
-        self.frames = frames
-        past, self.positions = ledger.place(frames)
+        self.placement = ledger.place(frames)
+        past, self.positions = self.placement
         self.pieces: Runs = runs(slots)
         self.used = len(self.past) + len(frames)  # slots
         by_slot = dict(zip(self.past_slots, past, strict=True))
@@ -174,7 +206,7 @@ class RingView(SlotFrames):
         self.write(layer, self.stored(raw_key, table), value)
         if self.memory.means:
             self._summarise(layer, raw_key)
-        return None if raw_query is None else self.memory.plan.policy.read(layer, raw_query, self)
+        return None if raw_query is None else self.memory.policy.read(layer, raw_query, self)
 
     def all(self, layer: int) -> KeyValue:
         """See `refiner.memory.policy.Frames`."""
@@ -216,6 +248,5 @@ class RingView(SlotFrames):
         seen = memory.store.prefix(layer, frames)
         if memory.rotated is None:
             return seen
-        table = rotation_table(positions, plan.height, plan.width, plan.head_dim, like=seen.key)
         rotated = memory.rotated[:, : frames * plan.frame_tokens]
-        return KeyValue(rotated.copy_(rotate(seen.key, table)), seen.value)
+        return KeyValue(rotated.copy_(plan.rotate(seen.key, positions)), seen.value)

@@ -1,0 +1,176 @@
+"""Hold every memory policy to this: memories agree, samples do not mix, bytes are counted."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from autorefiner.refiner.memory.graph import GraphMemory
+from autorefiner.refiner.memory.plan import MemoryPlan
+from autorefiner.refiner.memory.policies import POLICIES, Window
+from autorefiner.refiner.memory.policy import Frames, Policy
+from autorefiner.refiner.memory.reflect import ReflectiveCache
+from autorefiner.refiner.memory.ring import RingMemory
+from autorefiner.refiner.noise.refiner import Refiner, merged
+from autorefiner.refiner.noise.source import WhiteNoise
+from autorefiner.refiner.rollout import Rollout
+from autorefiner.refiner.run_plan import RunPlan, suggested
+from autorefiner.refiner.samplers import self_forcing
+from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.timeline import Flush, Recache, Scene, Timeline
+from autorefiner.refiner.training.self_rollout import self_rollout
+from autorefiner.refiner.wan.causal import KeyValue
+from autorefiner.refiner.wan.transformer import WanConfig
+
+from tiny import tiny_network
+from tiny_refiner import pairs_for
+
+CONFIG = WanConfig(dim=128, num_heads=2, ffn_dim=128, num_layers=2, text_dim=32, text_len=8)
+# two levels are enough to tell a first pass from a later one
+PRESET = PRESETS["self-forcing"].changed(levels=(1000, 500), window=9, sink=3)
+CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
+FRAMES, HEIGHT, WIDTH = 24, 4, 6
+KINDS = (RingMemory, GraphMemory)
+EACH = pytest.mark.parametrize("name", POLICIES)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_network(CONFIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubling(Policy):
+    """The values of the newest past frame are doubled before each chunk."""
+
+    name: ClassVar[str] = "doubling"
+    layers: int = 2
+
+    def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
+        return frames.all(layer)
+
+    def opening(self, frames: Frames) -> None:
+        for layer in range(self.layers if frames.past else 0):
+            key, value = frames.stored(layer, [len(frames.past) - 1])
+            frames.put(layer, [len(frames.past) - 1], KeyValue(key, 2 * value))
+
+
+def plan_of(policy: Policy, batch: int = 2, frames: int = FRAMES) -> RunPlan:
+    return RunPlan(suggested(PRESET, policy), frames, HEIGHT, WIDTH, batch, policy=policy)
+
+
+def rollout_of(network, policy, kind=RingMemory, *, batch=2, context=CONTEXT, **options) -> Rollout:
+    plan = plan_of(policy, batch)
+    return Rollout.of(network, context, plan, WhiteNoise(0), memory=kind, **options)
+
+
+@torch.no_grad()
+def clip(rollout: Rollout) -> Tensor:
+    return torch.cat(list(self_forcing().run(rollout)), 2)
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@EACH
+def test_sampling_and_training_remember_alike(network, name) -> None:
+    ring, graph = (clip(rollout_of(network, POLICIES[name](), kind)) for kind in KINDS)
+    assert apart(ring, graph) < 1e-4
+
+
+@EACH
+@pytest.mark.parametrize("previous", ["pending", "joint"])
+def test_refine_passes_read_alike_in_sampling_and_training(network, name, previous) -> None:
+    refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache("shared", previous))
+    ring, graph = (
+        clip(rollout_of(network, POLICIES[name](), kind, refiner=refiner)) for kind in KINDS
+    )
+    assert apart(ring, graph) < 1e-4
+    assert apart(ring, clip(rollout_of(network, POLICIES[name]()))) > 1e-3
+
+
+@EACH
+def test_a_sample_does_not_depend_on_its_batch(network, name) -> None:
+    two = clip(rollout_of(network, POLICIES[name]()))
+    one = clip(rollout_of(network, POLICIES[name](), batch=1))
+    assert apart(two[:1], one) < 1e-4
+
+
+@EACH
+def test_two_runs_do_not_share_what_they_remember(network, name) -> None:
+    policy = POLICIES[name]()
+    assert torch.equal(*(clip(rollout_of(network, policy)) for _ in range(2)))
+
+
+@EACH
+@pytest.mark.parametrize("transition", [Flush(1), Recache(6)])
+def test_memories_agree_after_a_flush_and_a_recache(network, name, transition) -> None:
+    prompts = Timeline((Scene(0, CONTEXT), Scene(15, -CONTEXT, transition)))
+    ring, graph = (
+        clip(rollout_of(network, POLICIES[name](), kind, context=prompts)) for kind in KINDS
+    )
+    assert apart(ring, graph) < 1e-4
+
+
+@EACH
+def test_a_policy_trains(network, name) -> None:
+    rollout = rollout_of(network, POLICIES[name](), GraphMemory)
+    self_rollout(rollout, 1).square().mean().backward()
+    gradients = [each.grad for each in network.model.parameters() if each.grad is not None]
+    assert gradients and all(each.isfinite().all() for each in gradients)
+    network.model.zero_grad()
+
+
+def tensor_bytes(thing: object, seen: set[int]) -> int:
+    """Count the bytes of the tensors that an object holds, without those seen before."""
+    if isinstance(thing, Tensor):
+        storage = thing.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(thing, dict):
+        return sum(tensor_bytes(each, seen) for each in thing.values())
+    if isinstance(thing, list | tuple):
+        return sum(tensor_bytes(each, seen) for each in thing)
+    names = getattr(thing, "__dict__", None) or getattr(type(thing), "__slots__", ())
+    if isinstance(thing, Policy):
+        return sum(tensor_bytes(getattr(thing, name, None), seen) for name in names)
+    return 0
+
+
+@EACH
+def test_the_bytes_of_a_policy_are_counted(network, name) -> None:
+    policy = POLICIES[name]()
+    plan = plan_of(policy).memory(CONFIG, torch.float32)
+    rollout = rollout_of(network, policy)
+    assert rollout.memory.nbytes == plan.nbytes
+    clip(rollout)
+    memory = rollout.memory
+    held = tensor_bytes([memory.means, memory.policy], set())
+    window = MemoryPlan.of(
+        CONFIG, (2, 16, FRAMES, HEIGHT, WIDTH), window_frames=plan.window_frames,
+        sink_frames=plan.sink_frames, keys=plan.keys, policy=Window(),
+    )  # fmt: skip
+    assert held == plan.nbytes - window.nbytes
+    memory.free()
+    assert not tensor_bytes([memory.means, memory.policy], set())
+
+
+def test_a_policy_may_replace_frames_before_a_chunk(network) -> None:
+    ring, graph = (clip(rollout_of(network, Doubling(), kind)) for kind in KINDS)
+    assert apart(ring, graph) < 1e-4
+    assert apart(ring, clip(rollout_of(network, Window()))) > 1e-3
+
+
+def test_keys_before_rope_are_stored_where_a_policy_needs_them(network) -> None:
+    class Raw(Window):
+        raw = True
+
+    assert plan_of(Raw()).memory(CONFIG, torch.float32).keys == "raw"
+    with pytest.raises(ValueError, match="raw"):
+        MemoryPlan.of(CONFIG, (1, 16, 9, 4, 6), policy=Raw(), keys="rotated")
+    assert apart(clip(rollout_of(network, Raw())), clip(rollout_of(network, Window()))) < 1e-5
