@@ -38,7 +38,7 @@ ROOMS = {
     "pictures": TOOLS,
     "video": TOOLS | {"estimate"},
     "training": TRAINED,
-    "demo": TRAINED | {"training"},
+    "demo": TRAINED | {"training", "choices"},
     "bundles": TRAINED | {"training", "demo"},
     "choices": set(),
     "device": set(),

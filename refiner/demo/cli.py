@@ -19,6 +19,7 @@ from .bundle import (
 )
 from .evaluation import EvaluateOptions, evaluate, write_section
 from .leverage import LeverageOptions, leverage
+from .long import LongOptions, long_videos
 from .recipes.data import Clips, encode_shards
 from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import (
@@ -51,7 +52,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand and its actions."""
     demo = commands.add_parser("demo", help="the sprite world and the models trained on it")
     actions = demo.add_subparsers(dest="action", required=True)
-    for add in (add_train, add_evaluate, add_show, add_leverage, add_tables):
+    for add in (add_train, add_evaluate, add_show, add_leverage, add_tables, add_long):
         command = add(actions)
         about = "cpu or cuda (default: a GPU if there is one)"
         command.add_argument("--device", default="auto", help=about)
@@ -142,6 +143,28 @@ def add_tables(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return command
 
 
+def add_long(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    about = (
+        "Measure clips of 4 and 16 times the trained length under each memory, and write the tables"
+        " into a Markdown file. A run that was stopped goes on with the next row."
+    )
+    command = actions.add_parser("long", help="long videos by memory", description=about)
+    add = command.add_argument
+    add("--run", type=Path, default=RUNS / "long", metavar="FOLDER", help=DEFAULT)
+    about = "times the trained length, and captions (default 4:32 16:16)"
+    add("--lengths", type=length, nargs="+", metavar="TIMES:CAPTIONS", help=about)
+    add_results(command)
+    return command
+
+
+def length(text: str) -> tuple[int, int]:
+    """Parse `4:32`: times the trained length, captions."""
+    times, _, captions = text.partition(":")
+    if not (times.isdecimal() and captions.isdecimal() and int(times) and int(captions)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give TIMES:CAPTIONS, like 4:32")
+    return int(times), int(captions)
+
+
 def add_results(command: argparse.ArgumentParser) -> None:
     results = Path("RESULTS.md")
     command.add_argument("--out", type=Path, default=results, metavar="FILE.md", help=DEFAULT)
@@ -154,6 +177,9 @@ def run_demo(args: argparse.Namespace, device: torch.device, train_row: Train) -
         write_and_print(args.out, "The bundled models", evaluate(args.models, options, device))
     elif args.action == "leverage":
         write_and_print(args.out, "Leverage", leverage(LeverageOptions(args.updates), device))
+    elif args.action == "long":
+        options = LongOptions(tuple(args.lengths)) if args.lengths else LongOptions()
+        write_and_print(args.out, "Long videos", long_videos(args.run, options, device))
     elif args.action == "show":
         for line in show(args.out, args.clips, args.seed, device):
             print(line)

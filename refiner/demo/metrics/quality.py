@@ -69,13 +69,13 @@ class Errors:
 def quality_rows(frames: ndarray, detections: Detections) -> Quality:
     """Score uint8 frames [F, S, S, 3] and the detections in them."""
     far = ground_mask(detections)
-    flicker, background = _flicker(frames, detections, far), _background(frames, far)
+    steady, background = flicker(frames, detections, far), _background(frames, far)
     if not detections.tracks:
-        return Quality(0, flicker, 0, background, 0, 0, 0)
+        return Quality(0, steady, 0, background, 0, 0, 0)
     errors = render_errors(frames, detections, far)
     return Quality(
         smoothness=float(np.mean([_smoothness(track) for track in detections.tracks])),
-        flicker=flicker,
+        flicker=steady,
         subject=_subject(detections),
         background=background,
         imaging=_imaging(errors),
@@ -129,16 +129,22 @@ def _smoothness(track: Track) -> float:
     return _score(float(np.sqrt((excess**2).mean())), "smoothness")
 
 
-def _flicker(frames: ndarray, detections: Detections, far: ndarray) -> float:
-    """Score the mean bend of the ground's pixels and of the objects' colours, in levels."""
-    still = far[1:-1] & far[:-2] & far[2:]
+def flicker(
+    frames: ndarray, detections: Detections, far: ndarray, among: ndarray | None = None
+) -> float:
+    """Score the mean bend of the ground's pixels and of the objects' colours, in levels.
+
+    Of all frames, or of those `among` [F].
+    """
+    inner = slice(None) if among is None else among[1:-1]
+    still = (far[1:-1] & far[:-2] & far[2:])[inner]
     video = frames.astype(np.int16)
-    bend = np.abs(2 * video[1:-1] - video[:-2] - video[2:]).sum(axis=-1)[still]
+    bend = np.abs(2 * video[1:-1] - video[:-2] - video[2:])[inner].sum(axis=-1)[still]
     ground = float(bend.mean()) / 6 if len(bend) else 0.0
     objects = []
     for track in detections.tracks:
         colours = np.where(track.clean[:, None], track.rgb, np.nan)
-        bends = np.abs(_bend(colours))
+        bends = np.abs(_bend(colours))[inner]
         if not np.isnan(bends).all():
             objects.append(float(np.nanmean(bends)))
     return _score((ground + (np.mean(objects) if objects else 0)) / 2, "flicker")
