@@ -1,0 +1,79 @@
+"""`benchmarks/gpu.py` rehearsed on the CPU: every section runs, and a stopped run goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu
+import gpu_sections
+
+KIT = gpu_sections.Kit(torch.device("cpu"), "rehearsal", "rehearsal", torch.float32, 1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_sections, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_sections, "measure_matmul", lambda *_: (1.0, 2.0))
+    short = [
+        gpu_sections.Setting(name, 4, 1, chunk, batch)
+        for name, chunk, batch in (("a", 3, 1), ("b", 3, 1), ("c", 1, 1), ("d", 3, 2))
+    ]
+    monkeypatch.setattr(gpu_sections, "SETTINGS", short)
+
+
+@pytest.mark.parametrize("section", [name for name in gpu_sections.SECTIONS if name != "golden"])
+def test_a_section_runs(section: str) -> None:
+    result = gpu.measure(KIT, section)["result"]
+    assert "error" not in result
+    assert json.loads(json.dumps(result)) == result
+    figures = [each for value in result.values() for each in figures_of(value)]
+    assert all(figure >= 0 for figure in figures)
+    assert section in ("card", "non_finite") or any(figure > 0 for figure in figures)
+
+
+def figures_of(value: object) -> list[float]:
+    if isinstance(value, dict):
+        return [each for one in value.values() for each in figures_of(one)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_golden_cases_have_limits_in_both_dtypes() -> None:
+    (path,) = [each for each in gpu_sections.golden_files("vae")]
+    pairs = gpu_sections.golden_pairs(path, KIT.device, torch.bfloat16)
+    assert 1e-4 < max(gpu_sections.relative_distance(*pair) for pair in pairs) < 2e-2
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    calls = []
+
+    def section(name: str):
+        def run(kit):
+            calls.append(name)
+            if name == "broken":
+                raise RuntimeError("out of memory")
+            return {"figure": 1.0}
+
+        return run
+
+    sections = {name: section(name) for name in ("one", "broken", "late")}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    command = ["gpu.py", "--device", "cpu", "--size", "rehearsal", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--sections", "one", "broken"])
+    assert gpu.main() == 1
+    assert "late: not measured" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--minutes", "0"])
+    gpu.main()
+    assert calls == ["one", "broken"]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu.main()
+    assert calls == ["one", "broken", "late"]
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert results["broken"]["result"] == {"error": "RuntimeError: out of memory"}
+    assert list(results) == ["one", "broken", "late"]
