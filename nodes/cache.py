@@ -56,7 +56,8 @@ class ReflectiveCacheNode(io.ComfyNode):
                     tooltip="Temporal position of a remembered frame: its place in the video"
                     " (absolute), or in the window (relative), which stays in the training range at"
                     " any length. sink-adjacent: as absolute, with the sink right before the oldest"
-                    " other frame.",
+                    " other frame. flex: as absolute, with slow frequencies scaled for a video of"
+                    " four times the trained length.",
                 ),
                 io.Combo.Input(
                     "history", options=list(HISTORY_MODES), default=HISTORY_MODES[0], advanced=True,

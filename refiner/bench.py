@@ -17,6 +17,7 @@ except ImportError:  # Windows
     resource = None
 
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
+from .memory.stores import get_store
 from .noise.source import WhiteNoise
 from .rollout import Progress, Rollout
 from .run_plan import RunPlan
@@ -59,7 +60,8 @@ class BenchReport:
     dit_fps: float  # pixel frames a second of the transformer alone
     decode_fps: float  # pixel frames a second of the VAE alone
     peak_bytes: int  # of the device, or of the process on a CPU
-    kv_bytes: int
+    kv_bytes: int  # on the device
+    kv_host_bytes: int  # in host memory, where that is not the device's
     pass_gflop: float  # arithmetic of one denoise pass over the last chunk
     matmul_gflops: float  # of a large matrix product with our Linear, in this run
     torch_matmul_gflops: float  # the same product through torch.nn.functional.linear
@@ -86,6 +88,8 @@ class BenchReport:
             ("matrix product", f"{product} (torch's linear: {torch_product})"),
             ("share of it", f"{100 * self.peak_share:.0f} %"),
         ]
+        if self.kv_host_bytes:
+            rows.append(("K/V in host memory", f"{self.kv_host_bytes / 1e9:.4f} GB"))
         return "\n".join([head, *(f"  {name:<22}{value:>14}" for name, value in rows)])
 
 
@@ -131,7 +135,12 @@ def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def bench(
-    size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    chunks: int,
+    window: int = -1,
+    store: str = "plain",
 ) -> BenchReport:
     """Sample and decode `chunks` chunks of 3 latent frames; see BenchReport.
 
@@ -142,9 +151,11 @@ def bench(
         raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
     case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
     config = case.config
-    run = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
+    frames = preset.chunk * chunks
+    run = RunPlan(preset, frames, case.height, case.width, store=get_store(store))
     plan = run.memory(config, dtype)
-    estimate_bytes(case, run, dtype).check(available_bytes(device))
+    kv, kv_host = plan.bytes_on(device)
+    estimate_bytes(case, run, dtype, device).check(available_bytes(device))
     with torch.no_grad():
         network = CausalWan(random_model(config, device, dtype), config)
         context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
@@ -168,7 +179,8 @@ def bench(
         dit_fps=4 * preset.chunk / chunk_seconds,
         decode_fps=decode_fps,
         peak_bytes=peak_bytes(device),
-        kv_bytes=plan.nbytes,
+        kv_bytes=kv,
+        kv_host_bytes=kv_host,
         pass_gflop=flops / 1e9,
         matmul_gflops=matmul,
         torch_matmul_gflops=torch_matmul,
@@ -176,14 +188,18 @@ def bench(
     )
 
 
-def estimate_bytes(case: BenchSize, run: RunPlan, dtype: torch.dtype) -> Estimate:
+def estimate_bytes(
+    case: BenchSize, run: RunPlan, dtype: torch.dtype, device: torch.device
+) -> Estimate:
     """Estimate the memory of a measured run."""
     config, chunk = case.config, run.preset.chunk
     plan = run.memory(config, dtype)
     pixels = 8 * case.height, 8 * case.width
+    kv, kv_host = plan.bytes_on(device)
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
-        kv=plan.nbytes,
+        kv=kv,
+        kv_host=kv_host,
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, plan, chunk),
         decode=WanVAE.decode_bytes(case.vae_dim, *pixels, chunk, dtype),

@@ -10,6 +10,7 @@ import torch
 from .bench import SIZES, random_model, synchronize
 from .estimate import available_bytes, parameter_count
 from .memory.reflect import ReflectiveCache
+from .memory.stores import get_store
 from .noise.refiner import Branches, Refiner, merged, target_modules
 from .sample import RunPlan, sample
 from .schedule import PRESETS
@@ -45,7 +46,12 @@ class RefinerReport:
 
 
 def bench_refiner(
-    size: str, device: torch.device, dtype: torch.dtype, chunks: int, window: int = -1
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    chunks: int,
+    window: int = -1,
+    store: str = "plain",
 ) -> RefinerReport:
     """Sample `chunks` chunks with random weights, with the base and every form of a refiner.
 
@@ -74,7 +80,8 @@ def bench_refiner(
             forms[f"{previous}, unmerged"] = Refiner(base, cache, on=branches.on)
         tokens = case.config.text_len, case.config.text_dim
         context = torch.randn(1, *tokens, device=device, dtype=dtype)
-        plan = RunPlan(preset, preset.chunk * chunks, case.height, case.width)
+        frames = preset.chunk * chunks
+        plan = RunPlan(preset, frames, case.height, case.width, store=get_store(store))
         times: dict[str, list[float]] = {name: [] for name in forms}
         counts: dict[str, int] = {}
         for round_ in range(ROUNDS + 1):

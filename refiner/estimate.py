@@ -16,7 +16,7 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that a run takes on one device, by use."""
+    """Bytes that a run takes on one device, by use, and `kv_host` besides."""
 
     weights: int  # of the transformer
     kv: int  # keys and values of the past and the current chunk
@@ -25,6 +25,7 @@ class Estimate:
     decode: int  # weights, state and activations of the VAE decoder
     refiner: int = 0  # its branches, or a merged copy of the weights that they change
     text_encoder: int = 0  # its weights, freed before the transformer is loaded
+    kv_host: int = 0  # K/V in host memory, where that is not the device's
 
     @property
     def total(self) -> int:
@@ -44,10 +45,17 @@ class Estimate:
             "text encoder, before all these": self.text_encoder,
             "at most at once": self.total,
         }
+        if self.kv_host:
+            rows["K/V in host memory, besides"] = self.kv_host
         return "\n".join(f"{name:<32}{size / GB:9.3f} GB" for name, size in rows.items())
 
     def check(self, available: int) -> None:
-        """Raise ValueError, which says what to lower, when this exceeds `available` bytes."""
+        """Raise ValueError, which says what to lower, when this exceeds `available` bytes.
+
+        K/V in host memory are compared with what is free there.
+        """
+        if self.kv_host:
+            check_room(self.kv_host, "K/V in host memory", "lower --window, or use --store int8")
         if self.total <= available:
             return
         causes = {

@@ -12,6 +12,7 @@ from .device import pick_device, pick_dtype
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import format_lengths
 from .memory.policies import POLICIES
+from .memory.stores import get_store
 from .noise.source import VERSION as NOISE_VERSION
 from .outputs import differences, read_given
 from .refiner_plan import RefinerPlan
@@ -66,6 +67,10 @@ class Job:
         }
         if options.memory != "window":
             metadata["memory"] = options.memory
+        if options.positions:
+            metadata["positions"] = options.positions
+        if not self.plan.store.exact:
+            metadata["store"] = options.store
         if options.lora:
             metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
         if self.refiner:
@@ -103,7 +108,10 @@ def prepare(options: GenerateOptions) -> Job:
     config, name, reason = identify(options, files.model)
     policy = choose(options.memory, POLICIES, "memory")
     preset = suggested(get_preset(name), policy).changed(
-        levels=options.levels, window=options.window, sink=options.sink
+        levels=options.levels,
+        window=options.window,
+        sink=options.sink,
+        positions=options.positions,
     )
     total = latent_frames(options.frames)
     shape = (config.in_dim, options.height // 8, options.width // 8)
@@ -112,10 +120,11 @@ def prepare(options: GenerateOptions) -> Job:
         initial, extended = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
     method = choose(options.method, SAMPLERS, "method")
-    plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy)
+    store = get_store(options.store)
+    plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy, store=store)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
-    estimate = estimate_memory(options, files, config, plan, method, dtype, refiner)
+    estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, device)
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
@@ -177,17 +186,20 @@ def estimate_memory(
     method: Method,
     dtype: torch.dtype,
     refiner: RefinerPlan | None,
+    device: torch.device,
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
     chunk = plan.preset.chunk
     memory = plan.memory(config, dtype, refined=refiner is not None)
     caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
+    kv, kv_host = memory.bytes_on(device)
     size = options.height, options.width
     vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
-        kv=memory.nbytes * (1 + len(caches)),
+        kv=kv * (1 + len(caches)),
+        kv_host=kv_host * (1 + len(caches)),
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, chunk),
         decode=WanVAE.decode_bytes(vae_width, *size, chunk, dtype),
@@ -218,6 +230,10 @@ def notes(job: Job) -> list[str]:
             f"{options.extend} was made with {others}: the clip will continue differently than in"
             " that run"
         )
+    if options.store == "offload" and job.device.type == "cpu":
+        lines.append("--store offload saves nothing on a CPU: the device's memory is the host's")
+    if options.positions == "sink-adjacent" and not job.preset.sink:
+        lines.append("--positions sink-adjacent does nothing without --window and --sink")
     refined = job.refiner.levels if job.refiner else ()
     if note := job.method.note(job.preset.all_levels, refined):
         lines.append(note)

@@ -34,6 +34,8 @@ class GenerateOptions:
     seed: int = 0
     method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
     memory: str = "window"  # one of POLICIES, with knobs
+    positions: str | None = None  # one of POSITIONS, with knobs; None: the preset's
+    store: str = "plain"  # one of STORES
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .choices import choose
 from .memory.plan import Keys, MemoryPlan
 from .memory.policies import Window
 from .memory.policy import Policy
-from .memory.positions import get_positions
+from .memory.positions import POSITIONS
+from .memory.store import PlainStore, Store
 from .schedule import Chunk, Preset, plan_chunks
 from .wan.transformer import WanConfig
 
@@ -38,6 +40,7 @@ class RunPlan:
     given: int = 0
     keys: Keys | None = None  # None: raw where the preset's positions move
     policy: Policy = field(default_factory=Window)
+    store: type[Store] = PlainStore
     given_chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
     chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
 
@@ -66,10 +69,11 @@ class RunPlan:
             window_frames=self.preset.window,
             sink_frames=self.preset.sink,
             keys=self.keys,
-            positions=get_positions(self.preset.positions),
+            positions=choose(self.preset.positions, POSITIONS, "positions"),
             dtype=dtype,
             spare_frames=self.preset.chunk if refined else 0,
             policy=self.policy,
+            store=self.store,
         )
         plan.check_chunk(max(self.lengths))
         return plan

@@ -69,7 +69,7 @@ class Preset:
     first_alone: bool = False  # an independent first frame: chunks of 1, n, n, …
     window: int = -1  # -1: full history
     sink: int = 0
-    positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS
+    positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS, with knobs
     source: str = field(default="", repr=False, compare=False)  # repository or model
 
     def __post_init__(self) -> None:

@@ -62,8 +62,10 @@ def relative_distance(ours: Tensor, recorded: Tensor) -> float:
 class Recorder:
     """A view of an empty past that keeps each layer's new keys (after RoPE) and values."""
 
+    first, frequencies = 0, None
+
     def __init__(self, start: int, frames: int) -> None:
-        self.positions, self.first = tuple(range(start, start + frames)), 0
+        self.positions = tuple(range(start, start + frames))
         self.layers: list[KeyValue] = []
 
     def extend(self, layer, raw_key, value, table, raw_query=None) -> KeyValue:

@@ -27,7 +27,7 @@ ROOMS = {
     "memory": {"wan"},
     "noise": NETWORK,
     "timeline": {"memory", "schedule"},
-    "run_plan": NETWORK,
+    "run_plan": NETWORK | {"choices"},
     "rollout": NETWORK | PLANS | {"noise"},
     "samplers": NETWORK | {"rollout"},
     "estimate": {"wan", "memory"},

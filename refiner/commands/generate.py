@@ -12,6 +12,8 @@ from ..files import partial_path
 from ..generate import generate
 from ..job import Job, notes, prepare
 from ..memory.policies import POLICIES
+from ..memory.positions import POSITIONS
+from ..memory.stores import STORES
 from ..request import GenerateOptions
 from ..rollout import Progress
 from ..samplers import SAMPLERS
@@ -120,6 +122,16 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         " top-frames:k=4"
     )
     group.add_argument("--memory", "--policy", default="window", metavar=knobs, help=about)
+    about = (
+        f"temporal positions of the frames in memory: {', '.join(POSITIONS)}; with knobs like"
+        " flex:scale=0.25 (default: the preset's)"
+    )
+    group.add_argument("--positions", metavar=knobs, help=about)
+    about = (
+        "how keys and values lie in memory: as they are (plain), in half the bytes (int8), or in"
+        " host memory (offload)"
+    )
+    group.add_argument("--store", choices=STORES, default="plain", help=about)
 
 
 def add_refiner(group: argparse._ArgumentGroup) -> None:
@@ -175,6 +187,8 @@ def summary(job: Job) -> str:
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
     policy = "" if options.memory == "window" else f", {options.memory}"
+    policy += f", positions {options.positions}" if options.positions else ""
+    policy += "" if options.store == "plain" else f", store {options.store}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"

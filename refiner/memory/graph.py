@@ -180,6 +180,7 @@ class GraphView:
         self, memory: GraphMemory, frames: tuple[int, ...], keep_pending: Tensor | None
     ) -> None:
         self.plan, self.policy = memory.plan, memory.policy
+        self.frequencies = memory.plan.frequencies
         self.keep_pending = keep_pending
         self.previous = None  # keys and values, and means, of the previous pass
         if keep_pending is not None:

@@ -74,6 +74,7 @@ class MemoryPlan:
         dtype: torch.dtype = torch.float32,
         spare_frames: int = 0,
         policy: Policy | None = None,
+        store: type[Store] = PlainStore,
     ) -> "MemoryPlan":
         """Plan for latents of `shape` [B, C, F, h, w], where F counts given and new frames.
 
@@ -97,6 +98,7 @@ class MemoryPlan:
             dtype=dtype,
             spare_frames=spare_frames,
             policy=policy,
+            store=store,
         )
 
     @property
@@ -128,12 +130,22 @@ class MemoryPlan:
         return tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     @property
+    def frequencies(self) -> tuple[float, ...] | None:
+        """Temporal frequencies of RoPE that positions bring along; None: its own."""
+        return self.positions.frequencies(self.head_dim)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, one layer's rotated keys if raw, and the policy's own."""
+        """Bytes on the device: keys, values, rotated keys of a layer if raw, the policy's own."""
         means = self.layers * self.layer_bytes // self.frame_tokens if self.policy.means else 0
         rotated = self.layer_bytes if self.keys == "raw" else 0
         own = means + self.policy.count_bytes(self)
         return self.store.count_bytes(self.slots) + rotated + own
+
+    def bytes_on(self, device: torch.device) -> tuple[int, int]:
+        """Return the bytes on a device and those in host memory besides, 0 where it is the same."""
+        host = self.store.count_host_bytes(self.slots)
+        return (self.nbytes + host, 0) if device.type == "cpu" else (self.nbytes, host)
 
     @property
     def read_bytes(self) -> int:
@@ -142,7 +154,10 @@ class MemoryPlan:
 
     def rotate(self, raw_key_BTHD: Tensor, positions: Sequence[int]) -> Tensor:
         """Rotate whole frames of raw keys to these temporal positions, one for each frame."""
-        table = rotation_table(positions, self.height, self.width, self.head_dim, like=raw_key_BTHD)
+        grid = self.height, self.width
+        table = rotation_table(
+            positions, *grid, self.head_dim, like=raw_key_BTHD, frequencies=self.frequencies
+        )
         return rotate(raw_key_BTHD, table)
 
     def check_chunk(self, frames: int) -> None:

@@ -62,7 +62,7 @@ class GraphReflection:
     """Concatenate tensors for a refine pass in training, without writing to memory."""
 
     def __init__(self, view: GraphView, cache: ReflectiveCache) -> None:
-        self.view, self.cache = view, cache
+        self.view, self.cache, self.frequencies = view, cache, view.frequencies
         joint = cache.previous == "joint"
         self.positions = view.positions * 2 if joint else view.positions
         self.first = len(view.positions) * view.plan.frame_tokens if joint else 0
@@ -96,7 +96,7 @@ class RingReflection(SlotFrames):
             )
         spare_slots = range(view.used, view.used + chunk)
         super().__init__(memory, view.past, (*view.chunk_slots, *spare_slots))
-        self.view, self.cache = view, cache
+        self.view, self.cache, self.frequencies = view, cache, view.frequencies
         self.joint = cache.previous == "joint"
         self.positions = view.positions * 2 if self.joint else view.positions
         self.first = chunk * memory.plan.frame_tokens if self.joint else 0
@@ -118,6 +118,7 @@ class RingReflection(SlotFrames):
                 return KeyValue(rotate(raw_key, table), value)
             # Overwrites the pending K/V, which the next prediction overwrites before any read.
             return view.extend(layer, raw_key, value, table, raw_query)
+        self.memory.store.prefetch((layer + 1) % self.memory.plan.layers)
         stored = view.stored(raw_key, table)
         if self.joint:
             view.write(layer, stored[:, :first], value[:, :first])

@@ -187,6 +187,7 @@ class RingView(SlotFrames):
         super().__init__(memory, ledger.visible(len(frames)), slots)
         self.placement = ledger.place(frames)
         past, self.positions = self.placement
+        self.frequencies = memory.plan.frequencies
         self.pieces: Runs = runs(slots)
         self.used = len(self.past) + len(frames)  # slots
         by_slot = dict(zip(self.past_slots, past, strict=True))

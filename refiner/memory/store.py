@@ -1,9 +1,9 @@
 """Storage of the keys and values of a sampling memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ def pick_frames(layer: KeyValue, index_BF: Tensor, frame_tokens: int) -> KeyValu
     samples = torch.arange(len(index_BF), device=index_BF.device)[:, None]
     frames = (part.unflatten(1, (-1, frame_tokens)) for part in layer)
     return KeyValue(*(part[samples, index_BF].flatten(1, 2) for part in frames))
+
+
+def move_frames(buffers_BF: Iterable[Tensor], slots: Sequence[int]) -> None:
+    """Move these frames of each buffer [B, F, ...] to the front, in this order."""
+    for buffer in buffers_BF:
+        source = torch.tensor(slots, dtype=torch.long, device=buffer.device)
+        buffer[:, : len(slots)] = buffer[:, source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +49,34 @@ class Slots:
 class Store(Protocol):
     """Slots of one frame each, in every layer. Made of `Slots` and a device."""
 
+    exact: ClassVar[bool] = True  # whether a read returns what was written, bit for bit
+
     @staticmethod
     def count_bytes(slots: Slots) -> int:
-        """Bytes that a store of these slots will allocate."""
+        """Bytes that a store of these slots will allocate on its device."""
         ...
+
+    @staticmethod
+    def count_host_bytes(slots: Slots) -> int:
+        """Bytes that a store of these slots will allocate in host memory besides."""
+        return 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
+        """Bytes allocated now on the device."""
         ...
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes allocated now in host memory besides."""
+        return 0
 
     def put(self, layer: int, runs: Runs, key_BTHD: Tensor, value_BTHD: Tensor) -> None:
         """Write frames into slots."""
         ...
 
     def prefix(self, layer: int, frames: int) -> KeyValue:
-        """Return the first `frames` slots [B, T, H, D]."""
+        """Return the first `frames` slots [B, T, H, D], valid until another layer is read."""
         ...
 
     def pick(self, layer: int, slots_BF: Tensor) -> KeyValue:
@@ -77,7 +96,7 @@ class Store(Protocol):
         ...
 
 
-class PlainStore:
+class PlainStore(Store):
     """Tensors in the memory's dtype on its device: reads are slices."""
 
     def __init__(self, slots: Slots, device: torch.device | str) -> None:
@@ -120,14 +139,9 @@ class PlainStore:
 
     def move(self, slots: Sequence[int]) -> None:
         """See `Store`."""
-        for buffer in (*self.keys, *self.values):
-            frames = buffer.unflatten(1, (-1, self.frame_tokens))
-            source = torch.tensor(slots, dtype=torch.long, device=buffer.device)
-            frames[:, : len(slots)] = frames[:, source]
+        buffers = (*self.keys, *self.values)
+        move_frames((each.unflatten(1, (-1, self.frame_tokens)) for each in buffers), slots)
 
     def free(self) -> None:
         """See `Store`."""
         self.keys, self.values = [], []
-
-
-STORES: dict[str, type[Store]] = {"plain": PlainStore}

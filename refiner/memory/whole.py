@@ -10,6 +10,7 @@ class WholeClip:
     """A view of a clip of this many frames without a past (see `refiner.wan.causal.View`)."""
 
     first = 0
+    frequencies = None
 
     def __init__(self, frames: int) -> None:
         self.positions = span(0, frames)

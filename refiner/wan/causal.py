@@ -43,6 +43,7 @@ class View(Protocol):
     """Memory as one forward pass sees it: supplies past keys and values, takes the new ones."""
 
     positions: Sequence[int]  # temporal RoPE position of each frame of the call
+    frequencies: tuple[float, ...] | None  # of the temporal pairs; None: RoPE's own
     first: int  # leading tokens of the call that do not attend to the later ones; 0: all attend
 
     def extend(
@@ -345,7 +346,10 @@ class CausalWan:
         tokens = self.kernels.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
         e = model.time_embedding(features_like(t, self.config.freq_dim, like=tokens))
         e0 = model.time_projection(e).unflatten(-1, (6, -1))
-        table = rotation_table(view.positions, *grid, self.config.head_dim, like=tokens)
+        head_dim, frequencies = self.config.head_dim, view.frequencies
+        table = rotation_table(
+            view.positions, *grid, head_dim, like=tokens, frequencies=frequencies
+        )
 
         last = len(model.blocks) - 1
         for layer, block in enumerate(model.blocks):

@@ -1,6 +1,7 @@
 """Rotary position embedding of Wan2.1: (frame, row, column) angles in float64, any positions."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
+@lru_cache
+def frequencies_of(pairs: int) -> tuple[float, ...]:
+    """Return RoPE's frequencies of an axis with this many pairs, in radians a position."""
+    return tuple((THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)).tolist())
+
+
 @cached_tensors(CACHED_TABLES)
 def rotations(
     frames: tuple[int, ...],
@@ -25,18 +32,20 @@ def rotations(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    temporal: tuple[float, ...] | None = None,
 ) -> Tensor:
     """Return unit complex rotations [F·H·W, head_dim/2], frame-major, for temporal positions.
 
-    Spatial positions start at 0. `dtype` is the complex type of the result. Angles are computed in
-    float64, so that large positions stay exact (bf16 positions collapse beyond 256, and published
-    tables end at 1024).
+    Spatial positions start at 0. `dtype` is the complex type of the result. `temporal` replaces the
+    frequencies of the temporal pairs. Angles are computed in float64, so that large positions stay
+    exact (bf16 positions collapse beyond 256, and published tables end at 1024).
     """
     axes = (torch.tensor(frames), torch.arange(height), torch.arange(width))
     grids = torch.meshgrid(*axes, indexing="ij")
     angles = []
-    for grid, pairs in zip(grids, axis_pairs(head_dim), strict=True):
-        frequency = THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    own = [frequencies_of(pairs) for pairs in axis_pairs(head_dim)]
+    for grid, frequencies in zip(grids, (temporal or own[0], *own[1:]), strict=True):
+        frequency = torch.tensor(frequencies, dtype=torch.float64)
         angles.append(grid.flatten().double().outer(frequency))
     angle = torch.cat(angles, dim=1)
     return upload(torch.polar(torch.ones_like(angle), angle), device, dtype)
@@ -48,11 +57,20 @@ def span(start: int, frames: int) -> tuple[int, ...]:
 
 
 def rotation_table(
-    positions: Sequence[int], height: int, width: int, head_dim: int, like: Tensor
+    positions: Sequence[int],
+    height: int,
+    width: int,
+    head_dim: int,
+    like: Tensor,
+    frequencies: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Return `rotations` on the device of `like`: complex128 for float64, else complex64."""
+    """Return `rotations` on the device of `like`: complex128 for float64, else complex64.
+
+    `frequencies` replace the temporal ones.
+    """
     dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
-    return rotations(tuple(positions), height, width, head_dim, dtype, like.device)
+    grid = height, width
+    return rotations(tuple(positions), *grid, head_dim, dtype, like.device, frequencies)
 
 
 def rotate(x_BNHD: Tensor, table: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_the_node_itself_says_the_same_bytes() -> None:
     assert f"{cache_view({**ASKED, 'window': 9, 'sink': 3})['bytes'] / 1e6:,.1f} MB" in shown
 
 
-NAMES = ["the model's", "absolute", "relative", "sink-adjacent", "relative to the window"]
+NAMES = ["the model's", "absolute", "relative", "sink-adjacent", "flex", "relative to the window"]
 
 
 @pytest.mark.parametrize("positions", NAMES)
