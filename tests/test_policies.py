@@ -13,6 +13,7 @@ from autorefiner.refiner.memory.policies import POLICIES, Window
 from autorefiner.refiner.memory.policy import Frames, Policy
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
+from autorefiner.refiner.memory.store import PlainStore
 from autorefiner.refiner.noise.refiner import Refiner, merged
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import Rollout
@@ -137,7 +138,7 @@ def tensor_bytes(thing: object, seen: set[int]) -> int:
     if isinstance(thing, list | tuple):
         return sum(tensor_bytes(each, seen) for each in thing)
     names = getattr(thing, "__dict__", None) or getattr(type(thing), "__slots__", ())
-    if isinstance(thing, Policy):
+    if isinstance(thing, Policy | PlainStore):
         return sum(tensor_bytes(getattr(thing, name, None), seen) for name in names)
     return 0
 

@@ -41,6 +41,7 @@ class MemoryPlan:
     spare_frames: int = 0  # slots after the window for the tokens of a refine pass
     policy: Policy = field(default_factory=Window)
     store: type[Store] = PlainStore
+    evicts: bool = True  # False where the window holds the whole clip
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
@@ -82,7 +83,8 @@ class MemoryPlan:
         """
         positions, policy = positions or Absolute(), policy or Window()
         batch, _, frames, height, width = shape
-        if window_frames < 0 or window_frames >= frames:  # nothing is evicted, so no sink is needed
+        evicts = 0 <= window_frames < frames
+        if not evicts:  # no sink is needed
             window_frames, sink_frames = frames, 0
         return cls(
             layers=config.num_layers,
@@ -99,6 +101,7 @@ class MemoryPlan:
             spare_frames=spare_frames,
             policy=policy,
             store=store,
+            evicts=evicts,
         )
 
     @property

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 
 from ..policy import Policy
+from .ema_sink import EmaSink
 from .top_frames import TopFrames
 from .window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {"window": Window, "top-frames": TopFrames}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "window": Window,
+    "top-frames": TopFrames,
+    "ema-sink": EmaSink,
+}
 
-__all__ = ["POLICIES", "TopFrames", "Window"]
+__all__ = ["POLICIES", "EmaSink", "TopFrames", "Window"]
