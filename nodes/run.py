@@ -221,6 +221,8 @@ def summary(run: Run, facts: ModelFacts) -> str:
     """Describe a run in one line: its frames, K/V bytes, refiner and search."""
     plan = run.plan
     held = f"{kv_bytes(run, facts) / 1e6:,.1f} MB of keys and values"
+    if plan.policy.name != "window":
+        held += f" ({plan.policy.name})"
     line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held}"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"

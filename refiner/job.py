@@ -47,6 +47,11 @@ class Job:
     extended: dict[str, str] = field(default_factory=dict)  # metadata of the latents to extend
 
     @property
+    def memory(self) -> str:
+        """The memory policy, with its knobs."""
+        return self.options.memory or self.preset.memory
+
+    @property
     def metadata(self) -> dict[str, str]:
         """Metadata of the video and latents files."""
         options = self.options
@@ -65,8 +70,8 @@ class Job:
             "noise": str(NOISE_VERSION),
             "chunk_lengths": format_lengths(self.plan.lengths),
         }
-        if options.memory != "window":
-            metadata["memory"] = options.memory
+        if self.memory != "window":
+            metadata["memory"] = self.memory
         if options.positions:
             metadata["positions"] = options.positions
         if not self.plan.store.exact:
@@ -106,8 +111,9 @@ def prepare(options: GenerateOptions) -> Job:
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
-    policy = choose(options.memory, POLICIES, "memory")
-    preset = suggested(get_preset(name), policy).changed(
+    preset = get_preset(name)
+    policy = choose(options.memory or preset.memory, POLICIES, "memory")
+    preset = suggested(preset, policy).changed(
         levels=options.levels,
         window=options.window,
         sink=options.sink,

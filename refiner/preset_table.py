@@ -2,7 +2,9 @@
 
 from .schedule import PRESETS, Preset
 
-HEADINGS = ("preset", "levels", "warp", "shift", "chunk", "window/sink", "positions", "source")
+HEADINGS = (
+    "preset", "levels", "warp", "shift", "chunk", "window/sink", "positions", "memory", "source",
+)  # fmt: skip
 
 
 def preset_table() -> str:
@@ -28,5 +30,6 @@ def _row(name: str, preset: Preset) -> tuple[str, ...]:
         str(preset.chunk),
         "all" if preset.window < 0 else f"{preset.window}/{preset.sink}",
         preset.positions,
+        preset.memory,
         preset.source,
     )

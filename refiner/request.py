@@ -33,9 +33,9 @@ class GenerateOptions:
     height: int = 480
     seed: int = 0
     method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
-    memory: str = "window"  # one of POLICIES, with knobs
     positions: str | None = None  # one of POSITIONS, with knobs; None: the preset's
     store: str = "plain"  # one of STORES
+    memory: str | None = None  # one of POLICIES, with knobs; None: the preset's
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for

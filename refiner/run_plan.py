@@ -7,7 +7,7 @@ import torch
 
 from .choices import choose
 from .memory.plan import Keys, MemoryPlan
-from .memory.policies import Window
+from .memory.policies import POLICIES
 from .memory.policy import Policy
 from .memory.positions import POSITIONS
 from .memory.store import PlainStore, Store
@@ -39,7 +39,7 @@ class RunPlan:
     batch: int = 1
     given: int = 0
     keys: Keys | None = None  # None: raw where the preset's positions move
-    policy: Policy = field(default_factory=Window)
+    policy: Policy | None = None  # None: the preset's
     store: type[Store] = PlainStore
     given_chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
     chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
@@ -52,6 +52,8 @@ class RunPlan:
             )
         if self.batch < 1:
             raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
+        if self.policy is None:
+            object.__setattr__(self, "policy", choose(self.preset.memory, POLICIES, "memory"))
         given, new = plan_chunks(self.preset, self.frames, self.given)
         object.__setattr__(self, "given_chunks", tuple(given))
         object.__setattr__(self, "chunks", tuple(new))

@@ -70,6 +70,7 @@ class Preset:
     window: int = -1  # -1: full history
     sink: int = 0
     positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS, with knobs
+    memory: str = "window"  # one of refiner.memory.policies.POLICIES, with knobs
     source: str = field(default="", repr=False, compare=False)  # repository or model
 
     def __post_init__(self) -> None:
@@ -122,6 +123,7 @@ TWO = (1000, 500)
 THREE = (1000, 757, 522)
 FOUR = (1000, 750, 500, 250)
 RELATIVE = "relative"
+ADJACENT = "sink-adjacent"
 
 # fmt: off
 # From the inference configuration of each public repository; windows count sink, past and chunk.
@@ -144,9 +146,8 @@ PRESETS: dict[str, Preset] = {
     "krea-14b":                 Preset(FOUR,  True,  8.0, 3, window=6, sink=1, positions=RELATIVE,
                                        source="krea-ai/realtime-video, context kept"),
     "raven":                    Preset(FOUR,  True,  5.0, 3, source="RAVEN and CM-GRPO"),
-    # Its sink is an average of the frames that leave the window; here it is the first frames.
-    "reward-forcing":           Preset(FOUR,  True,  5.0, 3, window=9, sink=3,
-                                       source="Reward Forcing, first frames as sink"),
+    "reward-forcing":           Preset(FOUR,  True,  5.0, 3, window=9, sink=3, positions=ADJACENT,
+                                       memory="ema-sink", source="Reward Forcing"),
     "infinite-forcing":         Preset(FOUR,  True,  5.0, 3, window=6, sink=1, positions=RELATIVE,
                                        source="Infinite-Forcing"),
     "one-forcing":              Preset(ONE,   True,  5.0, 1, source="One-Forcing infer.sh"),

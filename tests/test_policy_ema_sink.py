@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from autorefiner.nodes.run import plan_run
+from autorefiner.refiner.cli import main
 from autorefiner.refiner.memory.policies import EmaSink, Window
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.run_plan import RunPlan
@@ -95,3 +97,15 @@ def test_it_needs_a_sink_only_where_frames_leave() -> None:
         plan_of(EmaSink(), frames=21, window=12)
     short = plan_of(EmaSink(), frames=12, window=12)
     assert short.nbytes == plan_of(Window(), frames=12, window=12).nbytes
+
+
+def test_the_preset_of_reward_forcing_averages_in_every_host(tmp_path, capsys) -> None:
+    preset = PRESETS["reward-forcing"]
+    assert RunPlan(preset, 21, 4, 6).policy == EmaSink()
+    assert plan_run(preset, (1, 21, 4, 6), None).policy == EmaSink()
+    command = ["generate", "--model", "random-tiny", "--size", "32x32", "--dry-run"]
+    command += ["--preset", "reward-forcing", "--out", str(tmp_path / "a.mp4")]
+    assert main(command) == 0
+    assert "sink 3, ema-sink" in capsys.readouterr().err
+    assert main([*command, "--memory", "window"]) == 0
+    assert "ema-sink" not in capsys.readouterr().err

@@ -60,9 +60,13 @@ def test_presets_are_the_published_models() -> None:
     }
     assert {name: window for name, window in windows.items() if window != (-1, 0, "absolute")} == {
         "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"),
-        "reward-forcing": (9, 3, "absolute"), "infinite-forcing": (6, 1, "relative"),
+        "reward-forcing": (9, 3, "sink-adjacent"), "infinite-forcing": (6, 1, "relative"),
         "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
     }  # fmt: skip
+    memories = {name: preset.memory for name, preset in PRESETS.items()}
+    assert {name: memory for name, memory in memories.items() if memory != "window"} == {
+        "reward-forcing": "ema-sink"
+    }
     assert all(preset.source for preset in PRESETS.values())
     with pytest.raises(ValueError, match="self-forcing, causvid"):
         get_preset("wan")
@@ -92,7 +96,8 @@ def test_the_table_has_a_row_of_each_preset(capsys) -> None:
     rows = {row[0]: row for row in (re.split(r"  +", line) for line in preset_table().splitlines())}
     assert set(rows) == {"preset", *PRESETS}
     assert rows["infinite-forcing"][1:] == [
-        "1000,750,500,250", "yes", "5", "3", "6/1", "relative", PRESETS["infinite-forcing"].source
+        "1000,750,500,250", "yes", "5", "3", "6/1", "relative", "window",
+        PRESETS["infinite-forcing"].source,
     ]  # fmt: skip
     assert rows["causal-forcing-2step"][1] == "1000,500 (first 1000,750,500,250)"
     assert rows["streamdiffusion-v2"][2:7] == ["no", "8", "3", "all", "absolute"]

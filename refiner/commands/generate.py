@@ -119,9 +119,9 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--method", default="self-forcing", metavar=knobs, help=about)
     about = (
         f"which frames in memory a chunk attends to: {', '.join(POLICIES)}; with knobs like"
-        " top-frames:k=4"
+        " top-frames:k=4; default: the preset's"
     )
-    group.add_argument("--memory", "--policy", default="window", metavar=knobs, help=about)
+    group.add_argument("--memory", "--policy", metavar=knobs, help=about)
     about = (
         f"temporal positions of the frames in memory: {', '.join(POSITIONS)}; with knobs like"
         " flex:scale=0.25 (default: the preset's)"
@@ -186,7 +186,7 @@ def summary(job: Job) -> str:
     """Describe the run in one line."""
     options, preset = job.options, job.preset
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
-    policy = "" if options.memory == "window" else f", {options.memory}"
+    policy = "" if job.memory == "window" else f", {job.memory}"
     policy += f", positions {options.positions}" if options.positions else ""
     policy += "" if options.store == "plain" else f", store {options.store}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
