@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autorefiner.refiner.choices import choose
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.policies import POLICIES, Window
@@ -35,6 +36,8 @@ CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
 FRAMES, HEIGHT, WIDTH = 24, 4, 6
 KINDS = (RingMemory, GraphMemory)
 EACH = pytest.mark.parametrize("name", POLICIES)
+# where the defaults do nothing in a window this small
+KNOBS = {"top-frames": "k=1", "rolling-sink": "recent=1"}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,10 @@ class Doubling(Policy):
             frames.put(layer, [len(frames.past) - 1], KeyValue(key, 2 * value))
 
 
+def policy_of(name: str) -> Policy:
+    return choose(f"{name}:{KNOBS.get(name, '')}", POLICIES, "memory")
+
+
 def plan_of(policy: Policy, batch: int = 2, frames: int = FRAMES) -> RunPlan:
     return RunPlan(suggested(PRESET, policy), frames, HEIGHT, WIDTH, batch, policy=policy)
 
@@ -78,7 +85,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @EACH
 def test_sampling_and_training_remember_alike(network, name) -> None:
-    ring, graph = (clip(rollout_of(network, POLICIES[name](), kind)) for kind in KINDS)
+    ring, graph = (clip(rollout_of(network, policy_of(name), kind)) for kind in KINDS)
     assert apart(ring, graph) < 1e-4
 
 
@@ -87,22 +94,22 @@ def test_sampling_and_training_remember_alike(network, name) -> None:
 def test_refine_passes_read_alike_in_sampling_and_training(network, name, previous) -> None:
     refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache("shared", previous))
     ring, graph = (
-        clip(rollout_of(network, POLICIES[name](), kind, refiner=refiner)) for kind in KINDS
+        clip(rollout_of(network, policy_of(name), kind, refiner=refiner)) for kind in KINDS
     )
     assert apart(ring, graph) < 1e-4
-    assert apart(ring, clip(rollout_of(network, POLICIES[name]()))) > 1e-3
+    assert apart(ring, clip(rollout_of(network, policy_of(name)))) > 1e-3
 
 
 @EACH
 def test_a_sample_does_not_depend_on_its_batch(network, name) -> None:
-    two = clip(rollout_of(network, POLICIES[name]()))
-    one = clip(rollout_of(network, POLICIES[name](), batch=1))
+    two = clip(rollout_of(network, policy_of(name)))
+    one = clip(rollout_of(network, policy_of(name), batch=1))
     assert apart(two[:1], one) < 1e-4
 
 
 @EACH
 def test_two_runs_do_not_share_what_they_remember(network, name) -> None:
-    policy = POLICIES[name]()
+    policy = policy_of(name)
     assert torch.equal(*(clip(rollout_of(network, policy)) for _ in range(2)))
 
 
@@ -111,14 +118,14 @@ def test_two_runs_do_not_share_what_they_remember(network, name) -> None:
 def test_memories_agree_after_a_flush_and_a_recache(network, name, transition) -> None:
     prompts = Timeline((Scene(0, CONTEXT), Scene(15, -CONTEXT, transition)))
     ring, graph = (
-        clip(rollout_of(network, POLICIES[name](), kind, context=prompts)) for kind in KINDS
+        clip(rollout_of(network, policy_of(name), kind, context=prompts)) for kind in KINDS
     )
     assert apart(ring, graph) < 1e-4
 
 
 @EACH
 def test_a_policy_trains(network, name) -> None:
-    rollout = rollout_of(network, POLICIES[name](), GraphMemory)
+    rollout = rollout_of(network, policy_of(name), GraphMemory)
     self_rollout(rollout, 1).square().mean().backward()
     gradients = [each.grad for each in network.model.parameters() if each.grad is not None]
     assert gradients and all(each.isfinite().all() for each in gradients)
@@ -145,7 +152,7 @@ def tensor_bytes(thing: object, seen: set[int]) -> int:
 
 @EACH
 def test_the_bytes_of_a_policy_are_counted(network, name) -> None:
-    policy = POLICIES[name]()
+    policy = policy_of(name)
     plan = plan_of(policy).memory(CONFIG, torch.float32)
     rollout = rollout_of(network, policy)
     assert rollout.memory.nbytes == plan.nbytes
@@ -159,6 +166,14 @@ def test_the_bytes_of_a_policy_are_counted(network, name) -> None:
     assert held == plan.nbytes - window.nbytes
     memory.free()
     assert not tensor_bytes([memory.means, memory.policy], set())
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"window"}))
+def test_a_policy_reads_something_else_than_the_window(network, name) -> None:
+    policy = policy_of(name)
+    window = RunPlan(suggested(PRESET, policy), FRAMES, HEIGHT, WIDTH, 2, policy=Window())
+    plain = clip(Rollout.of(network, CONTEXT, window, WhiteNoise(0)))
+    assert apart(clip(rollout_of(network, policy)), plain) > 1e-3
 
 
 def test_a_policy_may_replace_frames_before_a_chunk(network) -> None:

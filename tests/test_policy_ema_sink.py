@@ -1,13 +1,17 @@
 """ema-sink: frames that leave the window are averaged into the sink."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from autorefiner.nodes.run import plan_run
-from autorefiner.refiner.cli import main
+from autorefiner.refiner.commands.generate import summary
+from autorefiner.refiner.job import prepare
 from autorefiner.refiner.memory.policies import EmaSink, Window
 from autorefiner.refiner.memory.ring import RingMemory
+from autorefiner.refiner.request import GenerateOptions
 from autorefiner.refiner.run_plan import RunPlan
 from autorefiner.refiner.sample import sample
 from autorefiner.refiner.schedule import PRESETS
@@ -99,13 +103,16 @@ def test_it_needs_a_sink_only_where_frames_leave() -> None:
     assert short.nbytes == plan_of(Window(), frames=12, window=12).nbytes
 
 
-def test_the_preset_of_reward_forcing_averages_in_every_host(tmp_path, capsys) -> None:
+def test_the_preset_of_reward_forcing_averages_in_every_host(tmp_path) -> None:
     preset = PRESETS["reward-forcing"]
     assert RunPlan(preset, 21, 4, 6).policy == EmaSink()
     assert plan_run(preset, (1, 21, 4, 6), None).policy == EmaSink()
-    command = ["generate", "--model", "random-tiny", "--size", "32x32", "--dry-run"]
-    command += ["--preset", "reward-forcing", "--out", str(tmp_path / "a.mp4")]
-    assert main(command) == 0
-    assert "sink 3, ema-sink" in capsys.readouterr().err
-    assert main([*command, "--memory", "window"]) == 0
-    assert "ema-sink" not in capsys.readouterr().err
+    options = GenerateOptions(
+        "random-tiny", tmp_path / "a.mp4", preset="reward-forcing", width=32, height=32
+    )
+    job = prepare(options)
+    assert "sink 3, ema-sink" in summary(job)
+    assert (job.plan.policy, job.metadata["memory"]) == (EmaSink(), "ema-sink")
+    job = prepare(replace(options, memory="window"))
+    assert "ema-sink" not in summary(job)
+    assert (job.plan.policy, "memory" in job.metadata) == (Window(), False)

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from autorefiner.refiner.choices import choose
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.policy import Policy
-from autorefiner.refiner.memory.positions import get_positions
+from autorefiner.refiner.memory.positions import POSITIONS
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.wan.causal import KeyValue
 from autorefiner.refiner.wan.rope import rotation_table
@@ -25,7 +26,8 @@ def plan_of(
     policy: Policy, frames: int, window: int, sink: int = 0, positions: str | None = None, **options
 ) -> MemoryPlan:
     """Plan a memory of one layer for clips of this many frames."""
-    positions = get_positions(positions or policy.positions or "absolute")
+    name = positions or policy.positions or "absolute"
+    positions = choose(name, POSITIONS, "positions")
     return MemoryPlan.of(
         ONE_LAYER, (1, 16, frames, SIDE, SIDE), window_frames=window, sink_frames=sink,
         positions=positions, policy=policy, keys="raw", **options,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ..policy import Policy
 from .ema_sink import EmaSink
+from .rolling_sink import RollingSink
 from .top_frames import TopFrames
 from .window import Window
 
@@ -11,6 +12,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "window": Window,
     "top-frames": TopFrames,
     "ema-sink": EmaSink,
+    "rolling-sink": RollingSink,
 }
 
-__all__ = ["POLICIES", "EmaSink", "TopFrames", "Window"]
+__all__ = ["POLICIES", "EmaSink", "RollingSink", "TopFrames", "Window"]

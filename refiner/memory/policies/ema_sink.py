@@ -28,7 +28,7 @@ class SinkAverage(Remembered):
 
     def opening(self, frames: Frames) -> None:
         sink = range(self.plan.sink_frames)
-        if 0 < len(sink) <= len(frames.past):
+        if len(sink) <= len(frames.past):
             (self.replace if self.begun else self.remember)(frames, sink, sink)
             self.begun = True
 

@@ -27,10 +27,10 @@ class Remembering(Policy):
         raise NotImplementedError
 
     def count_bytes(self, plan: "MemoryPlan") -> int:
-        return PlainStore.count_bytes(self.slots(plan))
+        return PlainStore.count_bytes(self.slots(plan)) if plan.evicts else 0
 
     def start(self, plan: "MemoryPlan", device: torch.device | str) -> Policy:
-        return self.State(self, plan, device)
+        return self.State(self, plan, device) if plan.evicts else self
 
     def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
         return frames.all(layer)
