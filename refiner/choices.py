@@ -19,6 +19,12 @@ def knobs(make: Callable) -> dict[str, Parameter]:
     }
 
 
+def counts(make: Callable) -> Parameter | None:
+    """Return the argument that counts by number, such as repeats by level; text sets `750=3`."""
+    parameters = signature(make).parameters.values()
+    return next((each for each in parameters if each.annotation == Mapping[int, int]), None)
+
+
 def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Made:
     """Call the function that `text` names, with its knobs; ValueError lists names or knobs.
 
@@ -28,15 +34,23 @@ def choose(text: str, table: Mapping[str, Callable[..., Made]], kind: str) -> Ma
     if name not in table:
         raise ValueError(f"{kind} {name!r} is not known: use one of {', '.join(table)}")
     known, values = knobs(table[name]), {}
+    counted = counts(table[name])
+    numbers = dict(counted.default) if counted else {}
     for setting in filter(None, settings.split(",")):
         knob, _, value = (part.strip() for part in setting.partition("="))
+        if counted and knob.isdecimal():
+            numbers[int(knob)] = _number(f"{kind} {name}, {knob}", value, int)
+            continue
         if knob not in known:
-            listed = ", ".join(f"{name}={_shown(each.default)}" for name, each in known.items())
+            defaults = numbers | {each.name: each.default for each in known.values()}
+            listed = ", ".join(f"{knob}={_shown(value)}" for knob, value in defaults.items())
             raise ValueError(
                 f"{kind} {name} has no knob {knob!r}: its knobs are {listed or 'none'}"
             )
         parse = KINDS[known[knob].annotation]
         values[knob] = value if parse is str else _number(f"{kind} {name}, {knob}", value, parse)
+    if counted:
+        values[counted.name] = numbers
     return table[name](**values)
 
 
