@@ -160,7 +160,7 @@ def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[T
             network,
             context,
             job.plan,
-            seed=job.options.seed,
+            noise=job.noise,
             initial=job.initial,
             method=job.method,
             callback=callback,

@@ -14,6 +14,8 @@ from .latents import format_lengths
 from .memory.policies import POLICIES
 from .memory.stores import get_store
 from .noise.source import VERSION as NOISE_VERSION
+from .noise.source import NoiseSource, WhiteNoise
+from .noise.sources import NOISES
 from .outputs import differences, read_given
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
@@ -39,6 +41,7 @@ class Job:
     preset_reason: str
     plan: RunPlan
     method: Method
+    noise: NoiseSource
     device: torch.device
     dtype: torch.dtype
     initial: Tensor | None
@@ -67,7 +70,7 @@ class Job:
             "window": f"{self.preset.window}, sink {self.preset.sink}",
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": options.weights,
-            "noise": str(NOISE_VERSION),
+            "noise": noise_version(options.noise),
             "chunk_lengths": format_lengths(self.plan.lengths),
         }
         if self.memory != "window":
@@ -81,6 +84,11 @@ class Job:
         if self.refiner:
             metadata["refiner"] = self.refiner.describe()
         return metadata
+
+
+def noise_version(noise: str) -> str:
+    """Describe a noise in metadata: the version of the white noise that it is made of, its name."""
+    return str(NOISE_VERSION) if noise == "white" else f"{NOISE_VERSION}, {noise}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,7 @@ def prepare(options: GenerateOptions) -> Job:
     method = choose(options.method, SAMPLERS, "method")
     store = get_store(options.store)
     plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy, store=store)
+    shaped = choose(options.noise, NOISES, "noise")
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
     estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, device)
@@ -143,6 +152,7 @@ def prepare(options: GenerateOptions) -> Job:
         preset_reason=reason,
         plan=plan,
         method=method,
+        noise=shaped(WhiteNoise(options.seed), preset.chunk),
         device=device,
         dtype=dtype,
         initial=initial,

@@ -36,6 +36,7 @@ class GenerateOptions:
     positions: str | None = None  # one of POSITIONS, with knobs; None: the preset's
     store: str = "plain"  # one of STORES
     memory: str | None = None  # one of POLICIES, with knobs; None: the preset's
+    noise: str = "white"  # one of NOISES, with knobs
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for

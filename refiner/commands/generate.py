@@ -14,6 +14,7 @@ from ..job import Job, notes, prepare
 from ..memory.policies import POLICIES
 from ..memory.positions import POSITIONS
 from ..memory.stores import STORES
+from ..noise.sources import NOISES
 from ..request import GenerateOptions
 from ..rollout import Progress
 from ..samplers import SAMPLERS
@@ -132,6 +133,8 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         " host memory (offload)"
     )
     group.add_argument("--store", choices=STORES, default="plain", help=about)
+    about = f"{', '.join(NOISES)}; with knobs like antiphase:rho=0.2"
+    group.add_argument("--noise", default="white", metavar=knobs, help=about)
 
 
 def add_refiner(group: argparse._ArgumentGroup) -> None:
@@ -189,11 +192,12 @@ def summary(job: Job) -> str:
     policy = "" if job.memory == "window" else f", {job.memory}"
     policy += f", positions {options.positions}" if options.positions else ""
     policy += "" if options.store == "plain" else f", store {options.store}"
+    noise = "" if options.noise == "white" else f", noise {options.noise}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     return (
         f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels {','.join(map(str, preset.levels))}, {preset.chunk} latent"
-        f" frames a chunk, method {options.method}, memory {window}{policy}, on {job.device}"
+        f" frames a chunk, method {options.method}, memory {window}{policy}{noise}, on {job.device}"
         f" in {str(job.dtype).removeprefix('torch.')}{refined}"
     )
 
