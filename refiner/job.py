@@ -206,18 +206,21 @@ def estimate_memory(
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
     chunk = plan.preset.chunk
-    memory = plan.memory(config, dtype, refined=refiner is not None)
-    caches = method.caches(plan.chunks[-1].levels) if plan.chunks else ()
-    kv, kv_host = memory.bytes_on(device)
+    levels = plan.chunks[-1].levels if plan.chunks else ()
+    caches = method.caches(levels) if levels else ()
+    memories = plan.memories(config, dtype, refiner is not None, caches)
+    memory, *_ = memories
+    on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
+    together = min(chunk * method.together(levels), memory.window_frames)
     size = options.height, options.width
     vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
-        kv=kv * (1 + len(caches)),
-        kv_host=kv_host * (1 + len(caches)),
+        kv=sum(on_device),
+        kv_host=sum(on_host),
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
-        activations=pass_bytes(config, memory, chunk),
+        activations=pass_bytes(config, memory, together),
         decode=WanVAE.decode_bytes(vae_width, *size, chunk, dtype),
         text_encoder=text_encoder_bytes(options),
     )
@@ -250,6 +253,11 @@ def notes(job: Job) -> list[str]:
         lines.append("--store offload saves nothing on a CPU: the device's memory is the host's")
     if options.positions == "sink-adjacent" and not job.preset.sink:
         lines.append("--positions sink-adjacent does nothing without --window and --sink")
+    if job.initial is not None and not job.method.goes_on:
+        lines.append(
+            f"{job.method.name} begins later chunks before a chunk is finished: the clip will"
+            " continue differently than in a run that was not interrupted"
+        )
     refined = job.refiner.levels if job.refiner else ()
     if note := job.method.note(job.preset.all_levels, refined):
         lines.append(note)

@@ -143,7 +143,7 @@ class Rollout:
             refiner=refiner,
             refiner_text=refiner.text(opening, plan.batch) if refiner else None,
             timeline=timeline,
-            caches={name: memory(memory_plan, device) for name in caches},
+            caches={name: memory(plan.cache(name, memory_plan), device) for name in caches},
         )
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -230,18 +230,22 @@ class Rollout:
     ) -> list[Tensor]:
         """Predict the x0s of neighbouring chunks in one pass, each at its own level.
 
-        The chunks attend to each other. The window must have room for all of them.
+        The chunks attend to each other. The window must have room for all of them. They are
+        reported newest first: a sampler finishes the oldest.
         """
         frames = tuple(frame for _, _, chunk in inputs for frame in chunk.frames)
         times = [level.t for _, level, chunk in inputs for _ in chunk.frames]
+        times = times[:1] if len(set(times)) == 1 else times
         x = torch.cat([x for x, _, _ in inputs], dim=2).to(self.network_dtype)
         view = self.cache(cache).view(frames)
         flow = self.network(x, torch.tensor([times], dtype=torch.float64), self.text, view)
         flows = flow.split([chunk.length for _, _, chunk in inputs], dim=2)
-        results = []
-        for (x, level, chunk), flow in zip(inputs, flows, strict=True):
-            results.append(predict_x0(x, flow, level.sigma))
-            self._report(results[-1], level, chunk)
+        results = [
+            predict_x0(x, flow, level.sigma)
+            for (x, level, _), flow in zip(inputs, flows, strict=True)
+        ]
+        for x0, (_, level, chunk) in reversed(list(zip(results, inputs, strict=True))):
+            self._report(x0, level, chunk)
         return results
 
     def renoise(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .choices import choose
-from .memory.plan import Keys, MemoryPlan
-from .memory.policies import POLICIES
+from .memory.plan import FirstFrames, Keys, MemoryPlan
+from .memory.policies import POLICIES, Window
 from .memory.policy import Policy
 from .memory.positions import POSITIONS
 from .memory.store import PlainStore, Store
@@ -80,6 +80,24 @@ class RunPlan:
         plan.check_chunk(max(self.lengths))
         return plan
 
+    def cache(self, name: Hashable, memory: MemoryPlan) -> MemoryPlan:
+        """Plan a named cache of a run with this memory; by default it is a second one."""
+        if not isinstance(name, FirstFrames):
+            return memory
+        window = name.frames + max(self.lengths)
+        return replace(memory, window_frames=window, sink_frames=name.frames, policy=Window())
+
+    def memories(
+        self,
+        config: WanConfig,
+        dtype: torch.dtype,
+        refined: bool = False,
+        caches: Collection[Hashable] = (),
+    ) -> list[MemoryPlan]:
+        """Plan the run's memory and its named caches."""
+        memory = self.memory(config, dtype, refined)
+        return [memory, *(self.cache(name, memory) for name in caches)]
+
     def memory_bytes(
         self,
         config: WanConfig,
@@ -87,5 +105,5 @@ class RunPlan:
         refined: bool = False,
         caches: Collection[Hashable] = (),
     ) -> int:
-        """Count the bytes of the run's memory, and of one more for each named cache."""
-        return self.memory(config, dtype, refined).nbytes * (1 + len(caches))
+        """Count the bytes of the run's memory and of its named caches."""
+        return sum(memory.nbytes for memory in self.memories(config, dtype, refined, caches))

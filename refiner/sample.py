@@ -46,6 +46,7 @@ def sample(
     check_initial(initial, plan, network)
     timeline = context if isinstance(context, Timeline) else Timeline.of(context)
     check_prompts(timeline, plan.batch)
+    method.check_timeline(timeline)
     if not plan.chunks:
         return
     rollout = Rollout.of(

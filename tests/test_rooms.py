@@ -29,7 +29,7 @@ ROOMS = {
     "timeline": {"memory", "schedule"},
     "run_plan": NETWORK | {"choices"},
     "rollout": NETWORK | PLANS | {"noise"},
-    "samplers": NETWORK | {"rollout"},
+    "samplers": NETWORK | {"rollout", "timeline"},
     "estimate": {"wan", "memory"},
     "sample": SAMPLING,
     "refiner_plan": NETWORK | {"noise"},

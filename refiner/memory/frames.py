@@ -41,6 +41,10 @@ class FrameLedger:
         visible = set(self.visible(new))
         return [held for held in self.held if held not in visible]
 
+    def make_room(self, new: int) -> None:
+        """Forget the frames that a pass over `new` frames overwrites."""
+        self.held = self.visible(new)
+
     def commit(self, frames: Sequence[int]) -> list[Held]:
         """Append a chunk; evict frames that no future chunk can attend to.
 

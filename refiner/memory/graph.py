@@ -42,7 +42,7 @@ class GraphMemory:
 
         Where keep_pending[b], it holds the K/V of sample b from the previous pass.
         """
-        if self.current is None:
+        if self.current is None or len(frames) > len(self.current.frames):
             self._open(len(frames))
         self.current = GraphView(self, tuple(frames), keep_pending)
         return self.current
@@ -51,6 +51,9 @@ class GraphMemory:
         """Show the policy what a chunk of `new` frames displaces, then what it will see."""
         if leaving := self.ledger.leaving(new):
             self.policy.evicting(HistoryFrames(self, leaving))
+            stored = [held.frame for held in self.ledger.held]
+            self.ledger.make_room(new)
+            self._evict(stored)
         self.policy.opening(HistoryFrames(self, self.ledger.visible(new)))
 
     def commit(self) -> None:

@@ -18,6 +18,13 @@ Keys = Literal["rotated", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
+class FirstFrames:
+    """Name of a cache in which a chunk sees nothing but the first frames of the video."""
+
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Sizes of a K/V memory, and how it is read.
 

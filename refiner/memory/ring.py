@@ -69,8 +69,11 @@ class RingMemory:
         """
         frames = tuple(frames)
         if self.current is None or self.current.frames != frames or self.ledger.next_cut:
-            if self.current is None:
+            if self.current is None or len(frames) > len(self.current.frames):
                 self._open(len(frames))
+            elif len(frames) < len(self.current.frames):
+                # the longer pass left a gap in the ring
+                self._keep(self.ledger.flush(len(self.ledger.held)))
             self.current = RingView(self, frames)
         self.current.keep_pending = keep_pending
         return self.current
@@ -79,6 +82,7 @@ class RingMemory:
         """Show the policy what a chunk of `new` frames overwrites, then what it will see."""
         if leaving := self.ledger.leaving(new):
             self.policy.evicting(HeldFrames(self, leaving))
+            self.ledger.make_room(new)
         self.policy.opening(HeldFrames(self, self.ledger.visible(new)))
 
     def commit(self) -> None:
@@ -91,12 +95,18 @@ class RingMemory:
 
     def flush(self, keep_last: int, keep_sink: bool = True) -> None:
         """Drop all frames but the sink and the last `keep_last` (KV flush of Infinity-RoPE)."""
-        slots = [self.ledger.slot(held.order) for held in self.ledger.flush(keep_last, keep_sink)]
+        self._keep(self.ledger.flush(keep_last, keep_sink))
+        self.policy.flushed(keep_sink)
+        self.current = None
+
+    def _keep(self, remaining: Sequence[Held]) -> None:
+        """Move frames to the first slots."""
+        slots = [self.ledger.slot(held.order) for held in remaining]
+        if slots == list(range(len(slots))):
+            return
         self.store.move(slots)
         for mean in self.means:
             mean[:, : len(slots)] = mean[:, slots]
-        self.policy.flushed(keep_sink)
-        self.current = None
 
     def free(self) -> None:
         """Free every buffer."""

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from .hiar import hiar
 from .method import Method
 from .ode import ode
+from .rolling import rolling
 from .search import best_of_n, search_over_path
 from .self_forcing import self_forcing
 from .self_refine import self_refine
+from .ttc import ttc
 
 # By the name that users give. Arguments are knobs.
 SAMPLERS: dict[str, Callable[..., Method]] = {
@@ -15,6 +17,8 @@ SAMPLERS: dict[str, Callable[..., Method]] = {
     "ode": ode,
     "self-refine": self_refine,
     "hiar": hiar,
+    "rolling": rolling,
+    "ttc": ttc,
 }
 # These take a verifier first.
 SEARCHES: dict[str, Callable[..., Method]] = {
@@ -39,5 +43,6 @@ def as_method(method: Method | Callable) -> Method:
 
 __all__ = [
     "METHODS", "SAMPLERS", "SEARCHES", "BestOfN", "Method", "SearchOverPath", "SelfRefine",
-    "as_method", "best_of_n", "hiar", "ode", "search_over_path", "self_forcing", "self_refine",
+    "as_method", "best_of_n", "hiar", "ode", "rolling", "search_over_path", "self_forcing",
+    "self_refine", "ttc",
 ]  # fmt: skip

@@ -1,11 +1,14 @@
-"""HiAR: denoise all chunks level by level, each level with its own, one level cleaner history.
+"""HiAR: each level of a chunk attends to a history of its own, one level cleaner.
 
 Chunk i at level j attends to every earlier chunk as it is at level j + 1, so errors of clean
-predictions do not accumulate. A pass and a commit for each level and chunk; the latents of all
-chunks are held until the last level.
+predictions do not accumulate. A pass and a commit for each level and chunk. The order is pipelined:
+a wave takes each of the chunks that are begun one level down, so chunk 0 is finished after as many
+waves as there are levels, and no more chunks than levels are held. Level by level over all chunks
+gives the same latents, bit for bit.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -13,11 +16,13 @@ from ..memory.reflect import ReflectiveCache
 from ..rollout import Rollout
 from ..schedule import Level, Preset
 from .method import Method
+from .waves import check_levels, check_one_prompt, waves
 
 
 def hiar() -> Method:
-    """Denoise all chunks level by level. With one level it is Self-Forcing."""
-    return Method("hiar", run, caches=caches, check=check)
+    """Denoise chunks in a pipeline, a memory a level. With one level it is Self-Forcing."""
+    one_prompt = partial(check_one_prompt, "hiar")
+    return Method("hiar", run, caches=caches, check=check, check_timeline=one_prompt, goes_on=False)
 
 
 def caches(levels: Sequence[Level]) -> tuple[Hashable, ...]:
@@ -27,30 +32,21 @@ def caches(levels: Sequence[Level]) -> tuple[Hashable, ...]:
 
 def check(preset: Preset, cache: ReflectiveCache | None) -> None:
     """Raise ValueError for a preset whose first chunk has other levels."""
-    if preset.first_levels and preset.first_levels != preset.levels:
-        raise ValueError(
-            "hiar needs the same levels in every chunk, and this preset's first chunk has others:"
-            " use another method or preset"
-        )
+    check_levels("hiar", preset)
 
 
 def run(rollout: Rollout) -> Iterator[Tensor]:
-    """Yield the x0 [B, C, F, h, w] of each chunk; all of them follow at the last level."""
-    if rollout.timeline is not None and len(rollout.timeline.scenes) > 1:
-        raise ValueError(
-            "hiar goes through all chunks at once and cannot change its prompt: use another method"
-        )
-    chunks = list(rollout)
-    levels = chunks[-1].levels
-    latents = [rollout.draw(chunk, levels[0]) for chunk in chunks]
-    for index, level in enumerate(levels):
-        below = levels[index + 1] if index + 1 < len(levels) else None
-        cache = level.step if below else None
-        for number, chunk in enumerate(chunks):
-            x0 = rollout.predict(latents[number], level, chunk, cache=cache)
+    """Yield the x0 [B, C, F, h, w] of each chunk."""
+    latents: dict[int, Tensor] = {}  # of the chunks in the pipeline, by index
+    for wave in waves(rollout):
+        for chunk, level, below in reversed(wave):  # they do not depend on each other
+            cache = level.step if below else None
+            x = latents.pop(chunk.index, None)
+            x = rollout.draw(chunk, level) if x is None else x
+            x0 = rollout.predict(x, level, chunk, cache=cache)
             if below is None:
                 rollout.commit(x0, chunk)
                 yield x0
             else:
-                latents[number] = rollout.renoise(x0, below, chunk, cache=cache)
-                rollout.commit(latents[number], chunk, below.t, cache)
+                latents[chunk.index] = rollout.renoise(x0, below, chunk, cache=cache)
+                rollout.commit(latents[chunk.index], chunk, below.t, cache)
