@@ -122,6 +122,7 @@ ONE = (1000,)
 TWO = (1000, 500)
 THREE = (1000, 757, 522)
 FOUR = (1000, 750, 500, 250)
+FIVE = (1000, 800, 600, 400, 200)
 RELATIVE = "relative"
 ADJACENT = "sink-adjacent"
 
@@ -157,6 +158,10 @@ PRESETS: dict[str, Preset] = {
                                        source="LightX2V self_forcing_dmd_14b"),
     "longlive-14b":             Preset(FOUR,  True,  5.0, 3, window=12, sink=3,
                                        source="LongLive 1's settings at 14B"),
+    # With method rolling: sink, 3 past frames and a joint window of 15.
+    "rolling-forcing":          Preset(FIVE,  True,  5.0, 3, window=21, sink=3,
+                                       positions="sink-adjacent",
+                                       source="TencentARC/RollingForcing, method rolling"),
     "streamdiffusion-v2":       Preset(FOUR,  False, 8.0, 3,
                                        source="StreamDiffusionV2, text to video"),
 }

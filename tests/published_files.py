@@ -243,8 +243,8 @@ CASES = (
     Case("framewise/causal_cd.pt", single(generator), likely=CF),
     Case("chunkwise/ar_diffusion.pt", single(generator), likely="longlive"),
     Case("self_forcing_ode_init_bf16.safetensors", flat("model."), likely="self-forcing"),
-    Case("chunkwise/longvideo.pt", single(sharded_ema), likely=CF),
-    Case("rolling_forcing_dmd.pt", single(sharded_ema), likely=CF),
+    Case("chunkwise/longvideo.pt", single(sharded_ema), likely="rolling-forcing"),
+    Case("rolling_forcing_dmd.pt", single(sharded_ema), likely="rolling-forcing"),
     Case("hiar.pt", single(sharded_ema), likely=CF),
     # Layouts under uninformative names
     Case("plain.safetensors", single(dict), likely="raven"),

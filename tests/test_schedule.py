@@ -54,6 +54,7 @@ def test_presets_are_the_published_models() -> None:
         "causal-forcing-framewise": 4, "causal-forcing-2step": 2, "causal-forcing-1step": 1,
         "krea-14b": 4, "raven": 4, "reward-forcing": 4, "infinite-forcing": 4, "one-forcing": 1,
         "opsd-v": 4, "self-forcing-14b": 4, "longlive-14b": 4, "streamdiffusion-v2": 4,
+        "rolling-forcing": 5,
     }  # fmt: skip
     windows = {
         name: (preset.window, preset.sink, preset.positions) for name, preset in PRESETS.items()
@@ -62,6 +63,7 @@ def test_presets_are_the_published_models() -> None:
         "longlive": (12, 3, "absolute"), "krea-14b": (6, 1, "relative"),
         "reward-forcing": (9, 3, "sink-adjacent"), "infinite-forcing": (6, 1, "relative"),
         "opsd-v": (12, 3, "relative"), "longlive-14b": (12, 3, "absolute"),
+        "rolling-forcing": (21, 3, "sink-adjacent"),
     }  # fmt: skip
     memories = {name: preset.memory for name, preset in PRESETS.items()}
     assert {name: memory for name, memory in memories.items() if memory != "window"} == {

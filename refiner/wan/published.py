@@ -29,7 +29,7 @@ class Published:
 
 
 BEFORE = "is a stage of training before the last distillation, which few levels do not sample"
-JOINT = "denoises a joint window of several chunks, which no preset does"
+JOINT = "denoises a window of several chunks together, which needs --method rolling"
 SFWAN = r"sfwan2_1_t2v_1_3b_diffusers(/transformer(/diffusion_pytorch_model)?)?"
 CHUNKWISE = r"(chunkwise/|chunkwise_)causal_forcing|causal_forcing_chunkwise"
 FRAMEWISE = r"framewise/causal_forcing|causal_forcing_framewise"
@@ -58,7 +58,7 @@ MODELS = (
     Published(r"wan_causal_ode_checkpoint_model_\d+/model", stage=BEFORE),
     Published(r"causal_ode|causal_cd", stage=BEFORE),
     Published(r"ar_diffusion", stage="needs some 50 steps with guidance, which no preset has"),
-    Published(r"longvideo", stage=f"is a long-video model: it {JOINT}"),
+    Published(r"longvideo", stage=f"{JOINT} and --levels 1000,750,500,250"),
     Published(r"rolling_forcing_dmd", stage=JOINT),
     Published(r"hiar", stage="denoises all chunks level by level, which no preset does"),
 )
@@ -75,6 +75,8 @@ FRAGMENTS = (
     ("framewise1step", "causal-forcing-1step"),
     ("causalforcing1step", "causal-forcing-1step"),
     ("framewise", "causal-forcing-framewise"),
+    ("rollingforcing", "rolling-forcing"),
+    ("longvideo", "rolling-forcing"),
     ("infiniteforcing", "infinite-forcing"),
     ("rewardforcing", "reward-forcing"),
     ("oneforcing", "one-forcing"),
