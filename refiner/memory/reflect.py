@@ -119,7 +119,7 @@ class RingReflection(SlotFrames):
             # Overwrites the pending K/V, which the next prediction overwrites before any read.
             return view.extend(layer, raw_key, value, table, raw_query)
         self.memory.store.prefetch((layer + 1) % self.memory.plan.layers)
-        stored = view.stored(raw_key, table)
+        stored = view.as_stored(raw_key, table)
         if self.joint:
             view.write(layer, stored[:, :first], value[:, :first])
         noise_key, noise_value = stored[:, first:], value[:, first:]

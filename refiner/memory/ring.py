@@ -214,7 +214,7 @@ class RingView(SlotFrames):
     ) -> KeyValue | list[Seen] | None:
         """See `refiner.wan.causal.View`. Writes in place, so not for passes with autograd."""
         self.memory.store.prefetch((layer + 1) % self.memory.plan.layers)
-        self.write(layer, self.stored(raw_key, table), value)
+        self.write(layer, self.as_stored(raw_key, table), value)
         if self.memory.means:
             self._summarise(layer, raw_key)
         return None if raw_query is None else self.memory.policy.read(layer, raw_query, self)
@@ -223,7 +223,7 @@ class RingView(SlotFrames):
         """See `refiner.memory.policy.Frames`."""
         return self.read(layer, self.used, self.slot_positions)
 
-    def stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
+    def as_stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
         """Return a key as this memory stores it."""
         return raw_key if self.memory.rotated is not None else rotate(raw_key, table)
 
