@@ -37,7 +37,11 @@ FRAMES, HEIGHT, WIDTH = 24, 4, 6
 KINDS = (RingMemory, GraphMemory)
 EACH = pytest.mark.parametrize("name", POLICIES)
 # where the defaults do nothing in a window this small
-KNOBS = {"top-frames": "k=1", "rolling-sink": "recent=1"}
+KNOBS = {
+    "top-frames": "k=1",
+    "rolling-sink": "recent=1",
+    "deep-sink": "budget=5,sink=3,recent=1",
+}
 
 
 @pytest.fixture(scope="module")

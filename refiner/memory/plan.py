@@ -162,13 +162,14 @@ class MemoryPlan:
         """Most bytes that a policy copies to read a layer."""
         return 2 * self.layer_bytes if self.policy.copies else 0
 
+    def table(self, positions: Sequence[int], like: Tensor) -> Tensor:
+        """Return the rotations of the tokens of whole frames at these temporal positions."""
+        grid, frequencies = (self.height, self.width), self.frequencies
+        return rotation_table(positions, *grid, self.head_dim, like=like, frequencies=frequencies)
+
     def rotate(self, raw_key_BTHD: Tensor, positions: Sequence[int]) -> Tensor:
         """Rotate whole frames of raw keys to these temporal positions, one for each frame."""
-        grid = self.height, self.width
-        table = rotation_table(
-            positions, *grid, self.head_dim, like=raw_key_BTHD, frequencies=self.frequencies
-        )
-        return rotate(raw_key_BTHD, table)
+        return rotate(raw_key_BTHD, self.table(positions, raw_key_BTHD))
 
     def check_chunk(self, frames: int) -> None:
         """Raise ValueError when the sink and a chunk of `frames` do not fit in the window."""

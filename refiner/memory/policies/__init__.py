@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..policy import Policy
+from .deep_sink import DeepSink
 from .ema_sink import EmaSink
 from .rolling_sink import RollingSink
 from .top_frames import TopFrames
@@ -13,6 +14,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "top-frames": TopFrames,
     "ema-sink": EmaSink,
     "rolling-sink": RollingSink,
+    "deep-sink": DeepSink,
 }
 
-__all__ = ["POLICIES", "EmaSink", "RollingSink", "TopFrames", "Window"]
+__all__ = ["POLICIES", "DeepSink", "EmaSink", "RollingSink", "TopFrames", "Window"]
