@@ -41,6 +41,7 @@ KNOBS = {
     "top-frames": "k=1",
     "rolling-sink": "recent=1",
     "deep-sink": "budget=5,sink=3,recent=1",
+    "merge": "threshold=0.3",
 }
 
 

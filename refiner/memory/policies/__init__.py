@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..policy import Policy
 from .deep_sink import DeepSink
 from .ema_sink import EmaSink
+from .merge import Merge
 from .rolling_sink import RollingSink
 from .top_frames import TopFrames
 from .window import Window
@@ -15,6 +16,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "ema-sink": EmaSink,
     "rolling-sink": RollingSink,
     "deep-sink": DeepSink,
+    "merge": Merge,
 }
 
-__all__ = ["POLICIES", "DeepSink", "EmaSink", "RollingSink", "TopFrames", "Window"]
+__all__ = ["POLICIES", "DeepSink", "EmaSink", "Merge", "RollingSink", "TopFrames", "Window"]
