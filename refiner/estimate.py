@@ -89,7 +89,9 @@ def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
     if plan.keys == "raw":
         rotated = plan.batch * plan.window_frames * plan.frame_tokens * config.dim
     # Raw keys are rotated in fp32: two tensors of 4 bytes a value, the keys and the result.
-    return values * plan.dtype.itemsize + 8 * rotated + plan.read_bytes
+    queries = (chunk + plan.spare_frames) * plan.frame_tokens
+    scratch = plan.policy.scratch_bytes(plan, queries)
+    return values * plan.dtype.itemsize + 8 * rotated + plan.read_bytes + scratch
 
 
 def parameter_count(config: WanConfig) -> int:

@@ -1,6 +1,7 @@
 """Hold every memory policy to this: memories agree, samples do not mix, bytes are counted."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 from autorefiner.refiner.choices import choose
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
-from autorefiner.refiner.memory.policies import POLICIES, Window
+from autorefiner.refiner.memory.policies import POLICIES as TABLE
+from autorefiner.refiner.memory.policies import TopFrames, Window
 from autorefiner.refiner.memory.policy import Frames, Policy
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
@@ -35,6 +37,11 @@ PRESET = PRESETS["self-forcing"].changed(levels=(1000, 500), window=9, sink=3)
 CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
 FRAMES, HEIGHT, WIDTH = 24, 4, 6
 KINDS = (RingMemory, GraphMemory)
+POLICIES = {
+    **TABLE,
+    "top-frames by head": partial(TopFrames, k=2, granularity="head"),
+    "top-frames by token": partial(TopFrames, k=2, granularity="token"),
+}
 EACH = pytest.mark.parametrize("name", POLICIES)
 # where the defaults do nothing in a window this small
 KNOBS = {

@@ -52,8 +52,9 @@ def attend(
     """Attention by ComfyUI's backend, or by an override that the MODEL carries."""
     heads = q_BNHD.shape[2]
     flat = (x.flatten(2) for x in (q_BNHD, k_BTHD, v_BTHD))
+    exact = {} if bias is None else {"low_precision_attention": False}  # Sage would ignore a mask
     return optimized_attention(
-        *flat, heads=heads, mask=bias, transformer_options=transformer_options
+        *flat, heads=heads, mask=bias, transformer_options=transformer_options, **exact
     )
 
 

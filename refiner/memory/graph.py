@@ -136,6 +136,7 @@ class HistoryFrames:
     ) -> None:
         """Select `past`; `stored` are the absolute indices in memory, by default the ledger's."""
         self.past, self.memory = past, memory
+        self.places = range(len(past))
         stored = [held.frame for held in memory.ledger.held] if stored is None else stored
         self.ranks = ranks_of(past, stored)
         self.frame_tokens = memory.plan.frame_tokens
@@ -247,6 +248,7 @@ class GraphFrames:
         self.history, self.tokens, self.placement = history, tokens, placement
         self.past = history.past if history else ()
         self.chunk = len(placement.chunk)
+        self.places = range(len(self.past) + self.chunk)
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""

@@ -31,6 +31,7 @@ class Frames(Protocol):
     chunk: int  # frames of this pass: a refine pass may take those of the chunk twice
     current: tuple[int, ...]  # absolute latent indices of the current chunk
     placement: Placement  # temporal positions of the past and of this pass
+    places: Sequence[int]  # of the past and of this pass: index of each frame in `all`
 
     def means(self, layer: int) -> Tensor:
         """Mean key before RoPE of each past frame [B, F, H, D]."""
@@ -91,6 +92,10 @@ class Policy:
 
     def count_bytes(self, plan: "MemoryPlan") -> int:
         """Count the bytes of the tensors that it stores besides the memory's own."""
+        return 0
+
+    def scratch_bytes(self, plan: "MemoryPlan", queries: int) -> int:
+        """Count what a read for so many tokens of a sample allocates besides copies of K/V."""
         return 0
 
     def start(self, plan: "MemoryPlan", device: torch.device | str) -> "Policy":

@@ -127,6 +127,7 @@ class SlotFrames:
         self.memory, self.past, self.chunk = memory, past, len(chunk_slots)
         self.past_slots = [memory.ledger.slot(held.order) for held in past]
         self.chunk_slots = list(chunk_slots)
+        self.places: Sequence[int] = [*self.past_slots, *chunk_slots]
 
     def means(self, layer: int) -> Tensor:
         """See `Frames`."""
@@ -172,6 +173,7 @@ class HeldFrames(SlotFrames):
 
     def __init__(self, memory: RingMemory, past: Sequence[Held]) -> None:
         super().__init__(memory, past, ())
+        self.places = range(len(past))
 
     def all(self, layer: int) -> KeyValue:
         """See `Frames`; a copy."""

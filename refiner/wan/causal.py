@@ -8,7 +8,7 @@ Shape suffixes: B batch, F latent frames, C channels, h w latent size, S tokens 
 tokens of the call, T keys, L text tokens, H heads, D head size, M width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     heads: slice
     key: Tensor  # [B, T, H', D], rotated; T may differ between groups
     value: Tensor  # [B, T, H', D]
-    bias: Tensor | None = None  # added to the scores, [B or 1, 1, 1, T]
+    bias: Tensor | None = None  # added to the scores, [B or 1, H' or 1, N or 1, T]
 
 
 class View(Protocol):
@@ -143,12 +143,15 @@ def block_modulation(
 
 
 def attend(
-    query_BNHD: Tensor, seen: KeyValue | list[Seen], first: int, kernels: "Kernels"
+    query_BNHD: Tensor,
+    seen: KeyValue | list[Seen] | Iterator[Seen],
+    first: int,
+    kernels: "Kernels",
 ) -> Tensor:
     """Return the self-attention of a call [B, N, H·D], one group of heads at a time."""
     if isinstance(seen, KeyValue):
         return attend_group(query_BNHD, *seen, None, first, kernels)
-    if not isinstance(seen, list):
+    if not isinstance(seen, (list, Iterator)):
         kind = type(seen).__name__
         raise ValueError(f"a memory policy returned {kind}: return KeyValue or a list of Seen")
     groups = (
@@ -169,14 +172,17 @@ def attend_group(
     kernels: "Kernels",
 ) -> Tensor:
     """Return attention whose `first` tokens ignore the later ones: two calls instead of a mask."""
-    biases = () if bias is None else (bias,)
     if not first:
+        biases = () if bias is None else (bias,)
         return kernels.attention(query_BNHD, key_BTHD, value_BTHD, *biases)
     visible = key_BTHD.shape[1] - (query_BNHD.shape[1] - first)
-    key, value = key_BTHD[:, :visible], value_BTHD[:, :visible]
-    visible_biases = (each[..., :visible] for each in biases)
-    before = kernels.attention(query_BNHD[:, :first], key, value, *visible_biases)
-    after = kernels.attention(query_BNHD[:, first:], key_BTHD, value_BTHD, *biases)
+    key, value, biases_before, biases_after = key_BTHD[:, :visible], value_BTHD[:, :visible], (), ()
+    if bias is not None:
+        by_query = bias.shape[-2] > 1
+        biases_before = (bias[..., : first if by_query else 1, :visible],)
+        biases_after = (bias[..., first if by_query else 0 :, :],)
+    before = kernels.attention(query_BNHD[:, :first], key, value, *biases_before)
+    after = kernels.attention(query_BNHD[:, first:], key_BTHD, value_BTHD, *biases_after)
     return torch.cat((before, after), dim=1)
 
 

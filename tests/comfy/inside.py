@@ -14,16 +14,18 @@ from PIL import Image
 
 # isort: split
 sys.path.append(str(Path(__file__).parents[1]))
+import comfy.ldm.modules.attention as backends
 import comfy.model_management as management
 import comfy.sd
 from node_host import mismatches
-from pack.nodes.hosts import page
+from pack.nodes.hosts import comfy_sampling, page
 from pack.nodes.hosts.comfy_model import PRESET
 from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
 from pack.refiner.rollout import Progress
 from pack.refiner.schedule import plan_chunks
+from pack.refiner.wan.causal import attention
 
 asked: list[float] = []
 
@@ -64,6 +66,21 @@ def freed_for(nbytes: int) -> list[tuple[int, str]]:
     return found
 
 
+def masked_attention() -> dict[str, float]:
+    """Return how far a mask by head and query token leads each backend from the core's result."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 8, 2, 16, generator=generator)
+    hidden = torch.rand(2, 2, 8, 8, generator=generator) > 0.7
+    mask = torch.zeros(2, 2, 8, 8).masked_fill(hidden, torch.finfo(torch.float32).min)
+    backends.sageattn = lambda q, k, v, **_: attention(q, k, v).view_as(q)
+    apart = {}
+    for name in ("pytorch", "basic", "split", "sub_quad", "sage"):
+        comfy_sampling.optimized_attention = getattr(backends, f"attention_{name}")
+        out = comfy_sampling.attend({}, q, k, v, mask)
+        apart[name] = float((out - attention(q, k, v, mask)).abs().max())
+    return apart
+
+
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
@@ -96,6 +113,7 @@ print(
             "events": events_of_saved_repeats(),
             "published": answers,
             "host": mismatches(NodeHost, host),
+            "masked": masked_attention(),
             "preset": fresh.get_attachment(PRESET),
         }
     )

@@ -30,6 +30,10 @@ def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict)
     assert inside["events"][-1] == [4, 4, 3]
 
 
+def test_masks_by_head_and_token_hold_in_every_backend(inside: dict) -> None:
+    assert len(inside["masked"]) == 5 and max(inside["masked"].values()) < 1e-5
+
+
 def test_others_make_way_for_a_rewards_models(inside: dict) -> None:
     assert inside["freed"] == [[1000 + inside["least"], "cuda"]]
 
