@@ -1,4 +1,4 @@
-"""The command line: autorefiner generate | inspect | presets | bench | train | demo."""
+"""The command line: autorefiner generate | inspect | presets | calibrate | bench | train | demo."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ import torch
 
 from .commands.arguments import ERROR, Parser
 from .commands.bench import add_bench, run_bench
+from .commands.calibrate import add_calibrate, run_calibrate
 from .commands.generate import add_generate, run_generate
 from .commands.inspect import add_inspect, run_inspect
 from .commands.train import add_train, run_demo_command, run_train
@@ -24,6 +25,7 @@ SMALLER = {  # advice when a command runs out of memory
     "generate": "lower --size or --window, or use --dtype bf16",
     "inspect": "close what else uses the memory",
     "presets": "close what else uses the memory",
+    "calibrate": "take a smaller --size or fewer --frames",
     "bench": "take a smaller --size",
     "train": "lower the batch and raise accumulation, or set checkpointing = true",
     "demo": "lower the --batch of a training, or use --device cpu",
@@ -47,6 +49,7 @@ COMMANDS: dict[str, tuple[AddCommand, RunCommand]] = {
     "generate": (add_generate, run_generate),
     "inspect": (add_inspect, run_inspect),
     "presets": (add_presets, run_presets),
+    "calibrate": (add_calibrate, run_calibrate),
     "bench": (add_bench, run_bench),
     "train": (add_train, run_train),
     "demo": (add_demo, run_demo_command),

@@ -26,7 +26,7 @@ PAGES = [
 USED = [page for page in PAGES if page.name not in ("RESULTS.md", "CHANGELOG.md")]
 FILE = re.compile(r"`((?:refiner|nodes|tests|benchmarks|workflows|web|docs)/[\w./]*)`")
 PLACEHOLDER = re.compile(r"\b(NAME|ID)\b")
-COMMANDS = ("generate", "inspect", "run", "train", "demo")  # need arguments
+COMMANDS = ("generate", "inspect", "calibrate", "run", "train", "demo")  # need arguments
 BLOCK = re.compile(r"(?:^    .*\n)+|^```.*\n(?:.*\n)*?```$", re.MULTILINE)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from autorefiner.refiner.choices import choose
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.policies import POLICIES as TABLE
-from autorefiner.refiner.memory.policies import TopFrames, Window
+from autorefiner.refiner.memory.policies import HeadWindows, TopFrames, Window
 from autorefiner.refiner.memory.policy import Frames, Policy
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
@@ -37,8 +38,10 @@ PRESET = PRESETS["self-forcing"].changed(levels=(1000, 500), window=9, sink=3)
 CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
 FRAMES, HEIGHT, WIDTH = 24, 4, 6
 KINDS = (RingMemory, GraphMemory)
+HEADS = str(Path(__file__).with_name("heads.json"))
 POLICIES = {
     **TABLE,
+    "head-windows with static heads": partial(HeadWindows, heads=HEADS),
     "top-frames by head": partial(TopFrames, k=2, granularity="head"),
     "top-frames by token": partial(TopFrames, k=2, granularity="token"),
 }

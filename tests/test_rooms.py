@@ -24,7 +24,7 @@ ROOMS = {
     "schedule": set(),
     **{tool: set() for tool in TOOLS},
     "wan": TOOLS,
-    "memory": {"wan"},
+    "memory": {"wan", "reading"},
     "noise": NETWORK,
     "timeline": {"memory", "schedule"},
     "run_plan": NETWORK | {"choices"},
@@ -48,6 +48,7 @@ ROOMS = {
     "request": {"bundles", "outputs", "refiner_plan", "wan"},
     "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request"},
     "generate": TRAINED | {"job"},
+    "calibrate": TRAINED | {"generate", "job", "request"},
     "train_config": TRAINED | {"bundles", "training"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..policy import Policy
 from .deep_sink import DeepSink
 from .ema_sink import EmaSink
+from .head_windows import HeadWindows
 from .merge import Merge
 from .rolling_sink import RollingSink
 from .top_frames import TopFrames
@@ -16,7 +17,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "ema-sink": EmaSink,
     "rolling-sink": RollingSink,
     "deep-sink": DeepSink,
+    "head-windows": HeadWindows,
     "merge": Merge,
 }
 
-__all__ = ["POLICIES", "DeepSink", "EmaSink", "Merge", "RollingSink", "TopFrames", "Window"]
+__all__ = [
+    "POLICIES", "DeepSink", "EmaSink", "HeadWindows", "Merge", "RollingSink", "TopFrames", "Window",
+]  # fmt: skip
