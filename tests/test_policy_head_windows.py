@@ -160,7 +160,7 @@ def test_each_knob_does_something(network) -> None:
 def test_a_recomputed_layer_reads_the_same_segments(network) -> None:
     gradients = []
     for checkpointing in (False, True):
-        one_level = PRESET.changed(levels=(1000,))
+        one_level = PRESET.changed(levels=(1000,), window=9)
         plan = RunPlan(one_level, 12, HEIGHT, WIDTH, policy=HeadWindows(heads=HEADS))
         trained = replace(network, checkpointing=checkpointing)
         rollout = Rollout.of(trained, CONTEXT, plan, WhiteNoise(0), memory=GraphMemory)
