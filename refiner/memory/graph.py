@@ -1,6 +1,7 @@
 """The memory of training: every write makes a new tensor, so the autograd graph stays valid."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class GraphMemory:
             means = [torch.cat(pair, 1) for pair in zip(self.means, means, strict=True)]
         self.past, self.means = new, means
         stored = [held.frame for held in self.ledger.held] + list(current.frames)
+        # Views of this chunk keep the policy as it was: backward may recompute their reads.
+        self.policy = copy(self.policy)
         if evicted := self.ledger.commit(current.frames):
             self.policy.evicting(HistoryFrames(self, evicted, stored))
         self._evict(stored)
