@@ -50,6 +50,7 @@ EACH = pytest.mark.parametrize("name", POLICIES)
 KNOBS = {
     "top-frames": "k=1",
     "rolling-sink": "recent=1",
+    "pooled": "blocks=2",
     "deep-sink": "budget=5,sink=3,recent=1",
     "merge": "threshold=0.3",
 }

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from autorefiner.refiner.memory.policies import RollingSink, Window
+from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.run_plan import RunPlan
 from autorefiner.refiner.sample import sample
 from autorefiner.refiner.schedule import PRESETS
@@ -58,6 +59,26 @@ def test_more_recent_frames_make_a_shorter_walk(kind) -> None:
     which = [0, 2, 1, 15, 16, 17, 18, 19, 20]
     key = rotated(plan, frames.key[:, which], (0, *range(13, 21)))
     assert same(seen, KeyValue(key, frames.value[:, which]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frame_that_leaves_with_the_next_chunk_is_copied_all_the_same(kind) -> None:
+    plan = plan_of(RollingSink(recent=1), frames=12, window=5)  # a chunk reads two past frames
+    frames, which = random_frames(plan, 12), [0, 8, 9, 10, 11]
+    seen = feed(kind(plan), frames, range(12), 3)[-1]
+    key = rotated(plan, frames.key[:, which], range(7, 12))
+    assert same(seen, KeyValue(key, frames.value[:, which]))
+
+
+def test_a_frame_is_replaced_once() -> None:
+    plan = plan_of(RollingSink(), frames=30, window=12)
+    memory, counts = RingMemory(plan), []
+    replace = memory.policy.replace
+    memory.policy.replace = lambda frames, ranks, slots: (
+        counts.append(len(ranks)), replace(frames, ranks, slots)
+    )  # fmt: skip
+    feed(memory, random_frames(plan, 30), range(30), 3)
+    assert counts == [3] * 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

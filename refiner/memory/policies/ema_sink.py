@@ -56,5 +56,5 @@ class EmaSink(Remembering):
         if plan.evicts and not plan.sink_frames:
             raise ValueError("memory ema-sink needs a sink, and this run has none: give --sink 3")
 
-    def slots(self, plan: "MemoryPlan") -> Slots:
-        return replace(plan.slots, frames=plan.sink_frames, dtype=torch.float32)
+    def stores(self, plan: "MemoryPlan") -> list[Slots]:
+        return [replace(plan.slots, frames=plan.sink_frames, dtype=torch.float32)]

@@ -55,5 +55,5 @@ class RollingSink(Remembering):
             most = f"{plan.recent_frames - 1} frames, what the window holds beside the sink less 1"
             raise ValueError(f"rolling-sink with recent {self.recent}: give 1 to {most}")
 
-    def slots(self, plan: "MemoryPlan") -> Slots:
-        return replace(plan.slots, frames=plan.window_frames - self.recent)
+    def stores(self, plan: "MemoryPlan") -> list[Slots]:
+        return [replace(plan.slots, frames=plan.window_frames - self.recent)]
