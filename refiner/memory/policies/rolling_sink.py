@@ -52,7 +52,7 @@ class RollingSink(Remembering):
 
     def check(self, plan: "MemoryPlan") -> None:
         if plan.evicts and not 0 < self.recent < plan.recent_frames:
-            most = f"{plan.recent_frames - 1} frames, what the window holds beside the sink less 1"
+            most = f"{plan.recent_frames - 1}, fewer than the window without its sink"
             raise ValueError(f"rolling-sink with recent {self.recent}: give 1 to {most}")
 
     def stores(self, plan: "MemoryPlan") -> list[Slots]:
