@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from autorefiner.refiner.choices import choose
+from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.memory.graph import GraphMemory
 from autorefiner.refiner.memory.plan import FirstFrames
 from autorefiner.refiner.memory.positions import Cut
@@ -24,6 +25,7 @@ from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline
 from autorefiner.refiner.wan.causal import KeyValue
 
 from tiny import TINY, tiny_network
+from tiny_command import command, parse
 from tiny_refiner import pairs_for
 
 SF = PRESETS["self-forcing"]
@@ -70,7 +72,7 @@ def by_level(rollout: Rollout):
 
 @pytest.mark.parametrize(("refined", "window"), [(False, -1), (True, 7)])
 def test_hiar_in_a_pipeline_is_hiar_level_by_level(network, refined, window) -> None:
-    preset = SF.changed(window=window, sink=1 if window > 0 else 0)
+    preset = THREE.changed(window=window, sink=1 if window > 0 else 0)
     refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache()) if refined else None
     sequential = Method("by level", by_level, caches=hiar().caches)
     expected = run(network, sequential, preset, refiner=refiner)
@@ -191,14 +193,17 @@ def test_rolling_is_the_window_worked_by_hand(network, kind, window) -> None:
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "sink-adjacent"])
+@pytest.mark.parametrize("given", [0, 6])
 @torch.no_grad()
-def test_both_memories_roll_alike_behind_a_sink(network, positions) -> None:
+def test_both_memories_roll_alike_behind_a_sink(network, positions, given) -> None:
     preset = THREE.changed(window=12, sink=2, positions=positions)
-    ring, graph = (
-        torch.cat(list(rolling().run(rollout_of(network, rolling(), preset, kind))), 2)
-        for kind in KINDS
-    )
-    assert (ring - graph).abs().max() < 1e-4
+    initial = torch.randn(1, 16, given, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    plan, clips = RunPlan(preset, FRAMES, HEIGHT, WIDTH, given=given), []
+    for kind in KINDS:
+        rollout = Rollout.of(network, CONTEXT, plan, WhiteNoise(0), memory=kind, initial=initial)
+        rollout.commit_given()
+        clips.append(torch.cat(list(rolling().run(rollout)), 2))
+    assert (clips[0] - clips[1]).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -361,3 +366,21 @@ def test_repeats_are_set_by_level_in_text() -> None:
             choose(f"self-refine:{wrong}", SAMPLERS, "method")
     with pytest.raises(ValueError, match="knobs are none"):
         choose("ode:750=1", SAMPLERS, "method")
+
+
+def test_a_job_checks_and_counts_a_method(files, tmp_path) -> None:
+    def job(*more: str):
+        return prepare(parse(command(files, tmp_path / "a.mp4", *more)))
+
+    plain, anchored, rolled = job(), job("--method", "ttc"), job("--method", "rolling")
+    assert rolled.estimate.activations > 2 * plain.estimate.activations  # 9 frames instead of 3
+    assert rolled.estimate.kv == plain.estimate.kv
+    assert plain.estimate.kv < anchored.estimate.kv < 1.5 * plain.estimate.kv
+    with pytest.raises(ValueError, match="rolling"):
+        job("--method", "rolling", "--window", "6")
+    given = ("--extend", str(files / "six.safetensors"), "--size", "64x64")
+    for name, said in (("rolling", True), ("hiar", True), ("ttc", False)):
+        lines = " ".join(notes(job("--method", name, *given)))
+        assert ("not interrupted" in lines) is said
+    assert "nothing" in " ".join(notes(job("--method", "ttc:below=100")))
+    assert not any("nothing" in line for line in notes(anchored))

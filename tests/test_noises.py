@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from autorefiner.refiner.choices import choose
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.job import notes, prepare
+from autorefiner.refiner.latents import read_latents
 from autorefiner.refiner.noise.ar import CorrelatedNoise
 from autorefiner.refiner.noise.shaping import chunk_before
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
@@ -17,6 +20,7 @@ from autorefiner.refiner.samplers import best_of_n, ode
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 
 from tiny import tiny_network
+from tiny_command import command, parse
 
 SF = PRESETS["self-forcing"]
 WHITE = WhiteNoise(7)
@@ -225,3 +229,26 @@ def test_wrong_noises_are_one_line(noise: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         source_of(noise)
     assert "\n" not in str(error.value)
+
+
+def test_a_noise_is_chosen_said_and_held_to_when_a_clip_goes_on(files, tmp_path, capsys) -> None:
+    def latents(name: str, frames: int, *more: str) -> Tensor:
+        out = tmp_path / f"{name}.mp4"
+        short = ("--save-latents", "--levels", "1000", "--frames", str(frames), *more)
+        assert main(command(files, out, *short, "--noise", "ar:b=0.7")) == 0
+        return read_latents(out.with_suffix(".latents.safetensors"))[0]
+
+    whole = latents("whole", 21)
+    assert "noise ar:b=0.7" in capsys.readouterr().err
+    assert torch.equal(whole[:, :, :3], latents("short", 9))
+    short = ("--extend", str(tmp_path / "short.latents.safetensors"))
+    assert torch.equal(latents("again", 21, *short), whole)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "whole.mp4")]) == 0
+    assert "noise     2, ar:b=0.7" in capsys.readouterr().out
+    job = prepare(parse(command(files, tmp_path / "b.mp4", "--levels", "1000", *short)))
+    assert job.metadata["noise"] == "2"
+    assert "noise 2, ar:b=0.7 (now 2)" in " ".join(notes(job))
+    assert main(command(files, tmp_path / "c.mp4", "--noise", "ar:b=2")) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "c.mp4").exists()
