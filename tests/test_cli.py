@@ -189,8 +189,10 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
     assert report.peak_share == pytest.approx(
         report.pass_gflop / report.pass_ms * 1e3 / report.matmul_gflops, rel=1
     )
-    assert main(["bench", "--chunks", "2", "--json", str(tmp_path / "new" / "b.json")]) == 0
-    assert json.loads((tmp_path / "new" / "b.json").read_text())["size"] == "tiny"
+    path = tmp_path / "new" / "b.json"
+    assert main(["bench", "--chunks", "2", "--store", "int8", "--json", str(path)]) == 0
+    other = json.loads(path.read_text())
+    assert other["size"] == "tiny" and other["kv_bytes"] < report.kv_bytes
     assert main(["bench", "--chunks", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autorefiner.refiner.estimate import Estimate
 from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.memory.policies import TopFrames, Window
 from autorefiner.refiner.memory.reflect import ReflectiveCache
@@ -209,7 +210,7 @@ def test_int8_of_what_int8_returned_has_the_same_bytes(dtype, size) -> None:
     store.put(1, [(0, 0, 5)], *read)
     now = (*store.codes[1], *store.scales[1])
     assert all(torch.equal(one, two) for one, two in zip(held, now, strict=True))
-    assert not read[0][:, :, 0, :3].any()
+    assert not read[0][:, :, 0, :3].any() and store.scales[1].key.min() > 0
 
 
 def test_int8_has_a_scale_for_each_channel_of_keys_and_each_value() -> None:
@@ -302,6 +303,14 @@ def test_a_dry_run_counts_the_store(files, tmp_path) -> None:
     plan = RunPlan(SF, 9, 4, 6, store=Int8Store).memory(TINY, torch.float32)
     assert kv("--store", "int8") == plan.nbytes < kv()
     assert kv("--store", "int8", "--method", "hiar") == 4 * plan.nbytes
+
+
+def test_an_estimate_has_the_host_apart() -> None:
+    parts = Estimate(weights=9, kv=1, text_kv=0, activations=0, decode=0, kv_host=10**9)
+    assert parts.total == 10 and "1.000 GB" in parts.lines()
+    assert "host" not in replace(parts, kv_host=0).lines()
+    with pytest.raises(ValueError, match="host"):
+        replace(parts, kv_host=10**18).check(10)
 
 
 def test_an_unknown_store_is_refused(files, tmp_path) -> None:

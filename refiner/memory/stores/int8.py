@@ -11,18 +11,16 @@ from ...wan.causal import KeyValue
 from ..store import Runs, Slots, Store, move_frames, pick_frames
 
 LARGEST = 127
-SMALLEST_SCALE = 2.0**-100  # of zeros
-FINE = 255  # the bits of an fp32 mantissa below its first 16
+SMALLEST_SCALE = 2.0**-100  # of zeros: 0 / 0 has no int8
 
 
 def scales_of(x: Tensor, dim: int) -> Tensor:
     """Return the fp32 scales that take `x` to -127..127 along a dimension, which stays as 1.
 
-    They are rounded up to 16 bits of mantissa, so 127 · scale is exact in fp32 and rounds to the
-    largest value in any narrower dtype: quantising a dequantised tensor gives the same bytes.
+    Quantising a dequantised tensor gives the same bytes: 127 · scale / 127 is the scale in fp32,
+    and 127 · scale rounds to the largest value in a narrower dtype.
     """
-    scale = x.abs().amax(dim, keepdim=True).float().div_(LARGEST).clamp_(min=SMALLEST_SCALE)
-    return (scale.view(torch.int32).add_(FINE) & ~FINE).view(torch.float32)
+    return x.abs().amax(dim, keepdim=True).float().div_(LARGEST).clamp_(min=SMALLEST_SCALE)
 
 
 class Int8Store(Store):
