@@ -39,7 +39,11 @@ def import_package() -> None:
 
 import_package()
 
-from gpu_sections import SECTIONS, SIZES, Kit  # noqa: E402
+from gpu_sections import SECTIONS as OTHER_SECTIONS  # noqa: E402
+from gpu_sections import SIZES, Kit  # noqa: E402
+from gpu_stores import stores  # noqa: E402
+
+SECTIONS = {**OTHER_SECTIONS, "stores": stores}
 
 
 def arguments() -> argparse.Namespace:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
 import gpu_sections
+import gpu_stores
 
 KIT = gpu_sections.Kit(torch.device("cpu"), "rehearsal", "rehearsal", torch.float32, 1)
 
@@ -25,9 +26,10 @@ def small(monkeypatch) -> None:
         for name, chunk, batch in (("a", 3, 1), ("b", 3, 1), ("c", 1, 1), ("d", 3, 2))
     ]
     monkeypatch.setattr(gpu_sections, "SETTINGS", short)
+    monkeypatch.setattr(gpu_stores, "SETTINGS", short)
 
 
-@pytest.mark.parametrize("section", [name for name in gpu_sections.SECTIONS if name != "golden"])
+@pytest.mark.parametrize("section", [name for name in gpu.SECTIONS if name != "golden"])
 def test_a_section_runs(section: str) -> None:
     result = gpu.measure(KIT, section)["result"]
     assert "error" not in result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autorefiner.refiner.estimate import Estimate
 from autorefiner.refiner.job import notes, prepare
-from autorefiner.refiner.memory.policies import TopFrames, Window
+from autorefiner.refiner.memory.policies import EmaSink, TopFrames, Window
 from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.ring import RingMemory
 from autorefiner.refiner.memory.store import PlainStore, Slots
@@ -94,7 +94,9 @@ def check_clips(plan: RunPlan, method=None, context=CONTEXT, **options) -> Tenso
 
 
 @pytest.mark.parametrize("previous", [None, "pending", "joint", "none"])
-@pytest.mark.parametrize(("keys", "policy"), [("rotated", Window()), ("raw", TopFrames(k=1))])
+@pytest.mark.parametrize(
+    ("keys", "policy"), [("rotated", Window()), ("raw", TopFrames(k=1)), ("raw", EmaSink(0.5))]
+)
 def test_another_store_gives_the_same_clip(previous, keys, policy) -> None:
     plan = RunPlan(SF.changed(window=7, sink=1), 11, 4, 6, batch=2, keys=keys, policy=policy)
     check_clips(plan, refiner=refiner_of(previous))
