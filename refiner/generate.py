@@ -14,6 +14,7 @@ from .latents import LatentWriter
 from .pictures import contact_sheet
 from .rollout import Progress
 from .sample import finite, sample
+from .schedule import FPS
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.text import load_text_encoder
@@ -21,7 +22,6 @@ from .wan.transformer import WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
 from .wan.weight_file import open_weights
 
-FPS = 16
 SHEET_FRAMES = 24
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .bundles import Bundle, find_bundle
 from .outputs import Outputs
+from .prompt_timeline import check_prompt
 from .refiner_plan import Form
 from .wan.lora import LoraFile
 from .wan.transformer import WanConfig
@@ -104,16 +105,3 @@ class GenerateOptions:
         if self.bundle is None:
             return []
         return self.bundle.notes(None if self.context else self.prompt, self.width, self.height)
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise ValueError for NULs and for text that is not UTF-8 (Python allows lone surrogates)."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        position = error.start + 1
-        raise ValueError(
-            f"the prompt is no UTF-8 text from character {position} on: save it as UTF-8"
-        ) from None
-    if "\0" in prompt:
-        raise ValueError("the prompt holds NUL characters, as UTF-16 does: save it as UTF-8")

@@ -93,6 +93,7 @@ class Rollout:
     refiner: Refiner | None = None
     refiner_text: list[KeyValue] | None = None
     timeline: Timeline[Tensor] | None = None
+    context: Tensor | None = None  # the prompt in force, as the timeline holds it
     caches: Mapping[Hashable, Memory] = field(default_factory=dict)  # besides `memory`, by name
     last: Chunk | None = None  # set once the iteration has reached it: it is not committed
     before: Chunk | None = None  # the chunk that was entered last
@@ -143,6 +144,7 @@ class Rollout:
             refiner=refiner,
             refiner_text=refiner.text(opening, plan.batch) if refiner else None,
             timeline=timeline,
+            context=timeline.scenes[0].prompt,
             caches={name: memory(plan.cache(name, memory_plan), device) for name in caches},
         )
 
@@ -300,12 +302,12 @@ class Rollout:
         """Apply an event between two chunks: a prompt switch, a flush of the past, a cut."""
         memories = (self.memory, *self.caches.values())
         match event:
-            case PromptSwitch(context, recache):
-                context, batch = context.to(self.device, self.network_dtype), self.frame_shape[0]
-                self.text = self.network.text(context, batch)
-                self.refiner_text = self.refiner.text(context, batch) if self.refiner else None
+            case PromptSwitch(context, recache, protect_sink):
+                if self.context is not None and torch.equal(context.to(self.context), self.context):
+                    return
+                self._set_prompt(context)
                 if recache:
-                    self._recache(recache)
+                    self._recache(recache, protect_sink)
             case Flush(keep_last):
                 for memory in memories:
                     memory.flush(keep_last)
@@ -330,20 +332,34 @@ class Rollout:
         while frames - self.recent[0][1].length >= self.timeline.recached:
             frames -= self.recent.popleft()[1].length
 
-    def _recache(self, frames: int) -> None:
-        """Rewrite the last chunks of at least `frames` in memory; the sink stays unless reached."""
+    def _set_prompt(self, context: Tensor) -> None:
+        """Use another context from the next pass on."""
+        on_device, batch = context.to(self.device, self.network_dtype), self.frame_shape[0]
+        self.text = self.network.text(on_device, batch)
+        self.refiner_text = self.refiner.text(on_device, batch) if self.refiner else None
+        self.context = context
+
+    def _recache(self, frames: int, protect_sink: bool) -> None:
+        """Rewrite the last chunks of at least `frames` in memory; drop all others but the sink."""
+        if self.caches:
+            raise ValueError(
+                "a recache rewrites one memory, and this method has several: use `keep` or `flush`"
+            )
         chunks, count = [], 0
         for x0, chunk in reversed(self.recent):
             if count >= frames:
                 break
             chunks.insert(0, (x0, chunk))
             count += chunk.length
-        sink = self.memory.plan.sink_frames
-        whole = bool(chunks) and chunks[0][1].start == 0
-        self.memory.flush(0, keep_sink=not whole)
+        sink = self.memory.plan.sink_frames if protect_sink else 0
+        self.memory.flush(0, keep_sink=protect_sink)
         for x0, chunk in chunks:
-            if whole or chunk.start >= sink:
-                self._network(x0, 0.0, chunk, keys_only=True)
+            protected = max(0, sink - chunk.start)  # frames of the chunk that lie in the sink
+            if protected < chunk.length:
+                rest = replace(
+                    chunk, start=chunk.start + protected, length=chunk.length - protected
+                )
+                self._network(x0[:, :, protected:], 0.0, rest, keys_only=True)
                 self.memory.commit()
 
     def _network(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 STEPS = 1000  # of the training schedule; a timestep is 1000 · sigma
+FPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Preset:
     sink: int = 0
     positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS, with knobs
     memory: str = "window"  # one of refiner.memory.policies.POLICIES, with knobs
+    recache: int = -1  # frames that a prompt switch rewrites in memory; -1: the window
     source: str = field(default="", repr=False, compare=False)  # repository or model
 
     def __post_init__(self) -> None:
@@ -133,7 +135,7 @@ PRESETS: dict[str, Preset] = {
     "self-forcing":             Preset(FOUR,  True,  5.0, 3, source="guandeh17/Self-Forcing dmd"),
     "causvid":                  Preset(THREE, False, 8.0, 3,
                                        source="tianweiy/CausVid autoregressive"),
-    "longlive":                 Preset(FOUR,  True,  5.0, 3, window=12, sink=3,
+    "longlive":                 Preset(FOUR,  True,  5.0, 3, window=12, sink=3, recache=12,
                                        source="NVlabs/LongLive v1.0"),
     "causal-forcing":           Preset(FOUR,  True,  5.0, 3,
                                        source="thu-ml/Causal-Forcing chunkwise"),
@@ -156,7 +158,7 @@ PRESETS: dict[str, Preset] = {
                                        source="OPSD-V LoRAs"),
     "self-forcing-14b":         Preset(FOUR,  True,  5.0, 3,
                                        source="LightX2V self_forcing_dmd_14b"),
-    "longlive-14b":             Preset(FOUR,  True,  5.0, 3, window=12, sink=3,
+    "longlive-14b":             Preset(FOUR,  True,  5.0, 3, window=12, sink=3, recache=12,
                                        source="LongLive 1's settings at 14B"),
     # With method rolling: sink, 3 past frames and a joint window of 15.
     "rolling-forcing":          Preset(FIVE,  True,  5.0, 3, window=21, sink=3,
@@ -184,6 +186,11 @@ def latent_frames(pixel_frames: int) -> int:
             f" {below + 4}"
         )
     return 1 + (pixel_frames - 1) // 4
+
+
+def first_pixel_frame(latent_frame: int) -> int:
+    """Return the first pixel frame that a latent frame decodes to, both counted from 0."""
+    return max(0, 4 * latent_frame - 3)
 
 
 def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:

@@ -20,9 +20,13 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Recache:
-    """Rewrite the last `frames` in memory under the new prompt; keep the sink only (LongLive)."""
+    """Rewrite the last `frames` in memory under the new prompt; drop older ones but the sink.
+
+    The sink stays as it was written (LongLive's global sink), or is rewritten with the rest.
+    """
 
     frames: int
+    protect_sink: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,14 @@ Transition = Keep | Recache | Flush | Cut
 
 @dataclass(frozen=True, slots=True)
 class PromptSwitch:
-    """Use another context [B, L, text_dim] from now on; rewrite the last `recache` frames."""
+    """Use another context [B, L, text_dim] from now on; rewrite past frames under it.
+
+    A context that is in force already changes nothing.
+    """
 
     context: Tensor
-    recache: int = 0
+    recache: int = 0  # the last frames in memory to rewrite
+    protect_sink: bool = True  # from being rewritten
 
 
 Event = PromptSwitch | Flush | Cut
@@ -48,11 +56,28 @@ Event = PromptSwitch | Flush | Cut
 
 @dataclass(frozen=True, slots=True)
 class Scene(Generic[Prompt]):
-    """A prompt that holds from the first chunk that starts at latent frame `start` or later."""
+    """A prompt that holds from the first chunk that starts at latent frame `start` or later.
+
+    A `cut` places that chunk away from its history, besides the transition.
+    """
 
     start: int
     prompt: Prompt
     transition: Transition = Keep()
+    cut: Cut | None = None
+
+    @property
+    def events(self) -> "tuple[Event, ...]":
+        """The events before its first chunk; a cut is last, as it is for the next pass alone."""
+        match self.transition:
+            case Recache(frames, protect_sink):
+                events = [PromptSwitch(self.prompt, frames, protect_sink)]
+            case Flush():
+                events = [self.transition, PromptSwitch(self.prompt)]
+            case _:
+                events = [PromptSwitch(self.prompt)]
+        cut = self.transition if isinstance(self.transition, Cut) else self.cut
+        return (*events, cut) if cut else tuple(events)
 
 
 def recached_frames(scene: Scene) -> int:
@@ -88,6 +113,15 @@ class Timeline(Generic[Prompt]):
         """Encode every prompt."""
         return Timeline(tuple(replace(scene, prompt=encode(scene.prompt)) for scene in self.scenes))
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a scene begins with a cut, which needs relative positions."""
+        return any(isinstance(event, Cut) for scene in self.scenes for event in scene.events)
+
+    def at(self, chunk: Chunk) -> Scene[Prompt]:
+        """Return the scene of a chunk."""
+        return [scene for scene in self.scenes if scene.start <= chunk.start][-1]
+
     def events(self, chunk: Chunk, before: Chunk | None) -> Sequence[Event]:
         """Return the events before a chunk; none before the first chunk of a run.
 
@@ -95,9 +129,5 @@ class Timeline(Generic[Prompt]):
         """
         if before is None:
             return ()
-        due = [scene for scene in self.scenes if before.start < scene.start <= chunk.start]
-        if not due:
-            return ()
-        scene = due[-1]
-        changes = (scene.transition,) if isinstance(scene.transition, (Flush, Cut)) else ()
-        return (*changes, PromptSwitch(scene.prompt, recached_frames(scene)))
+        scene = self.at(chunk)
+        return scene.events if before.start < scene.start else ()

@@ -19,7 +19,8 @@ NETWORK = {"wan", "memory", "schedule"}
 PLANS = {"run_plan", "timeline"}
 SAMPLING = NETWORK | PLANS | {"noise", "rollout", "samplers", "estimate", "sample"}
 MEDIA = {"latents", "outputs", "pictures", "video"}
-TRAINED = SAMPLING | MEDIA | TOOLS
+PROMPTS = {"prompt_timeline", "timeline_text"}
+TRAINED = SAMPLING | MEDIA | TOOLS | PROMPTS
 ROOMS = {
     "schedule": set(),
     **{tool: set() for tool in TOOLS},
@@ -28,6 +29,8 @@ ROOMS = {
     "noise": NETWORK,
     "timeline": {"memory", "schedule"},
     "run_plan": NETWORK | {"choices"},
+    "timeline_text": NETWORK | {"timeline"},
+    "prompt_timeline": NETWORK | PLANS | {"timeline_text"},
     "rollout": NETWORK | PLANS | {"noise"},
     "samplers": NETWORK | {"rollout", "timeline"},
     "estimate": {"wan", "memory"},
@@ -45,7 +48,7 @@ ROOMS = {
     "preset_table": {"schedule"},
     "bench": SAMPLING,
     "bench_refiner": SAMPLING | {"bench"},
-    "request": {"bundles", "outputs", "refiner_plan", "wan"},
+    "request": PROMPTS | {"bundles", "outputs", "refiner_plan", "wan"},
     "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request"},
     "generate": TRAINED | {"job"},
     "calibrate": TRAINED | {"generate", "job", "request"},

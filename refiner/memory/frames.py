@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .plan import MemoryPlan
 from .policy import Held
-from .positions import Cut, Placement, Relative
+from .positions import Cut, Placement, check_cut
 
 
 class FrameLedger:
@@ -69,11 +69,7 @@ class FrameLedger:
 
     def cut(self, cut: Cut) -> None:
         """Place the next chunk by a cut; ValueError unless positions are relative."""
-        if not isinstance(self.plan.positions, Relative):
-            raise ValueError(
-                "a cut moves the next chunk away from its history: it needs relative positions,"
-                f" this run's are {self.plan.positions.name}"
-            )
+        check_cut(self.plan.positions)
         self.next_cut = cut
 
     def _sink_and_last(self, recent: int) -> list[Held]:

@@ -121,6 +121,15 @@ def scale_frequencies(frequencies: tuple[float, ...], flex: Flex) -> tuple[float
     return tuple(w * factor for w, factor in zip(frequencies, factors, strict=True))
 
 
+def check_cut(positions: Positions) -> None:
+    """Raise ValueError unless positions are relative, which a cut needs."""
+    if not isinstance(positions, Relative):
+        raise ValueError(
+            "a cut moves the next chunk away from its history: it needs relative positions, this"
+            f" run's are {positions.name}; use another transition, like `flush 1`"
+        )
+
+
 POSITIONS: dict[str, Callable[..., Positions]] = {
     kind.name: kind for kind in (Absolute, Relative, SinkAdjacent, Flex)
 }

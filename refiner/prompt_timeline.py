@@ -1,0 +1,131 @@
+"""Place a timeline of prompts on the chunks of a run: each starts with the first chunk it can."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .memory.positions import Cut, check_cut, get_positions
+from .run_plan import RunPlan
+from .schedule import FPS, Chunk, first_pixel_frame
+from .timeline import Recache, Scene, Timeline
+from .timeline_text import (
+    FRAMES,
+    Moment,
+    Section,
+    check_prompt,
+    format_sections,
+    parse_timeline,
+    transition_name,
+)
+
+__all__ = [
+    "PlacedSection", "PlacedTimeline", "Section", "check_prompt", "default_transition",
+    "format_sections", "parse_timeline", "place_sections",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSection:
+    """A section on the first chunk of a run that starts at or after it."""
+
+    section: Section
+    chunk: Chunk
+    scene: Scene[str]
+
+    @property
+    def pixel_frame(self) -> int:
+        """The first pixel frame that shows the section's prompt."""
+        return first_pixel_frame(self.chunk.start)
+
+    def __str__(self) -> str:
+        frame = self.pixel_frame
+        changes = [transition_name(self.scene.transition)] if self.chunk.start else []
+        changes += ["cut"] if self.scene.cut else []
+        chunk, prompt = self.chunk.index + 1, " ".join(self.section.prompt.split())
+        start = f"{self.section.start} -> chunk {chunk}, frame {frame} ({frame / FPS:.1f} s)"
+        return f"{', '.join([start, *changes])}: {prompt}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTimeline:
+    """Sections on the chunks of a run. `str` shows one a line."""
+
+    sections: tuple[PlacedSection, ...]
+
+    @property
+    def timeline(self) -> Timeline[str]:
+        """The scenes, for a rollout after `map` has encoded their prompts."""
+        return Timeline(tuple(placed.scene for placed in self.sections))
+
+    @property
+    def text(self) -> str:
+        """A text that gives the same timeline again in any run with these chunks.
+
+        Starts are pixel frames, transitions are written out; the same for a longer run.
+        """
+        return format_sections(
+            [
+                Section(
+                    Moment(Fraction(placed.pixel_frame), FRAMES),
+                    placed.scene.prompt,
+                    placed.scene.transition if placed.chunk.start else None,
+                    placed.scene.cut is not None,
+                )
+                for placed in self.sections
+            ]
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.sections))
+
+
+def default_transition(plan: RunPlan) -> Recache:
+    """Return the transition of a section that names none: rewrite the preset's share of memory."""
+    frames, window = plan.given + plan.frames, plan.preset.window
+    if plan.preset.recache > 0:
+        return Recache(plan.preset.recache)
+    return Recache(frames if window < 0 else min(window, frames))
+
+
+def place_sections(sections: Sequence[Section], plan: RunPlan) -> PlacedTimeline:
+    """Place each section on the first chunk whose first pixel frame is at or after its start.
+
+    Times count from the start of the clip, given frames included. Raises ValueError for a section
+    after the last chunk's start, for two on one chunk, and for a cut without relative positions.
+    """
+    chunks = (*plan.given_chunks, *plan.chunks)
+    total = first_pixel_frame(plan.given + plan.frames)
+    placed: list[PlacedSection] = []
+    for section in sections:
+        chunk = _first_chunk(chunks, section.start.pixel_frame(total))
+        if chunk is None:
+            last = first_pixel_frame(chunks[-1].start)
+            raise ValueError(
+                f"timeline, {section.place}: {section.start} is after the start of the last chunk"
+                f" of {total} frames ({total / FPS:.1f} s), which is f{last} ({last / FPS:.1f} s):"
+                " start it earlier or make the clip longer"
+            )
+        if placed and placed[-1].chunk == chunk:
+            raise ValueError(
+                f"timeline, {section.place}: {section.start} and {placed[-1].section.start} both"
+                f" start with chunk {chunk.index + 1}, and a chunk has one prompt: start it at"
+                f" f{first_pixel_frame(chunk.start) + 1} or later, or remove one"
+            )
+        placed.append(PlacedSection(section, chunk, _scene(section, chunk, plan)))
+    timeline = PlacedTimeline(tuple(placed))
+    if timeline.timeline.cuts:
+        check_cut(get_positions(plan.preset.positions))
+    return timeline
+
+
+def _first_chunk(chunks: Sequence[Chunk], pixel_frame: int) -> Chunk | None:
+    later = (chunk for chunk in chunks if first_pixel_frame(chunk.start) >= pixel_frame)
+    return next(later, None)
+
+
+def _scene(section: Section, chunk: Chunk, plan: RunPlan) -> Scene[str]:
+    """Make the scene of a chunk; the first one has nothing to change from."""
+    if not chunk.start:
+        return Scene(0, section.prompt)
+    transition = section.transition or default_transition(plan)
+    return Scene(chunk.start, section.prompt, transition, Cut() if section.cut else None)
