@@ -15,6 +15,7 @@ from .pictures import contact_sheet
 from .rollout import Progress
 from .sample import finite, sample
 from .schedule import FPS
+from .timeline import Timeline
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.text import load_text_encoder
@@ -54,23 +55,28 @@ def read_context(path: Path, config: WanConfig) -> Tensor:
     return torch.nn.functional.pad(context, (0, 0, 0, missing))[None]
 
 
-def make_context(job: Job) -> Tensor:
-    """Read or encode the prompt; [1, text_len, text_dim]."""
-    options = job.options
-    if options.context:
-        return read_context(options.context, job.config)
-    if options.text_encoder:
-        return encode_prompt(job)
-    if options.bundle:
-        return options.bundle.text("cpu")([options.prompt])
-    raise ValueError(
-        "a prompt needs --text-encoder (a umT5 folder or file), or --context with its saved output"
-    )
+def make_context(job: Job) -> Tensor | Timeline[Tensor]:
+    """Read or encode the prompt; [1, text_len, text_dim], or a timeline of such contexts."""
+    if job.options.context:
+        return read_context(job.options.context, job.config)
+    prompts = list(dict.fromkeys(job.prompts))
+    contexts = dict(zip(prompts, encode_prompts(job, prompts).split(1), strict=True))
+    if job.timeline is None:
+        return contexts[job.options.prompt]
+    return job.timeline.timeline.map(contexts.__getitem__)
 
 
-def encode_prompt(job: Job) -> Tensor:
-    """Encode the prompt with the text encoder, then free it; [1, text_len, text_dim]."""
+def encode_prompts(job: Job, prompts: list[str]) -> Tensor:
+    """Encode prompts with the bundle's or the given text encoder, each by itself; [n, L, D]."""
     options, config = job.options, job.config
+    if not options.text_encoder:
+        if not options.bundle:
+            raise ValueError(
+                "a prompt needs --text-encoder (a umT5 folder or file), or --context with its"
+                " saved output"
+            )
+        encode = options.bundle.text("cpu")
+        return torch.cat([encode([prompt]) for prompt in prompts])
     encoder = load_text_encoder(
         options.text_encoder,
         options.tokenizer,
@@ -83,9 +89,9 @@ def encode_prompt(job: Job) -> Tensor:
             f"{options.text_encoder} gives tokens of {encoder.text_dim}, this model takes"
             f" {config.text_dim}: use the text encoder it was trained with"
         )
-    context = encoder.encode([options.prompt])
+    contexts = encoder.encode(prompts)
     encoder.release()
-    return context
+    return contexts
 
 
 def load_network(job: Job) -> CausalWan:

@@ -1,5 +1,6 @@
 """Check a request for a video against its files, and estimate its memory, before any loading."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +18,17 @@ from .noise.source import VERSION as NOISE_VERSION
 from .noise.source import NoiseSource, WhiteNoise
 from .noise.sources import NOISES
 from .outputs import differences, read_given
+from .prompt_timeline import (
+    PlacedTimeline,
+    extended_timeline,
+    parse_timeline,
+    place_sections,
+    with_default,
+)
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan, suggested
+from .sample import check_switches
 from .samplers import SAMPLERS, Method
 from .schedule import Preset, get_preset, latent_frames
 from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
@@ -48,6 +57,14 @@ class Job:
     estimate: Estimate
     refiner: RefinerPlan | None = None
     extended: dict[str, str] = field(default_factory=dict)  # metadata of the latents to extend
+    timeline: PlacedTimeline | None = None  # None: the prompt or context alone
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of all scenes in order."""
+        if self.timeline is None:
+            return (self.options.prompt,)
+        return tuple(scene.prompt for scene in self.timeline.timeline.scenes)
 
     @property
     def memory(self) -> str:
@@ -56,10 +73,10 @@ class Job:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the video and latents files."""
+        """Metadata of the video and latents files; `prompt` is the last one of a timeline."""
         options = self.options
         metadata = {
-            "prompt": options.prompt,
+            "prompt": self.prompts[-1],
             "seed": str(options.seed),
             "preset": self.preset_name,
             "levels": ",".join(map(str, self.preset.levels)),
@@ -73,6 +90,8 @@ class Job:
             "noise": noise_version(options.noise),
             "chunk_lengths": format_lengths(self.plan.lengths),
         }
+        if len(self.prompts) > 1:
+            metadata["timeline"] = self.timeline.text
         if self.memory != "window":
             metadata["memory"] = self.memory
         if options.positions:
@@ -137,6 +156,9 @@ def prepare(options: GenerateOptions) -> Job:
     store = get_store(options.store)
     plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy, store=store)
     shaped = choose(options.noise, NOISES, "noise")
+    timeline = plan_timeline(options, plan, extended)
+    if timeline:
+        check_switches(timeline.timeline, plan, method)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
     estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, device)
@@ -159,11 +181,26 @@ def prepare(options: GenerateOptions) -> Job:
         estimate=estimate,
         refiner=refiner,
         extended=extended,
+        timeline=timeline,
     )
     if not options.dry_run:
         options.outputs.check(job.metadata)
         estimate.check(available_bytes(device))
     return job
+
+
+def plan_timeline(
+    options: GenerateOptions, plan: RunPlan, extended: Mapping[str, str]
+) -> PlacedTimeline | None:
+    """Place the request's timeline on the run, or the new prompt of an extended clip."""
+    if options.timeline:
+        sections = parse_timeline(options.timeline)
+        if options.transition:
+            sections = with_default(sections, options.transition)
+        return place_sections(sections, plan)
+    if options.context or not extended:
+        return None
+    return extended_timeline(extended, options.prompt, options.transition, plan)
 
 
 def identify(options: GenerateOptions, checkpoint: Checkpoint | None) -> tuple[WanConfig, str, str]:

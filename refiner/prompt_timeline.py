@@ -1,27 +1,34 @@
 """Place a timeline of prompts on the chunks of a run: each starts with the first chunk it can."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .memory.positions import Cut, check_cut, get_positions
+from .memory.positions import Cut, check_cut
 from .run_plan import RunPlan
 from .schedule import FPS, Chunk, first_pixel_frame
 from .timeline import Recache, Scene, Timeline
 from .timeline_text import (
     FRAMES,
+    MOST_BYTES,
+    PRESET_FRAMES,
     Moment,
     Section,
     check_prompt,
     format_sections,
     parse_timeline,
     transition_name,
+    with_default,
 )
 
 __all__ = [
-    "PlacedSection", "PlacedTimeline", "Section", "check_prompt", "default_transition",
-    "format_sections", "parse_timeline", "place_sections",
+    "EXTENDED", "MOST_BYTES", "PlacedSection", "PlacedTimeline", "Section", "check_prompt",
+    "default_transition", "extended_timeline", "format_sections", "parse_timeline",
+    "place_sections", "with_default",
 ]  # fmt: skip
+
+
+EXTENDED = "flush 1"  # how a new prompt takes over an extended clip, unless said otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,11 @@ class PlacedTimeline:
         return "\n".join(map(str, self.sections))
 
 
+def chunks_of(plan: RunPlan) -> tuple[Chunk, ...]:
+    """Return all chunks, given ones first."""
+    return (*plan.given_chunks, *plan.chunks)
+
+
 def default_transition(plan: RunPlan) -> Recache:
     """Return the transition of a section that names none: rewrite the preset's share of memory."""
     frames, window = plan.given + plan.frames, plan.preset.window
@@ -93,7 +105,7 @@ def place_sections(sections: Sequence[Section], plan: RunPlan) -> PlacedTimeline
     Times count from the start of the clip, given frames included. Raises ValueError for a section
     after the last chunk's start, for two on one chunk, and for a cut without relative positions.
     """
-    chunks = (*plan.given_chunks, *plan.chunks)
+    chunks = chunks_of(plan)
     total = first_pixel_frame(plan.given + plan.frames)
     placed: list[PlacedSection] = []
     for section in sections:
@@ -114,7 +126,7 @@ def place_sections(sections: Sequence[Section], plan: RunPlan) -> PlacedTimeline
         placed.append(PlacedSection(section, chunk, _scene(section, chunk, plan)))
     timeline = PlacedTimeline(tuple(placed))
     if timeline.timeline.cuts:
-        check_cut(get_positions(plan.preset.positions))
+        check_cut(plan.positions)
     return timeline
 
 
@@ -128,4 +140,31 @@ def _scene(section: Section, chunk: Chunk, plan: RunPlan) -> Scene[str]:
     if not chunk.start:
         return Scene(0, section.prompt)
     transition = section.transition or default_transition(plan)
+    if transition == Recache(PRESET_FRAMES):
+        transition = default_transition(plan)
     return Scene(chunk.start, section.prompt, transition, Cut() if section.cut else None)
+
+
+def extended_timeline(
+    before: Mapping[str, str], prompt: str, transition: str | None, plan: RunPlan
+) -> PlacedTimeline | None:
+    """Return the timeline of a clip that goes on from an earlier one, whose metadata is `before`.
+
+    Scenes of the earlier clip stay in force. A new prompt takes over with the first new chunk; an
+    empty one lets the earlier timeline go on. None where there is no earlier prompt.
+    """
+    if before.get("timeline"):
+        sections = parse_timeline(before["timeline"])
+    elif before.get("prompt"):
+        sections = (Section(Moment(Fraction(0), FRAMES), before["prompt"]),)
+    else:
+        return None
+    first_new = Moment(Fraction(first_pixel_frame(plan.given)), FRAMES)
+    past = [section for section in sections if section.start.seconds < first_new.seconds]
+    if prompt and past[-1].prompt != prompt:
+        new = Section(first_new, prompt, place="the new prompt")
+        return place_sections([*past, *with_default([new], transition or EXTENDED)], plan)
+    end = chunks_of(plan)[-1].start
+    return place_sections(
+        [each for each in sections if each.start.pixel_frame() <= first_pixel_frame(end)], plan
+    )

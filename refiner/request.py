@@ -18,6 +18,8 @@ class GenerateOptions:
     model: str  # a file, or the name of a bundle
     out: Path
     prompt: str = ""
+    timeline: str | None = None  # prompts by time, in place of `prompt`
+    transition: str | None = None  # of prompts that name none; None: the default
     preset: str | None = None
     levels: tuple[int, ...] | None = None  # None: the preset's
     window: int | None = None  # None: the preset's
@@ -66,6 +68,9 @@ class GenerateOptions:
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed}: give one from 0 to {(1 << 63) - 1}")
         check_prompt(self.prompt)
+        if self.timeline and (self.prompt or self.context):
+            given = "--prompt" if self.prompt else "--context"
+            raise ValueError(f"--timeline and {given} both say what to show: give one of them")
 
     @property
     def outputs(self) -> Outputs:

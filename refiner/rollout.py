@@ -335,6 +335,7 @@ class Rollout:
     def _set_prompt(self, context: Tensor) -> None:
         """Use another context from the next pass on."""
         on_device, batch = context.to(self.device, self.network_dtype), self.frame_shape[0]
+        self.text, self.refiner_text = [], None  # never two prompts in memory
         self.text = self.network.text(on_device, batch)
         self.refiner_text = self.refiner.text(on_device, batch) if self.refiner else None
         self.context = context

@@ -9,7 +9,7 @@ from .choices import choose
 from .memory.plan import FirstFrames, Keys, MemoryPlan
 from .memory.policies import POLICIES, Window
 from .memory.policy import Policy
-from .memory.positions import POSITIONS
+from .memory.positions import POSITIONS, Positions
 from .memory.store import PlainStore, Store
 from .schedule import Chunk, Preset, plan_chunks
 from .wan.transformer import WanConfig
@@ -59,6 +59,11 @@ class RunPlan:
         object.__setattr__(self, "chunks", tuple(new))
 
     @property
+    def positions(self) -> Positions:
+        """The rule for temporal positions."""
+        return choose(self.preset.positions, POSITIONS, "positions")
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Latent frames of every chunk, given ones first."""
         return tuple(chunk.length for chunk in (*self.given_chunks, *self.chunks))
@@ -71,7 +76,7 @@ class RunPlan:
             window_frames=self.preset.window,
             sink_frames=self.preset.sink,
             keys=self.keys,
-            positions=choose(self.preset.positions, POSITIONS, "positions"),
+            positions=self.positions,
             dtype=dtype,
             spare_frames=self.preset.chunk if refined else 0,
             policy=self.policy,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .memory.positions import check_cut
 from .noise.refiner import Refiner
 from .noise.source import NoiseSource, WhiteNoise
 from .rollout import Progress, Rollout
@@ -13,7 +14,7 @@ from .samplers import Method, as_method, self_forcing
 from .timeline import Timeline
 from .wan.causal import CausalWan
 
-__all__ = ["RunPlan", "check_finite", "finite", "sample"]
+__all__ = ["RunPlan", "check_finite", "check_switches", "finite", "sample"]
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def sample(
     check_initial(initial, plan, network)
     timeline = context if isinstance(context, Timeline) else Timeline.of(context)
     check_prompts(timeline, plan.batch)
-    method.check_timeline(timeline)
+    check_switches(timeline, plan, method)
     if not plan.chunks:
         return
     rollout = Rollout.of(
@@ -89,6 +90,19 @@ def check_prompts(timeline: Timeline[Tensor], batch: int) -> None:
                 f"context of {len(scene.prompt)} prompts for {batch} videos: give one for all, or"
                 " one for each"
             )
+
+
+def check_switches(timeline: Timeline, plan: RunPlan, method: Method) -> None:
+    """Raise ValueError for a change of prompt that the method, its caches or positions rule out."""
+    if len(timeline.scenes) == 1:
+        return
+    method.check_timeline(timeline)
+    if timeline.recached and plan.chunks and method.caches(plan.chunks[-1].levels):
+        raise ValueError(
+            f"{method.name} has several memories, and a recache rewrites one: use `keep` or `flush`"
+        )
+    if timeline.cuts:
+        check_cut(plan.positions)
 
 
 def finite(chunks: Iterable[Tensor], given: int = 0) -> Iterator[Tensor]:

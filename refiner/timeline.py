@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from .memory.positions import Cut
@@ -118,9 +119,9 @@ class Timeline(Generic[Prompt]):
         """Whether a scene begins with a cut, which needs relative positions."""
         return any(isinstance(event, Cut) for scene in self.scenes for event in scene.events)
 
-    def at(self, chunk: Chunk) -> Scene[Prompt]:
-        """Return the scene of a chunk."""
-        return [scene for scene in self.scenes if scene.start <= chunk.start][-1]
+    def at(self, frame: int) -> Scene[Prompt]:
+        """Return the scene that holds at a chunk which starts at this latent frame."""
+        return [scene for scene in self.scenes if scene.start <= frame][-1]
 
     def events(self, chunk: Chunk, before: Chunk | None) -> Sequence[Event]:
         """Return the events before a chunk; none before the first chunk of a run.
@@ -129,5 +130,29 @@ class Timeline(Generic[Prompt]):
         """
         if before is None:
             return ()
-        scene = self.at(chunk)
+        scene = self.at(chunk.start)
         return scene.events if before.start < scene.start else ()
+
+
+def stack(timelines: Sequence[Timeline[Tensor]]) -> Timeline[Tensor]:
+    """Join the timelines of a batch's samples, each of contexts [1, L, text_dim].
+
+    The batch shares its memory, so scenes that start together need the same transition, and a scene
+    of one sample alone can only be kept or recached: a recache rewrites the other samples under
+    their own prompts.
+    """
+    scenes = []
+    for start in sorted({scene.start for timeline in timelines for scene in timeline.scenes}):
+        present = [timeline.at(start) for timeline in timelines]
+        starting = [scene for scene in present if scene.start == start]
+        changes = {(scene.transition, scene.cut) for scene in starting}
+        transition, cut = changes.pop()
+        loses = isinstance(transition, (Flush, Cut)) or cut is not None
+        if changes or (loses and len(starting) < len(present)):
+            raise ValueError(
+                f"frame {start}: the samples of a batch share one memory; give their scenes there"
+                " the same transition, and start one with a flush or cut in all of them"
+            )
+        prompt = torch.cat([scene.prompt for scene in present])
+        scenes.append(Scene(start, prompt, transition, cut))
+    return Timeline(tuple(scenes))

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil
@@ -16,6 +16,7 @@ from .timeline import Flush, Keep, Recache, Transition
 MOST_BYTES = 64 << 10  # of a timeline
 MOST_SCENES = 1000
 MOST_FRAMES = 1_000_000  # of a recache or a flush
+PRESET_FRAMES = -1  # of a recache without a number, until a run's preset says how many
 SECONDS, FRAMES, SHARE = "s", "f", "share"
 
 SECONDS_TIME = r"(?P<s>\d{1,6}(?:\.\d{1,6})?)s"
@@ -63,7 +64,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A prompt of a timeline as it was written. Without a transition it has the run's default."""
+    """A prompt of a timeline as it was written. Without transition and cut it has the default."""
 
     start: Moment
     prompt: str
@@ -221,13 +222,13 @@ def _with_cut(section: Section) -> Section:
     )
 
 
-def _transition(word: str, count: object, place: str) -> Transition | None:
-    """Make a transition; None is the run's default, for a `recache` without a number."""
+def _transition(word: str, count: object, place: str) -> Transition:
+    """Make a transition from its word and number."""
     least = {"recache": 1, "flush": 0}.get(word)
     if least is None:
         return Keep() if word == "keep" else Cut()
     if count is None:
-        return Flush() if word == "flush" else None
+        return Flush() if word == "flush" else Recache(PRESET_FRAMES)
     digits = str(count)
     is_whole = digits.isdecimal() and digits.isascii() and len(digits) <= len(str(MOST_FRAMES))
     if not is_whole or not least <= int(digits) <= MOST_FRAMES:
@@ -236,6 +237,20 @@ def _transition(word: str, count: object, place: str) -> Transition | None:
             f" {least} to {MOST_FRAMES}"
         )
     return Flush(int(digits)) if word == "flush" else Recache(int(digits))
+
+
+def with_default(sections: Sequence[Section], text: str) -> tuple[Section, ...]:
+    """Give sections without a transition this one: `keep`, `flush 1`, `recache 12`, `cut`, `#`."""
+    mark, colon = ("#", "") if text.startswith("#") else ("", ":")
+    default = _section(Moment(Fraction(0), SECONDS), f"{text.strip()}{colon} x", "the default")
+    if default.prompt != "x" or not (default.transition or mark):
+        raise ValueError(f"transition {_short(text)}: give keep, recache [N], flush [N], cut or #")
+    return tuple(
+        replace(section, transition=default.transition, cut=default.cut)
+        if section.transition is None
+        else section
+        for section in sections
+    )
 
 
 def _time(text: str, place: str) -> Moment:
@@ -339,7 +354,8 @@ def _entry(section: Section) -> dict[str, object]:
         case Flush(frames):
             entry |= {"transition": "#" if section.cut else "flush", "frames": frames}
         case Recache(frames):
-            entry |= {"transition": "recache", "frames": frames}
+            entry["transition"] = "recache"
+            entry |= {"frames": frames} if frames != PRESET_FRAMES else {}
         case Keep():
             entry["transition"] = "cut" if section.cut else "keep"
     return entry
@@ -348,7 +364,7 @@ def _entry(section: Section) -> dict[str, object]:
 def _name(transition: Transition) -> str:
     match transition:
         case Recache(frames):
-            return f"recache {frames}"
+            return "recache" if frames == PRESET_FRAMES else f"recache {frames}"
         case Flush(frames):
             return f"flush {frames}"
     return "cut" if isinstance(transition, Cut) else "keep"
@@ -358,7 +374,7 @@ def transition_name(transition: Transition) -> str:
     """Return a transition as a line of a timeline has it."""
     match transition:
         case Recache(frames):
-            return f"recache {frames}"
+            return "recache" if frames == PRESET_FRAMES else f"recache {frames}"
         case Flush(frames):
             return f"flush {frames}"
     return "cut" if isinstance(transition, Cut) else "keep"

@@ -51,7 +51,7 @@ def test_lines_have_a_time_a_cut_a_transition_and_a_text() -> None:
     """
     assert read(text) == [
         (0, "a red star circles", None, False),
-        (5.5, "a green box rests", None, False),
+        (5.5, "a green box rests", Recache(-1), False),
         (6, "a disc", Flush(2), False),
         (8, "a blue ring", Flush(1), True),
         (9, "a plus", Recache(6), True),
@@ -79,7 +79,7 @@ def test_the_first_line_may_lack_its_time(line) -> None:
 def test_equal_parts_divide_the_run() -> None:
     sections = parse_timeline("a | flush 3: b | # c | recache: d")
     assert [each.start.amount for each in sections] == [Fraction(part, 4) for part in range(4)]
-    assert [each.transition for each in sections] == [None, Flush(3), Flush(1), None]
+    assert [each.transition for each in sections] == [None, Flush(3), Flush(1), Recache(-1)]
     for frames in (40, 21):
         starts = [scene.start for scene in scenes("a | # b | c | d", plan_of(frames=frames))]
         pixels = 4 * frames - 3
@@ -115,7 +115,7 @@ def test_json_says_the_same() -> None:
         (5.5, "recache: b", Recache(12), False),
         (7, "c", Flush(1), True),
         (12.5, "d", Keep(), True),
-        (20, "e", None, False),
+        (20, "e", Recache(-1), False),
         (21, "f", Flush(0), False),
     ]
 

@@ -1,5 +1,7 @@
 """Prompts that change over time: in extensions, with caches by name, and beside other options."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +15,21 @@ from autorefiner.refiner.noise.refiner import Refiner, merged
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.run_plan import RunPlan
-from autorefiner.refiner.sample import sample
-from autorefiner.refiner.samplers import SAMPLERS, SelfRefine, hiar, self_refine
+from autorefiner.refiner.sample import check_switches, sample
+from autorefiner.refiner.samplers import (
+    SAMPLERS,
+    SelfRefine,
+    best_of_n,
+    hiar,
+    search_over_path,
+    self_forcing,
+    self_refine,
+)
+from autorefiner.refiner.samplers.method import any_timeline
 from autorefiner.refiner.samplers.self_forcing import predict_chunk
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline
+from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline, stack
+from autorefiner.refiner.training.rewards.verifier import RewardVerifier
 
 from tiny import tiny_network
 from tiny_refiner import pairs_for
@@ -127,3 +139,155 @@ def test_scripts_may_give_a_method_as_they_used_to(network) -> None:
     assert not torch.equal(run(network, CONTEXT, method=SAMPLERS["ode"]), expected)
     with pytest.raises(ValueError, match="Method"):
         run(network, CONTEXT, method="ode")
+
+
+def test_a_recache_protects_the_sink_or_rewrites_it(network) -> None:
+    preset = SF.changed(window=12, sink=4)
+
+    def memory_after(protect_sink: bool) -> tuple[Tensor, list[int], Tensor]:
+        timeline = Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, Recache(9, protect_sink))))
+        rollout = Rollout.of(
+            network, timeline, RunPlan(preset, FRAMES, HEIGHT, WIDTH), WhiteNoise(0)
+        )
+        with torch.no_grad():
+            chunks = self_forcing().run(rollout)
+            clip = torch.cat([next(chunks) for _ in range(2)], 2)
+            before = rollout.memory.store.prefix(1, 4).key.clone()
+            next(chunks)
+        held = [held.frame for held in rollout.memory.ledger.held]
+        sink = rollout.memory.store.prefix(1, 4).key
+        return clip, held, torch.tensor([torch.equal(sink, before)])
+
+    protected, rewritten = memory_after(True), memory_after(False)
+    assert protected[1] == rewritten[1] == [*range(9)]
+    assert protected[2].item() and not rewritten[2].item()
+
+
+def test_an_unprotected_recache_of_all_is_a_run_with_that_prompt_and_those_frames(network) -> None:
+    preset = SF.changed(window=12, sink=4)
+    clips = {}
+    for protect in (True, False):
+        timeline = Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, Recache(99, protect))))
+        clips[protect] = run(network, timeline, preset)
+    anew = run(network, -CONTEXT, preset, initial=clips[False][:, :, :6])
+    assert (clips[False][:, :, 6:] - anew).abs().max() < 1e-4
+    assert (clips[True][:, :, 6:] - anew).abs().max() > 1e-4
+
+
+def test_a_recache_longer_than_the_window_rewrites_what_the_window_holds(network) -> None:
+    preset = SF.changed(window=6)
+    clips = [
+        run(network, Timeline((Scene(0, CONTEXT), Scene(9, -CONTEXT, Recache(frames)))), preset)
+        for frames in (3, 6, 9, 99)
+    ]
+    assert torch.equal(clips[2], clips[3])
+    assert all(torch.equal(clip[:, :, :9], clips[0][:, :, :9]) for clip in clips)
+    anew = run(network, -CONTEXT, preset, initial=clips[3][:, :, :9])
+    assert (clips[3][:, :, 9:] - anew).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("transition", [Recache(3), Recache(6, False), Recache(FRAMES)])
+def test_a_prompt_that_is_in_force_changes_nothing(network, transition) -> None:
+    preset = SF.changed(window=7, sink=1)
+    same = Timeline((Scene(0, CONTEXT), Scene(9, CONTEXT.clone(), transition)))
+    assert torch.equal(run(network, same, preset), run(network, CONTEXT, preset))
+
+
+def test_a_cut_comes_with_any_transition(network) -> None:
+    preset = SF.changed(window=9, sink=1, positions="relative")
+    clips = {
+        (transition, cut): run(
+            network, Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, transition, cut))), preset
+        )
+        for transition in (Keep(), Flush(1), Recache(6))
+        for cut in (None, Cut(45))
+    }
+    for transition in (Keep(), Flush(1), Recache(6)):
+        plain, cut = clips[transition, None], clips[transition, Cut(45)]
+        assert torch.equal(plain[:, :, :6], cut[:, :, :6])
+        assert (plain[:, :, 6:9] - cut[:, :, 6:9]).abs().max() > 1e-5
+    alone = Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, Cut(45))))
+    assert torch.equal(run(network, alone, preset), clips[Keep(), Cut(45)])
+
+
+def test_a_method_that_cannot_switch_says_so_before_it_runs(network) -> None:
+    plan = RunPlan(SF, 9, HEIGHT, WIDTH)
+    keep = Timeline((Scene(0, "a"), Scene(3, "b")))
+    recache = Timeline((Scene(0, "a"), Scene(3, "b", Recache(3))))
+    check_switches(Timeline.of("a"), plan, hiar())
+    with pytest.raises(ValueError, match="hiar"):
+        check_switches(keep, plan, hiar())
+    several = replace(hiar(), check_timeline=any_timeline)
+    check_switches(keep, plan, several)
+    with pytest.raises(ValueError, match="recache"):
+        check_switches(recache, plan, several)
+
+
+def stacked(network, timelines: list[Timeline], preset=SF) -> Tensor:
+    plan = RunPlan(preset, FRAMES, HEIGHT, WIDTH, len(timelines))
+    return torch.cat(list(sample(network, stack(timelines), plan, seed=0)), 2)
+
+
+def test_each_sample_of_a_batch_may_have_its_timeline(network) -> None:
+    """Recaches and kept memories, at other frames and at the same one, as each sample alone."""
+    early = Timeline((Scene(0, CONTEXT), Scene(3, -CONTEXT), Scene(9, CONTEXT, Recache(FRAMES))))
+    late = Timeline((Scene(0, 2 * CONTEXT), Scene(6, -CONTEXT, Recache(FRAMES))))
+    both = stacked(network, [early, late])
+    first = stacked(network, [early, early])
+    second = stacked(network, [late, late])
+    assert (both[0] - first[0]).abs().max() < 1e-4
+    assert (both[1] - second[1]).abs().max() < 1e-4
+    assert (both[0] - second[0]).abs().max() > 1e-3
+
+
+def test_a_batch_shares_its_memory() -> None:
+    def other(start: int, transition) -> Timeline:
+        return Timeline((Scene(0, CONTEXT), Scene(start, -CONTEXT, transition)))
+
+    assert len(stack([other(3, Flush(1)), other(3, Flush(1))]).scenes) == 2
+    for pair in (
+        [other(3, Flush(1)), other(6, Flush(1))],
+        [other(3, Keep()), other(3, Recache(3))],
+        [other(3, Cut()), Timeline.of(CONTEXT)],
+    ):
+        with pytest.raises(ValueError, match="share one memory"):
+            stack(pair)
+
+
+@pytest.mark.parametrize("search", [best_of_n, search_over_path])
+def test_a_search_judges_each_chunk_under_its_prompt(network, search) -> None:
+    """A reward that follows the prompt picks the lowest value first, then the highest."""
+
+    class Sign:
+        prompts = Timeline((Scene(0, -1), Scene(6, 1)))
+
+        def begin(self):
+            return self
+
+        def score(self, x0, chunk):
+            return self.prompts.at(chunk.start).prompt * x0.mean(dim=(1, 2, 3, 4))
+
+        def keep(self, x0, chunk):
+            pass
+
+    timeline = Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, Recache(3))))
+    searched = run(network, timeline, method=search(Sign(), 3)).mean(dim=(0, 1, 3, 4))
+    plain = run(network, timeline).mean(dim=(0, 1, 3, 4))
+    assert searched[:3].mean() < plain[:3].mean()
+    assert searched[6:].mean() > plain[6:].mean()
+
+
+def test_a_reward_is_given_the_prompts_of_the_chunk() -> None:
+    chunks = RunPlan(SF, 9, HEIGHT, WIDTH).chunks
+    timeline = Timeline((Scene(0, ["a"]), Scene(6, ["b"])))
+    verifier = RewardVerifier(None, None, timeline)
+    assert [verifier.prompts_of(chunk) for chunk in chunks] == [["a"], ["a"], ["b"]]
+    assert RewardVerifier(None, None, ["a"]).prompts_of(chunks[2]) == ["a"]
+
+
+def test_refined_runs_recache(network) -> None:
+    refiner = Refiner(merged(network, pairs_for(network)), ReflectiveCache("shared", "pending"))
+    timeline = Timeline((Scene(0, CONTEXT), Scene(6, -CONTEXT, Recache(FRAMES))))
+    clip = run(network, timeline, refiner=refiner)
+    anew = run(network, -CONTEXT, initial=clip[:, :, :6], refiner=refiner)
+    assert (clip[:, :, 6:] - anew).abs().max() < 1e-4

@@ -15,6 +15,7 @@ from ..memory.policies import POLICIES
 from ..memory.positions import POSITIONS
 from ..memory.stores import STORES
 from ..noise.sources import NOISES
+from ..prompt_timeline import EXTENDED
 from ..request import GenerateOptions
 from ..rollout import Progress
 from ..samplers import SAMPLERS
@@ -22,7 +23,7 @@ from ..schedule import PRESETS
 from ..stopping import INTERRUPTED, settle
 from ..terminal import say, warn
 from ..video import count_frames
-from .arguments import add_machine, falling_levels, levels, lora, refiner_form, size
+from .arguments import add_machine, falling_levels, levels, lora, refiner_form, size, timeline
 
 CLOCK = 1.0  # seconds that a file system's clock may lag
 GENERATE = """\
@@ -86,6 +87,16 @@ def add_video(group: argparse._ArgumentGroup) -> None:
     """Add the options that describe the video and name its files."""
     about = "what to show, as the model's authors prompt it"
     group.add_argument("--prompt", default="", help=about)
+    about = (
+        "prompts by time in place of --prompt, like '0s a red star circles | 5s a blue ring': a"
+        " file, or the text itself; docs/timeline.md"
+    )
+    group.add_argument("--timeline", type=timeline, metavar="FILE|TEXT", help=about)
+    about = (
+        "how a prompt takes over: keep, recache N, flush N, cut or #; default: the preset's in a"
+        f" timeline, {EXTENDED} for a new prompt with --extend"
+    )
+    group.add_argument("--transition", metavar="NAME", help=about)
     about = "pixel frames of the whole video, 1 + 4n (default 81)"
     group.add_argument("--frames", type=int, default=81, help=about)
     about = f"multiples of 16 (default {default_sizes()})"
@@ -178,11 +189,16 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
 def run_generate(args: argparse.Namespace) -> int:
     """Generate a video, or with --dry-run print its memory estimate."""
     job = prepare(options_of(args))
-    warn(summary(job), *notes(job))
+    warn(summary(job), *prompt_lines(job), *notes(job))
     if args.dry_run:
         say(*job.estimate.lines().split("\n"))
         return 0
     return stream(job)
+
+
+def prompt_lines(job: Job) -> list[str]:
+    """List where each prompt of a timeline starts."""
+    return str(job.timeline).split("\n") if len(job.prompts) > 1 else []
 
 
 def summary(job: Job) -> str:

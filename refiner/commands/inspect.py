@@ -32,7 +32,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         say(*describe(inspect(path)).split("\n"))
         return 0
+    timeline = rows.pop("timeline", "")
     say(*(f"{name:<9} {' '.join(value.split())}" for name, value in rows.items()))
+    if timeline:
+        say("timeline", *(f"  {' '.join(line.split())}" for line in timeline.splitlines()))
     return 0
 
 

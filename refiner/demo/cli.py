@@ -35,6 +35,7 @@ from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, pre
 from .rows import Train
 from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions, make_tables
+from .transitions import TransitionOptions, transitions
 
 STAGES = ("vae", "decoder", "text", "clips", "teacher", "longer", "init", "student", "reward")
 SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
@@ -52,7 +53,8 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand and its actions."""
     demo = commands.add_parser("demo", help="the sprite world and the models trained on it")
     actions = demo.add_subparsers(dest="action", required=True)
-    for add in (add_train, add_evaluate, add_show, add_leverage, add_tables, add_long):
+    measures = (add_evaluate, add_leverage, add_tables, add_long, add_transitions)
+    for add in (add_train, add_show, *measures):
         command = add(actions)
         about = "cpu or cuda (default: a GPU if there is one)"
         command.add_argument("--device", default="auto", help=about)
@@ -157,6 +159,20 @@ def add_long(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return command
 
 
+def add_transitions(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    about = (
+        "Measure how many chunks a new caption needs until it rules, by transition and window, and"
+        " write the table into a Markdown file. A run that was stopped goes on with the next row."
+    )
+    command = actions.add_parser("transitions", help="prompt switches", description=about)
+    add = command.add_argument
+    add("--run", type=Path, default=RUNS / "transitions", metavar="FOLDER", help=DEFAULT)
+    add("--pairs", type=int, default=16, help="of captions (default %(default)s)")
+    add("--chunks", type=int, default=6, help="to watch after a switch (default %(default)s)")
+    add_results(command)
+    return command
+
+
 def length(text: str) -> tuple[int, int]:
     """Parse `4:32`: times the trained length, captions."""
     times, _, captions = text.partition(":")
@@ -180,6 +196,9 @@ def run_demo(args: argparse.Namespace, device: torch.device, train_row: Train) -
     elif args.action == "long":
         options = LongOptions(tuple(args.lengths)) if args.lengths else LongOptions()
         write_and_print(args.out, "Long videos", long_videos(args.run, options, device))
+    elif args.action == "transitions":
+        options = TransitionOptions(args.pairs, args.chunks)
+        write_and_print(args.out, "Prompt switches", transitions(args.run, options, device))
     elif args.action == "show":
         for line in show(args.out, args.clips, args.seed, device):
             print(line)

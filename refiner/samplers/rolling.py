@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..memory.positions import Cut
 from ..memory.reflect import ReflectiveCache
 from ..rollout import Rollout
 from ..schedule import Preset
@@ -48,7 +47,7 @@ def check_timeline(timeline: Timeline) -> None:
 
     Any other prompt holds, for the whole window, from the pass on that its first chunk enters.
     """
-    if any(isinstance(scene.transition, Cut) for scene in timeline.scenes):
+    if timeline.cuts:
         raise ValueError(
             "rolling denoises the chunks before and after a cut together: use another transition,"
             " or another method"

@@ -10,7 +10,6 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from torch import Tensor
 
 from ..memory.plan import FirstFrames
-from ..memory.positions import Cut
 from ..rollout import Rollout
 from ..schedule import Chunk, Level
 from ..timeline import Timeline
@@ -62,7 +61,7 @@ def ttc(below: int = 600, count: int = 1, anchor: int = 1) -> Method:
 
 def check_timeline(timeline: Timeline) -> None:
     """Raise ValueError for a cut, which leaves the first frames behind."""
-    if any(isinstance(scene.transition, Cut) for scene in timeline.scenes):
+    if timeline.cuts:
         raise ValueError(
             "ttc pulls every chunk back to the first frames, which a cut leaves: use another"
             " transition, or another method"

@@ -24,5 +24,6 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 __all__ = [
-    "POLICIES", "DeepSink", "EmaSink", "HeadWindows", "Merge", "Pooled", "RollingSink", "TopFrames", "Window",
+    "POLICIES", "DeepSink", "EmaSink", "HeadWindows", "Merge", "Pooled", "RollingSink",
+    "TopFrames", "Window",
 ]  # fmt: skip

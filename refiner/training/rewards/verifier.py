@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...schedule import Chunk
+from ...timeline import Timeline
 from ...wan.vae import DecoderState, WanVAE
 from .reward import Mixture
 
@@ -17,7 +18,13 @@ class RewardVerifier:
 
     rewards: Mixture
     vae: WanVAE
-    prompts: Sequence[str]
+    prompts: Sequence[str] | Timeline[Sequence[str]]
+
+    def prompts_of(self, chunk: Chunk) -> Sequence[str]:
+        """Return the prompts, one a sample, that a chunk shows."""
+        if isinstance(self.prompts, Timeline):
+            return self.prompts.at(chunk.start).prompt
+        return self.prompts
 
     def begin(self) -> "RewardJudge":
         """Start a judge for a run, from its first chunk on (a given one if there are any)."""
@@ -42,7 +49,7 @@ class RewardJudge:
     def score(self, x0: Tensor, chunk: Chunk) -> Tensor:
         """Return the weighted reward [B] of a candidate [B, C, F, h, w] for the next chunk."""
         self._advance()
-        rewards, prompts = self.verifier.rewards, self.verifier.prompts
+        rewards, prompts = self.verifier.rewards, self.verifier.prompts_of(chunk)
         new, frames = self._decoded(x0, self.state.clone())
         total = self.num_frames + new
         drawn = rewards.newest(total, new)
