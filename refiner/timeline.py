@@ -137,9 +137,8 @@ class Timeline(Generic[Prompt]):
 def stack(timelines: Sequence[Timeline[Tensor]]) -> Timeline[Tensor]:
     """Join the timelines of a batch's samples, each of contexts [1, L, text_dim].
 
-    The batch shares its memory, so scenes that start together need the same transition, and a scene
-    of one sample alone can only be kept or recached: a recache rewrites the other samples under
-    their own prompts.
+    The batch shares its memory, so scenes that start together need the same transition, and only
+    `keep` can start a scene of some samples alone.
     """
     scenes = []
     for start in sorted({scene.start for timeline in timelines for scene in timeline.scenes}):
@@ -147,11 +146,11 @@ def stack(timelines: Sequence[Timeline[Tensor]]) -> Timeline[Tensor]:
         starting = [scene for scene in present if scene.start == start]
         changes = {(scene.transition, scene.cut) for scene in starting}
         transition, cut = changes.pop()
-        loses = isinstance(transition, (Flush, Cut)) or cut is not None
-        if changes or (loses and len(starting) < len(present)):
+        keeps = isinstance(transition, Keep) and cut is None
+        if changes or (len(starting) < len(present) and not keeps):
             raise ValueError(
                 f"frame {start}: the samples of a batch share one memory; give their scenes there"
-                " the same transition, and start one with a flush or cut in all of them"
+                " the same transition, and where only some change their prompt, `keep`"
             )
         prompt = torch.cat([scene.prompt for scene in present])
         scenes.append(Scene(start, prompt, transition, cut))

@@ -229,9 +229,10 @@ def stacked(network, timelines: list[Timeline], preset=SF) -> Tensor:
 
 
 def test_each_sample_of_a_batch_may_have_its_timeline(network) -> None:
-    """Recaches and kept memories, at other frames and at the same one, as each sample alone."""
-    early = Timeline((Scene(0, CONTEXT), Scene(3, -CONTEXT), Scene(9, CONTEXT, Recache(FRAMES))))
-    late = Timeline((Scene(0, 2 * CONTEXT), Scene(6, -CONTEXT, Recache(FRAMES))))
+    """Each as alone: kept memories from other frames on, and a recache from the same one."""
+    last = Scene(9, CONTEXT, Recache(FRAMES))
+    early = Timeline((Scene(0, CONTEXT), Scene(3, -CONTEXT), last))
+    late = Timeline((Scene(0, 2 * CONTEXT), Scene(6, -CONTEXT), last))
     both = stacked(network, [early, late])
     first = stacked(network, [early, early])
     second = stacked(network, [late, late])
@@ -249,6 +250,7 @@ def test_a_batch_shares_its_memory() -> None:
         [other(3, Flush(1)), other(6, Flush(1))],
         [other(3, Keep()), other(3, Recache(3))],
         [other(3, Cut()), Timeline.of(CONTEXT)],
+        [other(3, Recache(3)), Timeline.of(CONTEXT)],
     ):
         with pytest.raises(ValueError, match="share one memory"):
             stack(pair)

@@ -1,19 +1,15 @@
 """Arguments that several commands share, and how text becomes a value."""
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
 from ..device import DTYPES
-from ..prompt_timeline import MOST_BYTES
-from ..reading import read_text
 from ..refiner_plan import FORMS
 from ..schedule import STEPS
 from ..terminal import warn
 from ..wan.lora import LoraFile
 
 ERROR = "autorefiner: error: "
-LONGEST_PATH = 4096
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,21 +52,6 @@ def size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT in pixels, like 832x480")
     return int(sides[0]), int(sides[1])
-
-
-def timeline(text: str) -> str:
-    """Return the text of a timeline: the content of the file that `text` names, or itself."""
-    is_path = "\n" not in text and len(text) < LONGEST_PATH and "\0" not in text
-    try:
-        if is_path and Path(text).is_file():
-            return read_text(Path(text), MOST_BYTES)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not text.strip() or (is_path and text.endswith((".txt", ".json"))):
-        raise argparse.ArgumentTypeError(f"{text!r}: give an existing file, or a text of prompts")
-    return text
 
 
 def lora(text: str) -> LoraFile:

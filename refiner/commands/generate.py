@@ -1,6 +1,7 @@
 """`autorefiner generate`: a prompt to a video."""
 
 import argparse
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,8 @@ from ..memory.policies import POLICIES
 from ..memory.positions import POSITIONS
 from ..memory.stores import STORES
 from ..noise.sources import NOISES
-from ..prompt_timeline import EXTENDED
+from ..prompt_timeline import EXTENDED, MOST_BYTES
+from ..reading import read_text
 from ..request import GenerateOptions
 from ..rollout import Progress
 from ..samplers import SAMPLERS
@@ -23,7 +25,7 @@ from ..schedule import PRESETS
 from ..stopping import INTERRUPTED, settle
 from ..terminal import say, warn
 from ..video import count_frames
-from .arguments import add_machine, falling_levels, levels, lora, refiner_form, size, timeline
+from .arguments import add_machine, falling_levels, levels, lora, refiner_form, size
 
 CLOCK = 1.0  # seconds that a file system's clock may lag
 GENERATE = """\
@@ -91,7 +93,7 @@ def add_video(group: argparse._ArgumentGroup) -> None:
         "prompts by time in place of --prompt, like '0s a red star circles | 5s a blue ring': a"
         " file, or the text itself; docs/timeline.md"
     )
-    group.add_argument("--timeline", type=timeline, metavar="FILE|TEXT", help=about)
+    group.add_argument("--timeline", metavar="FILE|TEXT", help=about)
     about = (
         "how a prompt takes over: keep, recache N, flush N, cut or #; default: the preset's in a"
         f" timeline, {EXTENDED} for a new prompt with --extend"
@@ -181,9 +183,19 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
     known = GenerateOptions.__dataclass_fields__
     named = {name: value for name, value in vars(args).items() if name in known}
     named["lora"] = tuple(args.lora or ())
+    named["timeline"] = None if args.timeline is None else timeline_text(args.timeline)
     bundle = find_bundle(args.model)
     width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
     return GenerateOptions(**named, width=width, height=height)
+
+
+def timeline_text(given: str) -> str:
+    """Return the text of a timeline: the content of the file that is named, or the given text."""
+    if os.path.isfile(given):
+        return read_text(Path(given), MOST_BYTES)
+    if not given.strip() or given.endswith((".txt", ".json")):
+        raise ValueError(f"--timeline {given!r}: give an existing file, or a text of prompts")
+    return given
 
 
 def run_generate(args: argparse.Namespace) -> int:
