@@ -298,4 +298,4 @@ def notes(job: Job) -> list[str]:
     refined = job.refiner.levels if job.refiner else ()
     if note := job.method.note(job.preset.all_levels, refined):
         lines.append(note)
-    return lines + options.notes_of_bundle()
+    return lines + options.notes_of_bundle(job.prompts)

@@ -1,6 +1,8 @@
 """A request for a video: the options of `autorefiner generate`, each checked by itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from .bundles import Bundle, find_bundle
@@ -99,14 +101,19 @@ class GenerateOptions:
         idle = {
             "--refiner-strength": self.refiner is None and self.refiner_strength != 1,
             "--refined-levels": self.refiner is None and self.refined_levels is not None,
+            "--transition": self.transition is not None and not (self.timeline or self.extend),
             "--lora": untrained and bool(self.lora),
             "--tokenizer": bundled and self.tokenizer is not None,
             "--context-cache": bundled and self.context_cache is not None,
         }
         return [name for name, is_idle in idle.items() if is_idle]
 
-    def notes_of_bundle(self) -> list[str]:
-        """Return the bundle's warnings on this prompt and size."""
+    def notes_of_bundle(self, prompts: Sequence[str]) -> list[str]:
+        """Return the bundle's warnings on a run's prompts and size, each once."""
         if self.bundle is None:
             return []
-        return self.bundle.notes(None if self.context else self.prompt, self.width, self.height)
+        notes = [
+            self.bundle.notes(prompt, self.width, self.height)
+            for prompt in ([None] if self.context else prompts)
+        ]
+        return list(dict.fromkeys(chain.from_iterable(notes)))

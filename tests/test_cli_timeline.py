@@ -7,7 +7,7 @@ import torch
 
 from autorefiner.refiner import generate as generation
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.job import prepare
+from autorefiner.refiner.job import notes, prepare
 from autorefiner.refiner.latents import read_latents
 from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene
 from autorefiner.refiner.video import read_metadata
@@ -156,3 +156,12 @@ def test_a_timeline_is_a_file_or_a_text(text, tmp_path) -> None:
     file.write_bytes(b"a" * (2 << 20))
     with pytest.raises(ValueError, match="the most"):
         read(str(file))
+
+
+def test_every_prompt_of_a_timeline_is_checked(tmp_path) -> None:
+    sprites = ["--model", "sprites", "--size", "64x64", "--dry-run"]
+    text = "a red star rests\n1s a fox rests\n2s a cat rests"
+    lines = notes(prepare(parse(arguments(tmp_path / "a.mp4", *sprites, "--timeline", text))))
+    assert [line for line in lines if "fox" in line] and [line for line in lines if "cat" in line]
+    unused = arguments(tmp_path / "a.mp4", "--prompt", "a", "--transition", "keep")
+    assert any("--transition" in line for line in notes(prepare(parse(unused))))
