@@ -77,7 +77,7 @@ class Run:
     @property
     def caches(self) -> tuple[Hashable, ...]:
         """Names of the memories that the method holds besides the main one."""
-        return self.sampler().caches(self.plan.chunks[-1].levels) if self.plan.chunks else ()
+        return self.sampler().caches(self.plan.levels) if self.plan.chunks else ()
 
     @property
     def shape(self) -> tuple[int, ...]:

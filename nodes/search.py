@@ -41,17 +41,10 @@ class RewardSearch:
         return f"{self.method} of {self.candidates} candidates by {names}"
 
     def nbytes(self, plan: RunPlan) -> int:
-        """Count the bytes of the rewards' models, of a VAE, and of decoding every sample.
-
-        A sample takes the memory to decode a candidate, the decoder's state after the chosen
-        chunks, and the frames that the rewards see, twice while they are concatenated.
-        """
+        """Count the bytes of the rewards' models, of a VAE, and of judging every sample."""
         dim, chunk = host.vae_width(self.vae), plan.preset.chunk
-        height, width = 8 * plan.height, 8 * plan.width
-        frames = Mixture(self.rewards.parts).reach + 4 * chunk
-        sample = WanVAE.decode_bytes(dim, height, width, chunk, torch.float32)
-        sample += WanVAE.state_bytes(dim, height, width, torch.float32)
-        sample += 2 * 12 * frames * height * width
+        size, reach = (8 * plan.height, 8 * plan.width), Mixture(self.rewards.parts).reach
+        sample = RewardVerifier.sample_bytes(dim, *size, chunk, reach, torch.float32)
         with torch.device("meta"):
             weights = sum(parameter.nbytes for parameter in WanVAE(dim).parameters())
         return self.rewards.nbytes + weights + plan.batch * sample

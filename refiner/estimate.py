@@ -24,13 +24,14 @@ class Estimate:
     activations: int  # of one pass over one chunk
     decode: int  # weights, state and activations of the VAE decoder
     refiner: int = 0  # its branches, or a merged copy of the weights that they change
+    search: int = 0  # models of rewards, and judging a candidate
     text_encoder: int = 0  # its weights, freed before the transformer is loaded
     kv_host: int = 0  # K/V in host memory, where that is not the device's
 
     @property
     def total(self) -> int:
         """Peak, not sum: the text encoder is freed before the transformer is loaded."""
-        stored = self.weights + self.refiner + self.kv + self.text_kv
+        stored = self.weights + self.refiner + self.kv + self.text_kv + self.search
         return max(self.text_encoder, stored + max(self.activations, self.decode))
 
     def lines(self) -> str:
@@ -42,6 +43,7 @@ class Estimate:
             "prompt K/V": self.text_kv,
             "activations of a pass": self.activations,
             "VAE decoder": self.decode,
+            "rewards of a search": self.search,
             "text encoder, before all these": self.text_encoder,
             "at most at once": self.total,
         }
@@ -64,6 +66,7 @@ class Estimate:
             "refiner": (self.refiner, "use --refiner-form unmerged"),
             "activations": (self.activations, "lower --size"),
             "VAE decoder": (self.decode, "lower --size"),
+            "search": (self.search, "use another method or --reward, or lower --size"),
             "text encoder": (
                 self.text_encoder,
                 "encode the prompt elsewhere and give --context or --context-cache",

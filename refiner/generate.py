@@ -120,20 +120,26 @@ def load_vae(job: Job) -> WanVAE:
 
 
 @torch.no_grad()
-def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> Iterator[int]:
+def generate(
+    job: Job,
+    callback: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[int]:
     """Sample, decode and write chunk by chunk; yield the number of frames in the file after each.
 
-    After an error or an interrupt, NAME.partial.mp4 (and the partial latents) hold every finished
-    chunk.
+    The video ends with the chunk after which `stop` returns True. After an error or an interrupt,
+    NAME.partial.mp4 (and the partial latents) hold every finished chunk.
     """
     options = job.options
     vae = load_vae(job)
     state, frames = DecoderState(), 0
     with ExitStack() as stack:
-        chunks = stack.enter_context(closing(sampled(job, callback)))
+        chunks = stack.enter_context(closing(sampled(job, vae, callback)))
         next(chunks)  # the models are loaded before a file is touched
         size, extends = (options.width, options.height), job.plan.given > 0
-        writer = VideoWriter(options.out, *size, FPS, job.metadata, extends=extends)
+        writer = VideoWriter(
+            options.out, *size, FPS, job.metadata, extends=extends, indexed=not job.plan.endless
+        )
         video = stack.enter_context(writer)
         if options.save_latents:
             chunks = saving(chunks, stack.enter_context(latents_beside(job)))
@@ -143,20 +149,25 @@ def generate(job: Job, callback: Callable[[Progress], None] | None = None) -> It
             frames += pixels.shape[2]
             video.write(to_frames(pixels))
             yield frames
+            if stop is not None and stop():
+                break
     options.outputs.remove_stale()
     if options.sheet:
         every = max(1, -(-options.frames // SHEET_FRAMES))
         contact_sheet(read_frames(options.out, every=every), options.sheet)
 
 
-def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[Tensor | None]:
+def sampled(
+    job: Job, vae: WanVAE, callback: Callable[[Progress], None] | None
+) -> Iterator[Tensor | None]:
     """Load the models and yield None, then the x0 of each new chunk.
 
-    Loads nothing when all chunks are given.
+    `vae` decodes the candidates of a search. Loads nothing when all chunks are given.
     """
-    if not job.plan.frames:
+    if not job.plan.chunks:
         yield None
         return
+    method = job.search.loaded(vae, job.device) if job.search else job.method
     context, network = make_context(job), load_network(job)
     if message := job.refiner and job.refiner.warning(network):
         warnings.warn(message, stacklevel=2)
@@ -168,7 +179,7 @@ def sampled(job: Job, callback: Callable[[Progress], None] | None) -> Iterator[T
             job.plan,
             noise=job.noise,
             initial=job.initial,
-            method=job.method,
+            method=method,
             callback=callback,
             refiner=refiner,
         )

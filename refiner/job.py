@@ -29,8 +29,9 @@ from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan, suggested
 from .sample import check_switches
-from .samplers import SAMPLERS, Method
+from .samplers import Method
 from .schedule import Preset, get_preset, latent_frames
+from .verifiers import SearchPlan, choose_method
 from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
 from .wan.transformer import WanConfig
 from .wan.vae import WanVAE
@@ -56,6 +57,7 @@ class Job:
     initial: Tensor | None
     estimate: Estimate
     refiner: RefinerPlan | None = None
+    search: SearchPlan | None = None  # of a method that chooses by a reward
     extended: dict[str, str] = field(default_factory=dict)  # metadata of the latents to extend
     timeline: PlacedTimeline | None = None  # None: the prompt or context alone
 
@@ -81,14 +83,14 @@ class Job:
             "preset": self.preset_name,
             "levels": ",".join(map(str, self.preset.levels)),
             "model": Path(options.model).name,
-            "method": options.method,
-            "frames": str(options.frames),
+            "method": options.sampler,
+            "frames": "endless" if options.frames is None else str(options.frames),
             "size": f"{options.width}x{options.height}",
             "window": f"{self.preset.window}, sink {self.preset.sink}",
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": options.weights,
             "noise": noise_version(options.noise),
-            "chunk_lengths": format_lengths(self.plan.lengths),
+            "chunk_lengths": format_lengths(self.plan.lengths, self.plan.endless),
         }
         if len(self.prompts) > 1:
             metadata["timeline"] = self.timeline.text
@@ -100,6 +102,8 @@ class Job:
             metadata["store"] = options.store
         if options.lora:
             metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
+        if self.search:
+            metadata["reward"] = self.search.describe()
         if self.refiner:
             metadata["refiner"] = self.refiner.describe()
         return metadata
@@ -146,22 +150,23 @@ def prepare(options: GenerateOptions) -> Job:
         sink=options.sink,
         positions=options.positions,
     )
-    total = latent_frames(options.frames)
+    total = None if options.frames is None else latent_frames(options.frames)
     shape = (config.in_dim, options.height // 8, options.width // 8)
     initial, extended = (None, {})
     if options.extend:
         initial, extended = read_given(options.extend, total, shape, preset.chunk)
     given = 0 if initial is None else initial.shape[2]
-    method = choose(options.method, SAMPLERS, "method")
+    method, search = choose_method(options.sampler), SearchPlan.of(options)
+    new = None if total is None else total - given
     store = get_store(options.store)
-    plan = RunPlan(preset, total - given, *shape[1:], given=given, policy=policy, store=store)
+    plan = RunPlan(preset, new, *shape[1:], given=given, policy=policy, store=store)
     shaped = choose(options.noise, NOISES, "noise")
     timeline = plan_timeline(options, plan, extended)
     if timeline:
         check_switches(timeline.timeline, plan, method)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
-    estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, device)
+    estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, search, device)
     if refiner and refiner.form == "auto":
         refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
         estimate = replace(estimate, refiner=refiner.nbytes)
@@ -180,6 +185,7 @@ def prepare(options: GenerateOptions) -> Job:
         initial=initial,
         estimate=estimate,
         refiner=refiner,
+        search=search,
         extended=extended,
         timeline=timeline,
     )
@@ -239,11 +245,11 @@ def estimate_memory(
     method: Method,
     dtype: torch.dtype,
     refiner: RefinerPlan | None,
+    search: SearchPlan | None,
     device: torch.device,
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
-    chunk = plan.preset.chunk
-    levels = plan.chunks[-1].levels if plan.chunks else ()
+    chunk, levels = plan.preset.chunk, plan.levels
     caches = method.caches(levels) if levels else ()
     memories = plan.memories(config, dtype, refiner is not None, caches)
     memory, *_ = memories
@@ -259,6 +265,7 @@ def estimate_memory(
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
         activations=pass_bytes(config, memory, together),
         decode=WanVAE.decode_bytes(vae_width, *size, chunk, dtype),
+        search=search.nbytes(plan, vae_width, dtype) if search else 0,
         text_encoder=text_encoder_bytes(options),
     )
 

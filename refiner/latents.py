@@ -30,6 +30,7 @@ KEY = "latents"
 # bytes, padded with spaces; rewritten with the final shape when the file is closed
 HEADER = 16384
 LENGTHS = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?")
+MOST_CHUNKS = 999_999_999  # of a run of equal lengths
 # raised when the header of a file of another kind is read
 OTHER_FILE = (OSError, struct.error, ValueError, TypeError, KeyError, RecursionError)
 
@@ -210,9 +211,14 @@ def _planned_chunks(
     return [(length, 1) for length in ([given] if given else []) + lengths]
 
 
-def format_lengths(lengths: Iterable[int]) -> str:
-    """Format chunk lengths for metadata: 3, 3, 3, 1 become `3x3,1`."""
-    runs = ((length, len(list(same))) for length, same in groupby(lengths))
+def format_lengths(lengths: Iterable[int], endless: bool = False) -> str:
+    """Format chunk lengths for metadata: 3, 3, 3, 1 become `3x3,1`.
+
+    With `endless` the last one repeats as often as the format allows.
+    """
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    if endless:
+        runs[-1] = (runs[-1][0], MOST_CHUNKS)
     return ",".join(f"{length}x{count}" if count > 1 else f"{length}" for length, count in runs)
 
 

@@ -15,7 +15,7 @@ from .latents import LatentWriter, count_latents, first_lengths, format_lengths,
 DECIDING = {
     name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")
 }
-DECIDING |= {"lora": "none", "refiner": "none", "weights": "auto", "noise": "1"}
+DECIDING |= {"lora": "none", "reward": "none", "refiner": "none", "weights": "auto", "noise": "1"}
 DECIDING |= {"positions": "the preset's", "store": "plain"}
 
 
@@ -83,13 +83,14 @@ class Outputs:
 
 
 def read_given(
-    path: Path, frames: int, shape: tuple[int, int, int], chunk: int
+    path: Path, frames: int | None, shape: tuple[int, int, int], chunk: int
 ) -> tuple[Tensor | None, dict[str, str]]:
     """Read the latents [1, C, F, h, w] and metadata of an earlier run, to be extended.
 
-    The new clip has `frames` latent frames of `shape` [C, h, w] in chunks of `chunk`. A shorter
-    last chunk, which no clip can continue from, is left out with a warning. Returns no latents for
-    a run that was stopped before its first chunk. Raises ValueError when the file does not fit.
+    The new clip has `frames` latent frames (None: no end) of `shape` [C, h, w] in chunks of
+    `chunk`. A shorter last chunk, which no clip can continue from, is left out with a warning.
+    Returns no latents for a run that was stopped before its first chunk. Raises ValueError when
+    the file does not fit.
     """
     if not count_latents(path):
         return None, {}
@@ -102,13 +103,13 @@ def read_given(
             f"{path} holds {channels} channels of {8 * width}x{8 * height} pixels, this run makes"
             f" {shape[0]} of {8 * shape[2]}x{8 * shape[1]}: use its --size and its model"
         )
-    if count > frames:
+    if frames is not None and count > frames:
         raise ValueError(
             f"{path} holds {4 * count - 3} pixel frames and --frames asks for {4 * frames - 3} in"
             f" all: ask for at least {4 * count - 3}"
         )
     rest = count % chunk
-    if count > chunk and rest > 1 and count < frames:
+    if count > chunk and rest > 1 and count != frames:
         warnings.warn(
             f"{path}: the last {rest} of {count} latent frames are no whole chunk, left out",
             stacklevel=2,

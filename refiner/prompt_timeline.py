@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 
 from .memory.positions import Cut, check_cut
 from .run_plan import RunPlan
@@ -12,6 +13,7 @@ from .timeline_text import (
     FRAMES,
     MOST_BYTES,
     PRESET_FRAMES,
+    SHARE,
     Moment,
     Section,
     check_prompt,
@@ -86,16 +88,24 @@ class PlacedTimeline:
         return "\n".join(map(str, self.sections))
 
 
+LONGEST = 24 * 3600 * FPS  # pixel frames of an endless run in which a prompt may start
+
+
 def chunks_of(plan: RunPlan) -> tuple[Chunk, ...]:
-    """Return all chunks, given ones first."""
-    return (*plan.given_chunks, *plan.chunks)
+    """Return all chunks, given ones first; of an endless run, those of the first day."""
+    if not plan.endless:
+        return (*plan.given_chunks, *plan.chunks)
+    first_day = takewhile(lambda chunk: first_pixel_frame(chunk.start) <= LONGEST, plan.chunks)
+    return (*plan.given_chunks, *first_day)
 
 
 def default_transition(plan: RunPlan) -> Recache:
     """Return the transition of a section that names none: rewrite the preset's share of memory."""
-    frames, window = plan.given + plan.frames, plan.preset.window
     if plan.preset.recache > 0:
         return Recache(plan.preset.recache)
+    if plan.endless:
+        return Recache(plan.preset.window)
+    frames, window = plan.given + plan.frames, plan.preset.window
     return Recache(frames if window < 0 else min(window, frames))
 
 
@@ -106,7 +116,9 @@ def place_sections(sections: Sequence[Section], plan: RunPlan) -> PlacedTimeline
     after the last chunk's start, for two on one chunk, and for a cut without relative positions.
     """
     chunks = chunks_of(plan)
-    total = first_pixel_frame(plan.given + plan.frames)
+    if plan.endless and any(section.start.unit == SHARE for section in sections):
+        raise ValueError("timeline of equal parts: an endless run has none, give each a time")
+    total = LONGEST if plan.endless else first_pixel_frame(plan.given + plan.frames)
     placed: list[PlacedSection] = []
     for section in sections:
         chunk = _first_chunk(chunks, section.start.pixel_frame(total))

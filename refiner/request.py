@@ -33,11 +33,13 @@ class GenerateOptions:
     context_cache: Path | None = None
     context: Path | None = None
     vae: Path | None = None
-    frames: int = 81
+    frames: int | None = 81  # None: endless
     width: int = 832
     height: int = 480
     seed: int = 0
-    method: str = "self-forcing"  # one of SAMPLERS, with knobs as `refiner.choices` reads them
+    method: str = "self-forcing"  # one of METHODS, with knobs as `refiner.choices` reads them
+    candidates: int | None = None  # of a search; None: the method's
+    reward: tuple[str, ...] = ()  # of REWARDS, with knobs: what a search chooses by
     positions: str | None = None  # one of POSITIONS, with knobs; None: the preset's
     store: str = "plain"  # one of STORES
     memory: str | None = None  # one of POLICIES, with knobs; None: the preset's
@@ -63,6 +65,12 @@ class GenerateOptions:
             )
         if self.out.suffix != ".mp4":
             raise ValueError(f"output {self.out} is not an .mp4: give a name that ends in .mp4")
+        if self.frames is None and self.sheet:
+            raise ValueError(
+                "--sheet with --frames endless: a contact sheet needs an end, leave it out"
+            )
+        if self.candidates is not None and "candidates" in self.method:
+            raise ValueError(f"--candidates and --method {self.method}: set candidates once")
         if not -100 <= self.refiner_strength <= 100:
             raise ValueError(
                 f"strength {self.refiner_strength}: give a number from -100 to 100, 0 is the base"
@@ -73,6 +81,14 @@ class GenerateOptions:
         if self.timeline and (self.prompt or self.context):
             given = "--prompt" if self.prompt else "--context"
             raise ValueError(f"--timeline and {given} both say what to show: give one of them")
+
+    @property
+    def sampler(self) -> str:
+        """The method with its knobs, --candidates among them."""
+        if self.candidates is None:
+            return self.method
+        name, _, settings = self.method.partition(":")
+        return f"{name}:{','.join(filter(None, (settings, f'candidates={self.candidates}')))}"
 
     @property
     def outputs(self) -> Outputs:

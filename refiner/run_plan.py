@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 
@@ -11,7 +12,7 @@ from .memory.policies import POLICIES, Window
 from .memory.policy import Policy
 from .memory.positions import POSITIONS, Positions
 from .memory.store import PlainStore, Store
-from .schedule import Chunk, Preset, plan_chunks
+from .schedule import Chunk, EndlessChunks, Level, Preset, plan_chunks
 from .wan.transformer import WanConfig
 
 
@@ -29,11 +30,12 @@ def suggested(preset: Preset, policy: Policy) -> Preset:
 class RunPlan:
     """A run of `frames` new latent frames after `given` clean ones; `height`, `width` are latent.
 
-    `given_chunks` and `chunks` are the given and the new frames, cut into chunks.
+    `frames` of None is a run without an end, which needs a window. `given_chunks` and `chunks` are
+    the given and the new frames, cut into chunks.
     """
 
     preset: Preset
-    frames: int
+    frames: int | None
     height: int
     width: int
     batch: int = 1
@@ -42,7 +44,7 @@ class RunPlan:
     policy: Policy | None = None  # None: the preset's
     store: type[Store] = PlainStore
     given_chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
-    chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
+    chunks: tuple[Chunk, ...] | EndlessChunks = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.height < 2 or self.width < 2 or self.height % 2 or self.width % 2:
@@ -54,9 +56,27 @@ class RunPlan:
             raise ValueError(f"batch of {self.batch}: ask for at least 1 video")
         if self.policy is None:
             object.__setattr__(self, "policy", choose(self.preset.memory, POLICIES, "memory"))
+        if self.endless and self.preset.window < 0:
+            window = 4 * self.preset.chunk
+            raise ValueError(
+                "an endless run with full history needs endless memory: give a window, like"
+                f" --window {window} --sink {self.preset.chunk}"
+            )
         given, new = plan_chunks(self.preset, self.frames, self.given)
         object.__setattr__(self, "given_chunks", tuple(given))
-        object.__setattr__(self, "chunks", tuple(new))
+        object.__setattr__(self, "chunks", new if self.endless else tuple(new))
+
+    @property
+    def endless(self) -> bool:
+        """Whether the run has no end."""
+        return self.frames is None
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels of the last new chunk; of an endless run, of all but the first."""
+        if self.endless:
+            return self.preset.chunk_levels()
+        return self.chunks[-1].levels if self.chunks else ()
 
     @property
     def positions(self) -> Positions:
@@ -65,14 +85,19 @@ class RunPlan:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Latent frames of every chunk, given ones first."""
-        return tuple(chunk.length for chunk in (*self.given_chunks, *self.chunks))
+        """Latent frames of every chunk, given ones first.
+
+        Of an endless run, up to the second new chunk: all that follow are as long.
+        """
+        new = islice(self.chunks, 2) if self.endless else self.chunks
+        return tuple(chunk.length for chunk in (*self.given_chunks, *new))
 
     def memory(self, config: WanConfig, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
         """Plan the K/V memory of a network of these sizes; a refiner needs one more chunk of it."""
+        total = self.preset.window + 1 if self.endless else self.given + self.frames
         plan = MemoryPlan.of(
             config,
-            (self.batch, config.in_dim, self.given + self.frames, self.height, self.width),
+            (self.batch, config.in_dim, total, self.height, self.width),
             window_frames=self.preset.window,
             sink_frames=self.preset.sink,
             keys=self.keys,

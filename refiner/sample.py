@@ -55,7 +55,7 @@ def sample(
         timeline,
         plan,
         noise or WhiteNoise(seed),
-        caches=method.caches(plan.chunks[-1].levels),
+        caches=method.caches(plan.levels),
         refiner=refiner,
         initial=initial,
         callback=callback,
@@ -97,7 +97,7 @@ def check_switches(timeline: Timeline, plan: RunPlan, method: Method) -> None:
     if len(timeline.scenes) == 1:
         return
     method.check_timeline(timeline)
-    if timeline.recached and plan.chunks and method.caches(plan.chunks[-1].levels):
+    if timeline.recached and plan.chunks and method.caches(plan.levels):
         raise ValueError(
             f"{method.name} has several memories, and a recache rewrites one: use `keep` or `flush`"
         )

@@ -1,9 +1,9 @@
 """Noise levels, chunks and the presets of published models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, islice, pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -200,26 +200,54 @@ def chunk_lengths(frames: int, chunk: int, first_alone: bool) -> list[int]:
     return alone + [chunk] * whole + ([left] if left else [])
 
 
-def plan_chunks(preset: Preset, frames: int, given: int = 0) -> tuple[list[Chunk], list[Chunk]]:
+def cut_chunks(preset: Preset, lengths: Iterable[int], given: int = 0) -> Iterator[Chunk]:
+    """Yield chunks of these lengths; the first `given` of them have no levels."""
+    first, usual = preset.chunk_levels(first=True), preset.chunk_levels()
+    start = 0
+    for index, length in enumerate(lengths):
+        levels = () if index < given else usual if index else first
+        yield Chunk(index, start, length, levels)
+        start += length
+
+
+@dataclass(frozen=True, slots=True)
+class EndlessChunks:
+    """The new chunks of a run without an end, after `given` chunks of these lengths.
+
+    Yields them anew on every iteration; it has no length.
+    """
+
+    preset: Preset
+    given: tuple[int, ...] = ()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        alone = [1] if self.preset.first_alone and not self.given else []
+        lengths = chain(self.given, alone, repeat(self.preset.chunk))
+        chunks = cut_chunks(self.preset, lengths, len(self.given))
+        yield from islice(chunks, len(self.given), None)
+
+
+def plan_chunks(
+    preset: Preset, frames: int | None, given: int = 0
+) -> tuple[list[Chunk], list[Chunk] | EndlessChunks]:
     """Cut `given` clean latent frames and the `frames` new ones that follow into chunks.
 
-    Given chunks have no levels. Given frames are 1, k·chunk or 1 + k·chunk (then the first frame is
-    a chunk of its own), else ValueError; without new frames any number is allowed.
+    `frames` of None is a run without an end. Given chunks have no levels. Given frames are 1,
+    k·chunk or 1 + k·chunk (then the first frame is a chunk of its own), else ValueError; without
+    new frames any number is allowed.
     """
-    if frames < (0 if given else 1):
+    if frames is not None and frames < (0 if given else 1):
         raise ValueError(f"{frames} new latent frames: ask for at least 1")
-    if frames and given % preset.chunk not in (0, 1) and given != 1:
+    if frames != 0 and given % preset.chunk not in (0, 1) and given != 1:
         raise ValueError(
             f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one"
             " more than a multiple"
         )
     lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
     past = len(lengths)
+    if frames is None:
+        given_chunks = list(cut_chunks(preset, lengths, past))
+        return given_chunks, EndlessChunks(preset, tuple(lengths))
     lengths += chunk_lengths(frames, preset.chunk, preset.first_alone and not given)
-    first, usual = preset.chunk_levels(first=True), preset.chunk_levels()
-    chunks, start = [], 0
-    for index, length in enumerate(lengths):
-        levels = () if index < past else usual if index else first
-        chunks.append(Chunk(index, start, length, levels))
-        start += length
+    chunks = list(cut_chunks(preset, lengths, past))
     return chunks[:past], chunks[past:]

@@ -91,8 +91,10 @@ class VideoWriter:
     The partial file is playable after each chunk, and holds all of them after an exception or a
     kill. An existing file NAME stays until the end. The partial file of an earlier run is replaced
     after the first chunk, or, where this run `extends` that run, as soon as this one has as many
-    frames. Pixels are tagged BT.709, limited range. Raises ValueError or OSError when the output
-    cannot be written, and ValueError for a size, rate or name that .mp4 does not allow.
+    frames. Unless `indexed`, the finished file stays as it was written, in fragments: finishing
+    takes neither a copy nor memory, however long the video. Pixels are tagged BT.709, limited
+    range. Raises ValueError or OSError when the output cannot be written, and ValueError for a
+    size, rate or name that .mp4 does not allow.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class VideoWriter:
         metadata: dict[str, str] | None = None,
         *,
         extends: bool = False,
+        indexed: bool = True,
     ) -> None:
+        self.indexed = indexed
         self.path, self.partial = Path(path), partial_path(Path(path))
         self.hidden = self.partial.with_name(f".{self.partial.name}")  # renamed to the partial file
         self.remuxed = self.path.with_name(f".{self.path.stem}.finished.mp4")  # renamed to NAME
@@ -214,7 +218,12 @@ class VideoWriter:
             self.file.close()  # last, because it releases the lock
 
     def _finish(self) -> None:
-        """Copy the fragments into a plain file with its index first, and rename it to NAME."""
+        """Rename the file to NAME; first copy it into a plain one that begins with its index."""
+        if not self.indexed:
+            if not renames_open_files():
+                self.file.close()
+            os.replace(self.partial, self.path)
+            return
         try:
             remux(self.partial, self.remuxed, self.metadata)
             with open(self.remuxed, "rb+") as file:

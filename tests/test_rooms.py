@@ -49,10 +49,11 @@ ROOMS = {
     "bench": SAMPLING,
     "bench_refiner": SAMPLING | {"bench"},
     "request": PROMPTS | {"bundles", "outputs", "refiner_plan", "wan"},
-    "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request"},
-    "generate": TRAINED | {"job"},
     "calibrate": TRAINED | {"generate", "job", "request"},
     "train_config": TRAINED | {"bundles", "training"},
+    "verifiers": TRAINED | {"bundles", "choices", "request", "train_config", "training"},
+    "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request", "verifiers"},
+    "generate": TRAINED | {"job"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }
 ANYTHING = {"cli", "commands", "__init__"}  # may import every room

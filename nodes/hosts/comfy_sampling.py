@@ -198,7 +198,7 @@ def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     # In `joint` mode x0 and noise go through the network together.
     passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1
     if run.plan.chunks:
-        passes *= run.sampler().together(run.plan.chunks[-1].levels)
+        passes *= run.sampler().together(run.plan.levels)
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):
         batch, channels, frames, *size = noise_shape

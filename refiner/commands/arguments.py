@@ -46,6 +46,16 @@ def refiner_form(text: str) -> str:
     return form
 
 
+def frames(text: str) -> int | None:
+    """Parse a number of frames; None for `endless`."""
+    if text == "endless":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number, or endless") from None
+
+
 def size(text: str) -> tuple[int, int]:
     """Parse a width and height in pixels."""
     sides = text.lower().split("x")

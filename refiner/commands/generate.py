@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,12 +20,13 @@ from ..prompt_timeline import EXTENDED, MOST_BYTES
 from ..reading import read_text
 from ..request import GenerateOptions
 from ..rollout import Progress
-from ..samplers import SAMPLERS
+from ..samplers import METHODS, SEARCHES
 from ..schedule import PRESETS
-from ..stopping import INTERRUPTED, settle
+from ..stopping import INTERRUPTED, handling, interrupt, settle
 from ..terminal import say, warn
+from ..verifiers import REWARDS
 from ..video import count_frames
-from .arguments import add_machine, falling_levels, levels, lora, refiner_form, size
+from .arguments import add_machine, falling_levels, frames, levels, lora, refiner_form, size
 
 CLOCK = 1.0  # seconds that a file system's clock may lag
 GENERATE = """\
@@ -37,7 +38,9 @@ Sample a video chunk by chunk and write each chunk to the file as soon as it is 
 
 Stopped with Ctrl-C (or killed), it leaves fox.partial.mp4 with every finished chunk. A run with
 --save-latents can be continued: the same command with --extend fox.latents.partial.safetensors
-writes the video that the uninterrupted run would have written."""
+writes the video that the uninterrupted run would have written.
+
+With --frames endless, Ctrl-C is the end: the chunk in progress is finished and fox.mp4 is whole."""
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
@@ -99,8 +102,8 @@ def add_video(group: argparse._ArgumentGroup) -> None:
         f" timeline, {EXTENDED} for a new prompt with --extend"
     )
     group.add_argument("--transition", metavar="NAME", help=about)
-    about = "pixel frames of the whole video, 1 + 4n (default 81)"
-    group.add_argument("--frames", type=int, default=81, help=about)
+    about = "pixel frames of the whole video, 1 + 4n (default 81), or endless: until Ctrl-C"
+    group.add_argument("--frames", type=frames, default=81, metavar="N|endless", help=about)
     about = f"multiples of 16 (default {default_sizes()})"
     group.add_argument("--size", type=size, metavar="WxH", help=about)
     about = "the same seed gives the same noise on any device"
@@ -129,8 +132,15 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     about = "of the window, first frames of the video that stay"
     group.add_argument("--sink", type=int, metavar="FRAMES", help=about)
     knobs = "NAME[:KNOB=VALUE,…]"
-    about = f"{', '.join(SAMPLERS)}; with knobs like self-refine:threshold=0.2"
+    about = f"{', '.join(METHODS)}; with knobs like self-refine:threshold=0.2"
     group.add_argument("--method", default="self-forcing", metavar=knobs, help=about)
+    about = f"of {' or '.join(SEARCHES)} (default 5); the time grows with it"
+    group.add_argument("--candidates", type=int, metavar="N", help=about)
+    about = (
+        f"what they choose by: {', '.join(REWARDS)}; a CLIP model's folder is a knob,"
+        " clip:path=FOLDER; may be repeated with weights"
+    )
+    group.add_argument("--reward", action="append", metavar=knobs, help=about)
     about = (
         f"which frames in memory a chunk attends to: {', '.join(POLICIES)}; with knobs like"
         " top-frames:k=4; default: the preset's"
@@ -182,7 +192,7 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
     """Turn parsed arguments into a request."""
     known = GenerateOptions.__dataclass_fields__
     named = {name: value for name, value in vars(args).items() if name in known}
-    named["lora"] = tuple(args.lora or ())
+    named["lora"], named["reward"] = tuple(args.lora or ()), tuple(args.reward or ())
     named["timeline"] = None if args.timeline is None else timeline_text(args.timeline)
     bundle = find_bundle(args.model)
     width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
@@ -222,26 +232,53 @@ def summary(job: Job) -> str:
     policy += "" if options.store == "plain" else f", store {options.store}"
     noise = "" if options.noise == "white" else f", noise {options.noise}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
+    judged = f" by {job.search.describe()}" if job.search else ""
+    length = "endless" if job.plan.endless else f"{options.frames} frames"
     return (
-        f"{options.frames} frames of {options.width}x{options.height}, preset {job.preset_name}"
+        f"{length} of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels {','.join(map(str, preset.levels))}, {preset.chunk} latent"
-        f" frames a chunk, method {options.method}, memory {window}{policy}{noise}, on {job.device}"
-        f" in {str(job.dtype).removeprefix('torch.')}{refined}"
+        f" frames a chunk, method {options.sampler}{judged}, memory {window}{policy}{noise}, on"
+        f" {job.device} in {str(job.dtype).removeprefix('torch.')}{refined}"
     )
+
+
+class Stream:
+    """A progress bar and, in an endless run, the first Ctrl-C, which lets a chunk be finished."""
+
+    def __init__(self, job: Job, bar: tqdm) -> None:
+        self.job, self.bar = job, bar
+        self.chunk = -1  # index of the one in progress
+        self.predictions = 0  # of that chunk
+        self.stopping = False
+
+    def show(self, progress: Progress) -> None:
+        """Show the chunk and level of a prediction, and of a search how many it needs."""
+        chunk = progress.chunk
+        self.predictions = self.predictions + 1 if chunk.index == self.chunk else 1
+        self.chunk = chunk.index
+        total = f"/{progress.chunks}" if progress.chunks else ""
+        text = f"chunk {chunk.index + 1}{total}, level {chunk.levels[progress.level].step}"
+        if self.job.search:
+            text += f", prediction {self.predictions}/{self.job.method.passes(chunk)}"
+        if self.stopping:
+            text += ", stopping after this chunk (Ctrl-C again to stop now)"
+        self.bar.set_postfix_str(text)
+
+    def stop(self, *_: object) -> None:
+        """Stop after the chunk in progress; at once if there is none or it is asked again."""
+        if self.stopping or self.chunk < 0:
+            interrupt()
+        self.stopping = True  # shown with the next prediction: a signal must not print
 
 
 def stream(job: Job) -> int:
     """Generate with a progress bar; an interrupt says what is left."""
-    start, started_at = time.perf_counter(), time.time()
+    start, started_at, frames = time.perf_counter(), time.time(), 0
     with tqdm(total=job.options.frames, unit="frame", dynamic_ncols=True) as bar:
-
-        def show(progress: Progress) -> None:
-            level = progress.chunk.levels[progress.level].step
-            chunk = f"{progress.chunk.index + 1}/{progress.chunks}"
-            bar.set_postfix_str(f"chunk {chunk}, level {level}")
-
+        view = Stream(job, bar)
+        stopping = handling(view.stop) if job.plan.endless else nullcontext()
         try:
-            with closing(generate(job, show)) as progress:
+            with stopping, closing(generate(job, view.show, lambda: view.stopping)) as progress:
                 for frames in progress:
                     bar.update(frames - bar.n)
         except KeyboardInterrupt:
@@ -249,7 +286,7 @@ def stream(job: Job) -> int:
             bar.close()
             warn(describe_stopped(job, started_at))
             return INTERRUPTED
-    seconds, frames = time.perf_counter() - start, job.options.frames
+    seconds = time.perf_counter() - start
     rate = f"{frames / seconds:.1f} frames/s, loading included"
     say(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {rate}")
     return 0

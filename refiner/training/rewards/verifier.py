@@ -26,6 +26,19 @@ class RewardVerifier:
             return self.prompts.at(chunk.start).prompt
         return self.prompts
 
+    @staticmethod
+    def sample_bytes(
+        dim: int, height: int, width: int, chunk: int, reach: int, dtype: torch.dtype
+    ) -> int:
+        """Count the bytes of judging one sample by a VAE of width `dim`; sizes are in pixels.
+
+        To decode a candidate, the decoder's state after the chosen chunks, and the frames that the
+        rewards see, twice while they are concatenated; `reach` is the rewards'.
+        """
+        decode = WanVAE.decode_bytes(dim, height, width, chunk, dtype)
+        state = WanVAE.state_bytes(dim, height, width, dtype)
+        return decode + state + 2 * 12 * (reach + 4 * chunk) * height * width
+
     def begin(self) -> "RewardJudge":
         """Start a judge for a run, from its first chunk on (a given one if there are any)."""
         return RewardJudge(self)
@@ -75,6 +88,8 @@ class RewardJudge:
     @torch.no_grad()
     def _decoded(self, x0: Tensor, state: DecoderState) -> tuple[int, Tensor]:
         """Decode a chunk; returns its number of frames, and all stored frames including them."""
-        pixels = ((self.verifier.vae.decode(x0, state).transpose(1, 2) + 1) / 2).clamp(0, 1)
+        vae = self.verifier.vae
+        decoded = vae.decode(x0.to(vae.latent_mean.dtype), state).float()
+        pixels = ((decoded.transpose(1, 2) + 1) / 2).clamp(0, 1)
         frames = pixels if self.frames is None else torch.cat((self.frames, pixels), dim=1)
         return pixels.shape[1], frames
