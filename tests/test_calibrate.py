@@ -21,11 +21,11 @@ def test_heads_differ_by_the_frames_that_they_look_at() -> None:
     """Head 0 looks at the first frame and at near ones, head 1 at all alike."""
 
     class Past:
-        places, current, placement = (0, 2, 1, 3, 4, 5, 6), (6,), Placement((), (0,))
+        places, current, placement = (0, 3, 1, 2, 4, 5, 6), (6,), Placement((), (0,))
 
         def all(self, layer):
             key = torch.zeros(1, 14, 2, 12)
-            near_and_first = [0, 1, *range(6, 14)]
+            near_and_first = [0, 1, 4, 5, *range(8, 14)]
             key[:, near_and_first, 0] = 40
             return KeyValue(key, key)
 
