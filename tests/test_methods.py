@@ -384,3 +384,31 @@ def test_a_job_checks_and_counts_a_method(files, tmp_path) -> None:
         assert ("not interrupted" in lines) is said
     assert "nothing" in " ".join(notes(job("--method", "ttc:below=100")))
     assert not any("nothing" in line for line in notes(anchored))
+
+
+@torch.no_grad()
+def test_a_refiner_reads_the_memory_of_the_prediction_before_its_noise(network) -> None:
+    seen = []
+
+    class Recording:
+        cache = ReflectiveCache()
+
+        def at(self, level) -> bool:
+            return level.step < 1000
+
+        def text(self, context, batch=None) -> list:
+            return []
+
+        def residual(self, noise, x0, level, chunk, memory, *_) -> Tensor:
+            seen.append((chunk.index, level.step, memory.plan.window_frames))
+            return torch.zeros_like(noise)
+
+    rollout = rollout_of(network, ttc(), frames=6, refiner=Recording())
+    assert torch.equal(
+        torch.cat(list(ttc().run(rollout)), 2),
+        torch.cat(list(ttc().run(rollout_of(network, ttc(), frames=6))), 2),
+    )
+    assert [step for index, step, _ in seen if not index] == [750, 500, 250]
+    windows = [(step, window) for index, step, window in seen if index]
+    corrected = [(step, window) for step in (500, 250) for window in (6, 6, 4)]
+    assert windows == [(750, 6), *corrected]
