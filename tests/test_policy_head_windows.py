@@ -15,6 +15,7 @@ from autorefiner.refiner.memory.heads import HeadList
 from autorefiner.refiner.memory.plan import MemoryPlan
 from autorefiner.refiner.memory.policies import HeadWindows, Window
 from autorefiner.refiner.memory.policy import Frames, Held, Policy
+from autorefiner.refiner.memory.positions import Absolute, Flex, Positions
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.run_plan import RunPlan
@@ -68,9 +69,9 @@ class Past:
     past, chunk = [Held(i, frame) for i, frame in enumerate((0, 7, 8, 9, 10, 11))], 1
     plan = MemoryPlan(layers=3, heads=4, head_dim=12, batch=2, height=2, width=3, window_frames=7)
 
-    def __init__(self, keys: str) -> None:
+    def __init__(self, keys: str, positions: Positions) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.plan = replace(self.plan, keys=keys)
+        self.plan = replace(self.plan, keys=keys, positions=positions)
         self.layer = KeyValue(*torch.randn(2, 2, 42, 4, 12, generator=generator))
         self.raw_key = torch.randn(2, 36, 4, 12, generator=generator)
         self.decisions = 0
@@ -113,9 +114,12 @@ def test_without_static_heads_and_ratio_1_it_is_full_history(network, keys, wind
     assert torch.equal(run(network, HeadWindows(ratio=1), keys, preset), full)
 
 
-@pytest.mark.parametrize("keys", ["rotated", "raw"])
-def test_each_kind_of_head_reads_its_own_segments(tmp_path, keys) -> None:
-    past, static = Past(keys), (1, 2)
+@pytest.mark.parametrize(
+    ("keys", "positions"),
+    [("rotated", Absolute()), ("raw", Absolute()), ("rotated", Flex(scale=0.01, trained=1))],
+)
+def test_each_kind_of_head_reads_its_own_segments(tmp_path, keys, positions) -> None:
+    past, static = Past(keys, positions), (1, 2)
     layer = {"static_head": [2, 1], "dynamic_head": [0, 3]}
     heads = write_heads(tmp_path / "a.json", [{"layer_idx": i, **layer} for i in range(3)])
     policy = HeadWindows(heads=heads, segments=3, ratio=0.4)
@@ -138,7 +142,7 @@ def test_each_kind_of_head_reads_its_own_segments(tmp_path, keys) -> None:
 
 def test_the_last_keys_of_a_group_are_those_of_the_pass() -> None:
     """The leading tokens of a joint refine pass leave out as many keys as follow them."""
-    past = Past("rotated")
+    past = Past("rotated", Absolute())
     seen = HeadWindows(segments=3).start(past.plan, "cpu").read(1, torch.zeros(2, 6, 4, 12), past)
     assert torch.equal(seen[0].key[:, -6:], past.layer.key[:, -6:])
 

@@ -35,7 +35,7 @@ def similarity(key_BTHD: Tensor, frames: Sequence[int], plan: "MemoryPlan") -> T
     now, following = key_BTHD[:, :-size], key_BTHD[:, size:]
     if plan.keys == "rotated":  # to the next frame's position, which leaves the cosine as it was
         steps = [later - earlier for earlier, later in pairwise(frames)]
-        table = rotation_table(steps, 1, 1, plan.head_dim, like=now)
+        table = rotation_table(steps, 1, 1, plan.head_dim, like=now, frequencies=plan.frequencies)
         now = rotate(now, table.repeat_interleave(size, dim=0))
     return F.cosine_similarity(now.flatten(2).float(), following.flatten(2).float(), dim=2)
 
