@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from .bundles import BUNDLES, DEMO, find_training_bundle
+from .choices import choose
+from .memory.policies import POLICIES
+from .memory.positions import POSITIONS
 from .reading import CONFIG_BYTES, read_text
-from .schedule import get_preset
+from .run_plan import suggested
+from .schedule import Preset, get_preset
 from .training.options import RefineOptions
 from .training.rewards.clip import FORMULAS, SINGLE, load_clip_reward
 from .training.rewards.reward import FrameDraw, Reward
@@ -27,7 +31,7 @@ KINDS = (*(name for name in BUNDLES if find_training_bundle(name)), *FORMULAS)
 FALLBACK_PRESET = "self-forcing"
 PATHS = ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer")
 # types of fields: types of their values in TOML
-TYPES = {int: int, float: (int, float), str: str, Path: str, bool: bool}
+TYPES = {int: int, int | None: int, float: (int, float), str: str, Path: str, bool: bool}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,10 @@ class TrainConfig:
     tokenizer: str = ""
     preset: str = FALLBACK_PRESET
     sampler_levels: tuple[int, ...] = ()  # nominal, falling from 1000; empty: the preset's
+    memory: str = ""  # a memory policy with knobs; empty: the preset's
+    positions: str = ""  # with knobs; empty: the preset's
+    window: int | None = None  # None: the preset's, or that of `memory`
+    sink: int | None = None
     save_every: int = 100
     show_every: int = 500
     refiner: RefineOptions = field(default_factory=RefineOptions)
@@ -125,7 +133,7 @@ class TrainConfig:
             document["preset"] = _preset_of(document.get("base", DEMO), folder)
         sampler_levels = _parse_levels(document.get("sampler_levels", []), "sampler_levels")
         document["sampler_levels"] = sampler_levels
-        preset = get_preset(document["preset"]).changed(levels=sampler_levels or None)
+        preset = _parse_preset(document).changed(levels=sampler_levels or None)
         levels = options.get("levels", [*preset.levels[1:]])
         options["levels"] = _parse_levels(levels, "refiner.levels")
         if not document.get("out"):
@@ -144,6 +152,20 @@ class TrainConfig:
             refiner=RefineOptions(**options, preset=preset),
             rewards=tuple(_parse_reward(reward, folder) for reward in rewards),
         )
+
+
+def _parse_preset(document: Mapping[str, Any]) -> Preset:
+    """Return the preset with the memory that the file chooses."""
+    preset = get_preset(document["preset"])
+    memory = document.get("memory") or preset.memory
+    preset = suggested(preset, choose(memory, POLICIES, "memory")).changed(
+        memory=memory,
+        window=document.get("window"),
+        sink=document.get("sink"),
+        positions=document.get("positions") or None,
+    )
+    choose(preset.positions, POSITIONS, "positions")
+    return preset
 
 
 def _parse_reward(table: dict[str, Any], folder: Path) -> RewardConfig:
@@ -223,6 +245,10 @@ def _check_names(table: Mapping[str, Any], kind: type, prefix: str) -> None:
         _check_type(value, known[name], prefix)
 
 
+def _type_name(wanted: Any) -> str:
+    return "int" if wanted == int | None else wanted.__name__
+
+
 def _check_type(value: object, wanted: Field, prefix: str) -> None:
     """Raise ValueError for a value of the wrong type; lists are checked where they are parsed."""
     types = TYPES.get(wanted.type)
@@ -230,4 +256,4 @@ def _check_type(value: object, wanted: Field, prefix: str) -> None:
         return
     is_stray_bool = isinstance(value, bool) and wanted.type is not bool
     if not isinstance(value, types) or is_stray_bool:
-        raise ValueError(f"{prefix}{wanted.name} is {value!r}, expected {wanted.type.__name__}")
+        raise ValueError(f"{prefix}{wanted.name} is {value!r}, expected {_type_name(wanted.type)}")

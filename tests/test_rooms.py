@@ -50,7 +50,7 @@ ROOMS = {
     "bench_refiner": SAMPLING | {"bench"},
     "request": PROMPTS | {"bundles", "outputs", "refiner_plan", "wan"},
     "calibrate": TRAINED | {"generate", "job", "request"},
-    "train_config": TRAINED | {"bundles", "training"},
+    "train_config": TRAINED | {"bundles", "choices", "training"},
     "verifiers": TRAINED | {"bundles", "choices", "request", "train_config", "training"},
     "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request", "verifiers"},
     "generate": TRAINED | {"job"},

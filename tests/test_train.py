@@ -236,6 +236,10 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(
         ("", "levels = 750", "refiner.levels"),
         ("sampler_levels = [750, 1000]", "", "levels 750,1000"),
         ("sampler_levels = [1000.0]", "", "sampler_levels"),
+        ('memory = "nothing"', "", "ema-sink"),
+        ('positions = "nothing"', "", "relative"),
+        ("window = true", "", "window"),
+        ("window = 2", "", "window of 2"),
         ("", "betas = [0.9]", "betas"),
         ("", "betas = [0.9, 1]", "betas"),
         ("", 'betas = "fast"', "betas"),
@@ -332,6 +336,18 @@ def test_all_levels_of_the_preset_are_refined_unless_told(tmp_path) -> None:
         write(tmp_path, more="sampler_levels = [1000, 750]", inner="betas = [0.0, 0.99]")
     ).refiner
     assert (own.preset.levels, own.levels, own.betas) == ((1000, 750), (750,), (0.0, 0.99))
+
+
+def test_a_file_chooses_the_memory_to_train_with(tmp_path) -> None:
+    def memory(more: str) -> tuple:
+        preset = training.TrainConfig.read(write(tmp_path, more=more)).refiner.preset
+        return preset.memory, preset.window, preset.sink, preset.positions
+
+    assert memory("") == ("window", -1, 0, "absolute")
+    assert memory('memory = "ema-sink"') == ("ema-sink", 12, 3, "sink-adjacent")
+    assert memory('memory = "ema-sink:retain=0.9"\nwindow = 9\npositions = "relative"') == (
+        "ema-sink:retain=0.9", 9, 3, "relative",
+    )  # fmt: skip
 
 
 def test_an_empty_prompts_file_is_refused(tmp_path, capsys) -> None:

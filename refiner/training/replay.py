@@ -168,11 +168,11 @@ class Replay:
 def replayable(options: RefineOptions, network: CausalWan) -> bool:
     """Return whether a refiner's training repeats its passes, and whether replays pay off.
 
-    A reward draws frames, and a window that drops frames builds indices on the device. Several
-    processes, compilation and checkpointing are untested.
+    A reward draws frames, and a window that drops frames builds indices on the device, as other
+    policies do. Several processes, compilation and checkpointing are untested.
     """
-    whole = world() == 1
-    remembers = options.preset.window < 0 or options.preset.window >= options.frames
+    whole, preset = world() == 1, options.preset
+    remembers = preset.memory == "window" and not 0 <= preset.window < options.frames
     plain = not (options.checkpointing or options.compiled)
     small = sum(parameter.numel() for parameter in network.model.parameters()) <= SMALL
     return options.objective == "dmd" and whole and remembers and plain and small
