@@ -153,6 +153,8 @@ def add_long(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     command = actions.add_parser("long", help="long videos by memory", description=about)
     add = command.add_argument
     add("--run", type=Path, default=RUNS / "long", metavar="FOLDER", help=DEFAULT)
+    about = "time all rows anew, where the machine was busy before"
+    add("--time", action="store_true", help=about)
     about = "times the trained length, and captions (default 4:32 16:16)"
     add("--lengths", type=length, nargs="+", metavar="TIMES:CAPTIONS", help=about)
     add_results(command)
@@ -195,7 +197,8 @@ def run_demo(args: argparse.Namespace, device: torch.device, train_row: Train) -
         write_and_print(args.out, "Leverage", leverage(LeverageOptions(args.updates), device))
     elif args.action == "long":
         options = LongOptions(tuple(args.lengths)) if args.lengths else LongOptions()
-        write_and_print(args.out, "Long videos", long_videos(args.run, options, device))
+        body = long_videos(args.run, options, device, args.time)
+        write_and_print(args.out, "Long videos", body)
     elif args.action == "transitions":
         options = TransitionOptions(args.pairs, args.chunks)
         write_and_print(args.out, "Prompt switches", transitions(args.run, options, device))

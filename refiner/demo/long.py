@@ -3,14 +3,13 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 import torch
 from numpy import ndarray
-from torch import Tensor
 
 from ..choices import choose
 from ..memory.policies import POLICIES
@@ -21,7 +20,7 @@ from ..schedule import Preset
 from ..training.ahead import helpers
 from .bundle import FILES, WEIGHTS
 from .captions import Caption
-from .clips import BATCH, LATENT_FRAMES, PRESET, SIDE, batched, decoded, held_out, score
+from .clips import LATENT_FRAMES, PRESET, SIDE, batched, decoded, held_out, score
 from .evaluation import Demo
 from .metrics.evaluate import ClipScores
 from .metrics.joins import join_flicker
@@ -29,6 +28,7 @@ from .metrics.table import aligned, paired_difference, resampled_interval, summa
 from .rows import machine, weights_of
 
 SHOWN = ("total", "drift", "action")
+TIMED = 4  # clips that a chunk is timed on
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +79,25 @@ class LongOutcome:
     scores: list[ClipScores]
     joins: list[float]  # flicker between chunks, 0-100
     memory_bytes: int  # of one clip
-    milliseconds: float  # a chunk of a batch of clips, median of the second half
+    milliseconds: float  # a chunk of TIMED clips, median of the second half
     measured_on: str
 
 
-def long_videos(folder: Path, options: LongOptions, device: torch.device) -> str:
+def long_videos(
+    folder: Path, options: LongOptions, device: torch.device, again: bool = False
+) -> str:
     """Measure what is missing; return a section of RESULTS.md without its heading.
 
     Each row's measurement stays in `folder`, so an interrupted command resumes with the next one.
+    With `again`, all rows are timed anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
     parts = [INTRODUCTION]
     for times, captions in options.lengths:
         outcomes = {
-            row.name: measured(folder, demo, row, times, held_out(captions), device) for row in ROWS
+            row.name: measured(folder, demo, row, times, held_out(captions), device, again)
+            for row in ROWS
         }
         frames = 1 + 4 * (times * LATENT_FRAMES - 1)
         parts += [
@@ -108,16 +112,16 @@ INTRODUCTION = fill(
     " score is 0–100, higher is better, with its 95 % bootstrap interval over captions; `less full`"
     " is the total less that of full history, paired by caption. `joins` scores flicker in the"
     " frames beside two chunks' join alone. K/V is what one clip's memory takes, ms a chunk the"
-    f" median time to sample one chunk of {BATCH} clips, over the second half of a run.",
+    f" median time to sample one chunk of {TIMED} clips, over the second half of a run.",
     width=120,
 )
 
 
 def measured(
     folder: Path, demo: Demo, row: MemoryRow, times: int, captions: Sequence[Caption],
-    device: torch.device,
+    device: torch.device, again: bool = False,
 ) -> LongOutcome:  # fmt: skip
-    """Return a row's measurement, read from the folder if it is there."""
+    """Return a row's measurement, read from the folder if it is there, and timed `again`."""
     weights = [weights_of(WEIGHTS / FILES[name]).hex() for name in ("student", "vae", "text")]
     preset = row.preset
     memory = row.memory, preset.window, preset.sink, preset.positions
@@ -126,8 +130,12 @@ def measured(
     if path.exists() and (document := json.loads(path.read_text()))["key"] == key:
         del document["key"]
         scores = [ClipScores(**scores) for scores in document.pop("scores")]
-        return LongOutcome(scores, **document)
-    outcome = measure(demo, row, times, captions, device)
+        outcome = LongOutcome(scores, **document)
+        if not again:
+            return outcome
+        outcome = replace(outcome, milliseconds=time_chunks(demo, row, times, captions, device))
+    else:
+        outcome = measure(demo, row, times, captions, device)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps({"key": key, **asdict(outcome)}))
     temporary.replace(path)
@@ -138,37 +146,37 @@ def measure(
     demo: Demo, row: MemoryRow, times: int, captions: Sequence[Caption], device: torch.device
 ) -> LongOutcome:
     """Sample, decode and score a clip of each caption."""
-    frames, seconds, joins = times * LATENT_FRAMES, [], []
+    frames, joins = times * LATENT_FRAMES, []
     lengths = row.plan(frames, 1).lengths
 
     def clips() -> Iterator[ndarray]:
         for number, texts in enumerate(batched(captions)):
             plan = row.plan(frames, len(texts))
             chunks = sample(demo.student, demo.text(texts), plan, seed=number)
-            latents = torch.cat(list(clocked(chunks, seconds, device)), dim=2)
-            for clip in decoded(demo.vae, latents):
+            for clip in decoded(demo.vae, torch.cat(list(chunks), dim=2)):
                 joins.append(join_flicker(clip, lengths))
                 yield clip
 
     scores = score(clips(), captions, f"{row.name}, {times} times", helpers(device))
     dtype = next(demo.student.model.parameters()).dtype
     nbytes = row.plan(frames, 1).memory_bytes(demo.student.config, dtype)
-    milliseconds = 1000 * float(np.median(seconds))
+    milliseconds = time_chunks(demo, row, times, captions, device)
     return LongOutcome(scores, joins, nbytes, milliseconds, machine(device))
 
 
-def clocked(
-    chunks: Iterator[Tensor], seconds: list[float], device: torch.device
-) -> Iterator[Tensor]:
-    """Yield chunks; append the seconds that each of the second half took."""
-    times = [time.perf_counter()]
-    for chunk in chunks:
+def time_chunks(
+    demo: Demo, row: MemoryRow, times: int, captions: Sequence[Caption], device: torch.device
+) -> float:
+    """Return the median milliseconds of a chunk of TIMED clips, over the second half of a run."""
+    texts = [caption.text for caption in captions[:TIMED]]
+    plan = row.plan(times * LATENT_FRAMES, len(texts))
+    ends = []
+    for _ in sample(demo.student, demo.text(texts), plan):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter())
-        yield chunk
-    took = np.diff(times).tolist()
-    seconds += took[len(took) // 2 :]
+        ends.append(time.perf_counter())
+    took = np.diff(ends)
+    return 1000 * float(np.median(took[len(took) // 2 :]))
 
 
 def format_outcomes(outcomes: dict[str, LongOutcome]) -> str:
