@@ -90,7 +90,7 @@ def parse_timeline(text: str) -> tuple[Section, ...]:
     """Parse a timeline; ValueError names the line of an error.
 
     Lines are `TIME [#] [TRANSITION:] TEXT`, `[TIME-TIME] TEXT` or `TEXT[TIME]`; one line may hold
-    equal parts separated by `|`; or the text is a JSON list. Starts rise from 0.
+    such lines, or equal parts, separated by `|`; or the text is a JSON list. Starts rise from 0.
     """
     check_prompt(text)
     size = len(text.encode())
@@ -135,8 +135,12 @@ def _text_sections(text: str) -> list[Section]:
         return _range_sections(lines)
     if first.endswith("]") and LASTING.match(first):
         return _lasting_sections(lines)
-    if len(lines) == 1 and "|" in first and not TIMED.match(first):
-        return _equal_parts(first)
+    if len(lines) == 1 and "|" in first:
+        parts = [(f"part {n}", part.strip()) for n, part in enumerate(first.split("|"), start=1)]
+        if all(TIMED.match(part) for _, part in parts):
+            lines = parts
+        elif not TIMED.match(first):
+            return _equal_parts(first)
     return [_timed_section(*line, first=not index) for index, line in enumerate(lines)]
 
 

@@ -76,6 +76,12 @@ def test_the_first_line_may_lack_its_time(line) -> None:
     assert read(line)[0][:2] == (0, line.split("\n")[0])
 
 
+def test_lines_with_times_may_share_a_line() -> None:
+    lines = ["0s a", "5s # b", "f96 flush 2: c"]
+    assert read(" | ".join(lines)) == read("\n".join(lines))
+    assert read("0s a | b")[0][1] == "a | b"
+
+
 def test_equal_parts_divide_the_run() -> None:
     sections = parse_timeline("a | flush 3: b | # c | recache: d")
     assert [each.start.amount for each in sections] == [Fraction(part, 4) for part in range(4)]
