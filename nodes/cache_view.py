@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from ..refiner.memory.frames import FrameLedger
+from ..refiner.memory.stores import get_store
 from ..refiner.noise.file import KEY, RefinerCard
 from ..refiner.run_plan import RunPlan
 from ..refiner.schedule import latent_frames
 from ..refiner.wan.checkpoint import CheckpointInfo, inspect
 from .api import host
+from .cache import chosen_policy
 from .chunk_schedule import LEVEL_WIDGETS, read_levels
 from .load import DTYPES, choose_preset
 from .options import (
@@ -22,7 +24,9 @@ from .options import (
     CacheOptions,
     ChunkSchedule,
     parse_positions,
+    policy_text,
     preset_for,
+    store_name,
 )
 from .refiner import refiner_path
 from .run import ModelFacts, clip_shape, memory_of, plan_run
@@ -48,7 +52,7 @@ def cache_view(request: object) -> dict[str, Any]:
     card = _card(widgets.get("refiner"))
     schedule = _schedule(widgets.get("schedule"))
     preset = preset_for(facts.preset, schedule, cache, refined=card is not None)
-    plan = plan_run(preset, _shape(size), None)
+    plan = plan_run(preset, _shape(size), None, cache)
     view = _view(plan, facts, refined=card is not None)
     if card is not None:
         modes = cache.reflected(card.cache)
@@ -58,6 +62,7 @@ def cache_view(request: object) -> dict[str, Any]:
 
 def _view(plan: RunPlan, facts: ModelFacts, refined: bool) -> dict[str, Any]:
     memory = memory_of(plan, facts, refined)
+    on_device, on_host = memory.bytes_on(facts.device)
     ledger = FrameLedger(memory)
     *earlier, last = plan.chunks
     for chunk in earlier:
@@ -69,7 +74,12 @@ def _view(plan: RunPlan, facts: ModelFacts, refined: bool) -> dict[str, Any]:
         "end": last.start + last.length,
         "sees": [held.frame for held in ledger.visible(last.length)],
         "sink": memory.sink_frames,
-        "bytes": memory.nbytes,
+        "window": memory.window_frames,
+        "positions": plan.preset.positions,
+        "memory": policy_text(plan.policy),
+        "store": store_name(memory.store),
+        "bytes": on_device,
+        "host_bytes": on_host,
         "dtype": str(facts.dtype).removeprefix("torch."),
     }
 
@@ -78,9 +88,13 @@ def _cache(widgets: Mapping[str, Any]) -> CacheOptions:
     return CacheOptions(
         window=_number(widgets, "window", -1),
         sink=_number(widgets, "sink", 0),
-        positions=parse_positions(_text(widgets, "positions")),
+        positions=parse_positions(
+            _text(widgets, "positions"), _text(widgets, "positions_settings")
+        ),
         history=_choice(widgets, "history", HISTORY_MODES),
         previous_x0=_choice(widgets, "previous_x0", X0_MODES),
+        policy=chosen_policy(_text(widgets, "memory"), _text(widgets, "memory_settings")),
+        store=get_store(_text(widgets, "store")),
     )
 
 
@@ -91,7 +105,7 @@ def _facts(model: object) -> ModelFacts | None:
     loader = _mapping(model, "model")
     if loader.get("demo") is True:
         config = _info(sprite_file("student"), "auto").config
-        return ModelFacts(config, torch.float32, sprite_preset(), 0)
+        return ModelFacts(config, torch.float32, sprite_preset(), 0, device=host.torch_device())
     weights = _choice(loader, "weights", ("auto", "ema", "raw"))
     dtype = _choice(loader, "dtype", DTYPES)
     info = _info(host.find_file("diffusion_models", _text(loader, "file")), weights)
@@ -100,7 +114,8 @@ def _facts(model: object) -> ModelFacts | None:
     preset = None
     if loader.get("preset") is not None:
         preset = choose_preset(_text(loader, "preset"), info)
-    return ModelFacts(info.config, host.expected_dtype(info, dtype), preset, 0)
+    expected = host.expected_dtype(info, dtype)
+    return ModelFacts(info.config, expected, preset, 0, device=host.torch_device())
 
 
 def _info(path: Path, weights: str) -> CheckpointInfo:

@@ -129,7 +129,7 @@ class SamplerOptions:
         initial = begun_from(start_of(self.start, facts), shape)
         as_core = self.fresh_noise == FRESH_NOISE[1]
         later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
-        plan, source = plan_run(preset, shape, initial), GuiderNoise(samples, later)
+        plan, source = plan_run(preset, shape, initial, self.cache), GuiderNoise(samples, later)
         return Run(plan, seed, self.method, initial, source, refined, self.search)
 
 

@@ -1,9 +1,16 @@
 """Values of CHUNK_SCHEDULE and REFLECTIVE_CACHE, and the preset that they result in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+from ..refiner.choices import choose
+from ..refiner.memory.policies import POLICIES, Window
+from ..refiner.memory.policy import Policy
 from ..refiner.memory.positions import POSITIONS as POSITIONS_BY_NAME
 from ..refiner.memory.reflect import ReflectiveCache
+from ..refiner.memory.store import PlainStore, Store
+from ..refiner.memory.stores import STORES
+from ..refiner.run_plan import suggested
 from ..refiner.schedule import STEPS, Preset, check_levels, get_preset
 
 FALLBACK = "self-forcing"  # for a MODEL without a preset
@@ -12,7 +19,10 @@ AS_TRAINED = "as trained"
 HISTORY_MODES = (AS_TRAINED, "shared", "none")
 X0_MODES = (AS_TRAINED, "joint", "pending", "none")
 LONGEST_LEVELS = 200  # characters
+LONGEST_SETTINGS = 200  # characters
 POSITIONS = (MODELS_OWN, *POSITIONS_BY_NAME)
+MEMORIES = (MODELS_OWN, *POLICIES)
+HEADS = "heads"  # the knob for a file of attention heads, and its folder in models/
 FORMER_POSITIONS = {"relative to the window": "relative"}  # in older workflows
 
 
@@ -38,17 +48,31 @@ class ChunkSchedule:
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """Frames that memory holds (a window of -1: all), and a refiner's view of them."""
+    """Frames that memory holds, how a chunk reads them, and a refiner's view of them.
+
+    A window of -1 holds all frames, or as many as the policy suggests.
+    """
 
     window: int = -1
     sink: int = 0
     positions: str | None = None  # None: the preset's
     history: str = AS_TRAINED
     previous_x0: str = AS_TRAINED
+    policy: Policy | None = None  # None: the preset's
+    store: type[Store] = PlainStore
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Window and sink: those that the policy suggests where no window is given."""
+        if self.window < 0 and self.policy and self.policy.window:
+            return self.policy.window
+        return self.window, self.sink
 
     def applied(self, preset: Preset) -> Preset:
-        """Return the preset with this window, sink and positions."""
-        return preset.changed(window=self.window, sink=self.sink, positions=self.positions)
+        """Return the preset with this window, sink and positions, else with the policy's."""
+        policy = self.policy or choose(preset.memory, POLICIES, "memory")
+        held = suggested(preset.changed(window=self.window, sink=self.sink), policy)
+        return held.changed(positions=self.positions)
 
     def reflected(self, trained: ReflectiveCache) -> ReflectiveCache:
         """Return a refiner's cache with the modes chosen here, by default those of its training."""
@@ -59,12 +83,63 @@ class CacheOptions:
         )
 
 
-def parse_positions(name: str) -> str | None:
-    """Return the positions that a widget names, None for the model's; ValueError lists names."""
+def parse_positions(name: str, settings: str = "") -> str | None:
+    """Return the positions of two widgets as text, None for the model's; ValueError lists names."""
     name = FORMER_POSITIONS.get(name, name)
     if name not in POSITIONS:
         raise ValueError(f"positions {name[:40]!r}: use one of {', '.join(POSITIONS)}")
-    return None if name == MODELS_OWN else name
+    if name == MODELS_OWN:
+        return None
+    check_settings(settings, "positions_settings")
+    text = f"{name}:{settings}" if settings.strip() else name
+    choose(text, POSITIONS_BY_NAME, "positions")
+    return text
+
+
+def parse_policy(name: str, settings: str) -> Policy | None:
+    """Return the memory policy of two widgets, None for the model's; ValueError lists names."""
+    if name == MODELS_OWN:
+        if settings.strip():
+            raise ValueError(
+                f"memory_settings {settings!r} are knobs of a policy: choose one as memory, or"
+                " leave them empty"
+            )
+        return None
+    return choose(f"{name}:{settings}", POLICIES, "memory")
+
+
+def check_settings(settings: str, widget: str) -> None:
+    """Raise ValueError for knobs that are too long to be any."""
+    if len(settings) > LONGEST_SETTINGS:
+        raise ValueError(
+            f"{widget} of {len(settings)} characters: give at most {LONGEST_SETTINGS}, like"
+            " k=4,recent=3"
+        )
+
+
+def policy_text(policy: Policy) -> str:
+    """Write a policy with the knobs that differ from its defaults, like top-frames:k=2.
+
+    Of a file it has the name alone.
+    """
+    default = POLICIES[policy.name]()
+    values = {each.name: getattr(policy, each.name) for each in fields(policy) if each.init}
+    changed = {name: each for name, each in values.items() if each != getattr(default, name)}
+    shown = {name: Path(each).name if name == HEADS else each for name, each in changed.items()}
+    knobs = ",".join(f"{name}={each}" for name, each in shown.items())
+    return f"{policy.name}:{knobs}" if knobs else policy.name
+
+
+def memory_text(policy: Policy | None, store: type[Store]) -> str:
+    """Write a policy and a store that are not the default, as a part of a sentence."""
+    is_default = policy is None or policy.name == Window.name
+    text = "" if is_default else f", read by {policy_text(policy)}"
+    return text if store is PlainStore else f"{text}, stored as {store_name(store)}"
+
+
+def store_name(store: type[Store]) -> str:
+    """Return the name of a store in STORES."""
+    return next(name for name, each in STORES.items() if each is store)
 
 
 def parse_levels(text: str, name: str, pure_noise: bool = True) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from .compare import CompareVideos
 from .custom_sampler import PathwiseRefinedCustomSampler
 from .decode import DecodeChunks, DecodeToVideo
 from .load import LoadARVDM, LoadDemo
+from .prompt_timeline import PromptTimeline
 from .refiner import LoadRefiner, SaveRefiner
 from .rewards import LoadReward, ScoreVideo
 from .sampler import PathwiseRefinedSampler
@@ -21,6 +22,7 @@ NODES = (
     SaveRefiner,
     ReflectiveCacheNode,
     ChunkScheduleNode,
+    PromptTimeline,
     PathwiseRefinedSampler,
     PathwiseRefinedCustomSampler,
     DecodeChunks,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
+from ..refiner.memory.store import PlainStore
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
 from ..refiner.refiner_plan import RefinerPlan
@@ -19,9 +20,13 @@ from ..refiner.sample import RunPlan, finite, sample
 from ..refiner.samplers import SAMPLERS, Method
 from ..refiner.samplers.search import Verifier
 from ..refiner.schedule import Preset, latent_frames
+from ..refiner.timeline import Timeline
 from ..refiner.wan.causal import CausalWan
 from ..refiner.wan.transformer import WanConfig
 from ..refiner.wan.vae import CHANNELS, normalized
+from .options import CacheOptions, memory_text
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class ModelFacts:
     preset: str | None  # name
     device_bytes: int  # whole memory of its device
     start: Tensor | None = None  # raw latents [1 or B, 16, F, h, w] of core's ARVideoI2V
+    device: torch.device = CPU
 
 
 class Search(Protocol):
@@ -50,8 +56,13 @@ class Search(Protocol):
         """Count the bytes that the search takes besides the model."""
         ...
 
-    def verifier(self, batch: int, device: torch.device) -> AbstractContextManager[Verifier]:
-        """Enter with the verifier, whose models stay on the device until exit."""
+    def verifier(
+        self, batch: int, device: torch.device, prompts: Timeline[str] | None = None
+    ) -> AbstractContextManager[Verifier]:
+        """Enter with the verifier, whose models stay on the device until exit.
+
+        `prompts` replace the search's own.
+        """
         ...
 
 
@@ -88,24 +99,26 @@ class Run:
     def clip(
         self,
         network: CausalWan,
-        context: Tensor,
+        context: Tensor | Timeline[Tensor],
         device: torch.device,
         dtype: torch.dtype,
         callback: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] | None = None,
         weights: Weights = own_weights,
+        prompts: Timeline[str] | None = None,
     ) -> Tensor:
         """Sample the whole clip [B, C, F, h, w], normalised, fp32 on the CPU.
 
         Only one chunk at a time is on the device. The clip ends after the chunk at which `stop`
-        returns True. `weights` returns a layer's weights for a merged refiner.
+        returns True. `weights` returns a layer's weights for a merged refiner. `prompts` are the
+        texts of a timeline, for a search.
         """
         clips = [] if self.initial is None else [self.initial.float().cpu()]
         attached = nullcontext()
         if self.refined:
             attached = self.refined.attached(network, device, dtype, weights)
         search = self.search
-        judging = search.verifier(self.plan.batch, device) if search else nullcontext()
+        judging = search.verifier(self.plan.batch, device, prompts) if search else nullcontext()
         with attached as refiner, judging as verifier:
             chunks = sample(
                 network,
@@ -193,11 +206,17 @@ def begun_from(start: dict | None, shape: tuple[int, int, int, int]) -> Tensor |
     return normalized(samples.float()).expand(batch, -1, -1, -1, -1).contiguous()
 
 
-def plan_run(preset: Preset, shape: tuple[int, int, int, int], initial: Tensor | None) -> RunPlan:
+def plan_run(
+    preset: Preset,
+    shape: tuple[int, int, int, int],
+    initial: Tensor | None,
+    cache: CacheOptions | None = None,
+) -> RunPlan:
     """Plan a clip of `shape` (batch, frames, height, width); ValueError if chunks do not fit."""
     batch, frames, height, width = shape
     given = 0 if initial is None else initial.shape[2]
-    return RunPlan(preset, frames - given, height, width, batch, given)
+    policy, store = (cache.policy, cache.store) if cache else (None, PlainStore)
+    return RunPlan(preset, frames - given, height, width, batch, given, policy=policy, store=store)
 
 
 def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> MemoryPlan:
@@ -205,25 +224,34 @@ def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> Memory
     return plan.memory(facts.config, facts.dtype, refined)
 
 
-def kv_bytes(run: Run, facts: ModelFacts) -> int:
-    """Count the bytes of keys and values in all memories of a run."""
-    return run.plan.memory_bytes(facts.config, facts.dtype, run.refined is not None, run.caches)
+def kv_bytes(run: Run, facts: ModelFacts) -> tuple[int, int]:
+    """Count the bytes of keys and values in all memories of a run: on the device, and in the
+    host's memory besides."""
+    memory = memory_of(run.plan, facts, run.refined is not None)
+    on_device, on_host = memory.bytes_on(facts.device)
+    memories = 1 + len(run.caches)
+    return on_device * memories, on_host * memories
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
-    """Count the bytes that a run takes besides the model: K/V, refiner and search."""
+    """Count the bytes that a run takes on the device besides the model: K/V, refiner, search."""
     refiner = run.refined.nbytes if run.refined else 0
     search = run.search.nbytes(run.plan) if run.search else 0
-    return kv_bytes(run, facts) + refiner + search
+    return kv_bytes(run, facts)[0] + refiner + search
+
+
+def bytes_text(on_device: int, on_host: int) -> str:
+    """Write the bytes of keys and values."""
+    text = f"{on_device / 1e6:,.1f} MB of keys and values"
+    return f"{text}, {on_host / 1e6:,.1f} MB in host memory" if on_host else text
 
 
 def summary(run: Run, facts: ModelFacts) -> str:
     """Describe a run in one line: its frames, K/V bytes, refiner and search."""
     plan = run.plan
-    held = f"{kv_bytes(run, facts) / 1e6:,.1f} MB of keys and values"
-    if plan.policy.name != "window":
-        held += f" ({plan.policy.name})"
+    held = bytes_text(*kv_bytes(run, facts))
     line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held}"
+    line += memory_text(plan.policy, plan.store)
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
     refined = run.refined.levels if run.refined else ()
@@ -235,10 +263,13 @@ def summary(run: Run, facts: ModelFacts) -> str:
 def check_memory(run: Run, facts: ModelFacts) -> None:
     """Raise ValueError if latents, or what a run holds besides the model, exceed the memory."""
     nbytes, latents = held_bytes(run, facts), 4 * math.prod(run.shape)
-    if latents > (free := available_bytes(torch.device("cpu"))):
+    on_host, free = kv_bytes(run, facts)[1], available_bytes(CPU)
+    if latents + on_host > free:
+        what = "latents" + (" and the offloaded keys and values" if on_host else "")
         raise ValueError(
-            f"the latents of this clip take {latents / 1e9:.1f} GB and {free / 1e9:.1f} GB of"
-            " memory are free: make it smaller, shorter, or the batch smaller"
+            f"the {what} of this clip take {(latents + on_host) / 1e9:.1f} GB and"
+            f" {free / 1e9:.1f} GB of memory are free: make it smaller, shorter, or the batch"
+            " smaller"
         )
     if nbytes > facts.device_bytes:
         what = "keys and values" + (" and the refiner" if run.refined else "")

@@ -8,6 +8,7 @@ from .options import FALLBACK, preset_for
 from .refiner import RefinerType
 from .refiner_plan import plan_refiner
 from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, summary
+from .scenes import placed_scenes, scenes_text, sections_of
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels of a side
@@ -58,7 +59,8 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The prompt. These models take no negative prompt (cfg 1).",
+                    tooltip="The prompt, or a Prompt Timeline. These models take no negative"
+                    " prompt (cfg 1).",
                 ),
                 io.Int.Input(
                     "width", default=832, min=16, max=WIDEST, step=16,
@@ -123,7 +125,9 @@ class PathwiseRefinedSampler(io.ComfyNode):
         reflective_cache=None, reward=None, vae=None, prompt: str = "",
         candidates: int = CANDIDATES,
     ) -> io.NodeOutput:  # fmt: skip
-        search = search_of(method, reward, vae, prompt, candidates)
+        scenes = sections_of([options for _, options in positive])
+        text = scenes[0].prompt if scenes else prompt
+        search = search_of(method, reward, vae, text, candidates)
         if latent is None:
             check_length(length)
         facts = host.facts(model)
@@ -138,8 +142,10 @@ class PathwiseRefinedSampler(io.ComfyNode):
         )
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start_of(start, facts), shape)
-        plan = plan_run(preset, shape, initial)
+        plan = plan_run(preset, shape, initial, reflective_cache)
         run = host.settled(model, Run(plan, seed, method, initial, refined=refined, search=search))
+        placed = placed_scenes([options for _, options in positive], run)
         check_memory(run, facts)
-        shown = host.show(summary(run, facts))
+        lines = [summary(run, facts)] + ([scenes_text(placed)] if placed else [])
+        shown = host.show("; ".join(lines))
         return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)

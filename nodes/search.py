@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ..refiner.sample import RunPlan
 from ..refiner.samplers import METHODS as METHODS_BY_NAME
 from ..refiner.samplers import SEARCHES, Method
 from ..refiner.samplers.search import Verifier
+from ..refiner.timeline import Timeline
 from ..refiner.training.rewards.reward import Mixture
 from ..refiner.training.rewards.verifier import RewardVerifier
 from ..refiner.wan.vae import WanVAE
@@ -50,10 +51,17 @@ class RewardSearch:
         return self.rewards.nbytes + weights + plan.batch * sample
 
     @contextmanager
-    def verifier(self, batch: int, device: torch.device) -> Iterator[Verifier]:
-        """Enter with the verifier, whose models stay on the device until exit."""
+    def verifier(
+        self, batch: int, device: torch.device, prompts: Timeline[str] | None = None
+    ) -> Iterator[Verifier]:
+        """Enter with the verifier, whose models stay on the device until exit.
+
+        `prompts` replace the search's own.
+        """
+        timeline = prompts or Timeline.of(self.prompt)
+        scenes = (replace(scene, prompt=[scene.prompt] * batch) for scene in timeline.scenes)
         with self.rewards.on(device) as rewards:
-            yield RewardVerifier(rewards, host.own_vae(self.vae), [self.prompt] * batch)
+            yield RewardVerifier(rewards, host.own_vae(self.vae), Timeline(tuple(scenes)))
 
 
 def search_inputs() -> list:
@@ -70,7 +78,7 @@ def search_inputs() -> list:
         io.String.Input(
             "prompt", default="", optional=True,
             tooltip="For best-of-n and search-over-path: the prompt as text, which only the reward"
-            " reads.",
+            " reads. With a Prompt Timeline it reads the timeline's.",
         ),
         io.Int.Input(
             "candidates", default=CANDIDATES, min=2, max=MOST_CANDIDATES, optional=True,

@@ -44,6 +44,7 @@ export function askedOf(cache) {
   const schedule = source(sampler, "chunk_schedule");
   return {
     ...values(cache, "window", "sink", "positions", "history", "previous_x0"),
+    ...values(cache, "memory", "memory_settings", "positions_settings", "store"),
     model: modelOf(own ?? source(sampler, "model") ?? source(refiner, "model")),
     size: sizeOf(latent ?? sampler),
     refiner: refiner?.comfyClass === "AutoRefinerLoadRefiner" ? values(refiner, "file") : null,

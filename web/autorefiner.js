@@ -62,7 +62,7 @@ function addStrip(node) {
 function addCacheView(node) {
   const view = new CacheView();
   let [last, busy] = ["", false];
-  addElement(node, "memory", view.element, 132);
+  addElement(node, "memory_view", view.element, 132);
   caches.set(node, async () => {
     const asked = JSON.stringify(askedOf(node));
     if (busy || asked === last) return;

@@ -64,8 +64,10 @@ export class CacheView {
     }
     const past = told.sees.length;
     const chunk = `${word("chunk")} ${told.chunks}/${told.chunks}`;
-    const bytes = `${size(told.bytes)} ${word("of keys")} (${told.dtype})`;
-    this.status.textContent = `${chunk} ${word("sees")} ${past}/${told.start} ${word("past frames")} · ${bytes}`;
+    const kept = told.store === "int8" ? told.store : told.dtype;
+    const elsewhere = told.host_bytes ? ` + ${size(told.host_bytes)} ${word("in host memory")}` : "";
+    const bytes = `${size(told.bytes)} ${word("of keys")} (${kept})${elsewhere}`;
+    this.status.textContent = `${chunk} ${word(told.memory === "window" ? "sees" : "holds")} ${past}/${told.start} ${word("past frames")} · ${bytes}`;
     this.status.title = this.status.textContent;
     this.draw(told);
   }
@@ -93,5 +95,9 @@ export class CacheView {
       }
     });
     for (const kind of kinds) this.legend.append(make("span", { class: `autorefiner-key-${kind}` }, word(kind)));
+    if (told.memory !== "window") {
+      const held = `${word("window")} ${told.window}, ${word("sink frames")} ${told.sink}, ${told.positions}`;
+      this.legend.append(make("div", {}, `${told.memory} (${held})`));
+    }
   }
 }

@@ -77,6 +77,8 @@ def find_file(folder: str, name: str) -> Path:
 
 
 def model_folder(folder: str) -> Path:
+    if folder not in folder_paths.folder_names_and_paths:
+        return Path(folder_paths.models_dir) / folder
     return Path(folder_paths.get_folder_paths(folder)[0])
 
 

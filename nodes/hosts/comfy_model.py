@@ -38,6 +38,7 @@ def facts(model: ModelPatcher) -> ModelFacts:
         preset=preset if preset in PRESETS else None,
         device_bytes=int(management.get_total_memory(model.load_device)),
         start=options.get("ar_config", {}).get("initial_latent"),  # set by core's ARVideoI2V
+        device=model.load_device,
     )
 
 

@@ -16,11 +16,14 @@ from comfy.patcher_extension import WrappersMP
 from PIL.Image import Image
 from torch import Tensor
 
+from ...refiner.prompt_timeline import PlacedTimeline
 from ...refiner.rollout import Progress
+from ...refiner.timeline import Timeline
 from ...refiner.wan.causal import CausalWan, Kernels
 from ..guided import SamplerOptions
 from ..passes import Passes
 from ..run import ModelFacts, Run, held_bytes
+from ..scenes import context_of, placed_scenes, scenes_text
 from . import comfy_layers, page
 from .comfy_model import facts, network_of
 from .page import notice
@@ -72,8 +75,8 @@ def causal_network(model: ModelPatcher, transformer_options: dict) -> CausalWan:
     return CausalWan(network_of(model), config, kernels)
 
 
-def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
-    """Return the context [B, L, text_dim] of a guider's only prompt; ValueError if it has more."""
+def check_guider(guider: comfy.samplers.CFGGuider) -> None:
+    """Raise ValueError for a guider that would mix predictions."""
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
         kind = type(guider).__name__
         raise ValueError(
@@ -85,21 +88,20 @@ def prompt_of(guider: comfy.samplers.CFGGuider) -> Tensor:
             f"the guider has cfg {guider.cfg:g}: AR models are distilled, use BasicGuider or a cfg"
             " of 1"
         )
-    positive = guider.conds.get("positive", [])
-    if len(positive) != 1:
-        raise ValueError(
-            f"positive has {len(positive)} entries: the models take one prompt, so connect one"
-        )
-    limits = [name for name in LIMITS if positive[0].get(name) is not None]
+
+
+def prompt_of(positive: list[dict], placed: PlacedTimeline | None) -> Tensor | Timeline[Tensor]:
+    """Return the context [B, L, text_dim] of a guider's prompt, or the timeline of its scenes."""
+    limits = [name for name in LIMITS if any(each.get(name) is not None for each in positive)]
     if limits:
         raise ValueError(
             f"positive has {' and '.join(limits)}: a prompt holds for all of a clip, connect it"
             " without"
         )
-    context = positive[0].get("model_conds", {}).get("c_crossattn")
-    if context is None:
+    contexts = [each.get("model_conds", {}).get("c_crossattn") for each in positive]
+    if None in contexts:
         raise ValueError("positive holds no text: connect CLIP Text Encode")
-    return context.cond
+    return context_of([context.cond for context in contexts], placed)
 
 
 class PathwiseSampler(comfy.samplers.Sampler):
@@ -128,17 +130,23 @@ class PathwiseSampler(comfy.samplers.Sampler):
         model = guider.model_patcher
         known = facts(model)
         run = settled(model, self.make_run(known, noise, sigmas, extra_args.get("seed") or 0))
+        check_guider(guider)
+        positive = guider.conds.get("positive", [])
+        placed = placed_scenes(positive, run)
+        context = prompt_of(positive, placed)
         if not self.reserved:
             make_room(model, held_bytes(run, known))
+            if placed:
+                page.show(scenes_text(placed))
         options = extra_args["model_options"].get("transformer_options", {})
         network = causal_network(model, options)
-        context = prompt_of(guider)
         with page.watching(run, self.node, pictures_of(model)) as watch:
             report = reporter(model, run, callback, watch)
             stop = watch.stopped if watch else None
             weights = comfy_layers.weights_on(model.load_device, known.dtype)
+            prompts = placed.timeline if placed else None
             clip = run.clip(
-                network, context, model.load_device, known.dtype, report, stop, weights
+                network, context, model.load_device, known.dtype, report, stop, weights, prompts
             ).to(noise.device)
         if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
             total = Passes(run).total

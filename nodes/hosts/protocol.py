@@ -102,7 +102,10 @@ class NodeHost(Protocol):
         ...
 
     def sample(self, model: Model, positive: list, run: Run) -> Tensor:
-        """Sample raw VAE latents [B, 16, F, h, w]; `positive` is a CONDITIONING of one entry."""
+        """Sample raw VAE latents [B, 16, F, h, w].
+
+        `positive` is a CONDITIONING of one entry, or of the scenes of a Prompt Timeline.
+        """
         ...
 
     def make_sampler(self, options: SamplerOptions) -> Sampler:

@@ -32,6 +32,7 @@ from ...refiner.wan.vae import DecoderState, WanVAE, normalized, raw_latents
 from ..passes import Passes
 from ..paths import SHOWN, dated, inside
 from ..run import ModelFacts, Run, held_bytes
+from ..scenes import context_of, placed_scenes
 from ..sprites import sprite_file, sprite_preset
 from . import schema as io
 
@@ -191,7 +192,9 @@ def load_vae(path: Path) -> WanVAE:
 def facts(model: Model) -> ModelFacts:
     parameter = next(model.network.model.parameters())
     nbytes = available_bytes(parameter.device)
-    return ModelFacts(model.network.config, parameter.dtype, model.preset, nbytes)
+    return ModelFacts(
+        model.network.config, parameter.dtype, model.preset, nbytes, device=parameter.device
+    )
 
 
 def base_of(model: Model) -> str:
@@ -256,10 +259,8 @@ def settled(model: Model, run: Run) -> Run:
 
 
 def sample(model: Model, positive: list, run: Run) -> Tensor:
-    if len(positive) != 1:
-        raise ValueError(
-            f"positive has {len(positive)} entries: the models take one prompt, so connect one"
-        )
+    placed = placed_scenes([options for _, options in positive], run)
+    context = context_of([context for context, _ in positive], placed)
     parameter = next(model.network.model.parameters())
     passes = Passes(run)
     with tqdm(total=passes.total, unit="step", dynamic_ncols=True, file=sys.stderr) as bar:
@@ -272,7 +273,9 @@ def sample(model: Model, positive: list, run: Run) -> Tensor:
             )
             bar.update(passes.done - bar.n)
 
-        clip = run.clip(model.network, positive[0][0], parameter.device, parameter.dtype, step)
+        prompts = placed.timeline if placed else None
+        device, dtype = parameter.device, parameter.dtype
+        clip = run.clip(model.network, context, device, dtype, step, prompts=prompts)
     return raw_latents(clip)
 
 

@@ -84,7 +84,7 @@ def masked_attention() -> dict[str, float]:
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
-    keys_and_values = kv_bytes(run, host.facts(model))
+    keys_and_values, _ = kv_bytes(run, host.facts(model))
     wide = sampled(model, run, look_on)
     narrow_model = model.clone()
     narrow_model.set_model_compute_dtype(torch.bfloat16)

@@ -20,8 +20,9 @@ from autorefiner.refiner.wan.causal import CausalWan
 SIZE = {"width": 64, "height": 64, "length": 81, "batch_size": 1}
 ASKED = {
     "window": -1, "sink": 0, "positions": "the model's", "history": "as trained",
-    "previous_x0": "as trained", "model": {"demo": True}, "size": SIZE, "refiner": None,
-    "schedule": None,
+    "previous_x0": "as trained", "memory": "the model's", "memory_settings": "",
+    "positions_settings": "", "store": "plain",
+    "model": {"demo": True}, "size": SIZE, "refiner": None, "schedule": None,
 }  # fmt: skip
 FILE = {"file": "self_forcing_dmd.pt", "preset": "auto", "dtype": "auto", "weights": "auto"}
 SCHEDULE = {
@@ -135,6 +136,9 @@ def test_a_real_server_tells_what_the_run_then_tells(dtype: str, server: Server)
         {**ASKED, "refiner": {"file": "../../secret.safetensors"}}, {**ASKED, "refiner": 7},
         {**ASKED, "schedule": {"preset": "no such"}},
         {**ASKED, "schedule": {**SCHEDULE, "levels": "high"}}, {**ASKED, "history": "none"},
+        {**ASKED, "memory": "no-such"}, {**ASKED, "memory_settings": "k=4"},
+        {**ASKED, "memory": None}, {**ASKED, "store": "disk"},
+        {**ASKED, "positions": "flex", "positions_settings": "scale=0"},
     ],
     ids=lambda odd: json.dumps(odd)[-50:],
 )  # fmt: skip

@@ -10,6 +10,7 @@ from autorefiner.nodes.guided import FRESH_NOISE, SEEDS, CoreNoise, SamplerOptio
 from autorefiner.nodes.options import CacheOptions, ChunkSchedule
 from autorefiner.nodes.refiner_plan import RefinerLora
 from autorefiner.nodes.run import ModelFacts, Run, plan_run
+from autorefiner.refiner.memory.policies import TopFrames
 from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.noise.source import Draw, WhiteNoise
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
@@ -92,6 +93,16 @@ def test_a_schedule_that_agrees_is_taken_and_its_chunks_are() -> None:
         .plan.preset.sink
         == 1
     )
+
+
+def test_the_memory_policy_of_a_cache_is_the_runs() -> None:
+    cache = CacheOptions(policy=TopFrames(k=1, recent=1))
+    plain, chosen = (
+        SamplerOptions("self-forcing", cache=given).run(FACTS, white(3), SIGMAS, 3)
+        for given in (None, cache)
+    )
+    assert chosen.plan.policy == cache.policy
+    assert not torch.equal(made(plain), made(chosen))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from page_words import asked, words
 import autorefiner
 from autorefiner.nodes.locales import FILE, english, write_english
 from autorefiner.nodes.registry import NODES
+from autorefiner.refiner.memory.policies import POLICIES
+from autorefiner.refiner.memory.positions import POSITIONS
+from autorefiner.refiner.memory.stores import STORES
 
 ROOT = Path(autorefiner.__file__).parent
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
@@ -75,6 +78,13 @@ def test_every_help_page_shows_its_node(page: str) -> None:
     for kind, schema in SCHEMAS.items():
         text = (ROOT / "web" / "docs" / page.format(kind)).read_text(encoding="utf-8")
         assert text.count(f"](pictures/{kind}.png)") == 1, f"{schema.display_name}: make pictures"
+
+
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
+def test_the_help_of_reflective_cache_names_every_choice(page: str) -> None:
+    path = ROOT / "web" / "docs" / page.format("AutoRefinerReflectiveCache")
+    text = path.read_text(encoding="utf-8")
+    assert not [name for name in (*POLICIES, *STORES, *POSITIONS) if f"`{name}`" not in text]
 
 
 def test_the_pictures_are_small_and_each_of_a_node() -> None:
