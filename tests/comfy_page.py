@@ -16,6 +16,7 @@ HEAD, SOCKET, WIDGET, TEXT = 62, 20, 30, 100  # heights in the taller renderer
 SHOWN = {  # of elements that the page adds to nodes
     "AutoRefinerSampler": 150, "AutoRefinerCustomSampler": 130, "AutoRefinerReflectiveCache": 150,
     "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310, "LoadImage": 220,
+    "AutoRefinerPromptTimeline": 60,
 }  # fmt: skip
 LINE = 66  # of a line of text that a run adds
 TELLING = [
@@ -23,6 +24,7 @@ TELLING = [
     for name in (
         "CompareVideos",
         "LoadRefiner",
+        "PromptTimeline",
         "ReflectiveCache",
         "Sampler",
         "SaveRefiner",

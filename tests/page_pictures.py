@@ -29,7 +29,10 @@ RUN = {
     "sampler_custom_advanced": ("CustomSampler",),
     "train_a_refiner": ("TrainRefiner", "SaveRefiner", "Sampler"),
 }
-OPENED = {"self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo")}
+OPENED = {
+    "self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo"),
+    "prompt_timeline": ("PromptTimeline",),
+}
 ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # not in any workflow
 LENGTH, STEPS = 81, 6
 # The picture in docs/comfyui.md: workflow, corner in the graph, and scale.

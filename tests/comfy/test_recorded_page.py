@@ -127,6 +127,28 @@ def test_a_cache_that_got_no_answer_asks_again(page: Page) -> None:
 
 
 @in_the_page
+def test_a_cache_from_before_its_last_widgets_gets_their_defaults(
+    page: Page, tmp_path: Path
+) -> None:
+    graph = json.loads((WORKFLOWS / "self_forcing.json").read_text(encoding="utf-8"))
+    (cache,) = (each for each in graph["nodes"] if each["type"] == "AutoRefinerReflectiveCache")
+    cache["widgets_values"] = [9, 3, "relative", "as trained", "as trained"]
+    path = tmp_path / "former.json"
+    path.write_text(json.dumps(graph), encoding="utf-8")
+    page.load(path)
+    values = page.tab.evaluate(
+        """() => {
+            const kind = "AutoRefinerReflectiveCache";
+            const node = window.app.graph.nodes.find((node) => node.comfyClass === kind);
+            return Object.fromEntries(node.widgets.map(({ name, value }) => [name, value]));
+        }"""
+    )
+    former = {"window": 9, "sink": 3, "positions": "relative"}
+    added = {"memory": "the model's", "memory_settings": "", "store": "plain"}
+    assert {name: values[name] for name in former | added} == former | added
+
+
+@in_the_page
 def test_a_linked_widget_says_what_it_is_linked_to(page: Page) -> None:
     found = page.tab.evaluate(
         """async () => {
