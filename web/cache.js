@@ -96,8 +96,8 @@ export class CacheView {
     });
     for (const kind of kinds) this.legend.append(make("span", { class: `autorefiner-key-${kind}` }, word(kind)));
     if (told.memory !== "window") {
-      const held = `${word("window")} ${told.window}, ${word("sink frames")} ${told.sink}, ${told.positions}`;
-      this.legend.append(make("div", {}, `${told.memory} (${held})`));
+      const read = `${told.memory} (${word("window")} ${told.window}/${told.sink}, ${told.positions})`;
+      this.legend.append(make("div", { title: read }, read));
     }
   }
 }
