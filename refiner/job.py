@@ -305,4 +305,9 @@ def notes(job: Job) -> list[str]:
     refined = job.refiner.levels if job.refiner else ()
     if note := job.method.note(job.preset.all_levels, refined):
         lines.append(note)
+    if job.timeline and job.timeline.timeline.recached and job.preset.recache < 0:
+        lines.append(
+            "this model is not known to be trained for a recache: if the old picture stays, take"
+            " --transition 'flush 1'"
+        )
     return lines + options.notes_of_bundle(job.prompts)

@@ -165,3 +165,13 @@ def test_every_prompt_of_a_timeline_is_checked(tmp_path) -> None:
     assert [line for line in lines if "fox" in line] and [line for line in lines if "cat" in line]
     unused = arguments(tmp_path / "a.mp4", "--prompt", "a", "--transition", "keep")
     assert any("--transition" in line for line in notes(prepare(parse(unused))))
+
+
+def test_a_recache_that_may_change_nothing_is_said(tmp_path) -> None:
+    def recaches(text: str, *more: str) -> bool:
+        command = arguments(tmp_path / "a.mp4", "--timeline", text, "--dry-run", *more)
+        return any("recache" in line for line in notes(prepare(parse(command))))
+
+    assert recaches("a\n1s b")
+    assert not recaches("a\n1s flush 1: b")
+    assert not recaches("a\n1s b", "--preset", "longlive")
