@@ -139,7 +139,9 @@ def prepare_calibration(options: GenerateOptions, threshold: float) -> Job:
     job = prepare(replace(options, window=-1, sink=0, dry_run=True))
     sizes = job.config.num_layers, job.config.num_heads
     plan = replace(job.plan, policy=Attention(*sizes, job.plan.chunks[-1].start))
-    estimate = estimate_memory(options, job.files, job.config, plan, job.method, job.dtype, None)
+    estimate = estimate_memory(
+        options, job.files, job.config, plan, job.method, job.dtype, None, None, job.device
+    )
     estimate.check(available_bytes(job.device))
     return replace(job, plan=plan, estimate=estimate)
 

@@ -74,7 +74,6 @@ def test_chunk_lengths_of_an_endless_run_are_short_and_read_as_any() -> None:
     ("extra", "keyword"),
     [
         (("--frames", "endless"), "--window"),
-        ((*ENDLESS, "--method", "hiar"), "hiar"),
         ((*ENDLESS, "--sheet", "a.png"), "--sheet"),
     ],
 )

@@ -1,6 +1,6 @@
 """Hold every memory policy to this: memories agree, samples do not mix, bytes are counted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +35,7 @@ from tiny_refiner import pairs_for
 CONFIG = WanConfig(dim=128, num_heads=2, ffn_dim=128, num_layers=2, text_dim=32, text_len=8)
 # two levels are enough to tell a first pass from a later one
 PRESET = PRESETS["self-forcing"].changed(levels=(1000, 500), window=9, sink=3)
+ONE_LEVEL = PRESET.changed(levels=(1000,))
 CONTEXT = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
 FRAMES, HEIGHT, WIDTH = 24, 4, 6
 KINDS = (RingMemory, GraphMemory)
@@ -49,6 +50,8 @@ EACH = pytest.mark.parametrize("name", POLICIES)
 # where the defaults do nothing in a window this small
 KNOBS = {
     "top-frames": "k=1",
+    "top-frames by head": "k=1",
+    "top-frames by token": "k=1",
     "rolling-sink": "recent=1",
     "pooled": "blocks=2",
     "deep-sink": "budget=5,sink=3,recent=1",
@@ -146,6 +149,19 @@ def test_a_policy_trains(network, name) -> None:
     gradients = [each.grad for each in network.model.parameters() if each.grad is not None]
     assert gradients and all(each.isfinite().all() for each in gradients)
     network.model.zero_grad()
+
+
+@EACH
+def test_a_layer_that_is_recomputed_reads_the_same(network, name) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        trained = replace(network, checkpointing=checkpointing)
+        plan = replace(plan_of(policy_of(name), frames=15), preset=ONE_LEVEL)
+        rollout = Rollout.of(trained, CONTEXT, plan, WhiteNoise(0), memory=GraphMemory)
+        self_rollout(rollout, 0).square().mean().backward()
+        gradients.append(network.model.blocks[1].self_attn.k.weight.grad.clone())
+        network.model.zero_grad()
+    assert apart(*gradients) < 1e-5 * gradients[0].abs().max()
 
 
 def tensor_bytes(thing: object, seen: set[int]) -> int:

@@ -192,8 +192,13 @@ def options_of(args: argparse.Namespace) -> GenerateOptions:
     """Turn parsed arguments into a request."""
     known = GenerateOptions.__dataclass_fields__
     named = {name: value for name, value in vars(args).items() if name in known}
-    named["lora"], named["reward"] = tuple(args.lora or ()), tuple(args.reward or ())
-    named["timeline"] = None if args.timeline is None else timeline_text(args.timeline)
+    named["lora"] = tuple(args.lora or ())
+    if named.get("reward"):
+        named["reward"] = tuple(named["reward"])
+    else:
+        named.pop("reward", None)
+    if named.get("timeline") is not None:
+        named["timeline"] = timeline_text(named["timeline"])
     bundle = find_bundle(args.model)
     width, height = args.size or (bundle.size if bundle else PUBLISHED_SIZE)
     return GenerateOptions(**named, width=width, height=height)

@@ -57,8 +57,8 @@ class HeadReader(Policy):
         orders = [(*near, *self.listed.dynamic(i)) for i, near in enumerate(self.listed.static)]
         self.orders_LH = torch.tensor(orders, device=device)
         most = policy.share(plan, plan.window_frames)
-        self.kept_BK = torch.empty((plan.batch, most), dtype=torch.long, device=device)
-        self.past: Sequence[Held] = ()  # whose segments are in `kept_BK`
+        self.chosen_BK = torch.empty((plan.batch, most), dtype=torch.long, device=device)
+        self.past: Sequence[Held] = ()  # whose segments are in `chosen_BK`
 
     def opening(self, frames: Frames) -> None:
         """See `refiner.memory.policy.Policy`."""
@@ -70,19 +70,19 @@ class HeadReader(Policy):
         first, last = self.policy.sink, len(frames.past) - self.policy.recent
         static = self.listed.static[layer]
         share = self.policy.share(self.plan, max(0, last - first))
-        all_kept = share == (last - first) * self.cut and not static
-        if layer == 0 or last <= first or all_kept:
+        reads_all = share == (last - first) * self.cut and not static
+        if layer == 0 or last <= first or reads_all:
             return whole
         places_F = indices(list(frames.places), raw_query_BNHD.device)
         places_FS = places_F[:, None] * self.cut + torch.arange(self.cut, device=places_F.device)
         front, middle, back = (each.flatten() for each in places_FS.tensor_split((first, last)))
         near_P = torch.cat((front, back))
-        kept_BK = middle[self.kept(frames, first, last, share)]
-        front, back = (each.expand(len(kept_BK), -1) for each in (front, back))
-        far_BP = torch.cat((front, kept_BK, back), dim=1)
+        chosen_BK = middle[self.choose(frames, first, last, share)]
+        front, back = (each.expand(len(chosen_BK), -1) for each in (front, back))
+        far_BP = torch.cat((front, chosen_BK, back), dim=1)
         order_H, count = self.orders_LH[layer], len(static)
         parts = {
-            True: gather(whole, near_P.expand(len(kept_BK), 1, -1), total, order_H[:count]),
+            True: gather(whole, near_P.expand(len(chosen_BK), 1, -1), total, order_H[:count]),
             False: gather(whole, far_BP[:, None], total, order_H[count:]),
         }
         return [
@@ -90,15 +90,17 @@ class HeadReader(Policy):
             for run in self.listed.runs(layer)
         ]
 
-    def kept(self, frames: Frames, first: int, last: int, share: int) -> Tensor:
+    def choose(self, frames: Frames, first: int, last: int, share: int) -> Tensor:
         """Return the segments [B, share] between two ranks that change most, once a chunk."""
-        kept_BK = self.kept_BK[:, :share]
         if self.past != frames.past:
             ranks = range(first, last + 1)
             key = frames.stored(DECIDING_LAYER, ranks).key.detach()
             numbers = [frames.past[rank].frame for rank in ranks]
             alike_BT = similarity(key, numbers, self.plan)
             alike_BS = alike_BT.unflatten(1, ((last - first) * self.cut, -1)).mean(dim=2)
-            kept_BK.copy_(alike_BS.topk(share, dim=1, largest=False).indices.sort(dim=1).values)
+            # not in place: a view of an earlier chunk may read its own once more
+            self.chosen_BK = torch.zeros_like(self.chosen_BK)
+            best_BK = alike_BS.topk(share, dim=1, largest=False).indices
+            self.chosen_BK[:, :share] = best_BK.sort(dim=1).values
             self.past = frames.past
-        return kept_BK
+        return self.chosen_BK[:, :share]

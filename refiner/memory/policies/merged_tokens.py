@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     """What a chunk merges in a layer: tensors [B, F, S] for all frames of the window."""
 
     chunk: tuple[int, ...]  # absolute latent indices
-    kept: int  # most tokens that remain in a sample
+    remaining: int  # most tokens that remain in a sample
     match: Tensor  # index in the frame before of the token that is taken over
     weight: Tensor  # of its value in the mean; 0 where none is taken over
     bias: Tensor  # log of the count of tokens; HIDDEN for those that were taken over
@@ -59,7 +59,7 @@ class MergedTokens(Policy):
             choice = self._choose(whole.key[:, :past], frames.current)
             self.choices[layer] = choice
         bias_BT = choice.bias.flatten(1)[:, :past]
-        order_BT = (bias_BT < 0).byte().argsort(dim=1, stable=True)[:, : choice.kept]
+        order_BT = (bias_BT < 0).byte().argsort(dim=1, stable=True)[:, : choice.remaining]
         samples = torch.arange(len(order_BT), device=order_BT.device)[:, None]
         means = self._means(whole.value[:, :past], choice)
         key, value = (
