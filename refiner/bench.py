@@ -16,11 +16,13 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from .choices import choose
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
+from .memory.policies import POLICIES
 from .memory.stores import get_store
 from .noise.source import WhiteNoise
 from .rollout import Progress, Rollout
-from .run_plan import RunPlan
+from .run_plan import RunPlan, suggested
 from .samplers import self_forcing
 from .schedule import PRESETS
 from .wan.causal import CausalWan
@@ -139,8 +141,9 @@ def bench(
     device: torch.device,
     dtype: torch.dtype,
     chunks: int,
-    window: int = -1,
+    window: int | None = None,
     store: str = "plain",
+    memory: str = "window",
 ) -> BenchReport:
     """Sample and decode `chunks` chunks of 3 latent frames; see BenchReport.
 
@@ -149,11 +152,9 @@ def bench(
     """
     if chunks < 2:
         raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
-    case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
-    config = case.config
-    frames = preset.chunk * chunks
-    run = RunPlan(preset, frames, case.height, case.width, store=get_store(store))
-    plan = run.memory(config, dtype)
+    case, config = SIZES[size], SIZES[size].config
+    run = plan_bench(case, chunks, window, store, memory)
+    preset, plan = run.preset, run.memory(config, dtype)
     kv, kv_host = plan.bytes_on(device)
     estimate_bytes(case, run, dtype, device).check(available_bytes(device))
     with torch.no_grad():
@@ -186,6 +187,16 @@ def bench(
         torch_matmul_gflops=torch_matmul,
         peak_share=flops / pass_times[-1] / 1e9 / max(matmul, torch_matmul),
     )
+
+
+def plan_bench(
+    case: BenchSize, chunks: int, window: int | None, store: str, memory: str
+) -> RunPlan:
+    """Plan a measured run; without a window, that of the memory policy, or full history."""
+    policy = choose(memory, POLICIES, "memory")
+    preset = suggested(PRESETS["self-forcing"], policy).changed(window=window)
+    frames, stored = preset.chunk * chunks, get_store(store)
+    return RunPlan(preset, frames, case.height, case.width, policy=policy, store=stored)
 
 
 def estimate_bytes(

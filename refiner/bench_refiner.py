@@ -7,13 +7,11 @@ from itertools import pairwise
 
 import torch
 
-from .bench import SIZES, random_model, synchronize
+from .bench import SIZES, plan_bench, random_model, synchronize
 from .estimate import available_bytes, parameter_count
 from .memory.reflect import ReflectiveCache
-from .memory.stores import get_store
 from .noise.refiner import Branches, Refiner, merged, target_modules
 from .sample import RunPlan, sample
-from .schedule import PRESETS
 from .wan.causal import CausalWan
 from .wan.lora import LoraPair
 
@@ -50,8 +48,9 @@ def bench_refiner(
     device: torch.device,
     dtype: torch.dtype,
     chunks: int,
-    window: int = -1,
+    window: int | None = None,
     store: str = "plain",
+    memory: str = "window",
 ) -> RefinerReport:
     """Sample `chunks` chunks with random weights, with the base and every form of a refiner.
 
@@ -62,7 +61,8 @@ def bench_refiner(
         raise ValueError(
             f"{chunks} chunks: give at least 3, the first warms up and the last is not committed"
         )
-    case, preset = SIZES[size], PRESETS["self-forcing"].changed(window=window)
+    case = SIZES[size]
+    plan = plan_bench(case, chunks, window, store, memory)
     needed, free = 2 * parameter_count(case.config) * dtype.itemsize, available_bytes(device)
     if needed > free:
         raise ValueError(
@@ -80,8 +80,6 @@ def bench_refiner(
             forms[f"{previous}, unmerged"] = Refiner(base, cache, on=branches.on)
         tokens = case.config.text_len, case.config.text_dim
         context = torch.randn(1, *tokens, device=device, dtype=dtype)
-        frames = preset.chunk * chunks
-        plan = RunPlan(preset, frames, case.height, case.width, store=get_store(store))
         times: dict[str, list[float]] = {name: [] for name in forms}
         counts: dict[str, int] = {}
         for round_ in range(ROUNDS + 1):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from autorefiner.refiner.bench import bench
+from autorefiner.refiner.bench import SIZES, bench, plan_bench
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.commands.arguments import refiner_form
 from autorefiner.refiner.latents import read_latents
@@ -193,6 +193,10 @@ def test_bench_counts_and_reports(tmp_path, capsys) -> None:
     assert main(["bench", "--chunks", "2", "--store", "int8", "--json", str(path)]) == 0
     other = json.loads(path.read_text())
     assert other["size"] == "tiny" and other["kv_bytes"] < report.kv_bytes
+    run = plan_bench(SIZES["tiny"], 7, None, "plain", "deep-sink:budget=12,sink=6")
+    assert (run.preset.window, run.policy.budget, run.preset.positions) == (
+        21, 12, "sink-adjacent",
+    )  # fmt: skip
     assert main(["bench", "--chunks", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
 

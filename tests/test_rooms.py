@@ -46,7 +46,7 @@ ROOMS = {
     "choices": set(),
     "device": set(),
     "preset_table": {"schedule"},
-    "bench": SAMPLING,
+    "bench": SAMPLING | {"choices"},
     "bench_refiner": SAMPLING | {"bench"},
     "request": PROMPTS | {"bundles", "outputs", "refiner_plan", "wan"},
     "calibrate": TRAINED | {"generate", "job", "request"},

@@ -9,6 +9,7 @@ from ..bench import SIZES, bench
 from ..bench_refiner import bench_refiner
 from ..device import pick_device, pick_dtype
 from ..files import check_output
+from ..memory.policies import POLICIES
 from ..memory.stores import STORES
 from ..terminal import say
 from .arguments import add_machine
@@ -21,8 +22,10 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--size", choices=SIZES, default="tiny")
     about = "chunks of 3 latent frames; 7 are 81 frames"
     command.add_argument("--chunks", type=int, default=7, help=about)
-    about = "latent frames held in memory; -1 is all"
-    command.add_argument("--window", type=int, default=-1, help=about)
+    about = "latent frames held in memory; -1 is all (default: the memory's own, or all)"
+    command.add_argument("--window", type=int, metavar="FRAMES", help=about)
+    about = f"which frames a chunk attends to: {', '.join(POLICIES)}; with knobs"
+    command.add_argument("--memory", default="window", metavar="NAME[:KNOB=VALUE,…]", help=about)
     about = "how keys and values lie in memory"
     command.add_argument("--store", choices=STORES, default="plain", help=about)
     about = "measure what a refiner costs in all its forms, instead"
@@ -39,7 +42,7 @@ def run_bench(args: argparse.Namespace) -> int:
         check_output(args.json)
     measure = bench_refiner if args.refiner else bench
     dtype = pick_dtype(args.dtype, device)
-    report = measure(args.size, device, dtype, args.chunks, args.window, args.store)
+    report = measure(args.size, device, dtype, args.chunks, args.window, args.store, args.memory)
     say(*report.table().split("\n"))
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
