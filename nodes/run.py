@@ -227,10 +227,10 @@ def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> Memory
 def kv_bytes(run: Run, facts: ModelFacts) -> tuple[int, int]:
     """Count the bytes of keys and values in all memories of a run: on the device, and in the
     host's memory besides."""
-    memory = memory_of(run.plan, facts, run.refined is not None)
-    on_device, on_host = memory.bytes_on(facts.device)
-    memories = 1 + len(run.caches)
-    return on_device * memories, on_host * memories
+    refined = run.refined is not None
+    memories = run.plan.memories(facts.config, facts.dtype, refined, run.caches)
+    on_device, on_host = zip(*(each.bytes_on(facts.device) for each in memories), strict=True)
+    return sum(on_device), sum(on_host)
 
 
 def held_bytes(run: Run, facts: ModelFacts) -> int:
