@@ -13,6 +13,7 @@ from .device import pick_device, pick_dtype
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .latents import format_lengths
 from .memory.policies import POLICIES
+from .memory.policy import Policy
 from .memory.stores import get_store
 from .noise.source import VERSION as NOISE_VERSION
 from .noise.source import NoiseSource, WhiteNoise
@@ -27,7 +28,7 @@ from .prompt_timeline import (
 )
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
-from .run_plan import RunPlan, suggested
+from .run_plan import RunPlan, for_length, suggested
 from .sample import check_switches
 from .samplers import Method
 from .schedule import Preset, get_preset, latent_frames
@@ -142,21 +143,15 @@ def prepare(options: GenerateOptions) -> Job:
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
-    preset = get_preset(name)
-    policy = choose(options.memory or preset.memory, POLICIES, "memory")
-    preset = suggested(preset, policy).changed(
-        levels=options.levels,
-        window=options.window,
-        sink=options.sink,
-        positions=options.positions,
-    )
     total = None if options.frames is None else latent_frames(options.frames)
+    method, search = choose_method(options.sampler), SearchPlan.of(options)
     shape = (config.in_dim, options.height // 8, options.width // 8)
     initial, extended = (None, {})
     if options.extend:
-        initial, extended = read_given(options.extend, total, shape, preset.chunk)
+        chunk = get_preset(name).chunk
+        initial, extended = read_given(options.extend, total, shape, chunk)
+    preset, policy = choose_memory(options, name, method, total, extended)
     given = 0 if initial is None else initial.shape[2]
-    method, search = choose_method(options.sampler), SearchPlan.of(options)
     new = None if total is None else total - given
     store = get_store(options.store)
     plan = RunPlan(preset, new, *shape[1:], given=given, policy=policy, store=store)
@@ -193,6 +188,36 @@ def prepare(options: GenerateOptions) -> Job:
         options.outputs.check(job.metadata)
         estimate.check(available_bytes(device))
     return job
+
+
+def choose_memory(
+    options: GenerateOptions,
+    preset_name: str,
+    method: Method,
+    total: int | None,
+    extended: Mapping[str, str],
+) -> tuple[Preset, Policy]:
+    """Return the preset as the request changes it, and the memory policy.
+
+    A long clip of one prompt gets the preset's memory for such, and so does its continuation. The
+    sink of that memory would hold the old scene in sight, so another prompt does not get it.
+    """
+    preset = get_preset(preset_name)
+    one_by_one = method.together(preset.chunk_levels()) == 1
+    goes_on = not options.extend or (
+        extended.get("memory") == preset.long_memory
+        and options.prompt in ("", extended.get("prompt"))
+    )
+    if options.leaves_memory and one_by_one and goes_on:
+        preset = for_length(preset, total)
+    policy = choose(options.memory or preset.memory, POLICIES, "memory")
+    changed = suggested(preset, policy).changed(
+        levels=options.levels,
+        window=options.window,
+        sink=options.sink,
+        positions=options.positions,
+    )
+    return changed, policy
 
 
 def plan_timeline(

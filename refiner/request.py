@@ -83,6 +83,15 @@ class GenerateOptions:
             raise ValueError(f"--timeline and {given} both say what to show: give one of them")
 
     @property
+    def leaves_memory(self) -> bool:
+        """Whether the clip's length may choose the memory.
+
+        Not with a timeline: a long sink would hold its first scene in sight.
+        """
+        chosen = (self.memory, self.window, self.sink, self.positions, self.timeline)
+        return all(choice is None for choice in chosen)
+
+    @property
     def sampler(self) -> str:
         """The method with its knobs, --candidates among them."""
         if self.candidates is None:

@@ -12,7 +12,7 @@ from .memory.policies import POLICIES, Window
 from .memory.policy import Policy
 from .memory.positions import POSITIONS, Positions
 from .memory.store import PlainStore, Store
-from .schedule import Chunk, EndlessChunks, Level, Preset, plan_chunks
+from .schedule import TRAINED_FRAMES, Chunk, EndlessChunks, Level, Preset, plan_chunks
 from .wan.transformer import WanConfig
 
 
@@ -24,6 +24,19 @@ def suggested(preset: Preset, policy: Policy) -> Preset:
     if policy.positions and preset.positions == "absolute":
         preset = replace(preset, positions=policy.positions)
     return preset
+
+
+def for_length(preset: Preset, frames: int | None) -> Preset:
+    """Return the preset with its memory for a clip of so many latent frames; None is endless.
+
+    For users who choose no memory: a long clip gets the preset's `long_memory`, if chunks fit.
+    """
+    is_short = frames is not None and frames <= TRAINED_FRAMES
+    if is_short or not preset.long_memory:
+        return preset
+    policy = choose(preset.long_memory, POLICIES, "memory")
+    long = suggested(replace(preset, memory=preset.long_memory, chunk=1), policy)
+    return replace(long, chunk=preset.chunk) if preset.chunk <= long.window - long.sink else preset
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ class Preset:
     sink: int = 0
     positions: str = "absolute"  # one of refiner.memory.positions.POSITIONS, with knobs
     memory: str = "window"  # one of refiner.memory.policies.POLICIES, with knobs
+    long_memory: str = ""  # the same, for clips longer than TRAINED_FRAMES; empty: as others
     recache: int = -1  # frames that a prompt switch rewrites in memory; -1: the window
     source: str = field(default="", repr=False, compare=False)  # repository or model
 
@@ -120,6 +121,7 @@ def check_levels(levels: Sequence[int]) -> None:
         )
 
 
+TRAINED_FRAMES = 21  # latent frames of the clips that the models are trained on
 ONE = (1000,)
 TWO = (1000, 500)
 THREE = (1000, 757, 522)
@@ -132,7 +134,8 @@ ADJACENT = "sink-adjacent"
 # From the inference configuration of each public repository; windows count sink, past and chunk.
 PRESETS: dict[str, Preset] = {
     #                                  levels warp shift chunk
-    "self-forcing":             Preset(FOUR,  True,  5.0, 3, source="guandeh17/Self-Forcing dmd"),
+    "self-forcing":             Preset(FOUR,  True,  5.0, 3, long_memory="deep-sink",
+                                       source="guandeh17/Self-Forcing dmd"),
     "causvid":                  Preset(THREE, False, 8.0, 3,
                                        source="tianweiy/CausVid autoregressive"),
     "longlive":                 Preset(FOUR,  True,  5.0, 3, window=12, sink=3, recache=12,

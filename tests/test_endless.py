@@ -73,7 +73,7 @@ def test_chunk_lengths_of_an_endless_run_are_short_and_read_as_any() -> None:
 @pytest.mark.parametrize(
     ("extra", "keyword"),
     [
-        (("--frames", "endless"), "--window"),
+        (("--frames", "endless", "--preset", "causvid"), "--window"),
         ((*ENDLESS, "--sheet", "a.png"), "--sheet"),
     ],
 )
