@@ -2,6 +2,7 @@
 
 from .api import CATEGORY, host, io
 from .guided import FRESH_NOISE, SamplerOptions
+from .knobs import check_knobs, method_text
 from .sampler import options_of_run
 from .search import CANDIDATES, METHODS, search_of
 
@@ -37,6 +38,17 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(
+        cls, method: str | None = None, method_settings: str | None = None
+    ) -> bool | str:
+        """Check what is given; a linked widget is None, and checked when its value is known."""
+        try:
+            check_knobs(method, method_settings)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
         """Change with every early stop, so that ComfyUI does not cache an unfinished clip."""
         return host.stops(cls.hidden.unique_id)
@@ -45,8 +57,9 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
     def execute(
         cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None,
         reflective_cache=None, reward=None, vae=None, prompt: str = "",
-        candidates: int = CANDIDATES,
+        candidates: int = CANDIDATES, method_settings: str = "",
     ) -> io.NodeOutput:  # fmt: skip
+        method = method_text(method, method_settings)
         search = search_of(method, reward, vae, prompt, candidates)
         options = SamplerOptions(
             method, fresh_noise, chunk_schedule, reflective_cache, start, refiner, search

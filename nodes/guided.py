@@ -101,7 +101,7 @@ FRESH_NOISE = ("per chunk and level", "as SamplerARVideo")
 class SamplerOptions:
     """The inputs of a SAMPLER; the rest of its run comes from NOISE, SIGMAS and GUIDER."""
 
-    method: str
+    method: str  # with its knobs
     fresh_noise: str = FRESH_NOISE[0]
     schedule: ChunkSchedule | None = None
     cache: CacheOptions | None = None

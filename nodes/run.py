@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..refiner.choices import choose
 from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
 from ..refiner.memory.store import PlainStore
@@ -27,6 +28,7 @@ from ..refiner.wan.vae import CHANNELS, normalized
 from .options import CacheOptions, memory_text
 
 CPU = torch.device("cpu")
+WHITE = "white"  # the noise of the models' training, in NOISES
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +74,21 @@ class Run:
 
     plan: RunPlan
     seed: int
-    method: str  # one of SEARCHES with a `search`, else one of SAMPLERS
+    method: str  # one of SEARCHES with a `search`, else one of SAMPLERS with its knobs
     initial: Tensor | None = None  # normalised latents [B, C, given, h, w] to continue
     noise: NoiseSource | None = None  # None: white noise of the seed
     refined: RefinerPlan | None = None
     search: Search | None = None
+    noise_text: str = WHITE  # describes `noise`
 
     def __post_init__(self) -> None:
         self.sampler().check(self.plan.preset, self.refined.cache if self.refined else None)
 
     def sampler(self, verifier: Verifier | None = None) -> Method:
         """Return the sampling method; a search can run with a verifier only."""
-        return self.search.sampler(verifier) if self.search else SAMPLERS[self.method]()
+        if self.search:
+            return self.search.sampler(verifier)
+        return choose(self.method, SAMPLERS, "method")
 
     @property
     def caches(self) -> tuple[Hashable, ...]:
@@ -247,11 +252,15 @@ def bytes_text(on_device: int, on_host: int) -> str:
 
 
 def summary(run: Run, facts: ModelFacts) -> str:
-    """Describe a run in one line: its frames, K/V bytes, refiner and search."""
+    """Describe a run in one line: frames, K/V bytes, and what is not the default."""
     plan = run.plan
     held = bytes_text(*kv_bytes(run, facts))
     line = f"{plan.frames} latent frames in {len(plan.chunks)} chunks, {held}"
     line += memory_text(plan.policy, plan.store)
+    if ":" in run.method:
+        line += f"; {run.method}"
+    if run.noise_text != WHITE:
+        line += f"; noise {run.noise_text}"
     if run.refined:
         line += f"; {run.refined.describe()}, {run.refined.nbytes / 1e6:,.1f} MB"
     refined = run.refined.levels if run.refined else ()

@@ -4,10 +4,11 @@ from ..refiner.schedule import latent_frames
 from .api import CATEGORY, host, io
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
+from .knobs import check_knobs, method_inputs, method_text, noise_inputs, noise_source, noise_text
 from .options import FALLBACK, preset_for
 from .refiner import RefinerType
 from .refiner_plan import plan_refiner
-from .run import Run, begun_from, check_memory, clip_shape, plan_run, start_of, summary
+from .run import WHITE, Run, begun_from, check_memory, clip_shape, plan_run, start_of, summary
 from .scenes import placed_scenes, scenes_text, sections_of
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 
@@ -32,6 +33,7 @@ def options_of_run(schedule: str) -> list:
             tooltip="Window of memory, and what a refiner sees of it.",
         ),
         *search_inputs(),
+        *method_inputs(),
     ]  # fmt: skip
 
 
@@ -95,6 +97,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                     " widgets.",
                 ),
                 *options_of_run(schedule="Levels and chunks of your own."),
+                *noise_inputs(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -105,10 +108,16 @@ class PathwiseRefinedSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, length: int | None = None) -> bool | str:
+    def validate_inputs(
+        cls, length: int | None = None, method: str | None = None,
+        method_settings: str | None = None, noise: str | None = None,
+        noise_settings: str | None = None,
+    ) -> bool | str:  # fmt: skip
+        """Check what is given; a linked widget is None, and checked when its value is known."""
         try:
-            if length is not None:  # a link is checked when its value is known
+            if length is not None:
                 check_length(length)
+            check_knobs(method, method_settings, noise, noise_settings)
         except ValueError as error:
             return str(error)
         return True
@@ -123,8 +132,10 @@ class PathwiseRefinedSampler(io.ComfyNode):
         cls, model, positive, width: int, height: int, length: int, batch_size: int, seed: int,
         method: str, latent=None, start=None, refiner=None, chunk_schedule=None,
         reflective_cache=None, reward=None, vae=None, prompt: str = "",
-        candidates: int = CANDIDATES,
+        candidates: int = CANDIDATES, method_settings: str = "", noise: str = WHITE,
+        noise_settings: str = "",
     ) -> io.NodeOutput:  # fmt: skip
+        method, noise = method_text(method, method_settings), noise_text(noise, noise_settings)
         scenes = sections_of([options for _, options in positive])
         text = scenes[0].prompt if scenes else prompt
         search = search_of(method, reward, vae, text, candidates)
@@ -143,7 +154,9 @@ class PathwiseRefinedSampler(io.ComfyNode):
         shape = clip_shape(latent, width, height, length, batch_size)
         initial = begun_from(start_of(start, facts), shape)
         plan = plan_run(preset, shape, initial, reflective_cache)
-        run = host.settled(model, Run(plan, seed, method, initial, refined=refined, search=search))
+        source = noise_source(noise, seed, preset.chunk)
+        run = Run(plan, seed, method, initial, source, refined, search, noise)
+        run = host.settled(model, run)
         placed = placed_scenes([options for _, options in positive], run)
         check_memory(run, facts)
         lines = [summary(run, facts)] + ([scenes_text(placed)] if placed else [])

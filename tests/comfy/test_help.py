@@ -12,6 +12,8 @@ from autorefiner.nodes.registry import NODES
 from autorefiner.refiner.memory.policies import POLICIES
 from autorefiner.refiner.memory.positions import POSITIONS
 from autorefiner.refiner.memory.stores import STORES
+from autorefiner.refiner.noise.sources import NOISES
+from autorefiner.refiner.samplers import METHODS
 
 ROOT = Path(autorefiner.__file__).parent
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
@@ -85,6 +87,13 @@ def test_the_help_of_reflective_cache_names_every_choice(page: str) -> None:
     path = ROOT / "web" / "docs" / page.format("AutoRefinerReflectiveCache")
     text = path.read_text(encoding="utf-8")
     assert not [name for name in (*POLICIES, *STORES, *POSITIONS) if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("page", ["{}.md", "{}/zh.md"])
+def test_the_help_of_the_sampler_names_every_method_and_noise(page: str) -> None:
+    path = ROOT / "web" / "docs" / page.format("AutoRefinerSampler")
+    text = path.read_text(encoding="utf-8")
+    assert not [name for name in (*METHODS, *NOISES) if f"`{name}`" not in text]
 
 
 def test_the_pictures_are_small_and_each_of_a_node() -> None:
