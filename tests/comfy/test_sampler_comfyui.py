@@ -1,10 +1,10 @@
-"""SamplerCustomAdvanced and searches in a real ComfyUI."""
+"""SamplerCustomAdvanced, searches and knobs in a real ComfyUI."""
 
 import pytest
 import torch
 from comfy_graphs import node, training
 from comfy_runs import NEAR, alone, custom, latents, sampled, short
-from comfy_server import Server, find_comfyui
+from comfy_server import Refused, Server, find_comfyui
 
 from autorefiner.refiner.samplers import SEARCHES
 
@@ -23,6 +23,39 @@ def test_without_a_refiner_it_equals_comfyuis_own_sampler(server: Server) -> Non
     assert ours.shape == core.shape == (1, 16, 8, 8, 8)
     assert (ours - core).abs().max() < 1e-4
     assert not torch.allclose(sampled(server, custom(), "fresh", "9"), core)
+
+
+def test_knobs_and_noise_sample_what_they_do_without_comfyui(server: Server) -> None:
+    chosen = {"method": "self-refine", "method_settings": "750=3", "noise": "ar"}
+    graph = short(seed=9, **chosen, noise_settings="b=0.3")
+    made = sampled(server, graph, "knobs")
+    torch.testing.assert_close(made, alone(server, graph), **NEAR)
+    for name in ("method_settings", "noise"):
+        plain = short(seed=9, **{**chosen, name: {"noise": "white"}.get(name, "")})
+        assert not torch.allclose(made, sampled(server, plain, f"no_{name}"))
+
+
+def test_knobs_reach_the_custom_sampler(server: Server) -> None:
+    none = custom(method="self-refine", method_settings="750=0,500=0")
+    plain = sampled(server, custom(), "plain", "9")
+    assert torch.equal(sampled(server, none, "none", "9"), plain)
+    assert not torch.equal(sampled(server, custom(method="self-refine"), "some", "9"), plain)
+
+
+@pytest.mark.parametrize(
+    ("graph", "word"),
+    [
+        (short(method="ttc", method_settings="threshold=1"), "knob"),
+        (short(noise="pink"), "pink"),
+        (short(method="no-such"), "no-such"),
+        (custom(method_settings="candidates=3"), "knob"),
+    ],
+)
+def test_knobs_that_there_are_not_are_refused_when_the_prompt_is_queued(
+    graph: dict, word: str, server: Server
+) -> None:
+    with pytest.raises(Refused, match=word):
+        server.queue(graph)
 
 
 def with_reward(graph: dict, key: str, method: str) -> dict:
