@@ -23,7 +23,7 @@ def refusal(server: Server, graph: dict) -> str:
 def test_prompts_that_cannot_run_are_refused_with_what_to_do(server: Server) -> None:
     assert "17 and 21" in refusal(server, short(20))
     assert "16381" in refusal(server, short(99997))
-    assert "value_not_in_list" in refusal(server, short(method="none"))
+    assert "self-refine" in refusal(server, short(method="none"))
     assert "value_bigger_than_max" in refusal(server, short(width=99999))
     graph = small("self_forcing")
     graph["1"]["inputs"]["file"] = "../../secret.pt"
