@@ -1,4 +1,4 @@
-"""What `gpu.py` measures, one function a section; each returns what its JSON holds."""
+"""Sections of `gpu.py`: each function measures one and returns its figures for the JSON."""
 
 import statistics
 import sys

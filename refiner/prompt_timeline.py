@@ -31,6 +31,7 @@ __all__ = [
 
 
 EXTENDED = "flush 1"  # how a new prompt takes over an extended clip, unless said otherwise
+LONGEST = 24 * 3600 * FPS  # pixel frames of an endless run in which a prompt may start
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,6 @@ class PlacedTimeline:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.sections))
-
-
-LONGEST = 24 * 3600 * FPS  # pixel frames of an endless run in which a prompt may start
 
 
 def chunks_of(plan: RunPlan) -> tuple[Chunk, ...]:

@@ -365,15 +365,6 @@ def _entry(section: Section) -> dict[str, object]:
     return entry
 
 
-def _name(transition: Transition) -> str:
-    match transition:
-        case Recache(frames):
-            return "recache" if frames == PRESET_FRAMES else f"recache {frames}"
-        case Flush(frames):
-            return f"flush {frames}"
-    return "cut" if isinstance(transition, Cut) else "keep"
-
-
 def transition_name(transition: Transition) -> str:
     """Return a transition as a line of a timeline has it."""
     match transition:

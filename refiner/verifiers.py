@@ -34,7 +34,7 @@ def choose_method(text: str, verifier: Verifier | None = None) -> Method:
 
 @dataclass(frozen=True, slots=True)
 class SearchPlan:
-    """What a search chooses by: the sum of rewards of the decoded frames under a prompt."""
+    """The criterion of a search: the sum of rewards of the decoded frames under a prompt."""
 
     method: str  # one of SEARCHES, with knobs
     rewards: tuple[RewardConfig, ...]

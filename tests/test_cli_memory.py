@@ -1,4 +1,4 @@
-"""Which memory a command gets that names none."""
+"""The memory of a command that names none."""
 
 import pytest
 

@@ -284,3 +284,13 @@ def test_a_placed_timeline_is_written_as_text_that_gives_it_again(text) -> None:
     sections = parse_timeline(text)
     if "|" not in text:
         assert read(format_sections(sections)) == read(text)
+
+
+def test_an_endless_run_takes_times_alone() -> None:
+    plan = RunPlan(PRESETS["self-forcing"].changed(window=9, sink=3), None, 4, 4)
+    placed = place_sections(parse_timeline("a\n5s b\n1439:00 c"), plan)
+    first, second, last = (section.scene for section in placed.sections)
+    assert (first.start, second.start, second.transition) == (0, 21, Recache(9))
+    assert 4 * last.start - 3 >= 1439 * 60 * 16 > 4 * (last.start - 3) - 3
+    with pytest.raises(ValueError, match="endless"):
+        place_sections(parse_timeline("a | b"), plan)

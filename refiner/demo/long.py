@@ -67,7 +67,7 @@ ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class LongOptions:
-    """How many times the trained length, and how many captions of it."""
+    """The sizes of a measurement: pairs of a multiple of the trained length and captions."""
 
     lengths: tuple[tuple[int, int], ...] = ((4, 32), (16, 16))
 

@@ -1,4 +1,4 @@
-"""How soon a new prompt rules, by transition and window: `autorefiner demo transitions`."""
+"""Measure how soon a new prompt rules, by transition and window: `demo transitions`."""
 
 import json
 from collections.abc import Sequence

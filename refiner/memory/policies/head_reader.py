@@ -1,4 +1,4 @@
-"""What head-windows reads in one memory."""
+"""The state of head-windows in one memory: it chooses segments and reads by head."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Which tokens of one memory are merged, and how `Merge` reads them."""
+"""The state of `Merge` in one memory: it chooses the tokens to merge, and reads them."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ HIDDEN = -1e4
 
 
 class Choice(NamedTuple):
-    """What a chunk merges in a layer: tensors [B, F, S] for all frames of the window."""
+    """The merges of a chunk in a layer: tensors [B, F, S] for all frames of the window."""
 
     chunk: tuple[int, ...]  # absolute latent indices
     remaining: int  # most tokens that remain in a sample

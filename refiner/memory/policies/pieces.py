@@ -1,4 +1,4 @@
-"""What policies share that choose by head or by token: pieces of frames, and masks."""
+"""Pieces of frames and masks, for policies that choose by head or by token."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
