@@ -89,6 +89,7 @@ class Rollout:
     dtype: torch.dtype = torch.float32
     callback: Callable[[Progress], None] | None = None
     given: Sequence[tuple[Tensor, Chunk]] = ()  # clean latents that the new chunks follow
+    source: Tensor | None = None  # clean latents [B, C, F, h, w] that the new chunks start from
     candidate: int = 0
     refiner: Refiner | None = None
     refiner_text: list[KeyValue] | None = None
@@ -112,6 +113,7 @@ class Rollout:
         caches: Iterable[Hashable] = (),
         refiner: Refiner | None = None,
         initial: Tensor | None = None,
+        source: Tensor | None = None,
         callback: Callable[[Progress], None] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -119,8 +121,9 @@ class Rollout:
         """Prepare the run of a plan.
 
         `context` is [1 or B, L, text_dim], or a timeline of contexts; `initial` holds the plan's
-        given clean latents. `device` and `dtype` of a pass default to those of the weights; a host
-        that stores weights elsewhere passes those it computes with.
+        given clean latents, `source` those of another clip, from which the chunks start. `device`
+        and `dtype` of a pass default to those of the weights; a host that stores weights elsewhere
+        passes those it computes with.
         """
         parameter = next(network.model.parameters())
         device, dtype = device or parameter.device, dtype or parameter.dtype
@@ -141,6 +144,7 @@ class Rollout:
                 (latents_of(chunk, initial).to(device, torch.float32), chunk)
                 for chunk in plan.given_chunks
             ],
+            source=source,
             refiner=refiner,
             refiner_text=refiner.text(opening, plan.batch) if refiner else None,
             timeline=timeline,
@@ -176,6 +180,17 @@ class Rollout:
     def cache(self, name: Hashable = None) -> Memory:
         """Return a memory by name; None is the main one."""
         return self.memory if name is None else self.caches[name]
+
+    def begin(self, chunk: Chunk) -> Tensor:
+        """Return the latents that a chunk starts from, at its first level.
+
+        They are its initial noise, or the source's frames under as much of it as the level has.
+        """
+        level = chunk.levels[0]
+        if self.source is None:
+            return self.draw(chunk, level)
+        x0 = latents_of(chunk, self.source).to(self.device, self.dtype)
+        return self.renoise(x0, level, chunk)
 
     def draw(
         self,

@@ -26,6 +26,7 @@ def sample(
     seed: int = 0,
     noise: NoiseSource | None = None,
     initial: Tensor | None = None,
+    source: Tensor | None = None,
     method: Method | Callable | None = None,
     refiner: Refiner | None = None,
     callback: Callable[[Progress], None] | None = None,
@@ -35,7 +36,9 @@ def sample(
     """Yield the x0 [B, C, F, h, w] (fp32) of each new chunk as soon as it is committed.
 
     `context` is [1 or B, L, text_dim], or a timeline of contexts; `initial` holds the `plan.given`
-    clean latents [B, C, given, h, w] to continue; `noise` replaces the seed's white noise; `method`
+    clean latents [B, C, given, h, w] to continue; `source` holds the clean latents [B, C, F, h, w]
+    of another clip, at least as long, and every chunk starts from its frames with the noise of the
+    chunk's first level; `noise` replaces the seed's white noise; `method`
     defaults to Self-Forcing; `refiner` refines the noise of either source. `device` and `dtype` of
     a pass default to those of the weights; a host that stores weights elsewhere (offloaded,
     quantised) passes those it computes with. Closing the iterator frees the memory. Raises
@@ -45,6 +48,7 @@ def sample(
     method = as_method(method or self_forcing())
     method.check(plan.preset, refiner.cache if refiner else None)
     check_initial(initial, plan, network)
+    check_source(source, plan, network)
     timeline = context if isinstance(context, Timeline) else Timeline.of(context)
     check_prompts(timeline, plan.batch)
     check_switches(timeline, plan, method)
@@ -58,6 +62,7 @@ def sample(
         caches=method.caches(plan.levels),
         refiner=refiner,
         initial=initial,
+        source=source,
         callback=callback,
         device=device,
         dtype=dtype,
@@ -80,6 +85,22 @@ def check_initial(initial: Tensor | None, plan: RunPlan, network: CausalWan) -> 
         came = tuple(initial.shape)
         raise ValueError(f"latents to start from: {came} came, the plan expects {shape}")
     check_finite(initial, "the clip to start from")
+
+
+def check_source(source: Tensor | None, plan: RunPlan, network: CausalWan) -> None:
+    """Raise ValueError unless the latents to start chunks from are finite and long enough."""
+    if source is None:
+        return
+    if plan.endless:
+        raise ValueError("an endless run cannot start from a clip: give the run a length")
+    frames = plan.given + plan.frames
+    shape = (plan.batch, network.config.in_dim, source.shape[2], plan.height, plan.width)
+    if tuple(source.shape) != shape or source.shape[2] < frames:
+        expected = (*shape[:2], frames, *shape[3:])
+        raise ValueError(
+            f"latents to start chunks from: {tuple(source.shape)} came, the plan expects {expected}"
+        )
+    check_finite(source, "the clip to start chunks from")
 
 
 def check_prompts(timeline: Timeline[Tensor], batch: int) -> None:

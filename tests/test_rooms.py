@@ -35,6 +35,7 @@ ROOMS = {
     "samplers": NETWORK | {"rollout", "timeline"},
     "estimate": {"wan", "memory"},
     "sample": SAMPLING,
+    "recipe": NETWORK | {"noise", "run_plan"},
     "refiner_plan": NETWORK | {"noise"},
     "latents": TOOLS | {"schedule", "estimate"},
     "outputs": TOOLS | {"latents"},

@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ class Draw:
     step: int  # nominal, of the level that the noise leads to
     repeat: int = 0  # of the level
     candidate: int = 0  # of a search
+    take: int = 0  # of the chunk: raised each time that it is rerolled
 
 
 class NoiseSource(Protocol):
@@ -36,9 +37,10 @@ class NoiseSource(Protocol):
 class WhiteNoise:
     """Gaussian noise, from one CPU generator per sample, chunk and draw.
 
-    A generator is seeded by (seed, sample, first latent frame, nominal step, repeat, candidate), so
-    a seed gives the same noise on every device, at every batch size, in a resumed run, and at the
-    levels that two level lists share. The global generator is not used. `first` is the number of
+    A generator is seeded by (seed, sample, first latent frame, nominal step, repeat, candidate) and
+    by the take where it is not 0, so a seed gives the same noise on every device, at every batch
+    size, in a resumed run, and at the levels that two level lists share. The global generator is
+    not used. `first` is the number of
     the batch's first sample. Raises ValueError for a seed that does not fit into 64 bits.
     """
 
@@ -52,11 +54,27 @@ class WhiteNoise:
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
         samples = []
         for sample in range(self.first, self.first + shape[0]):
-            key = (sample, chunk.start, draw.step, draw.repeat, draw.candidate)
-            digest = hashlib.blake2b(struct.pack("<6q", self.seed, *key), digest_size=8).digest()
+            key = (self.seed, sample, chunk.start, draw.step, draw.repeat, draw.candidate)
+            key += (draw.take,) if draw.take else ()
+            digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
             samples.append(torch.randn(shape[1:], generator=generator))
         return torch.stack(samples)
+
+
+@dataclass(frozen=True, slots=True)
+class RerolledNoise:
+    """Draw the chunks from an index on in another take: a pair (index, takes) for each reroll.
+
+    The takes of several rerolls add up.
+    """
+
+    source: NoiseSource
+    rerolls: tuple[tuple[int, int], ...]
+
+    def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
+        take = sum(takes for index, takes in self.rerolls if chunk.index >= index)
+        return self.source(chunk, replace(draw, take=draw.take + take), shape)
 
 
 @dataclass(frozen=True, slots=True)

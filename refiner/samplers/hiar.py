@@ -42,7 +42,7 @@ def run(rollout: Rollout) -> Iterator[Tensor]:
         for chunk, level, below in reversed(wave):  # they do not depend on each other
             cache = level.step if below else None
             x = latents.pop(chunk.index, None)
-            x = rollout.draw(chunk, level) if x is None else x
+            x = rollout.begin(chunk) if x is None else x
             x0 = rollout.predict(x, level, chunk, cache=cache)
             if below is None:
                 rollout.commit(x0, chunk)

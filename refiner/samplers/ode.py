@@ -28,7 +28,7 @@ def run(rollout: Rollout) -> Iterator[Tensor]:
     """
     for chunk in rollout:
         level, *rest = chunk.levels
-        x = rollout.draw(chunk, level)
+        x = rollout.begin(chunk)
         x0 = rollout.predict(x, level, chunk)
         for below in rest:
             implied = (x - (1 - level.sigma) * x0) / level.sigma

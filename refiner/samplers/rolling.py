@@ -60,7 +60,7 @@ def run(rollout: Rollout) -> Iterator[Tensor]:
     for wave in waves(rollout):
         newest = wave[-1]
         if newest.chunk.index not in latents:
-            latents[newest.chunk.index] = rollout.draw(newest.chunk, newest.level)
+            latents[newest.chunk.index] = rollout.begin(newest.chunk)
         inputs = [(latents[chunk.index], level, chunk) for chunk, level, _ in wave]
         predictions = rollout.predict_together(inputs)
         for (chunk, _, below), x0 in zip(wave, predictions, strict=True):

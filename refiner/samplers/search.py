@@ -93,7 +93,7 @@ def search_over_path(verifier: Verifier, candidates: int = 5) -> Method:
             for level in chunk.levels:
                 predictions = []
                 for fork in forks:
-                    x = fork.draw(chunk, level) if x0 is None else fork.renoise(x0, level, chunk)
+                    x = fork.begin(chunk) if x0 is None else fork.renoise(x0, level, chunk)
                     predictions.append(fork.predict(x, level, chunk))
                 x0 = rollout.select(predictions, score_all(judge, predictions, chunk))
             judge.keep(x0, chunk)

@@ -25,7 +25,7 @@ def run(rollout: Rollout) -> Iterator[Tensor]:
 def predict_chunk(rollout: Rollout, chunk: Chunk) -> Tensor:
     """Return the x0 of a chunk after all its levels."""
     first, *rest = chunk.levels
-    x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+    x0 = rollout.predict(rollout.begin(chunk), first, chunk)
     for level in rest:
         x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
     return x0

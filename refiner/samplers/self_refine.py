@@ -61,7 +61,7 @@ def run(rollout: Rollout, repeat: Repeat) -> Iterator[Tensor]:
     """Yield the x0 [B, C, F, h, w] of each chunk."""
     for chunk in rollout:
         first, *rest = chunk.levels
-        x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+        x0 = rollout.predict(rollout.begin(chunk), first, chunk)
         for level in rest:
             x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
             x0 = repeat(rollout, x0, level, chunk)

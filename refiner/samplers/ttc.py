@@ -35,7 +35,7 @@ def ttc(below: int = 600, count: int = 1, anchor: int = 1) -> Method:
             rollout.cache(first_frames).flush(0)
         for chunk in rollout:
             first, *rest = chunk.levels
-            x0 = rollout.predict(rollout.draw(chunk, first), first, chunk)
+            x0 = rollout.predict(rollout.begin(chunk), first, chunk)
             for level in rest:
                 x0 = rollout.predict(rollout.renoise(x0, level, chunk), level, chunk)
                 x0 = corrected(rollout, x0, level, chunk, corrections(level, chunk), first_frames)
