@@ -63,30 +63,33 @@ def distinct(steps: Sequence[int]) -> list[int]:
 class GuiderNoise:
     """Start chunks from their frames of NOISE; draw all else from `later`.
 
-    The candidates of a search beside the first draw from `later` at every level.
+    The candidates of a search beside the first, rerolled chunks, and chunks after the end of NOISE
+    draw from `later` at every level.
     """
 
     noise_BCFhw: Tensor
     later: NoiseSource
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        if draw.step != chunk.levels[0].step or draw.candidate:
+        noise = self.noise_BCFhw[:, :, chunk.start : chunk.start + chunk.length]
+        is_first = draw.step == chunk.levels[0].step
+        if not is_first or draw.candidate or draw.take or noise.shape[2] < chunk.length:
             return self.later(chunk, draw, shape)
-        return self.noise_BCFhw[:, :, chunk.start : chunk.start + chunk.length]
+        return noise
 
 
 @dataclass(frozen=True, slots=True)
 class CoreNoise:
     """The noise that ComfyUI's SamplerARVideo draws between levels, which depends on the device.
 
-    It has none for repeats and candidates, which get white noise of the same seed.
+    It has none for repeats, candidates and takes, which get white noise of the same seed.
     """
 
     seed: int
     device: torch.device
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        if draw.repeat or draw.candidate:
+        if draw.repeat or draw.candidate or draw.take:
             return WhiteNoise(self.seed % SEEDS)(chunk, draw, shape)
         level = [level.step for level in chunk.levels].index(draw.step)
         seed = (self.seed + 1000 * chunk.index + level - 1) % (2 * SEEDS)

@@ -9,11 +9,12 @@ from ..refiner.noise.file import RefinerCard
 from ..refiner.refiner_plan import Form, RefinerPlan, check_fit
 from ..refiner.wan.lora import LoraPair
 from ..refiner.wan.transformer import WanConfig
+from .identity import Referable
 from .options import CacheOptions, ChunkSchedule
 
 
 @dataclass(frozen=True, slots=True)
-class RefinerLora:
+class RefinerLora(Referable):
     """A loaded or trained refiner: factors by layer, its card, and the options of its use."""
 
     name: str

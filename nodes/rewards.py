@@ -13,6 +13,7 @@ from ..refiner.training.rewards.clip import FORMULAS
 from ..refiner.training.rewards.reward import Mixture, Reward
 from .api import CATEGORY, host, io
 from .compare import EITHER, PIXEL_BYTES
+from .identity import Referable
 
 RewardType = io.Custom("REWARD")
 FOLDER = "rewards"  # of models/
@@ -20,7 +21,7 @@ BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, slots=True)
-class Rewards:
+class Rewards(Referable):
     """Loaded rewards with their weights; `descriptions` identify them in a training's state."""
 
     parts: tuple[tuple[Reward, float], ...]

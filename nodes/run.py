@@ -1,10 +1,10 @@
 """A sampling run of the sampler nodes: check it before anything is loaded, then sample the clip."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from ..refiner.memory.plan import MemoryPlan
 from ..refiner.memory.store import PlainStore
 from ..refiner.noise.refiner import Weights, own_weights
 from ..refiner.noise.source import NoiseSource
+from ..refiner.recipe import Recipe
 from ..refiner.refiner_plan import RefinerPlan
 from ..refiner.rollout import Progress
 from ..refiner.sample import RunPlan, finite, sample
 from ..refiner.samplers import SAMPLERS, Method
 from ..refiner.samplers.search import Verifier
-from ..refiner.schedule import Preset, latent_frames
+from ..refiner.schedule import Chunk, Preset, latent_frames
 from ..refiner.timeline import Timeline
 from ..refiner.wan.causal import CausalWan
 from ..refiner.wan.transformer import WanConfig
@@ -80,6 +81,11 @@ class Run:
     refined: RefinerPlan | None = None
     search: Search | None = None
     noise_text: str = WHITE  # describes `noise`
+    recipe: Recipe = field(default_factory=Recipe)  # as `noise` and the plan have it already
+    source: Tensor | None = None  # normalised latents [B, C, F, h, w] that chunks start from
+    given_noise: Tensor | None = None  # NOISE [B, C, F, h, w], where the run has one
+    objects: tuple[Any, ...] = ()  # inputs that the clip depends on by their identity
+    reused: int = 0  # the last given chunks, which are those of an earlier run
 
     def __post_init__(self) -> None:
         self.sampler().check(self.plan.preset, self.refined.cache if self.refined else None)
@@ -101,6 +107,16 @@ class Run:
         plan = self.plan
         return (plan.batch, CHANNELS, plan.given + plan.frames, plan.height, plan.width)
 
+    def after(self, chunks: Sequence[Tensor]) -> "Run":
+        """Return the run with its first new chunks, sampled by an earlier run, as given ones."""
+        if not chunks:
+            return self
+        begun = [] if self.initial is None else [self.initial.float().cpu()]
+        count = sum(chunk.shape[2] for chunk in chunks)
+        given, frames = self.plan.given + count, self.plan.frames - count
+        plan = replace(self.plan, given=given, frames=frames)
+        return replace(self, plan=plan, initial=torch.cat([*begun, *chunks], 2), reused=len(chunks))
+
     def clip(
         self,
         network: CausalWan,
@@ -111,14 +127,20 @@ class Run:
         stop: Callable[[], bool] | None = None,
         weights: Weights = own_weights,
         prompts: Timeline[str] | None = None,
+        finished: Callable[[Chunk, Tensor], None] | None = None,
     ) -> Tensor:
         """Sample the whole clip [B, C, F, h, w], normalised, fp32 on the CPU.
 
         Only one chunk at a time is on the device. The clip ends after the chunk at which `stop`
         returns True. `weights` returns a layer's weights for a merged refiner. `prompts` are the
-        texts of a timeline, for a search.
+        texts of a timeline, for a search. `finished` is called with each chunk as it is in the
+        clip, given ones first.
         """
-        clips = [] if self.initial is None else [self.initial.float().cpu()]
+        clips = []
+        for chunk, x0 in self._given():
+            clips.append(x0)
+            if finished is not None:
+                finished(chunk, x0)
         attached = nullcontext()
         if self.refined:
             attached = self.refined.attached(network, device, dtype, weights)
@@ -132,6 +154,7 @@ class Run:
                 seed=self.seed,
                 noise=self.noise,
                 initial=self.initial,
+                source=self.source,
                 method=self.sampler(verifier),
                 refiner=refiner,
                 callback=callback,
@@ -139,12 +162,23 @@ class Run:
                 dtype=dtype,
             )
             on_cpu = (chunk.float().cpu() for chunk in chunks)
-            for chunk in finite(on_cpu, len(self.plan.given_chunks)):
-                clips.append(chunk)
+            checked = finite(on_cpu, len(self.plan.given_chunks))
+            for chunk, x0 in zip(self.plan.chunks, checked, strict=True):
+                clips.append(x0)
+                if finished is not None:
+                    finished(chunk, x0)
                 if stop is not None and stop():
                     chunks.close()
                     break
         return torch.cat(clips, dim=2)
+
+    def _given(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield the given chunks with their latents."""
+        if self.initial is None:
+            return
+        initial = self.initial.float().cpu()
+        for chunk in self.plan.given_chunks:
+            yield chunk, initial[:, :, chunk.start : chunk.start + chunk.length]
 
 
 def video_latents(latent: dict, name: str) -> Tensor:

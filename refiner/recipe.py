@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .noise.source import NoiseSource, RerolledNoise
+from .noise.source import NoiseSource, RerolledNoise, Rerolls, take_of
 from .run_plan import RunPlan
 from .schedule import chunk_lengths
 
@@ -57,14 +57,19 @@ class Recipe:
                 lengths = _extended(lengths, command.number, plan)
         return sum(lengths)
 
-    def noise(self, white: NoiseSource) -> NoiseSource:
-        """Return white noise with the takes of this recipe; the same where nothing is rerolled."""
-        rerolls = [
-            (command.number - 1, command.times)
-            for command in self.commands
-            if command.verb == "reroll"
-        ]
-        return RerolledNoise(white, tuple(rerolls)) if rerolls else white
+    @property
+    def rerolls(self) -> Rerolls:
+        """The rerolls, by a chunk's index."""
+        rerolls = (command for command in self.commands if command.verb == "reroll")
+        return tuple((command.number - 1, command.times) for command in rerolls)
+
+    def take(self, index: int) -> int:
+        """Return the take of the chunk of an index."""
+        return take_of(index, self.rerolls)
+
+    def noise(self, source: NoiseSource) -> NoiseSource:
+        """Return a source with the takes of this recipe; the same where nothing is rerolled."""
+        return RerolledNoise(source, self.rerolls) if self.rerolls else source
 
     def _check(self, command: Command, given: int, count: int) -> None:
         if command.verb == "extend" or given < command.number <= count:

@@ -36,6 +36,7 @@ from .comfy_video import (  # noqa: F401, of NodeHost
     clip_frames,
     clip_size,
     decode,
+    encode,
     graph_metadata,
     output_path,
     show_pair,

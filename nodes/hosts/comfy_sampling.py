@@ -1,7 +1,7 @@
 """Sampling in ComfyUI: a run inside a guider, with its memory, previews, progress and
 interrupts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from ..passes import Passes
 from ..run import ModelFacts, Run, held_bytes
 from ..scenes import context_of, placed_scenes, scenes_text
 from . import comfy_layers, page
+from .comfy_held import continued, identity_of
 from .comfy_model import facts, network_of
 from .page import notice
 
@@ -107,15 +108,17 @@ def prompt_of(positive: list[dict], placed: PlacedTimeline | None) -> Tensor | T
 class PathwiseSampler(comfy.samplers.Sampler):
     """Run the core's loop inside a guider, which loads, patches and unloads the model.
 
-    `make_run` plans the run of (facts, NOISE, SIGMAS, seed). `reserved` says that the model was
-    loaded with room for the keys and values; else `sample` makes that room.
+    `make_run` plans the run of (facts, NOISE, SIGMAS, seed). `reserved_for` is the MODEL that was
+    loaded with room for the keys and values, by its identity; without it, `sample` makes that room.
     """
 
     def __init__(
-        self, make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run], reserved: bool
+        self,
+        make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run],
+        reserved_for: Hashable = None,
     ) -> None:
         self.make_run = make_run
-        self.reserved = reserved
+        self.reserved_for = reserved_for
         self.node, _ = page.this_run()  # the node on which the page shows the run
 
     def sample(
@@ -134,10 +137,11 @@ class PathwiseSampler(comfy.samplers.Sampler):
         positive = guider.conds.get("positive", [])
         placed = placed_scenes(positive, run)
         context = prompt_of(positive, placed)
-        if not self.reserved:
+        if self.reserved_for is None:
             make_room(model, held_bytes(run, known))
             if placed:
                 page.show(scenes_text(placed))
+        run, hold = continued(run, context, self.reserved_for or identity_of(model))
         options = extra_args["model_options"].get("transformer_options", {})
         network = causal_network(model, options)
         with page.watching(run, self.node, pictures_of(model)) as watch:
@@ -146,7 +150,15 @@ class PathwiseSampler(comfy.samplers.Sampler):
             weights = comfy_layers.weights_on(model.load_device, known.dtype)
             prompts = placed.timeline if placed else None
             clip = run.clip(
-                network, context, model.load_device, known.dtype, report, stop, weights, prompts
+                network,
+                context,
+                model.load_device,
+                known.dtype,
+                report,
+                stop,
+                weights,
+                prompts,
+                hold,
             ).to(noise.device)
         if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
             total = Passes(run).total
@@ -224,7 +236,7 @@ def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
     guider = comfy.samplers.CFGGuider(reserving(model, run))
     guider.inner_set_conds({"positive": positive})
     empty = torch.zeros(run.shape)
-    sampler = PathwiseSampler(lambda *_: run, reserved=True)
+    sampler = PathwiseSampler(lambda *_: run, reserved_for=identity_of(model))
     try:
         clip = guider.sample(
             empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=run.seed, disable_pbar=True
@@ -235,4 +247,4 @@ def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
 
 
 def make_sampler(options: SamplerOptions) -> PathwiseSampler:
-    return PathwiseSampler(options.run, reserved=False)
+    return PathwiseSampler(options.run)

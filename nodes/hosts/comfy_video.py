@@ -67,6 +67,11 @@ def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
         bar.update(1)
 
 
+def encode(vae: comfy.sd.VAE, images_FHWC: Tensor) -> Tensor:
+    wan_vae(vae)
+    return vae.encode(images_FHWC)
+
+
 def cache_layers(decoder: nn.Module) -> int:
     """Number of layers that cache frames between calls, by either name of ComfyUI's function."""
     vae = comfy.ldm.wan.vae

@@ -116,6 +116,11 @@ class NodeHost(Protocol):
         """Count the runs of a node (by id) that were stopped early and must not be cached."""
         ...
 
+    def encode(self, vae: Vae, images_FHWC: Tensor) -> Tensor:
+        """Encode 1 + 4n frames in [0, 1] to raw latents [1, 16, 1 + n, h, w]; ValueError unless
+        the VAE is Wan2.1's."""
+        ...
+
     def decode(self, vae: Vae, raw_1CFhw: Tensor) -> Iterator[Tensor]:
         """Decode one clip piecewise: frames [f, H, W, 3] in [0, 1], fp32 on the CPU."""
         ...

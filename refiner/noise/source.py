@@ -62,19 +62,24 @@ class WhiteNoise:
         return torch.stack(samples)
 
 
+Rerolls = tuple[tuple[int, int], ...]  # pairs (index of a chunk, takes), for it and later chunks
+
+
+def take_of(index: int, rerolls: Rerolls) -> int:
+    """Return the take of the chunk of an index: those of several rerolls add up."""
+    return sum(takes for first, takes in rerolls if index >= first)
+
+
 @dataclass(frozen=True, slots=True)
 class RerolledNoise:
-    """Draw the chunks from an index on in another take: a pair (index, takes) for each reroll.
-
-    The takes of several rerolls add up.
-    """
+    """Draw rerolled chunks in another take."""
 
     source: NoiseSource
-    rerolls: tuple[tuple[int, int], ...]
+    rerolls: Rerolls
 
     def __call__(self, chunk: Chunk, draw: Draw, shape: tuple[int, ...]) -> Tensor:
-        take = sum(takes for index, takes in self.rerolls if chunk.index >= index)
-        return self.source(chunk, replace(draw, take=draw.take + take), shape)
+        draw = replace(draw, take=draw.take + take_of(chunk.index, self.rerolls))
+        return self.source(chunk, draw, shape)
 
 
 @dataclass(frozen=True, slots=True)
