@@ -26,12 +26,13 @@ from .prompt_timeline import (
     place_sections,
     with_default,
 )
+from .recipe import parse_recipe
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan, for_length, suggested
 from .sample import check_switches
 from .samplers import Method
-from .schedule import Preset, get_preset, latent_frames
+from .schedule import Preset, first_pixel_frame, get_preset, latent_frames
 from .verifiers import SearchPlan, choose_method
 from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
 from .wan.transformer import WanConfig
@@ -99,6 +100,8 @@ class Job:
             metadata["memory"] = self.memory
         if options.positions:
             metadata["positions"] = options.positions
+        if options.recipe:
+            metadata["recipe"] = str(parse_recipe(options.recipe))
         if not self.plan.store.exact:
             metadata["store"] = options.store
         if options.lora:
@@ -155,6 +158,11 @@ def prepare(options: GenerateOptions) -> Job:
     new = None if total is None else total - given
     store = get_store(options.store)
     plan = RunPlan(preset, new, *shape[1:], given=given, policy=policy, store=store)
+    recipe = parse_recipe(options.recipe)
+    if recipe.commands:
+        total = recipe.frames(plan)
+        options = replace(options, frames=first_pixel_frame(total))
+        plan = replace(plan, frames=total - given)
     shaped = choose(options.noise, NOISES, "noise")
     timeline = plan_timeline(options, plan, extended)
     if timeline:
@@ -174,7 +182,7 @@ def prepare(options: GenerateOptions) -> Job:
         preset_reason=reason,
         plan=plan,
         method=method,
-        noise=shaped(WhiteNoise(options.seed), preset.chunk),
+        noise=shaped(recipe.noise(WhiteNoise(options.seed)), preset.chunk),
         device=device,
         dtype=dtype,
         initial=initial,

@@ -16,7 +16,7 @@ DECIDING = {
     name: "none" for name in ("model", "dtype", "preset", "seed", "levels", "window", "method")
 }
 DECIDING |= {"lora": "none", "reward": "none", "refiner": "none", "weights": "auto", "noise": "1"}
-DECIDING |= {"memory": "window", "positions": "the preset's", "store": "plain"}
+DECIDING |= {"memory": "window", "positions": "the preset's", "store": "plain", "recipe": ""}
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class GenerateOptions:
     store: str = "plain"  # one of STORES
     memory: str | None = None  # one of POLICIES, with knobs; None: the preset's
     noise: str = "white"  # one of NOISES, with knobs
+    recipe: str = ""  # chunks to reroll, an end or an extension, as `refiner.recipe` reads them
     refiner: str | None = None
     refiner_strength: float = 1.0
     refined_levels: tuple[int, ...] | None = None  # None: those it was trained for

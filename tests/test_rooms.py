@@ -53,7 +53,8 @@ ROOMS = {
     "calibrate": TRAINED | {"generate", "job", "request"},
     "train_config": TRAINED | {"bundles", "choices", "training"},
     "verifiers": TRAINED | {"bundles", "choices", "request", "train_config", "training"},
-    "job": TRAINED | {"bundles", "choices", "device", "refiner_plan", "request", "verifiers"},
+    "job": TRAINED
+    | {"bundles", "choices", "device", "recipe", "refiner_plan", "request", "verifiers"},
     "generate": TRAINED | {"job"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }

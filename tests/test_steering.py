@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from autorefiner.refiner.cli import main
+from autorefiner.refiner.latents import read_latents
 from autorefiner.refiner.noise.source import Draw, RerolledNoise, WhiteNoise
 from autorefiner.refiner.noise.sources import NOISES
 from autorefiner.refiner.recipe import Recipe, parse_recipe
@@ -19,6 +21,7 @@ from autorefiner.refiner.timeline import Flush, Keep, Recache, Scene, Timeline
 from autorefiner.refiner.wan.transformer import WanConfig
 
 from tiny import tiny_network
+from tiny_command import command, write_files
 
 CONFIG = WanConfig(dim=128, num_heads=2, ffn_dim=64, num_layers=1, text_dim=32, text_len=8)
 SF = PRESETS["self-forcing"]
@@ -195,3 +198,16 @@ def test_a_clip_goes_on_from_its_first_chunks_bit_for_bit(network, transition, f
     rest = plan_of(FRAMES - first, first, preset)
     later = run(network, rest, initial=whole[:, :, :first], **options)
     assert torch.equal(later, whole[:, :, first:])
+
+
+def test_generate_samples_a_recipe(tmp_path) -> None:
+    files = write_files(tmp_path)
+    clips = {}
+    for name, recipe in (("whole", ""), ("other", "reroll 3; keep 3; extend 1")):
+        out = tmp_path / f"{name}.mp4"
+        assert main([*command(files, out, "--save-latents"), "--recipe", recipe]) == 0
+        clips[name], metadata = read_latents(out.with_suffix(".latents.safetensors"))
+    assert clips["other"].shape[2] == clips["whole"].shape[2] + 3
+    assert torch.equal(clips["other"][:, :, :6], clips["whole"][:, :, :6])
+    assert not torch.equal(clips["other"][:, :, 6:9], clips["whole"][:, :, 6:])
+    assert (metadata["recipe"], metadata["frames"]) == ("reroll 3; keep 3; extend 1", "45")

@@ -158,6 +158,11 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--store", choices=STORES, default="plain", help=about)
     about = f"{', '.join(NOISES)}; with knobs like antiphase:rho=0.2"
     group.add_argument("--noise", default="white", metavar=knobs, help=about)
+    about = (
+        "chunks to draw again and where to end: `reroll CHUNK [TIMES]`, `keep CHUNK`, `extend"
+        " CHUNKS`, with ; between"
+    )
+    group.add_argument("--recipe", default="", metavar="TEXT", help=about)
 
 
 def add_refiner(group: argparse._ArgumentGroup) -> None:
