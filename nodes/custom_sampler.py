@@ -1,10 +1,13 @@
 """Pathwise Refined SAMPLER: chunk-by-chunk sampling inside SamplerCustomAdvanced."""
 
+from ..refiner.recipe import parse_recipe
 from .api import CATEGORY, host, io
 from .guided import FRESH_NOISE, SamplerOptions
 from .knobs import check_knobs, method_text
-from .sampler import options_of_run
+from .sampler import options_of_run, recipe_input
+from .sampler_plan import objects_of
 from .search import CANDIDATES, METHODS, search_of
+from .starts import start_latents
 
 
 class PathwiseRefinedCustomSampler(io.ComfyNode):
@@ -30,6 +33,7 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
                     " that ComfyUI's SamplerARVideo draws, to reproduce its results.",
                 ),
                 *options_of_run(schedule="Chunk size; levels that contradict SIGMAS are an error."),
+                recipe_input(),
             ],
             outputs=[
                 io.Sampler.Output(tooltip="For SamplerCustomAdvanced, with a guider at cfg 1.")
@@ -39,11 +43,13 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, method: str | None = None, method_settings: str | None = None
-    ) -> bool | str:
+        cls, method: str | None = None, method_settings: str | None = None,
+        recipe: str | None = None,
+    ) -> bool | str:  # fmt: skip
         """Check what is given; a linked widget is None, and checked when its value is known."""
         try:
             check_knobs(method, method_settings)
+            parse_recipe(recipe or "")
         except ValueError as error:
             return str(error)
         return True
@@ -57,11 +63,12 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
     def execute(
         cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None,
         reflective_cache=None, reward=None, vae=None, prompt: str = "",
-        candidates: int = CANDIDATES, method_settings: str = "",
+        candidates: int = CANDIDATES, method_settings: str = "", recipe: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         method = method_text(method, method_settings)
         search = search_of(method, reward, vae, prompt, candidates)
         options = SamplerOptions(
-            method, fresh_noise, chunk_schedule, reflective_cache, start, refiner, search
-        )
+            method, fresh_noise, chunk_schedule, reflective_cache, start_latents(start, vae),
+            refiner, search, recipe, objects_of(refiner, search),
+        )  # fmt: skip
         return io.NodeOutput(host.make_sampler(options))

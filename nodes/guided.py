@@ -3,15 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..refiner.noise.source import Draw, NoiseSource, WhiteNoise
+from ..refiner.recipe import parse_recipe
 from ..refiner.schedule import STEPS, Chunk, Level, Preset
 from .options import CacheOptions, ChunkSchedule, preset_for
 from .refiner_plan import RefinerLora, plan_refiner
-from .run import ModelFacts, Run, Search, begun_from, plan_run, start_of, video_latents
+from .run import (
+    ModelFacts,
+    Run,
+    Search,
+    begun_from,
+    plan_run,
+    start_of,
+    steered,
+    video_latents,
+)  # fmt: skip
 
 SAME_SIGMA = 2e-3  # sigmas that differ by less count as one level
 SEEDS = 1 << 63  # number of seeds of WhiteNoise; NOISE has twice as many
@@ -111,6 +122,8 @@ class SamplerOptions:
     start: dict | None = None
     refiner: RefinerLora | None = None
     search: Search | None = None
+    recipe: str = ""
+    objects: tuple[Any, ...] = ()  # inputs that the clip depends on by their identity
 
     def run(self, facts: ModelFacts, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
         """Plan a run over NOISE [B, C, F, h, w] along SIGMAS.
@@ -130,10 +143,22 @@ class SamplerOptions:
         samples = video_latents({"samples": noise}, "latent_image")
         shape = (samples.shape[0], *samples.shape[2:])
         initial = begun_from(start_of(self.start, facts), shape)
+        recipe = parse_recipe(self.recipe)
         as_core = self.fresh_noise == FRESH_NOISE[1]
         later = CoreNoise(seed, noise.device) if as_core else WhiteNoise(seed % SEEDS)
-        plan, source = plan_run(preset, shape, initial, self.cache), GuiderNoise(samples, later)
-        return Run(plan, seed, self.method, initial, source, refined, self.search)
+        return Run(
+            steered(plan_run(preset, shape, initial, self.cache), recipe),
+            seed,
+            self.method,
+            initial,
+            recipe.noise(GuiderNoise(samples, later)),
+            refined,
+            self.search,
+            f"of NOISE, {self.fresh_noise}",
+            recipe=recipe,
+            given_noise=samples,
+            objects=self.objects,
+        )
 
 
 def check_agreement(preset: Preset, schedule: ChunkSchedule, levels: tuple[Level, ...]) -> None:

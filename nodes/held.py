@@ -121,7 +121,7 @@ def _facts(run: Run, model: Hashable, identities: Identities) -> tuple:
     if refined:
         parts.append((refined.form, refined.strength, refined.levels, repr(refined.cache)))
     if search:
-        parts.append(search.describe())
+        parts.append((search.describe(), search.prompt))
     return (*parts, *map(identities.of, run.objects))
 
 

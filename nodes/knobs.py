@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from ..refiner.choices import choose
-from ..refiner.noise.source import NoiseSource, WhiteNoise
 from ..refiner.noise.sources import NOISES
 from ..refiner.samplers import SAMPLERS
 from .api import io
@@ -68,11 +67,6 @@ def noise_text(noise: str, settings: str) -> str:
     text = named("noise", noise, settings, NOISES)
     choose(text, NOISES, "noise")
     return text
-
-
-def noise_source(text: str, seed: int, chunk: int) -> NoiseSource:
-    """Return the noise of a seed that `text` names, for chunks of so many latent frames."""
-    return choose(text, NOISES, "noise")(WhiteNoise(seed), chunk)
 
 
 def check_knobs(

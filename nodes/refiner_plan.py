@@ -39,14 +39,20 @@ def plan_refiner(
     run_levels: Sequence[int],
     schedule: ChunkSchedule | None,
     cache: CacheOptions | None,
+    goes_on: bool = False,
 ) -> RefinerPlan | None:
     """Plan a refiner for a run of these nominal levels; None without one, or at strength 0.
 
-    Raises ValueError when it does not fit the network or the levels.
+    In a run that `goes_on` from another clip, by default only the levels after the first are
+    refined: there is no prediction before it. None where the refiner has none of those. Raises
+    ValueError when it does not fit the network or the levels.
     """
     if refiner is None:
         return None
     card = refiner.card
+    levels = (schedule and schedule.refined) or None
+    if goes_on and levels is None:
+        levels = tuple(step for step in card.levels if step < max(run_levels))
     try:
         check_fit(refiner.pairs, config)
     except ValueError as error:
@@ -60,11 +66,11 @@ def plan_refiner(
             dtype,
             form=refiner.form,
             strength=refiner.strength,
-            levels=(schedule and schedule.refined) or None,
+            levels=levels,
             cache=cache.reflected(card.cache) if cache is not None else None,
         )
     except ValueError as error:
         raise ValueError(
             f"REFINER {refiner.name}, {error} with refined_levels of a Chunk Schedule"
         ) from error
-    return plan if refiner.strength else None
+    return plan if refiner.strength and plan.levels else None

@@ -29,6 +29,7 @@ from ..refiner.wan.vae import CHANNELS, normalized
 from .options import CacheOptions, memory_text
 
 CPU = torch.device("cpu")
+LONGEST = 16381  # pixel frames of a clip
 WHITE = "white"  # the noise of the models' training, in NOISES
 
 
@@ -46,6 +47,8 @@ class ModelFacts:
 
 class Search(Protocol):
     """A method that chooses among candidates by a reward (nodes/search.py)."""
+
+    prompt: str
 
     def sampler(self, verifier: Verifier | None = None) -> Method:
         """Return the method; without a verifier it can be checked and counted, but not run."""
@@ -181,6 +184,13 @@ class Run:
             yield chunk, initial[:, :, chunk.start : chunk.start + chunk.length]
 
 
+def check_length(length: int) -> None:
+    """Raise ValueError for pixel frames that no clip has."""
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"length {length}: a clip has 1 to {LONGEST} pixel frames")
+    latent_frames(length)
+
+
 def video_latents(latent: dict, name: str) -> Tensor:
     """Return the tensor [B, 16, F, h, w] of a LATENT; ValueError names the input."""
     samples = latent.get("samples")
@@ -256,6 +266,15 @@ def plan_run(
     given = 0 if initial is None else initial.shape[2]
     policy, store = (cache.policy, cache.store) if cache else (None, PlainStore)
     return RunPlan(preset, frames - given, height, width, batch, given, policy=policy, store=store)
+
+
+def steered(plan: RunPlan, recipe: Recipe) -> RunPlan:
+    """Return a plan as long as its recipe says; ValueError if no clip is that long."""
+    if not recipe.commands:
+        return plan
+    frames = recipe.frames(plan)
+    check_length(4 * frames - 3)
+    return replace(plan, frames=frames - plan.given)
 
 
 def memory_of(plan: RunPlan, facts: ModelFacts, refined: bool = False) -> MemoryPlan:

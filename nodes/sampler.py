@@ -1,27 +1,31 @@
 """Pathwise Refined Sampler: sample a clip chunk by chunk."""
 
-from ..refiner.schedule import latent_frames
+from typing import Any
+
+from ..refiner.recipe import parse_recipe
 from .api import CATEGORY, host, io
 from .cache import ReflectiveCacheType
 from .chunk_schedule import ChunkScheduleType
-from .knobs import check_knobs, method_inputs, method_text, noise_inputs, noise_source, noise_text
-from .options import FALLBACK, preset_for
+from .knobs import check_knobs, method_inputs, method_text, noise_inputs, noise_text
+from .options import FALLBACK
 from .refiner import RefinerType
-from .refiner_plan import plan_refiner
-from .run import WHITE, Run, begun_from, check_memory, clip_shape, plan_run, start_of, summary
+from .run import LONGEST, WHITE, check_length, check_memory, summary
+from .sampler_plan import SamplerInputs
 from .scenes import placed_scenes, scenes_text, sections_of
 from .search import CANDIDATES, METHODS, search_inputs, search_of
 
-LONGEST, WIDEST = 16381, 8192  # pixel frames; pixels of a side
+WIDEST = 8192  # pixels of a side
+START_LEVEL = 750
 
 
 def options_of_run(schedule: str) -> list:
     """Optional inputs that both samplers have; `schedule` is the tooltip of chunk_schedule."""
     return [
-        io.Latent.Input(
-            "start", optional=True,
-            tooltip="Clean latents to continue from: an encoded image (1 frame), or a clip of whole"
-            " chunks. Without it, the start image that ARVideoI2V put on the MODEL.",
+        io.MultiType.Input(
+            "start", types=[io.Latent, io.Image], optional=True,
+            tooltip="What to continue: clean latents of whole chunks, an image, or 1 + 4n frames of"
+            " a video; images need vae. Without it, the start image that ARVideoI2V put on the"
+            " MODEL.",
         ),
         RefinerType.Input(
             "refiner", optional=True,
@@ -37,11 +41,14 @@ def options_of_run(schedule: str) -> list:
     ]  # fmt: skip
 
 
-def check_length(length: int) -> None:
-    """Raise ValueError for pixel frames that no clip has."""
-    if not 1 <= length <= LONGEST:
-        raise ValueError(f"length {length}: a clip has 1 to {LONGEST} pixel frames")
-    latent_frames(length)
+def recipe_input() -> Any:
+    """Return the last input of both samplers."""
+    return io.String.Input(
+        "recipe", default="", optional=True,
+        tooltip="What you chose on the strip below: reroll 3 draws chunk 3 and later ones again"
+        " (reroll 3 2: twice), keep 4 ends the clip after chunk 4, extend 2 adds two chunks; with ;"
+        " between. Empty: the clip as its seed gives it.",
+    )  # fmt: skip
 
 
 class PathwiseRefinedSampler(io.ComfyNode):
@@ -98,6 +105,18 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 ),
                 *options_of_run(schedule="Levels and chunks of your own."),
                 *noise_inputs(),
+                io.MultiType.Input(
+                    "start_video", types=[io.Image, io.Video], optional=True,
+                    tooltip="Video to video: every chunk starts from these frames under the noise"
+                    " of start_level, instead of from noise alone. Needs vae, and as many frames as"
+                    " the clip.",
+                ),
+                io.Int.Input(
+                    "start_level", default=START_LEVEL, min=1, max=1000, optional=True,
+                    tooltip="A level of the model's (1000, 750, 500 or 250 for most), with"
+                    " start_video: the lower, the closer to the video.",
+                ),
+                recipe_input(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -111,13 +130,14 @@ class PathwiseRefinedSampler(io.ComfyNode):
     def validate_inputs(
         cls, length: int | None = None, method: str | None = None,
         method_settings: str | None = None, noise: str | None = None,
-        noise_settings: str | None = None,
+        noise_settings: str | None = None, recipe: str | None = None,
     ) -> bool | str:  # fmt: skip
         """Check what is given; a linked widget is None, and checked when its value is known."""
         try:
             if length is not None:
                 check_length(length)
             check_knobs(method, method_settings, noise, noise_settings)
+            parse_recipe(recipe or "")
         except ValueError as error:
             return str(error)
         return True
@@ -133,30 +153,26 @@ class PathwiseRefinedSampler(io.ComfyNode):
         method: str, latent=None, start=None, refiner=None, chunk_schedule=None,
         reflective_cache=None, reward=None, vae=None, prompt: str = "",
         candidates: int = CANDIDATES, method_settings: str = "", noise: str = WHITE,
-        noise_settings: str = "",
+        noise_settings: str = "", recipe: str = "", start_video=None,
+        start_level: int = START_LEVEL,
     ) -> io.NodeOutput:  # fmt: skip
-        method, noise = method_text(method, method_settings), noise_text(noise, noise_settings)
         scenes = sections_of([options for _, options in positive])
         text = scenes[0].prompt if scenes else prompt
-        search = search_of(method, reward, vae, text, candidates)
-        if latent is None:
-            check_length(length)
+        inputs = SamplerInputs(
+            width, height, length, batch_size, seed,
+            method=method_text(method, method_settings),
+            noise=noise_text(noise, noise_settings),
+            latent=latent, start=start, refiner=refiner, schedule=chunk_schedule,
+            cache=reflective_cache, search=search_of(method, reward, vae, text, candidates),
+            vae=vae, recipe=recipe, start_video=start_video, start_level=start_level,
+        )  # fmt: skip
         facts = host.facts(model)
         if facts.preset is None:
             host.notice(
                 f"MODEL does not say how it is sampled (use Load AR-VDM): {FALLBACK}'s preset is"
                 " taken"
             )
-        preset = preset_for(facts.preset, chunk_schedule, reflective_cache, refiner is not None)
-        refined = plan_refiner(
-            refiner, facts.config, facts.dtype, preset.all_levels, chunk_schedule, reflective_cache
-        )
-        shape = clip_shape(latent, width, height, length, batch_size)
-        initial = begun_from(start_of(start, facts), shape)
-        plan = plan_run(preset, shape, initial, reflective_cache)
-        source = noise_source(noise, seed, preset.chunk)
-        run = Run(plan, seed, method, initial, source, refined, search, noise)
-        run = host.settled(model, run)
+        run = host.settled(model, inputs.run(facts))
         placed = placed_scenes([options for _, options in positive], run)
         check_memory(run, facts)
         lines = [summary(run, facts)] + ([scenes_text(placed)] if placed else [])

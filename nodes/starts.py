@@ -17,8 +17,12 @@ PIXEL_BYTES = 40  # a colour value while a clip is read, scaled and encoded
 PIECE = 16  # frames scaled together
 
 
-def start_latents(start: Any, vae: Any, height: int, width: int) -> dict | None:
+def start_latents(
+    start: Any, vae: Any, height: int | None = None, width: int | None = None
+) -> dict | None:
     """Return `start` as a LATENT: an IMAGE is scaled to the clip's latent size and encoded.
+
+    Without a size it keeps its own, cut to multiples of 16 pixels.
 
     Raises ValueError for images without a VAE, or of a number that no clip has.
     """
@@ -29,7 +33,8 @@ def start_latents(start: Any, vae: Any, height: int, width: int) -> dict | None:
         raise ValueError(
             f"start holds {frames} images: give 1, or 1 + 4n frames of a video that goes on"
         )
-    return {"samples": encoded(start, "start", vae, height, width)}
+    rows, columns = (max(2, side // 16 * 2) for side in start.shape[1:3])
+    return {"samples": encoded(start, "start", vae, height or rows, width or columns)}
 
 
 def started_at(preset: Preset, level: int) -> Preset:
