@@ -1,4 +1,4 @@
-"""Pathwise Refined SAMPLER: chunk-by-chunk sampling inside SamplerCustomAdvanced."""
+"""Pathwise Refined Sampler (custom): chunk-by-chunk sampling inside SamplerCustomAdvanced."""
 
 from ..refiner.recipe import parse_recipe
 from .api import CATEGORY, host, io
@@ -15,12 +15,12 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AutoRefinerCustomSampler",
-            display_name="Pathwise Refined SAMPLER",
+            display_name="Pathwise Refined Sampler (custom)",
             category=CATEGORY,
             description="Chunk-by-chunk sampling for SamplerCustomAdvanced. Noise, levels and"
             " prompt come from NOISE, SIGMAS and GUIDER; chunk size and window from the model's"
             " preset.",
-            search_aliases=["SamplerARVideo", "custom sampler"],
+            search_aliases=["SamplerARVideo", "custom sampler", "wan", "self forcing"],
             inputs=[
                 io.Combo.Input(
                     "method", options=list(METHODS), default="self-forcing",
@@ -62,11 +62,11 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, method: str, fresh_noise: str, start=None, refiner=None, chunk_schedule=None,
-        reflective_cache=None, reward=None, vae=None, prompt: str = "",
+        reflective_cache=None, search=None, reward=None, vae=None, prompt: str = "",
         candidates: int = CANDIDATES, method_settings: str = "", recipe: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         method = method_text(method, method_settings)
-        search = search_of(method, reward, vae, prompt, candidates)
+        search = search_of(method, search, reward, vae, prompt, candidates)
         options = SamplerOptions(
             method, fresh_noise, chunk_schedule, reflective_cache, start_latents(start, vae),
             refiner, search, recipe, objects_of(refiner, search),

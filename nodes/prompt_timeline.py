@@ -35,7 +35,7 @@ class PromptTimeline(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(
                     tooltip="For positive of Pathwise Refined Sampler, or for a BasicGuider with"
-                    " Pathwise Refined SAMPLER.",
+                    " Pathwise Refined Sampler (custom).",
                 ),
             ],
         )  # fmt: skip

@@ -13,6 +13,7 @@ from .prompt_timeline import PromptTimeline
 from .refiner import LoadRefiner, SaveRefiner
 from .rewards import LoadReward, ScoreVideo
 from .sampler import PathwiseRefinedSampler
+from .search import SearchByReward
 from .train import TrainRefiner
 
 NODES = (
@@ -30,6 +31,7 @@ NODES = (
     CompareVideos,
     TrainRefiner,
     LoadReward,
+    SearchByReward,
     ScoreVideo,
 )
 

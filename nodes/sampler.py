@@ -16,6 +16,11 @@ from .search import CANDIDATES, METHODS, search_inputs, search_of
 
 WIDEST = 8192  # pixels of a side
 START_LEVEL = 750
+ALIASES = [
+    "self forcing", "causal", "autoregressive", "ar video", "wan", "long video", "extend",
+    "continue video", "text to video", "t2v", "image to video", "i2v", "video to video", "v2v",
+    "reroll", "live preview", "causvid", "longlive", "krea",
+]  # fmt: skip
 
 
 def options_of_run(schedule: str) -> list:
@@ -60,7 +65,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
             category=CATEGORY,
             description="Samples a video chunk by chunk; each chunk is finished before the next one"
             " starts.",
-            search_aliases=["self forcing", "causal", "autoregressive", "ar video"],
+            search_aliases=ALIASES,
             inputs=[
                 io.Model.Input(
                     "model",
@@ -96,7 +101,7 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 io.Combo.Input(
                     "method", options=list(METHODS), default="self-forcing",
                     tooltip="self-forcing: fresh noise between levels, as the models are trained."
-                    " The help page describes the others.",
+                    " The help page describes the others; a search needs Search by Reward.",
                 ),
                 io.Latent.Input(
                     "latent", optional=True,
@@ -151,20 +156,22 @@ class PathwiseRefinedSampler(io.ComfyNode):
     def execute(
         cls, model, positive, width: int, height: int, length: int, batch_size: int, seed: int,
         method: str, latent=None, start=None, refiner=None, chunk_schedule=None,
-        reflective_cache=None, reward=None, vae=None, prompt: str = "",
+        reflective_cache=None, search=None, reward=None, vae=None, prompt: str = "",
         candidates: int = CANDIDATES, method_settings: str = "", noise: str = WHITE,
         noise_settings: str = "", recipe: str = "", start_video=None,
         start_level: int = START_LEVEL,
     ) -> io.NodeOutput:  # fmt: skip
         scenes = sections_of([options for _, options in positive])
-        text = scenes[0].prompt if scenes else prompt
+        search = search_of(method, search, reward, vae, prompt, candidates)
+        if search and not scenes:
+            search.checked_prompt()
         inputs = SamplerInputs(
             width, height, length, batch_size, seed,
             method=method_text(method, method_settings),
             noise=noise_text(noise, noise_settings),
             latent=latent, start=start, refiner=refiner, schedule=chunk_schedule,
-            cache=reflective_cache, search=search_of(method, reward, vae, text, candidates),
-            vae=vae, recipe=recipe, start_video=start_video, start_level=start_level,
+            cache=reflective_cache, search=search, vae=vae, recipe=recipe,
+            start_video=start_video, start_level=start_level,
         )  # fmt: skip
         facts = host.facts(model)
         if facts.preset is None:

@@ -33,7 +33,7 @@ OPENED = {
     "self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo"),
     "prompt_timeline": ("PromptTimeline",),
 }
-ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo")  # not in any workflow
+ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo", "Search")  # not in any workflow
 LENGTH, STEPS = 81, 6
 # The picture in docs/comfyui.md: workflow, corner in the graph, and scale.
 SEEN, CORNER, SCALE = ("compare_controls", (440, 40), 0.85)

@@ -5,6 +5,7 @@ import { askedOf } from "./asked.js";
 import { CacheView } from "./cache.js";
 import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
+import { hasFormer, hideFormer } from "./former.js";
 import { nodeAt } from "./graph.js";
 import { LORA_LOADERS, warnOfRefiner } from "./loras.js";
 import { Strip } from "./strip.js";
@@ -107,6 +108,12 @@ function addCompare(node) {
   after(node, "onRemoved", () => compare.told(null));
 }
 
+function watchFormer(node) {
+  hideFormer(node);
+  node.setSize([node.size[0], node.computeSize()[1]]); // it was measured with the hidden widgets
+  after(node, "onConfigure", () => hideFormer(node));
+}
+
 function watchLora(node) {
   const widget = node.widgets?.find((widget) => widget.name === "lora_name");
   if (widget) after(widget, "callback", () => warnOfRefiner(node));
@@ -122,6 +129,7 @@ app.registerExtension({
     setInterval(lookAtCaches, LOOK);
   },
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);

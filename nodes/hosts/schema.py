@@ -47,6 +47,7 @@ class SocketType:
         multiline: bool = False,
         advanced: bool = False,
         control_after_generate: bool = False,
+        extra_dict: dict[str, Any] | None = None,
     ) -> Socket:
         choices = None if options is None else tuple(options)
         return Socket(id, self.io_type, optional, tooltip, default, min, max, choices)

@@ -1,5 +1,6 @@
 """Search methods of the sampler nodes without ComfyUI: choices, inputs, and missing inputs."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from autorefiner.nodes.passes import Passes
 from autorefiner.nodes.refiner_plan import RefinerLora
 from autorefiner.nodes.rewards import Rewards
 from autorefiner.nodes.run import Run, held_bytes, plan_run
-from autorefiner.nodes.search import RewardSearch, search_of
+from autorefiner.nodes.search import RewardSearch, SearchByReward
 from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.noise.file import RefinerCard
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import SEARCHES
 from autorefiner.refiner.schedule import PRESETS
+from autorefiner.refiner.timeline import Timeline
 from autorefiner.refiner.training.rewards.reward import Mixture
 from autorefiner.refiner.training.rewards.verifier import RewardVerifier
 
@@ -47,7 +49,7 @@ def made(graph: dict, base: Path) -> torch.Tensor:
 def search(base: Path) -> RewardSearch:
     """Return a search over two candidates by the stand-in reward."""
     rewards = Rewards(((bundle.load_sprite_reward(bundle.WEIGHTS), 1.0),), ("sprites",))
-    return search_of("best-of-n", rewards, bundle.load_sprite_vae(bundle.WEIGHTS), PROMPT, 2)
+    return RewardSearch("best-of-n", rewards, bundle.load_sprite_vae(bundle.WEIGHTS), PROMPT, 2)
 
 
 @pytest.mark.parametrize("method", SEARCHES)
@@ -70,14 +72,70 @@ def test_what_a_search_chooses_by_changes_no_other_method(base: Path) -> None:
     assert torch.equal(made(searching("self-forcing"), base), made(plain, base))
 
 
+def by_node(method: str, prompt: str = PROMPT, **inputs: object) -> dict:
+    """Return the graph of `searching` with Search by Reward in place of the former inputs."""
+    graph = searching("self-forcing", **dict.fromkeys((*NEEDED, "candidates")), **inputs)
+    given = NEEDED | {"prompt": prompt}
+    graph["41"] = node("AutoRefinerSearch", method=method, candidates=2, **given)
+    graph["3"]["inputs"]["search"] = ["41", 0]
+    return graph
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_the_search_node_gives_what_the_former_inputs_gave(method: str, base: Path) -> None:
+    found = made(by_node(method), base)
+    assert torch.equal(found, made(searching(method), base))
+    named = by_node(method)
+    named["3"]["inputs"]["method"] = method
+    assert torch.equal(found, made(named, base))
+
+
+def test_a_method_that_contradicts_the_search_is_refused(base: Path) -> None:
+    for method in ("ode", "search-over-path"):
+        graph = by_node("best-of-n")
+        graph["3"]["inputs"]["method"] = method
+        assert f"method {method} " in refusal(graph, base)
+
+
+def test_a_search_reads_a_timeline_in_place_of_its_prompt(base: Path) -> None:
+    assert "no prompt" in refusal(by_node("best-of-n", prompt=" "), base)
+    assert "no prompt" in refusal(searching("best-of-n", prompt=" "), base)
+
+    def of_timeline(prompt: str) -> torch.Tensor:
+        graph = by_node("best-of-n", prompt=prompt)
+        graph["2"] = node("AutoRefinerPromptTimeline", clip=["1", 1], text=PROMPT)
+        return made(graph, base)
+
+    assert torch.equal(of_timeline(""), of_timeline("a blue ring"))
+    assert not torch.equal(of_timeline(""), made(by_node("best-of-n", prompt="a blue ring"), base))
+
+
+def test_a_prompt_that_nothing_reads_is_mentioned(base: Path, capsys) -> None:
+    for graph in (searching("self-forcing"), by_node("best-of-n")):
+        graph["3"]["inputs"]["prompt"] = ""
+        made(graph, base)
+        assert "input prompt" not in capsys.readouterr().err
+        graph["3"]["inputs"]["prompt"] = PROMPT
+        made(graph, base)
+        assert "input prompt" in capsys.readouterr().err
+
+
+def test_a_search_refuses_a_vae_that_cannot_decode_for_it(monkeypatch) -> None:
+    def width(vae: object) -> int:
+        raise ValueError("vae is of another kind")
+
+    monkeypatch.setattr(standalone, "vae_width", width)
+    with pytest.raises(ValueError, match="vae"):
+        SearchByReward.execute("best-of-n", Rewards((), ()), object(), PROMPT, 2)
+
+
 @pytest.mark.parametrize("method", SEARCHES)
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
         (("reward",), "needs reward:"),
         (("vae",), "needs vae:"),
-        (("prompt",), "needs prompt:"),
-        (("reward", "vae", "prompt"), "needs reward and vae and prompt"),
+        (("reward", "vae", "prompt"), "needs reward and vae:"),
     ],
 )
 def test_a_search_that_lacks_something_says_what(
@@ -163,3 +221,14 @@ def test_a_sampler_of_sigmas_searches_too(base: Path, search: RewardSearch) -> N
     chunks = sample(network, context, plain.plan, noise=plain.noise, method=method)
     assert torch.equal(clip(), torch.cat(list(chunks), 2))
     assert not torch.equal(clip(refiner=refiner), clip())
+
+
+def test_a_search_without_any_prompt_does_not_begin(search: RewardSearch) -> None:
+    blank = dataclasses.replace(search, prompt="")
+    with (
+        pytest.raises(ValueError, match="prompt"),
+        blank.verifier(1, torch.device("cpu")),
+    ):
+        pass
+    with blank.verifier(1, torch.device("cpu"), Timeline.of(PROMPT)) as verifier:
+        assert verifier is not None
