@@ -2,24 +2,20 @@
 
 import errno
 import io
-import math
 import os
-import struct
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import Colorspace
 from torch import Tensor
 
 from .estimate import check_room
 from .files import INSTEAD, check_output, open_locked, partial_path, renames_open_files
+from .fragments import FragmentEncoder
 from .reading import check_regular
 
-# One fragment per chunk, no index at the end, times as given, custom metadata keys.
-FRAGMENTED = "empty_moov+default_base_moof+frag_custom+frag_discont+use_metadata_tags"
 FINISHED = "faststart+use_metadata_tags"
 CONTAINER_KEYS = {
     "major_brand",
@@ -27,17 +23,6 @@ CONTAINER_KEYS = {
     "compatible_brands",
     "encoder",
 }  # written by the muxer
-# The first one that this PyAV has is used. No scene cuts, which would start a group of pictures
-# within a chunk.
-ENCODERS = {
-    "libx264": {"preset": "medium", "crf": "16", "tune": "zerolatency", "sc_threshold": "0"},
-    "mpeg4": {"qmin": "2", "qmax": "4", "sc_threshold": "1000000000"},
-}
-# Every chunk has its own encoder and all share the parameter sets of the first, so no option may
-# depend on a chunk's length. 600 is the longest group of pictures that mpeg4 takes.
-GROUP = 600
-LONGEST_SIDE = 16384  # of libx264
-MPEG4_RATE = 65535  # largest numerator
 # Containers of their own data only: a playlist (HLS, DASH, concat, SDP) reads other files and
 # hosts.
 READABLE = {
@@ -45,20 +30,6 @@ READABLE = {
     "protocol_whitelist": "file",
 }
 MOST_PIXELS = 1 << 26  # of a frame
-# H.273's number for primaries, transfer and matrix; mpeg4 stores it in the container only
-BT709 = 1
-
-
-def exact_rate(fps: float | Fraction) -> Fraction:
-    """Return frames a second as the intended fraction.
-
-    23.976 is 2997/125, and the float nearest to 24000/1001 is 24000/1001.
-    """
-    given = fps if isinstance(fps, Fraction) else float(fps)  # accepts numpy numbers
-    rate = Fraction(given).limit_denominator(1001) if 0 < given < math.inf else 0
-    if not rate:
-        raise ValueError(f"{fps} frames a second: give a number above 0, like 16 or 23.976")
-    return rate
 
 
 def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
@@ -112,36 +83,16 @@ class VideoWriter:
         self.path, self.partial = Path(path), partial_path(Path(path))
         self.hidden = self.partial.with_name(f".{self.partial.name}")  # renamed to the partial file
         self.remuxed = self.path.with_name(f".{self.path.stem}.finished.mp4")  # renamed to NAME
-        self.size, self.rate, self.metadata = (width, height), exact_rate(fps), metadata or {}
+        self.metadata = metadata or {}
         self.frames = self.chunks = 0
         self.finished = 0  # bytes of whole chunks
-        self.parameters: bytes | None = None  # of the first chunk's encoder
-        self.codec = next(name for name in ENCODERS if name in av.codecs_available)
-        self._check()
-        self.shown = False  # whether this run's file has the partial file's name
-        self.file = self._open()
-        self.enough = max(1, playable_frames(self.partial)) if extends else 1
-
-    def _check(self) -> None:
-        """Raise ValueError for a name, size or rate that cannot be written."""
-        width, height = self.size
         check_output(self.path)
         if self.path.suffix != ".mp4":
             raise ValueError(f"video {self.path} is not an .mp4: give a name that ends in .mp4")
-        if width % 2 or height % 2 or width < 2 or height < 2:
-            raise ValueError(
-                f"video size {width}x{height}: H.264 shares colour among 2x2 pixels, give even"
-                " sides"
-            )
-        if max(width, height) > LONGEST_SIDE:
-            raise ValueError(
-                f"video size {width}x{height}: H.264 takes sides of at most {LONGEST_SIDE}, scale"
-                " it down"
-            )
-        if self.codec == "mpeg4" and self.rate.numerator > MPEG4_RATE:
-            raise ValueError(
-                f"{self.rate} frames a second: mpeg4 takes no such fraction, give a whole number"
-            )
+        self.encoder = FragmentEncoder(width, height, fps, self.metadata)
+        self.shown = False  # whether this run's file has the partial file's name
+        self.file = self._open()
+        self.enough = max(1, playable_frames(self.partial)) if extends else 1
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -161,16 +112,8 @@ class VideoWriter:
 
     def write(self, frames: np.ndarray | Tensor) -> None:
         """Append a chunk of frames [F, H, W, 3], uint8 on the CPU, and flush it to disk."""
-        frames = np.asarray(frames)
-        shape = (self.size[1], self.size[0], 3)
-        if frames.dtype != np.uint8 or frames.shape[1:] != shape or not len(frames):
-            raise ValueError(
-                f"frames are {frames.dtype} of {frames.shape}, this video takes uint8 of"
-                f" {shape}, one frame or more"
-            )
-        encoded = dict(boxes(self._encode(frames)))
-        head = b"" if self.chunks else encoded[b"ftyp"] + encoded[b"moov"]
-        self._append(head, numbered(encoded[b"moof"], self.chunks + 1) + encoded[b"mdat"])
+        fragment = self.encoder.encode(frames)
+        self._append(b"" if self.chunks else self.encoder.init, fragment)
         self.frames += len(frames)
         self.chunks += 1
         if not self.shown and self.frames >= self.enough:
@@ -242,38 +185,6 @@ class VideoWriter:
         finally:
             self.remuxed.unlink(missing_ok=True)
 
-    def _encode(self, frames: np.ndarray) -> bytes:
-        """Encode a chunk as a fragmented mp4 whose times continue those of the chunk before."""
-        buffer = io.BytesIO()
-        options = {"movflags": FRAGMENTED, "avoid_negative_ts": "disabled"}
-        with av.open(buffer, "w", format="mp4", options=options) as container:
-            container.metadata.update(self.metadata)
-            stream = container.add_stream(self.codec, rate=self.rate, options=ENCODERS[self.codec])
-            stream.width, stream.height = self.size
-            stream.pix_fmt = "yuv420p"
-            encoder = stream.codec_context
-            encoder.time_base = 1 / self.rate
-            encoder.gop_size = GROUP
-            encoder.color_primaries = encoder.color_trc = encoder.colorspace = BT709
-            encoder.color_range = ColorRange.MPEG
-            for index, pixels in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                )
-                frame.pts = self.frames + index
-                frame.time_base = 1 / self.rate
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-            parameters = bytes(encoder.extradata or b"")
-        self.parameters = self.parameters or parameters
-        if parameters != self.parameters:
-            raise RuntimeError(
-                f"{self.codec} encodes chunk {self.chunks + 1} with other parameters than the first"
-            )
-        return buffer.getvalue()
-
 
 def remux(source: Path, target: Path, metadata: dict[str, str]) -> None:
     """Copy the packets of a video into a plain .mp4 whose index comes first."""
@@ -288,21 +199,6 @@ def remux(source: Path, target: Path, metadata: dict[str, str]) -> None:
             if packet.dts is not None:
                 packet.stream = copied
                 copy.mux(packet)
-
-
-def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the top-level boxes of an mp4 as (kind, whole box)."""
-    start = 0
-    while start < len(data):
-        length, kind = struct.unpack_from(">I4s", data, start)
-        yield kind, data[start : start + length]
-        start += length
-
-
-def numbered(moof: bytes, sequence: int) -> bytes:
-    """Return a moof box with this sequence number; the muxer of each chunk starts at 1."""
-    start = moof.index(b"mfhd") + 8  # after the name, version and flags
-    return moof[:start] + struct.pack(">I", sequence) + moof[start + 4 :]
 
 
 def _open_video(path: Path) -> av.container.InputContainer:

@@ -18,6 +18,7 @@ from torch import Tensor
 from autorefiner.refiner import sample as sampling
 from autorefiner.refiner.choices import choose
 from autorefiner.refiner.commands.generate import Stream
+from autorefiner.refiner.fragments import boxes
 from autorefiner.refiner.job import prepare
 from autorefiner.refiner.latents import (
     HEADER,
@@ -32,7 +33,7 @@ from autorefiner.refiner.run_plan import RunPlan, suggested
 from autorefiner.refiner.sample import sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.timeline import Recache, Scene, Timeline
-from autorefiner.refiner.video import VideoWriter, boxes
+from autorefiner.refiner.video import VideoWriter
 
 from tiny_command import command, parse
 
@@ -206,7 +207,7 @@ def test_times_in_a_file_are_exact_after_years(tmp_path: Path) -> None:
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     with VideoWriter(tmp_path / "a.mp4", 16, 16, indexed=False) as video:
         video.write(frames)
-        video.frames = 1 << 34  # 34 years at 16 frames a second
+        video.encoder.frames = 1 << 34  # 34 years at 16 frames a second
         video.write(frames)
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]

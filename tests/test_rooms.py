@@ -18,7 +18,7 @@ TOOLS = {"files", "reading", "stopping", "terminal"}
 NETWORK = {"wan", "memory", "schedule"}
 PLANS = {"run_plan", "timeline"}
 SAMPLING = NETWORK | PLANS | {"noise", "rollout", "samplers", "estimate", "sample"}
-MEDIA = {"latents", "outputs", "pictures", "video"}
+MEDIA = {"fragments", "latents", "outputs", "pictures", "video"}
 PROMPTS = {"prompt_timeline", "timeline_text"}
 TRAINED = SAMPLING | MEDIA | TOOLS | PROMPTS
 ROOMS = {
@@ -40,7 +40,8 @@ ROOMS = {
     "latents": TOOLS | {"schedule", "estimate"},
     "outputs": TOOLS | {"latents"},
     "pictures": TOOLS,
-    "video": TOOLS | {"estimate"},
+    "fragments": set(),
+    "video": TOOLS | {"estimate", "fragments"},
     "training": TRAINED,
     "demo": TRAINED | {"training", "choices"},
     "bundles": TRAINED | {"training", "demo"},

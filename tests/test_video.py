@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from autorefiner.refiner.files import partial_path
+from autorefiner.refiner.fragments import boxes
 from autorefiner.refiner.pictures import contact_sheet
-from autorefiner.refiner.video import VideoWriter, boxes, read_frames, read_metadata, to_frames
+from autorefiner.refiner.video import VideoWriter, read_frames, read_metadata, to_frames
 
 from decoding import decoded_picture
 

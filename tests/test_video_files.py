@@ -13,16 +13,10 @@ import av
 import numpy as np
 import pytest
 
-from autorefiner.refiner import files, video
+from autorefiner.refiner import files, fragments, video
 from autorefiner.refiner.files import open_exclusive, partial_path
-from autorefiner.refiner.video import (
-    VideoWriter,
-    boxes,
-    exact_rate,
-    playable_frames,
-    read_frames,
-    video_rate,
-)
+from autorefiner.refiner.fragments import boxes, exact_rate
+from autorefiner.refiner.video import VideoWriter, playable_frames, read_frames, video_rate
 
 from decoding import decoded
 
@@ -105,9 +99,9 @@ def test_parameters_that_change_between_chunks_are_no_video(tmp_path, monkeypatc
         pytest.raises(RuntimeError, match="parameters"),
         VideoWriter(tmp_path / "a.mp4", 48, 32) as writer,
     ):
-        monkeypatch.setattr(video, "GROUP", 1)
+        monkeypatch.setattr(fragments, "GROUP", 1)
         writer.write(moving(1, 48, 32))
-        monkeypatch.setattr(video, "GROUP", 600)
+        monkeypatch.setattr(fragments, "GROUP", 600)
         writer.write(moving(4, 48, 32))
     assert len(decoded(partial_path(tmp_path / "a.mp4"))) == 1
 
