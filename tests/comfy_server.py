@@ -13,13 +13,10 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import autorefiner
+from registry_archive import PACK, archived
+
 from autorefiner.refiner.demo import bundle
 
-PACK = Path(autorefiner.__file__).parent
-LEFT_OUT = shutil.ignore_patterns(
-    ".*", "tests", "*.egg-info", "__pycache__", "build", "outputs", "benchmarks"
-)
 START_SECONDS, RUN_SECONDS = 600, 600  # seconds, for a slow machine
 
 
@@ -41,9 +38,11 @@ def find_comfyui() -> tuple[Path, Path] | None:
 
 
 def install_pack(base: Path, weights: Path) -> None:
-    """Copy the pack into custom_nodes/ like a clone, with these files as its bundle."""
+    """Copy what the registry packs into custom_nodes/, with these files as its bundle."""
     pack = base / "custom_nodes" / "autorefiner"
-    shutil.copytree(PACK, pack, ignore=LEFT_OUT)
+    for path in archived():
+        (pack / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACK / path, pack / path)
     own = pack / bundle.WEIGHTS.relative_to(PACK)
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(weights, own)
