@@ -163,8 +163,8 @@ def test_the_core_imports_no_host(path: Path) -> None:
 
 
 OF_COMFYUI = (
-    "comfy.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py", "comfy_training.py",
-    "comfy_video.py", "page.py",
+    "comfy.py", "comfy_held.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py",
+    "comfy_training.py", "comfy_video.py", "page.py",
 )  # fmt: skip
 COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in OF_COMFYUI]
 
