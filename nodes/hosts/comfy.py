@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...refiner.noise.file import fingerprint_of
 from ...refiner.wan.checkpoint import CheckpointInfo
+from ..run_states import NOTICES
 from . import page
 from .comfy_model import BASE, PRESET, base_of, facts  # noqa: F401, of NodeHost
 from .comfy_sampling import make_sampler, sample, settled  # noqa: F401, of NodeHost
@@ -161,10 +162,14 @@ class SpriteText(nn.Module):
     def reset_clip_options(self) -> None:
         """There are no options."""
 
-    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None]:
-        """Encode to a context [1, text_len, text_dim], without a pooled output."""
+    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None, dict]:
+        """Encode to a context [1, text_len, text_dim], without a pooled output.
+
+        Notices go along as an option of the CONDITIONING, for the sampler to show.
+        """
         context = self.encoder(tokens["sprites"]).float()
-        return context.to(management.intermediate_device()), None
+        options = {NOTICES: [note for text in tokens["sprites"] for note in sprite_notes(text)]}
+        return context.to(management.intermediate_device()), None, options
 
 
 class SpriteTokenizer:
@@ -176,14 +181,18 @@ class SpriteTokenizer:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **_: object
     ) -> dict[str, list[str]]:
-        from ...refiner.bundles import BUNDLES, DEMO
-
-        if lines := BUNDLES[DEMO].prompt_notes(text):
+        if lines := sprite_notes(text):
             notice("; ".join(lines))
         return {"sprites": [text]}
 
     def state_dict(self) -> dict:
         return {}
+
+
+def sprite_notes(text: str) -> list[str]:
+    from ...refiner.bundles import BUNDLES, DEMO
+
+    return BUNDLES[DEMO].prompt_notes(text)
 
 
 def sprite_clip(encoder: nn.Module) -> comfy.sd.CLIP:

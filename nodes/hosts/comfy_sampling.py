@@ -4,6 +4,7 @@ interrupts."""
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import comfy.model_management as management
 import comfy.samplers
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from ...refiner.prompt_timeline import PlacedTimeline
 from ...refiner.rollout import Progress
+from ...refiner.schedule import Chunk
 from ...refiner.timeline import Timeline
 from ...refiner.wan.causal import CausalWan, Kernels
 from ..guided import SamplerOptions
 from ..passes import Passes
 from ..run import ModelFacts, Run, held_bytes
+from ..run_states import NOTICES
 from ..scenes import context_of, placed_scenes, scenes_text
 from . import comfy_layers, page
 from .comfy_held import continued, identity_of
@@ -135,6 +138,8 @@ class PathwiseSampler(comfy.samplers.Sampler):
         run = settled(model, self.make_run(known, noise, sigmas, extra_args.get("seed") or 0))
         check_guider(guider)
         positive = guider.conds.get("positive", [])
+        for text in chain(*(each.get(NOTICES, ()) for each in positive)):
+            notice(text)
         placed = placed_scenes(positive, run)
         context = prompt_of(positive, placed)
         if self.reserved_for is None:
@@ -147,6 +152,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
         with page.watching(run, self.node, pictures_of(model)) as watch:
             report = reporter(model, run, callback, watch)
             stop = watch.stopped if watch else None
+            finished = partial(finish, hold, watch.finished) if watch else hold
             weights = comfy_layers.weights_on(model.load_device, known.dtype)
             prompts = placed.timeline if placed else None
             clip = run.clip(
@@ -158,12 +164,23 @@ class PathwiseSampler(comfy.samplers.Sampler):
                 stop,
                 weights,
                 prompts,
-                hold,
+                finished,
             ).to(noise.device)
         if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
             total = Passes(run).total
             callback(total - 1, clip, clip, total)
         return clip
+
+
+def finish(
+    hold: Callable[[Chunk, Tensor], None],
+    show: Callable[[Chunk, Tensor], None],
+    chunk: Chunk,
+    x0: Tensor,
+) -> None:
+    """Hold and show a finished chunk."""
+    hold(chunk, x0)
+    show(chunk, x0)
 
 
 def make_room(model: ModelPatcher, nbytes: int) -> None:

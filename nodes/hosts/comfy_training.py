@@ -20,6 +20,7 @@ from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.transformer import WanTransformer
 from ...refiner.wan.vae import WanVAE
 from ..curves import Curves
+from ..run_states import DONE, FAILED, INTERRUPTED, RunState
 from . import comfy_layers, page
 from .comfy_model import facts, network_of
 from .comfy_video import wan_vae
@@ -132,11 +133,11 @@ class TrainWatch:
     folder: Path
     steps: int
     curves: Curves
-    node: str | None
-    prompt: str | None
+    state: RunState | None  # None outside a prompt
     bar: comfy.utils.ProgressBar
     begun: float = field(default_factory=time.perf_counter)
     sent: float = 0.0
+    first: int = 0  # the step that it resumed at
     done: int = 0
     picture: dict | None = None
 
@@ -161,30 +162,35 @@ class TrainWatch:
     def send(self, update: dict) -> None:
         """Send the training's state, with an update, to the page that queued it."""
         self.sent = time.perf_counter()
-        if self.node is None:
+        if self.state is None:
             return
         state = {
             "step": self.done,
+            "first": self.first,
             "steps": self.steps,
             "elapsed": self.sent - self.begun,
             "curves": self.curves.points(),
             "sheet": self.picture,
         }
-        page.send(TRAIN, self.node, self.prompt, {**state, **update})
+        page.send(TRAIN, self.state, {**state, **update})
 
 
 @contextmanager
 def train_watch(folder: Path, done: int, steps: int) -> Iterator[TrainWatch]:
     """The watch of the running node; it reports on the page how the training ended."""
     node, prompt = page.this_run()
+    state = page.begin_state(node, prompt) if node and prompt else None
     curves = Curves.read(folder / "log.jsonl", done)
-    watch = TrainWatch(folder, steps, curves, node, prompt, comfy.utils.ProgressBar(steps))
-    watch.done = done
+    watch = TrainWatch(folder, steps, curves, state, comfy.utils.ProgressBar(steps))
+    watch.first = watch.done = done
     for path in sheets_of(folder)[-1:]:
         watch.sheet(path)
-    ended = "interrupted"
+    status = FAILED
     try:
         yield watch
-        ended = "done"
+        status = DONE
+    except management.InterruptProcessingException:
+        status = INTERRUPTED
+        raise
     finally:
-        watch.send({"ended": ended})
+        watch.send({"status": status})

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +14,27 @@ from typing import Any, TypeAlias
 
 import torch
 from aiohttp import web
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
 from ...refiner.rollout import Progress
+from ...refiner.schedule import Chunk
 from ...refiner.terminal import printable
 from ..passes import Passes
 from ..run import Run
+from ..run_states import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    NodeTexts,
+    RunState,
+    RunStates,
+    stopped_text,
+)
 from .plain import plain_text
 from .wire import read_request
 
@@ -32,6 +45,8 @@ SECONDS = 0.25  # between two pictures of one chunk
 
 Answer: TypeAlias = Callable[[object], dict[str, Any]]  # of a request's parsed JSON
 
+_states = RunStates()
+_texts = NodeTexts()
 _running: dict[str, "Watch"] = {}  # by node id
 _stops: dict[str, int] = {}  # stopped runs by node id
 
@@ -41,8 +56,7 @@ class Watch:
     """A run that the page shows; `picture` draws a latent frame [1, C, 1, h, w]."""
 
     run: Run
-    node: str
-    prompt: str
+    state: RunState
     picture: Callable[[Tensor], Image.Image]
     stopping: bool = False  # after the current chunk
     begun: float = field(default_factory=time.perf_counter)
@@ -50,17 +64,29 @@ class Watch:
     last: dict = field(default_factory=dict)
     newest: Tensor | None = None  # the last prediction
 
+    @property
+    def node(self) -> str:
+        return self.state.node
+
+    def begin(self) -> None:
+        """Send what is known before the first prediction."""
+        plan, run = self.run.plan, self.run
+        self.send(
+            {
+                "chunks": len(plan.given_chunks) + len(plan.chunks),
+                "first": pixel_frames(plan.given),
+                "frames": pixel_frames(plan.given + plan.frames),
+                "seed": run.seed,
+                "recipe": str(run.recipe),
+                "notices": notices_of(self.state),
+            }
+        )
+
     def step(self, progress: Progress, passes: Passes) -> None:
         """Count a prediction; send it when the chunk is finished, else at most every SECONDS."""
-        chunk, given = progress.chunk, self.run.plan.given
         self.newest = progress.x0
-        self.last = {
-            "chunk": chunk.index,
+        self.last = self.place(progress.chunk) | {
             "chunks": progress.chunks,
-            "start": pixel_frames(chunk.start),
-            "end": pixel_frames(chunk.start + chunk.length),
-            "first": pixel_frames(given),
-            "frames": pixel_frames(given + self.run.plan.frames),
             "level": passes.done_of_chunk,
             "levels": passes.needed,
         }
@@ -68,14 +94,32 @@ class Watch:
         if finished or time.perf_counter() >= self.shown + SECONDS:
             self.send_last()
 
+    def place(self, chunk: Chunk) -> dict:
+        """Return a chunk's index and pixel frames."""
+        start, end = (pixel_frames(frame) for frame in (chunk.start, chunk.start + chunk.length))
+        return {"chunk": chunk.index, "start": start, "end": end}
+
+    def finished(self, chunk: Chunk, x0: Tensor) -> None:
+        """Show a chunk that was given, or reused from an earlier run, as it is in the clip."""
+        given = len(self.run.plan.given_chunks)
+        if chunk.index >= given:
+            return
+        origin = "reused" if chunk.index >= given - self.run.reused else "given"
+        tile = self.place(chunk) | {"level": 1, "levels": 1, origin: True}
+        self.send(tile | contact(x0, self.picture))
+
     def send_last(self) -> None:
         """Send the last prediction, with pictures."""
         self.shown = time.perf_counter()
-        self.send({**self.last, **contact(self.newest, self.picture)})
+        update = self.last | contact(self.newest, self.picture)
+        finished = self.last["level"] == self.last["levels"]
+        if finished and "first_picture" not in self.state.facts:
+            update["first_picture"] = time.perf_counter() - self.begun
+        self.send(update)
 
     def send(self, update: dict) -> None:
         elapsed = time.perf_counter() - self.begun
-        send(CHUNK, self.node, self.prompt, {"elapsed": elapsed, **update})
+        send(CHUNK, self.state, {"elapsed": elapsed, **update})
 
     def stopped(self) -> bool:
         """Whether to end the run after the chunk that was just finished.
@@ -89,6 +133,16 @@ class Watch:
             _stops[self.node] = stops(self.node) + 1
             return True
         return False
+
+    def end(self, status: str) -> None:
+        """Send how the run ended; the text of a stopped one says what came of it."""
+        update: dict = {"status": status, "notices": notices_of(self.state)}
+        if status == STOPPED:
+            count = (self.last["chunk"] + 1, self.last["chunks"], self.last["end"])
+            update["text"] = stopped_text(*count)
+            for node in nodes_of(self.state):
+                _texts.end(self.state.prompt, node, update["text"])
+        self.send(update)
 
 
 def pixel_frames(latent: int) -> int:
@@ -111,13 +165,18 @@ def contact(x0_BCFhw: Tensor, picture: Callable[[Tensor], Image.Image]) -> dict:
     return {"image": base64.b64encode(data.getvalue()).decode(), "pictures": count}
 
 
-def send(event: str, node: str, prompt: str, data: dict) -> None:
-    """Send an event of a node's run to the page that queued the prompt, or to all pages."""
+def begin_state(node: str, prompt: str) -> RunState:
+    """Return the state of a new run of a node, for the page that queued the prompt."""
     from server import PromptServer
 
-    server = PromptServer.instance
-    origin = {"node": node, "prompt": prompt, "workflow": workflow_of(prompt)}
-    server.send_sync(event, {**origin, **data}, server.client_id)
+    return RunState(node, prompt, workflow_of(prompt), PromptServer.instance.client_id)
+
+
+def send(event: str, state: RunState, update: dict) -> None:
+    """Send an update of a run to the page that queued it, or to all pages, and hold it."""
+    from server import PromptServer
+
+    PromptServer.instance.send_sync(event, _states.update(state, update), state.client)
 
 
 def workflow_of(prompt: str) -> str | None:
@@ -137,18 +196,54 @@ def this_run() -> tuple[str | None, str | None]:
     return (None, None) if context is None else (context.node_id, context.prompt_id)
 
 
+class NodeText(ui.PreviewText):
+    """Text of a node in a prompt; its notices are read when the node has ended."""
+
+    def __init__(self, prompt: str, node: str, text: str) -> None:
+        super().__init__(text)
+        self.key = (prompt, node)
+
+    def as_dict(self) -> dict:
+        return {"text": ("\n".join(map(plain_text, _texts.lines(*self.key, self.value))),)}
+
+
 def show(text: str) -> ui.PreviewText:
+    context = get_executing_context()
+    if context is None:
+        return ui.PreviewText(plain_text(text))
+    shown = NodeText(context.prompt_id, context.node_id, text)
+    send_text(context.node_id, shown.as_dict()["text"][0])
+    return shown
+
+
+def send_text(node: str, text: str) -> None:
+    """Show a node's text on the page that queued the prompt."""
     from server import PromptServer
 
-    text, context = plain_text(text), get_executing_context()
-    if context is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
-    return ui.PreviewText(text)
+    server = PromptServer.instance
+    if server is not None:
+        server.send_progress_text(text, node, server.client_id)
 
 
 def notice(text: str) -> None:
     logging.warning("AutoRefiner: %s", printable(text))
-    show(text)
+    context = get_executing_context()
+    if context is None:
+        return
+    notices = _texts.notice(context.prompt_id, context.node_id, plain_text(text))
+    send_text(context.node_id, "\n".join(notices))
+
+
+def nodes_of(state: RunState) -> set[str]:
+    """Return the node that shows a run and the one that is running."""
+    context = get_executing_context()
+    return {state.node} if context is None else {state.node, context.node_id}
+
+
+def notices_of(state: RunState) -> list[str]:
+    """Return the notices of the node that shows a run, and of the one that is running."""
+    notices = [_texts.notices(state.prompt, node) for node in sorted(nodes_of(state))]
+    return list(dict.fromkeys(itertools.chain(*notices)))
 
 
 @contextmanager
@@ -160,15 +255,19 @@ def watching(
     if context is None:
         yield None
         return
-    watch = Watch(run, node or context.node_id, context.prompt_id, picture)
+    watch = Watch(run, begin_state(node or context.node_id, context.prompt_id), picture)
     _running[watch.node] = watch
-    before, ended = stops(watch.node), "interrupted"
+    before, status = stops(watch.node), FAILED
+    watch.begin()
     try:
         yield watch
-        ended = "done" if stops(watch.node) == before else "stopped"
+        status = DONE if stops(watch.node) == before else STOPPED
+    except InterruptProcessingException:
+        status = INTERRUPTED
+        raise
     finally:
         del _running[watch.node]
-        watch.send({"ended": ended})
+        watch.end(status)
 
 
 def stops(node: str | None) -> int:
@@ -178,18 +277,19 @@ def stops(node: str | None) -> int:
 def ask_to_stop(node: object, prompt: object) -> bool:
     """Let a run end after its current chunk; False when no such run is running."""
     watch = _running.get(node) if isinstance(node, str) else None
-    if watch is None or watch.prompt != prompt:
+    if watch is None or watch.state.prompt != prompt:
         return False
     watch.stopping = True
     return True
 
 
 def add_routes(answers: Mapping[str, Answer]) -> None:
-    """Serve /autorefiner/stop and /autorefiner/NAME for each answer."""
+    """Serve /autorefiner/stop, /autorefiner/runs, and /autorefiner/NAME for each answer."""
     from server import PromptServer
 
     routes = PromptServer.instance.routes
     routes.post("/autorefiner/stop")(answer_stop)
+    routes.post("/autorefiner/runs")(partial(answer_with, _states.answer))
     for name, answer in answers.items():
         routes.post(f"/autorefiner/{name}")(partial(answer_with, answer))
 
