@@ -14,6 +14,16 @@ pytestmark = [
 LENGTH = 45  # 12 latent frames in 4 chunks
 
 
+def reused(server: Server, graph: dict, key: str) -> list[bool]:
+    """Run a graph; return for each chunk of node `key` whether it is an earlier run's."""
+    workflow = {"id": "steered"}
+    prompt = server.queue(graph, extra_pnginfo={"workflow": workflow})
+    assert server.wait(prompt)["status"]["status_str"] == "success"
+    runs = server.post("/autorefiner/runs", {"workflow": "steered", "nodes": [key]})["runs"]
+    assert runs[key]["prompt"] == prompt
+    return [tile.get("reused", False) for tile in runs[key]["tiles"]]
+
+
 def test_a_rerolled_chunk_equals_a_headless_run_of_the_recipe(server: Server) -> None:
     first = sampled(server, short(LENGTH, seed=21), "first")
     graph = short(LENGTH, seed=21, recipe="reroll 2")
@@ -34,6 +44,19 @@ def test_reused_chunks_give_what_a_run_of_the_whole_recipe_gives(server: Server)
     anew["3"]["inputs"]["model"] = ["50", 0]
     assert torch.equal(clips[-1], sampled(server, anew, "anew"))
     assert [clip.shape[2] for clip in clips] == [12, 12, 15, 12]
+
+
+@pytest.mark.parametrize("key", ["3", "8"], ids=["sampler", "custom"])
+def test_only_the_chunks_that_a_recipe_changes_are_sampled(key: str, server: Server) -> None:
+    graph = short(LENGTH, seed=31) if key == "3" else custom()
+    whole = reused(server, graph, key)
+    assert not any(whole)
+    graph[key]["inputs"]["recipe"] = "reroll 2"
+    assert reused(server, graph, key) == [True] + [False] * (len(whole) - 1)
+    graph[key]["inputs"]["recipe"] = "reroll 3"
+    assert reused(server, graph, key) == [True, True] + [False] * (len(whole) - 2)
+    graph["2"]["inputs"]["text"] = "a blue box"
+    assert not any(reused(server, graph, key))
 
 
 def test_the_custom_sampler_follows_a_recipe(server: Server) -> None:
