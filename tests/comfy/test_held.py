@@ -10,12 +10,14 @@ from autorefiner.nodes.held import DEFAULT_MIB, HeldChunks, chunk_keys, limit_by
 from autorefiner.nodes.identity import Identities, Referable
 from autorefiner.nodes.run import Run
 from autorefiner.refiner.memory.policies import POLICIES
+from autorefiner.refiner.memory.reflect import ReflectiveCache
 from autorefiner.refiner.memory.stores import STORES
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.noise.sources import NOISES
 from autorefiner.refiner.recipe import parse_recipe
+from autorefiner.refiner.refiner_plan import RefinerPlan
 from autorefiner.refiner.run_plan import RunPlan, suggested
-from autorefiner.refiner.samplers import SAMPLERS
+from autorefiner.refiner.samplers import SAMPLERS, Method
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.timeline import Flush, Scene, Timeline
 from autorefiner.refiner.wan.transformer import WanConfig
@@ -39,8 +41,10 @@ def network():
 def run_of(recipe: str = "", frames: int = FRAMES, preset=SF, noise="white", **options) -> Run:
     steps = parse_recipe(recipe)
     policy, store = options.pop("policy", None), options.pop("store", STORES["plain"])
-    plan = RunPlan(preset, frames, 4, 4, policy=policy, store=store)
-    plan = replace(plan, frames=steps.frames(plan))
+    given, size = options.pop("given", 0), options.pop("size", (4, 4, 1))
+    keys = options.pop("keys", None)
+    plan = RunPlan(preset, frames, *size, given=given, keys=keys, policy=policy, store=store)
+    plan = replace(plan, frames=steps.frames(plan) - given)
     source = NOISES[noise]()(steps.noise(WhiteNoise(0)), preset.chunk)
     options = {"seed": 0, "method": "self-forcing"} | options
     return Run(plan, noise=source, noise_text=noise, recipe=steps, **options)
@@ -108,6 +112,21 @@ class Thing(Referable):
     __slots__ = ()
 
 
+class Judged:
+    """Stand-in for a search: its description and prompt, and a method that is never run."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def describe(self) -> str:
+        return "best-of-n of 5 candidates"
+
+    def sampler(self, verifier=None) -> Method:
+        return SAMPLERS["self-forcing"]()
+
+
+JOINT = ReflectiveCache("shared", "joint")
+REFINED = RefinerPlan("a", {}, None, "merged", 1.0, (750,), JOINT, 0, 0)
 CHANGES = {
     "seed": dict(seed=1),
     "method": dict(method="ode"),
@@ -120,6 +139,11 @@ CHANGES = {
     "source": dict(source=torch.ones(1, 16, FRAMES, 4, 4)),
     "NOISE": dict(given_noise=torch.ones(1, 16, FRAMES, 4, 4)),
     "object": dict(objects=(Thing(),)),
+    "keys": dict(keys="raw"),
+    "size": dict(size=(4, 6, 1)),
+    "batch": dict(size=(4, 4, 2)),
+    "refiner": dict(refined=REFINED),
+    "search": dict(search=Judged("a fox"), method="best-of-n"),
 }
 
 
@@ -128,6 +152,27 @@ def test_every_choice_that_changes_chunks_changes_their_keys(change: str) -> Non
     keys = keys_of(run_of())
     assert not set(keys) & set(keys_of(run_of(**CHANGES[change])))
     assert keys == keys_of(run_of())
+
+
+def test_the_options_of_a_refiner_and_a_search_change_keys() -> None:
+    refined = keys_of(run_of(refined=REFINED))
+    for change in (dict(strength=0.5), dict(levels=(500,)), dict(form="unmerged")):
+        assert not set(refined) & set(keys_of(run_of(refined=replace(REFINED, **change))))
+    assert keys_of(run_of(refined=replace(REFINED))) == refined
+    one, other = (keys_of(run_of(search=Judged(prompt))) for prompt in ("a fox", "a cat"))
+    assert not set(one) & set(other)
+
+
+def test_given_latents_change_keys_and_are_not_held_themselves(network) -> None:
+    given = dict(frames=9, given=6)
+    clips = [torch.zeros(1, 16, 6, 4, 4), torch.ones(1, 16, 6, 4, 4)]
+    one, other = (keys_of(run_of(initial=clip, **given)) for clip in clips)
+    assert len(one) == 3 and not set(one) & set(other)
+    held = HeldChunks(1 << 30)
+    clip, _ = sampled(network, run_of(initial=clips[0], **given), held)
+    assert len(held) == 3
+    again, number = sampled(network, run_of("reroll 5", initial=clips[0], **given), held)
+    assert number == 2 and torch.equal(again[:, :, :12], clip[:, :, :12])
 
 
 def test_the_model_and_the_prompt_change_keys() -> None:
@@ -147,7 +192,9 @@ def test_beyond_the_limit_the_oldest_chunks_are_dropped_and_known_to_have_been()
     assert not held.first([b"\0", b"\1"]) and len(held.first([b"\1", b"\2", b"\5"])) == 2
     held.put(b"\6", torch.zeros(100))
     assert held.has_dropped(b"\3"), "chunks that were asked for last are dropped last"
-    held.put(b"\7", torch.zeros(1000))
+    held.put(b"\7", torch.zeros(100))
+    assert held.has_dropped(b"\2") and not held.has_dropped(b"\1"), "a run loses its end first"
+    held.put(b"\x08", torch.zeros(1000))
     assert len(held) == 3, "a chunk larger than the limit is not held"
 
 
