@@ -132,6 +132,11 @@ class FragmentEncoder:
         return buffer.getvalue()
 
 
+def has_h264() -> bool:
+    """Whether this PyAV encodes H.264, which pages play."""
+    return "libx264" in av.codecs_available
+
+
 def codec_string(init: bytes) -> str | None:
     """Return the codec of an init segment as RFC 6381 writes it; None unless it is H.264.
 
