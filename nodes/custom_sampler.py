@@ -69,6 +69,6 @@ class PathwiseRefinedCustomSampler(io.ComfyNode):
         search = search_of(method, search, reward, vae, prompt, candidates)
         options = SamplerOptions(
             method, fresh_noise, chunk_schedule, reflective_cache, start_latents(start, vae),
-            refiner, search, recipe, objects_of(refiner, search),
+            refiner, search, recipe, objects_of(refiner, search), vae,
         )  # fmt: skip
         return io.NodeOutput(host.make_sampler(options))

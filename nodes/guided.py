@@ -124,6 +124,7 @@ class SamplerOptions:
     search: Search | None = None
     recipe: str = ""
     objects: tuple[Any, ...] = ()  # inputs that the clip depends on by their identity
+    vae: Any = None  # VAE that decodes the chunks for the page
 
     def run(self, facts: ModelFacts, noise: Tensor, sigmas: Tensor, seed: int) -> Run:
         """Plan a run over NOISE [B, C, F, h, w] along SIGMAS.

@@ -184,4 +184,4 @@ class PathwiseRefinedSampler(io.ComfyNode):
         check_memory(run, facts)
         lines = [summary(run, facts)] + ([scenes_text(placed)] if placed else [])
         shown = host.show("; ".join(lines))
-        return io.NodeOutput({"samples": host.sample(model, positive, run)}, ui=shown)
+        return io.NodeOutput({"samples": host.sample(model, positive, run, vae)}, ui=shown)

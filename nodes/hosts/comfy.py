@@ -45,6 +45,7 @@ from .comfy_video import (  # noqa: F401, of NodeHost
     vae_width,
     video_file,
 )
+from .live_route import add_live_routes
 from .page import notice, show, stops  # noqa: F401, of NodeHost
 
 DTYPES = {
@@ -60,6 +61,7 @@ def extension(
 ) -> ComfyExtension:
     """The pack as ComfyUI loads it; `answers` are requests of the page, by name."""
     page.add_routes(answers)
+    add_live_routes()
 
     class AutoRefiner(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -8,6 +8,7 @@ from itertools import chain
 
 import comfy.model_management as management
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import latent_preview
 import torch
@@ -29,6 +30,7 @@ from ..run_states import NOTICES
 from ..scenes import context_of, placed_scenes, scenes_text
 from . import comfy_layers, page
 from .comfy_held import continued, identity_of
+from .comfy_live import recording
 from .comfy_model import facts, network_of
 from .page import notice
 
@@ -119,8 +121,10 @@ class PathwiseSampler(comfy.samplers.Sampler):
         self,
         make_run: Callable[[ModelFacts, Tensor, Tensor, int], Run],
         reserved_for: Hashable = None,
+        vae: comfy.sd.VAE | None = None,
     ) -> None:
         self.make_run = make_run
+        self.vae = vae  # decodes the chunks for the page
         self.reserved_for = reserved_for
         self.node, _ = page.this_run()  # the node on which the page shows the run
 
@@ -149,10 +153,13 @@ class PathwiseSampler(comfy.samplers.Sampler):
         run, hold = continued(run, context, self.reserved_for or identity_of(model))
         options = extra_args["model_options"].get("transformer_options", {})
         network = causal_network(model, options)
-        with page.watching(run, self.node, pictures_of(model)) as watch:
+        with (
+            page.watching(run, self.node, pictures_of(model)) as watch,
+            recording(self.vae, model, run, self.node) as recorder,
+        ):
             report = reporter(model, run, callback, watch)
             stop = watch.stopped if watch else None
-            finished = partial(finish, hold, watch.finished) if watch else hold
+            receivers = [hold, watch and watch.finished, recorder and recorder.add]
             weights = comfy_layers.weights_on(model.load_device, known.dtype)
             prompts = placed.timeline if placed else None
             clip = run.clip(
@@ -164,7 +171,7 @@ class PathwiseSampler(comfy.samplers.Sampler):
                 stop,
                 weights,
                 prompts,
-                finished,
+                partial(finish, list(filter(None, receivers))),
             ).to(noise.device)
         if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
             total = Passes(run).total
@@ -172,15 +179,10 @@ class PathwiseSampler(comfy.samplers.Sampler):
         return clip
 
 
-def finish(
-    hold: Callable[[Chunk, Tensor], None],
-    show: Callable[[Chunk, Tensor], None],
-    chunk: Chunk,
-    x0: Tensor,
-) -> None:
-    """Hold and show a finished chunk."""
-    hold(chunk, x0)
-    show(chunk, x0)
+def finish(receivers: list[Callable[[Chunk, Tensor], None]], chunk: Chunk, x0: Tensor) -> None:
+    """Pass a finished chunk on: to be held, and shown."""
+    for receive in receivers:
+        receive(chunk, x0)
 
 
 def make_room(model: ModelPatcher, nbytes: int) -> None:
@@ -248,12 +250,14 @@ def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     return model
 
 
-def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
+def sample(
+    model: ModelPatcher, positive: list, run: Run, vae: comfy.sd.VAE | None = None
+) -> Tensor:
     """Sample inside a guider; the latents are on ComfyUI's device for intermediate results."""
     guider = comfy.samplers.CFGGuider(reserving(model, run))
     guider.inner_set_conds({"positive": positive})
     empty = torch.zeros(run.shape)
-    sampler = PathwiseSampler(lambda *_: run, reserved_for=identity_of(model))
+    sampler = PathwiseSampler(lambda *_: run, identity_of(model), vae)
     try:
         clip = guider.sample(
             empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=run.seed, disable_pbar=True
@@ -264,4 +268,4 @@ def sample(model: ModelPatcher, positive: list, run: Run) -> Tensor:
 
 
 def make_sampler(options: SamplerOptions) -> PathwiseSampler:
-    return PathwiseSampler(options.run)
+    return PathwiseSampler(options.run, vae=options.vae)

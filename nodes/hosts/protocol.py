@@ -101,8 +101,8 @@ class NodeHost(Protocol):
         """Choose the refiner's form where it is `auto`, by the memory that is free."""
         ...
 
-    def sample(self, model: Model, positive: list, run: Run) -> Tensor:
-        """Sample raw VAE latents [B, 16, F, h, w].
+    def sample(self, model: Model, positive: list, run: Run, vae: Vae | None = None) -> Tensor:
+        """Sample raw VAE latents [B, 16, F, h, w]; with a VAE, a page plays them as they finish.
 
         `positive` is a CONDITIONING of one entry, or of the scenes of a Prompt Timeline.
         """

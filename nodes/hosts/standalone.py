@@ -258,7 +258,7 @@ def settled(model: Model, run: Run) -> Run:
     return replace(run, refined=run.refined.chosen(merge=held_bytes(run, facts(model)) < room))
 
 
-def sample(model: Model, positive: list, run: Run) -> Tensor:
+def sample(model: Model, positive: list, run: Run, vae: WanVAE | None = None) -> Tensor:
     placed = placed_scenes([options for _, options in positive], run)
     context = context_of([context for context, _ in positive], placed)
     parameter = next(model.network.model.parameters())
