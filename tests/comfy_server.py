@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +67,13 @@ class Server:
     client: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
-    def start(cls, comfyui: Path, python: Path, base: Path) -> "Server":
+    def start(
+        cls,
+        comfyui: Path,
+        python: Path,
+        base: Path,
+        options: Sequence[str] = ("--disable-api-nodes",),
+    ) -> "Server":
         """Start ComfyUI on the CPU and wait until it answers."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -75,7 +82,7 @@ class Server:
             (base / name).mkdir(exist_ok=True)
         arguments = [
             "--cpu",
-            "--disable-api-nodes",
+            *options,
             "--port",
             str(port),
             "--base-directory",

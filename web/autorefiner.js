@@ -7,6 +7,7 @@ import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
 import { hasFormer, hideFormer } from "./former.js";
 import { nodeAt } from "./graph.js";
+import { addLive } from "./live.js";
 import { LORA_LOADERS, warnOfRefiner } from "./loras.js";
 import { Strip } from "./strip.js";
 import { Trainer } from "./trainer.js";
@@ -19,6 +20,8 @@ const LOOK = 600; // milliseconds between two looks at what a cache is connected
 
 /** What listens to the server's events, and looks at caches, by node; a node that leaves the graph leaves this too. */
 const [strips, trainers, caches] = [new WeakMap(), new WeakMap(), new WeakMap()];
+const lives = new WeakMap();
+const server = { ask: (path) => api.fetchApi(path), address: (path) => api.apiURL(path) };
 
 /**
  * Put an element on a node as its last widget, in either renderer; it is no value of the workflow or the prompt.
@@ -91,6 +94,14 @@ function addTrainer(node) {
   trainers.set(node, trainer);
 }
 
+/** Ask for the videos of this workflow's last runs: after the page was loaded, or missed events. */
+async function restoreLives() {
+  const graph = app.rootGraph ?? app.graph;
+  const answer = await api.fetchApi(`/autorefiner/live?workflow=${encodeURIComponent(graph.id)}`).catch(() => null);
+  const { videos } = (await answer?.json().catch(() => null)) ?? {};
+  for (const video of Array.isArray(videos) ? videos : []) lives.get(nodeAt(graph, video?.node))?.told(video);
+}
+
 /** Hand an event of the server to what shows its node, unless another workflow was opened since. */
 function listen(event, shown) {
   api.addEventListener(event, ({ detail }) => {
@@ -126,11 +137,15 @@ app.registerExtension({
     addStyles();
     listen("autorefiner.chunk", strips);
     listen("autorefiner.train", trainers);
+    listen("autorefiner.live", lives);
+    api.addEventListener("reconnected", restoreLives);
     setInterval(lookAtCaches, LOOK);
   },
+  afterConfigureGraph: () => void restoreLives(),
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
+    if (STRIPS.includes(node.comfyClass)) lives.set(node, addLive(node, server));
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);

@@ -42,6 +42,8 @@ const WORDS = {
     step: "step",
     "a step": "s a step",
     sheet: "Base above, refined below, of the first prompts: click to enlarge",
+    "first picture": "first picture after",
+    "no stream": "this browser cannot play the video while it is made",
     "no lora": "this is a refiner and does nothing as a LoRA; use Load Refiner LoRA and connect it to the sampler",
   },
   zh: {
@@ -84,6 +86,8 @@ const WORDS = {
     step: "步",
     "a step": "秒/步",
     sheet: "前几个提示词的样张：上为基础模型，下为精修结果。点击放大",
+    "first picture": "首帧用时",
+    "no stream": "此浏览器无法播放正在生成的视频",
     "no lora": "这是精修器，作为 LoRA 加载不起作用；请使用 Load Refiner LoRA 并连接到采样器",
   },
 };
