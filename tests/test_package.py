@@ -162,11 +162,8 @@ def test_the_core_imports_no_host(path: Path) -> None:
     assert not [module for level, module in found if level == 0 and module.split(".")[0] in FOREIGN]
 
 
-OF_COMFYUI = (
-    "comfy.py", "comfy_held.py", "comfy_layers.py", "comfy_model.py", "comfy_sampling.py",
-    "comfy_training.py", "comfy_video.py", "page.py",
-)  # fmt: skip
-COMFY_HOST = [ROOT / "nodes" / "hosts" / name for name in OF_COMFYUI]
+HOSTS = ROOT / "nodes" / "hosts"
+COMFY_HOST = [*HOSTS.glob("comfy*.py"), HOSTS / "page.py", HOSTS / "live_route.py"]
 
 
 @pytest.mark.parametrize("path", NODES, ids=lambda path: str(path.relative_to(ROOT)))
