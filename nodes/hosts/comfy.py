@@ -42,6 +42,7 @@ from .comfy_video import (  # noqa: F401, of NodeHost
     output_path,
     show_pair,
     show_video,
+    stream_decoder,
     vae_width,
     video_file,
 )

@@ -4,9 +4,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import comfy.ldm.wan.vae
 import comfy.model_management as management
@@ -16,17 +17,21 @@ import folder_paths
 import numpy as np
 import torch
 from comfy.cli_args import args
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import Input, InputImpl, io, ui
 from torch import Tensor, nn
 
 from ...refiner.files import unused_path
 from ...refiner.video import VideoWriter, as_bytes
+from ...refiner.wan.vae import DecoderState, WanVAE
 from ..paths import dated, inside
-from ..run import CHANNELS
 from .page import show
 
 PAIR = "autorefiner_compare"  # what web/compare.js looks for in a node's output
 GROUP = 8  # frames between key frames
+PIECE = 3  # latent frames decoded together
+
+_decoders: WeakKeyDictionary[nn.Module, ModelPatcher] = WeakKeyDictionary()  # by ComfyUI's module
 
 
 def wan_vae(vae: comfy.sd.VAE) -> nn.Module:
@@ -44,39 +49,63 @@ def vae_width(vae: comfy.sd.VAE) -> int:
     return len(wan_vae(vae).decoder.head[0].gamma)
 
 
-def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
-    """Decode one latent frame, then two at a time.
+@torch.inference_mode()
+def decoder_of(vae: comfy.sd.VAE) -> ModelPatcher:
+    """Return the pack's decoder with a VAE's weights, loaded and counted like any other model.
 
-    Since ComfyUI 0.18 the decoder's cache lacks a frame after a later call with a single latent
-    frame, so only the last call may have one.
+    On the CPU, and wherever they are not loaded, both have the same tensors. Reads raw latents.
     """
     model = wan_vae(vae)
-    shape = (1, CHANNELS, min(3, raw_1CFhw.shape[2]), *raw_1CFhw.shape[3:])
-    nbytes = vae.memory_used_decode(shape, vae.vae_dtype)
-    management.load_models_gpu([vae.patcher], memory_required=nbytes)
-    z = model.conv2(raw_1CFhw.to(vae.device, vae.vae_dtype))
-    pieces = [z[:, :, :1], *z[:, :, 1:].split(2, dim=2)] if z.shape[2] > 1 else [z]
-    cache: list = [None] * cache_layers(model.decoder)
+    if model not in _decoders:
+        decoder = WanVAE.from_state_dict(model.state_dict(), latent_mean=0.0, latent_std=1.0)
+        del decoder.encoder, decoder.conv1
+        decoder = decoder.to(vae.vae_dtype).requires_grad_(False)
+        offload = vae.patcher.offload_device
+        _decoders[model] = ModelPatcher(decoder, load_device=vae.device, offload_device=offload)
+    return _decoders[model]
+
+
+@torch.inference_mode()
+def load_decoder(vae: comfy.sd.VAE, nbytes: int) -> None:
+    """Load a VAE's decoder with room for `nbytes` of activations."""
+    # Its layers are plain modules, which cannot run half loaded.
+    management.load_models_gpu([decoder_of(vae)], memory_required=nbytes, force_full_load=True)
+
+
+@torch.inference_mode()
+def stream_decoder(vae: comfy.sd.VAE) -> Callable[[Tensor], Tensor]:
+    """Begin to decode one clip: a function of the raw latents [1, 16, f, h, w] of the next chunk.
+
+    It returns their frames [F, H, W, 3] in [0, 1], fp32 on the CPU. Loads the decoder where it is
+    not loaded yet, so call it before the model of a run, or load `decoder_of` together with that.
+    """
+    patcher, state = decoder_of(vae), DecoderState()
+    if patcher.loaded_size() < patcher.model_size():
+        load_decoder(vae, 0)
+
+    @torch.inference_mode()
+    def decode_next(raw_1CFhw: Tensor) -> Tensor:
+        pixels = patcher.model.decode(raw_1CFhw.to(vae.device, vae.vae_dtype), state)
+        return vae.process_output(pixels[0].float()).permute(1, 2, 3, 0).cpu()
+
+    return decode_next
+
+
+def decode(vae: comfy.sd.VAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
+    """Decode a few latent frames at a time, with a progress bar and ComfyUI's interrupts."""
+    pieces = raw_1CFhw.split(PIECE, dim=2)
+    load_decoder(vae, vae.memory_used_decode(pieces[0].shape, vae.vae_dtype))
+    decode_next = stream_decoder(vae)
     bar = comfy.utils.ProgressBar(len(pieces))
     for piece in pieces:
         management.throw_exception_if_processing_interrupted()
-        pixels = model.decoder(piece, feat_cache=cache, feat_idx=[0])
-        if isinstance(pixels, list):
-            pixels = torch.cat(pixels, dim=2)
-        yield vae.process_output(pixels[0].float()).permute(1, 2, 3, 0).cpu()
+        yield decode_next(piece)
         bar.update(1)
 
 
 def encode(vae: comfy.sd.VAE, images_FHWC: Tensor) -> Tensor:
     wan_vae(vae)
     return vae.encode(images_FHWC)
-
-
-def cache_layers(decoder: nn.Module) -> int:
-    """Number of layers that cache frames between calls, by either name of ComfyUI's function."""
-    vae = comfy.ldm.wan.vae
-    count = getattr(vae, "count_cache_layers", None) or vae.count_conv3d  # before 0.18
-    return count(decoder)
 
 
 def output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> Path:

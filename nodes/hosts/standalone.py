@@ -298,13 +298,24 @@ def encode(vae: WanVAE, images_FHWC: Tensor) -> Tensor:
     return raw_latents(vae.encode(pixels)).float().cpu()
 
 
-@torch.no_grad()
+def stream_decoder(vae: WanVAE) -> Callable[[Tensor], Tensor]:
+    """Begin to decode one clip: a function of the raw latents [1, 16, f, h, w] of the next chunk.
+
+    It returns their frames [F, H, W, 3] in [0, 1], fp32 on the CPU.
+    """
+    state, weight = DecoderState(), next(vae.parameters())
+
+    @torch.no_grad()
+    def decode_next(raw_1CFhw: Tensor) -> Tensor:
+        pixels = vae.decode(normalized(raw_1CFhw).to(weight), state)
+        return ((pixels[0].permute(1, 2, 3, 0).float() + 1) / 2).clamp(0, 1).cpu()
+
+    return decode_next
+
+
 def decode(vae: WanVAE, raw_1CFhw: Tensor) -> Iterator[Tensor]:
     """Decode CHUNK latent frames at a time."""
-    state, weight = DecoderState(), next(vae.parameters())
-    for piece in normalized(raw_1CFhw).split(CHUNK, dim=2):
-        pixels = vae.decode(piece.to(weight), state)
-        yield ((pixels[0].permute(1, 2, 3, 0).float() + 1) / 2).clamp(0, 1).cpu()
+    yield from map(stream_decoder(vae), raw_1CFhw.split(CHUNK, dim=2))
 
 
 def input_path(name: str) -> Path:

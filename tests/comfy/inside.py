@@ -18,7 +18,7 @@ import comfy.ldm.modules.attention as backends
 import comfy.model_management as management
 import comfy.sd
 from node_host import mismatches
-from pack.nodes.hosts import comfy_sampling, page
+from pack.nodes.hosts import comfy_sampling, comfy_video, page
 from pack.nodes.hosts.comfy_model import PRESET
 from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
@@ -81,6 +81,25 @@ def masked_attention() -> dict[str, float]:
     return apart
 
 
+def streamed(vae: comfy.sd.VAE) -> dict:
+    """Compare the pack's streaming decoder with ComfyUI's decode, which has the same weights."""
+    raw = torch.randn(1, 16, 7, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = vae.decode(raw)[0]
+    decode_next = host.stream_decoder(vae)  # outside inference mode, as in a thread
+    frames = [decode_next(piece) for piece in raw.split((3, 1, 1, 2), dim=2)]
+    theirs = vae.first_stage_model.state_dict()
+    ours = comfy_video.decoder_of(vae).model.state_dict()
+    return {
+        "lengths": [len(piece) for piece in frames],
+        "apart": float((torch.cat(frames) - whole).abs().max()),
+        "shared": all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours),
+        "counted": comfy_video.decoder_of(vae).model_size()
+        == sum(tensor.nbytes for name, tensor in ours.items()),
+        "once": comfy_video.decoder_of(vae) is comfy_video.decoder_of(vae),
+    }
+
+
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
@@ -89,7 +108,7 @@ with torch.inference_mode():
     narrow_model = model.clone()
     narrow_model.set_model_compute_dtype(torch.bfloat16)
     narrow = sampled(narrow_model, run)
-    demo = host.load_demo("student")[0]
+    demo, _, vae = host.load_demo("student")
     loaded = [comfy.sd.load_diffusion_model(file) for file in files[:2]]
     answers = [answer(Path(file)) for file in files[2:]]
 with torch.inference_mode(False):
@@ -114,6 +133,7 @@ print(
             "published": answers,
             "host": mismatches(NodeHost, host),
             "masked": masked_attention(),
+            "streamed": streamed(vae),
             "preset": fresh.get_attachment(PRESET),
         }
     )

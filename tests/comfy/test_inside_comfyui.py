@@ -45,3 +45,10 @@ def test_the_demos_previews_are_in_the_colours_of_its_own_vae(inside: dict) -> N
 
 def test_comfyuis_own_loader_knows_both_networks_of_the_bundle(inside: dict) -> None:
     assert inside["kinds"] == ["WAN21_CausalAR", "WAN21"]
+
+
+def test_a_streaming_decoder_gives_comfyuis_pixels_with_comfyuis_weights(inside: dict) -> None:
+    streamed = inside["streamed"]
+    assert streamed.pop("lengths") == [9, 4, 4, 8]
+    assert streamed.pop("apart") < 1e-4
+    assert all(streamed.values()), streamed

@@ -80,6 +80,16 @@ def test_decoding_in_chunks_equals_decoding_at_once(base: Path) -> None:
     torch.testing.assert_close(results["4"][0], ((whole + 1) / 2).clamp(0, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_a_streaming_decoder_takes_chunks_of_any_length() -> None:
+    vae = bundle.load_sprite_vae(bundle.WEIGHTS)
+    raw = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = torch.cat(list(standalone.decode(vae, raw)))
+    decode_next = standalone.stream_decoder(vae)
+    frames = [decode_next(piece) for piece in raw.split((1, 1, 3), dim=2)]
+    assert [len(piece) for piece in frames] == [1, 4, 12]
+    torch.testing.assert_close(torch.cat(frames), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_an_empty_latent_gives_the_size_instead_of_the_widgets(base: Path) -> None:
     graph = small("extend_a_clip")
     graph["6"]["inputs"] |= {"latent": ["4", 0], "width": 96, "length": 5}
