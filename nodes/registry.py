@@ -14,6 +14,7 @@ from .refiner import LoadRefiner, SaveRefiner
 from .rewards import LoadReward, ScoreVideo
 from .sampler import PathwiseRefinedSampler
 from .search import SearchByReward
+from .timeline_edit import edit_timeline
 from .train import TrainRefiner
 
 NODES = (
@@ -36,4 +37,7 @@ NODES = (
 )
 
 # Functions of a request's parsed JSON, by the request's name under /autorefiner/.
-ANSWERS: Mapping[str, Callable[[object], dict]] = {"cache": cache_view}
+ANSWERS: Mapping[str, Callable[[object], dict]] = {
+    "cache": cache_view,
+    "timeline": edit_timeline,
+}
