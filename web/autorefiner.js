@@ -6,21 +6,24 @@ import { CacheView } from "./cache.js";
 import { Compare } from "./compare.js";
 import { addStyles } from "./dom.js";
 import { hasFormer, hideFormer } from "./former.js";
-import { nodeAt } from "./graph.js";
+import { nodeAt, nodesWithin } from "./graph.js";
 import { addLive } from "./live.js";
 import { LORA_LOADERS, warnOfRefiner } from "./loras.js";
+import { Steering } from "./steer.js";
 import { Strip } from "./strip.js";
 import { Trainer } from "./trainer.js";
 import { word } from "./words.js";
 
+const [CHUNK, TRAIN, LIVE] = ["chunk", "train", "live"].map((name) => `autorefiner.${name}`); // events of the server
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
-const PROPERTY = "autorefiner_chunks";
-const TRAINING = "autorefiner_training";
-const LOOK = 600; // milliseconds between two looks at what a cache is connected to
+const FORMER = ["autorefiner_chunks", "autorefiner_training"]; // properties in which workflows kept runs
+const LOOK = 600; // milliseconds between two looks at the nodes
 
-/** What listens to the server's events, and looks at caches, by node; a node that leaves the graph leaves this too. */
-const [strips, trainers, caches] = [new WeakMap(), new WeakMap(), new WeakMap()];
-const lives = new WeakMap();
+const PAUSE = 50; // milliseconds in which nodes of one graph are configured
+
+/** What shows runs, by event and node, and what looks at caches; a node that leaves the graph leaves this too. */
+const [shown, caches, elements] = [{}, new WeakMap(), new WeakMap()];
+let asking = null; // the timer of a request for runs
 const server = { ask: (path) => api.fetchApi(path), address: (path) => api.apiURL(path) };
 
 /**
@@ -38,6 +41,8 @@ function addElement(node, name, element, height) {
     getMaxHeight: () => height,
   });
   widget.serialize = false;
+  element.dataset.autorefiner = name;
+  elements.set(node, [...(elements.get(node) ?? []), element]);
   element.style.minHeight = `${height - 2 * (widget.margin ?? 0)}px`; // the Vue renderer asks the element alone
 }
 
@@ -51,15 +56,50 @@ function after(node, name, more) {
   };
 }
 
-function addStrip(node) {
-  const strip = new Strip({
-    stop: (node, prompt) =>
-      api.fetchApi("/autorefiner/stop", { method: "POST", body: JSON.stringify({ node, prompt }) }),
-    keep: (kept) => (node.properties[PROPERTY] = kept),
+/**
+ * Let a widget hear of an event of its node, by `told(event)`. One that has `restore(state, received)` also gets the
+ * latest run of the node that the server holds.
+ */
+function subscribe(node, event, widget) {
+  shown[event] ??= new WeakMap();
+  shown[event].set(node, [...(shown[event].get(node) ?? []), widget]);
+  if (!widget.restore) return;
+  after(node, "onConfigure", () => {
+    for (const name of FORMER) delete node.properties?.[name];
+    askForRuns();
   });
-  addElement(node, "chunks", strip.element, 118);
-  after(node, "onConfigure", () => strip.restore(node.properties[PROPERTY]));
-  strips.set(node, strip);
+}
+
+/** Ask the server for the latest runs of all nodes that show some. */
+function askForRuns() {
+  clearTimeout(asking);
+  asking = setTimeout(restoreRuns, PAUSE);
+}
+
+async function restoreRuns() {
+  const graph = app.rootGraph ?? app.graph;
+  const widgets = nodesWithin(graph).flatMap(([id, node]) =>
+    Object.values(shown)
+      .flatMap((nodes) => nodes.get(node) ?? [])
+      .filter((widget) => widget.restore)
+      .map((widget) => ({ id, widget, received: widget.received })),
+  );
+  if (!widgets.length) return;
+  const asked = { workflow: graph.id, client: api.clientId, nodes: [...new Set(widgets.map(({ id }) => id))] };
+  const answer = await api
+    .fetchApi("/autorefiner/runs", { method: "POST", body: JSON.stringify(asked) })
+    .then((response) => response.json())
+    .catch(() => null);
+  if (!answer?.runs || asked.workflow !== (app.rootGraph ?? app.graph).id) return;
+  for (const { id, widget, received } of widgets) widget.restore(answer.runs[id] ?? null, received);
+}
+
+function addStrip(node) {
+  const stop = (node, prompt) =>
+    api.fetchApi("/autorefiner/stop", { method: "POST", body: JSON.stringify({ node, prompt }) });
+  const strip = new Strip({ stop }, new Steering(node));
+  addElement(node, "chunks", strip.element, 150);
+  subscribe(node, CHUNK, strip);
 }
 
 /** Draw a cache again when anything that it is made of has changed. */
@@ -78,20 +118,28 @@ function addCacheView(node) {
   });
 }
 
-/** Look at the caches of the graph that is shown. */
-function lookAtCaches() {
+/** The Vue renderer shows the elements of a node that an undo replaced: put its successor's in their place. */
+function replaceFormer(node) {
+  for (const element of elements.get(node) ?? []) {
+    if (element.isConnected) continue;
+    const place = `[data-node-id="${node.id}"] [data-autorefiner="${element.dataset.autorefiner}"]`;
+    document.querySelector(place)?.replaceWith(element);
+  }
+}
+
+/** Look at the nodes of the graph that is shown. */
+function lookAround() {
   if (document.hidden) return;
-  for (const node of app.canvas?.graph?.nodes ?? []) caches.get(node)?.();
+  for (const node of app.canvas?.graph?.nodes ?? []) {
+    replaceFormer(node);
+    caches.get(node)?.();
+  }
 }
 
 function addTrainer(node) {
-  const trainer = new Trainer({
-    address: (path) => api.apiURL(path),
-    keep: (kept) => (node.properties[TRAINING] = kept),
-  });
+  const trainer = new Trainer({ address: (path) => api.apiURL(path) });
   addElement(node, "training", trainer.element, 300);
-  after(node, "onConfigure", () => trainer.restore(node.properties[TRAINING]));
-  trainers.set(node, trainer);
+  subscribe(node, TRAIN, trainer);
 }
 
 /** Ask for the videos of this workflow's last runs: after the page was loaded, or missed events. */
@@ -99,16 +147,27 @@ async function restoreLives() {
   const graph = app.rootGraph ?? app.graph;
   const answer = await api.fetchApi(`/autorefiner/live?workflow=${encodeURIComponent(graph.id)}`).catch(() => null);
   const { videos } = (await answer?.json().catch(() => null)) ?? {};
-  for (const video of Array.isArray(videos) ? videos : []) lives.get(nodeAt(graph, video?.node))?.told(video);
+  for (const video of Array.isArray(videos) ? videos : []) tell(LIVE, video);
+}
+
+/** Ask for what the server holds of this workflow: after the page was loaded, or missed events. */
+function restore() {
+  askForRuns();
+  restoreLives();
+}
+
+/** Hand an event to what shows its node. */
+function tell(event, detail) {
+  const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+  for (const widget of (node && shown[event]?.get(node)) ?? []) widget.told(detail);
 }
 
 /** Hand an event of the server to what shows its node, unless another workflow was opened since. */
-function listen(event, shown) {
+function listen(event) {
   api.addEventListener(event, ({ detail }) => {
     const graph = app.rootGraph ?? app.graph;
     if (detail?.workflow && detail.workflow !== graph.id) return;
-    const node = nodeAt(graph, detail?.node);
-    shown.get(node)?.told(detail);
+    tell(event, detail);
   });
 }
 
@@ -135,17 +194,15 @@ app.registerExtension({
   name: "AutoRefiner.Page",
   setup() {
     addStyles();
-    listen("autorefiner.chunk", strips);
-    listen("autorefiner.train", trainers);
-    listen("autorefiner.live", lives);
-    api.addEventListener("reconnected", restoreLives);
-    setInterval(lookAtCaches, LOOK);
+    for (const event of [CHUNK, TRAIN, LIVE]) listen(event);
+    api.addEventListener("reconnected", restore);
+    setInterval(lookAround, LOOK);
   },
-  afterConfigureGraph: () => void restoreLives(),
+  afterConfigureGraph: restore,
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
-    if (STRIPS.includes(node.comfyClass)) lives.set(node, addLive(node, server));
+    if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server));
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);

@@ -10,8 +10,12 @@ export function isPicture(value) {
   return typeof value === "string" && value.length <= MOST && /^\/9j\/[A-Za-z0-9+/]+={0,2}$/.test(value);
 }
 
-/** Show one of the pictures that lie side by side in a chunk's image. */
+/** Show one of the pictures that lie side by side in a chunk's image, or nothing. */
 export function show(element, { image, pictures }, index) {
+  if (!image) {
+    element.style.backgroundImage = "none";
+    return;
+  }
   element.style.backgroundImage = `url("data:image/jpeg;base64,${image}")`;
   element.style.backgroundSize = `${100 * pictures}% 100%`;
   element.style.backgroundPosition = pictures > 1 ? `${(100 * index) / (pictures - 1)}% 0` : "0 0";
@@ -27,22 +31,32 @@ export async function aspect({ image, pictures }) {
 
 /**
  * A dialog that plays a chunk large; the arrow keys and buttons go to its neighbours.
- * @param {object[]} chunks those with pictures
+ * @param {object[]} chunks
  * @param {object} chosen one of them
+ * @param {(chunk: object) => [string, () => void][]} choices what can be done with a chunk: text and action
  */
-export function enlarge(chunks, chosen) {
+export function enlarge(chunks, chosen, choices = () => []) {
   let place = chunks.indexOf(chosen);
   let frame = 0;
   if (place < 0) return;
   const picture = make("div", { class: "autorefiner-large" });
   const title = make("span");
+  const actions = make("div", { class: "autorefiner-bar autorefiner-actions" });
   const turn = async (by) => {
     place = Math.max(0, Math.min(chunks.length - 1, place + by));
     const { chunk, start, end } = chunks[place];
     title.textContent = `${word("chunk")} ${chunk + 1} · ${word("frames")} ${start + 1}–${end}`;
     frame = 0;
     draw();
-    picture.style.aspectRatio = String(await aspect(chunks[place]).catch(() => 1));
+    const buttons = choices(chunks[place]).map(([text, action]) =>
+      button(text, () => {
+        opened.close();
+        action();
+      }),
+    );
+    actions.replaceChildren(...buttons);
+    actions.hidden = !buttons.length;
+    picture.style.aspectRatio = String(await aspect(chunks[place]).catch(() => 16 / 9));
   };
   const draw = () => show(picture, chunks[place], frame % chunks[place].pictures);
   const button = (text, action) => make("button", { type: "button", onclick: action }, text);
@@ -63,6 +77,6 @@ export function enlarge(chunks, chosen) {
     onkeydown: (event) => keys[event.key] && turn(keys[event.key]),
     onclose: () => clearInterval(timer),
   };
-  const opened = dialog(listeners, picture, bar);
+  const opened = dialog(listeners, picture, bar, actions);
   turn(0);
 }

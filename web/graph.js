@@ -33,9 +33,29 @@ export function targets(node) {
   return found;
 }
 
-/** What a widget of a node says, or what it is linked to; undefined where neither is known. */
-export function valueOf(node, name) {
+/** A widget of a node, or the one that it is linked to; undefined where neither is known. */
+export function widgetOf(node, name) {
   const linked = source(node, name);
   const [from, called] = linked ? [linked, "value"] : [node, name];
-  return from?.widgets?.find((widget) => widget.name === called)?.value;
+  return from?.widgets?.find((widget) => widget.name === called);
+}
+
+/** What a widget of a node says, or what it is linked to; undefined where neither is known. */
+export function valueOf(node, name) {
+  return widgetOf(node, name)?.value;
+}
+
+const MOST_NODES = 20_000; // subgraphs inside subgraphs, each node as often as it runs
+
+/** All nodes of a graph and of its subgraphs, as [the id that the server names, the node]. */
+export function nodesWithin(graph) {
+  const [found, open] = [[], [["", graph]]];
+  while (open.length && found.length < MOST_NODES) {
+    const [path, inside] = open.pop();
+    for (const node of inside?.nodes ?? []) {
+      found.push([`${path}${node.id}`, node]);
+      if (node.subgraph) open.push([`${path}${node.id}:`, node.subgraph]);
+    }
+  }
+  return found;
 }

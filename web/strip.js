@@ -1,15 +1,21 @@
-// The strip of chunks on a sampler: it fills as they are made, stays after the run and comes back with the workflow.
+// The strip of chunks on a sampler: it fills as they are made, and shows the latest run that the server knows of.
 import { make, ownPointer } from "./dom.js";
 import { aspect, enlarge, isPicture, show } from "./film.js";
 import { word } from "./words.js";
 
-const MOST_CHUNKS = 4096; // of an event or a workflow file; more is not believed
+const MOST_CHUNKS = 4096; // of an event or a state; more is not believed
 const MOST_PASSES = 100_000; // of a chunk: every level, of every candidate
-const MOST_KEPT = 96 * 1024; // characters of pictures in a saved workflow
+const [MOST_NOTICES, LONGEST_TEXT] = [20, 2000]; // of a run; characters
+const STATUSES = ["running", "done", "stopped", "interrupted", "failed"];
 
 /** A whole number within bounds, or null. */
 function whole(value, least, most) {
   return Number.isInteger(value) && value >= least && value <= most ? value : null;
+}
+
+/** A text of a sensible length, or "". */
+function text(value) {
+  return typeof value === "string" ? value.slice(0, LONGEST_TEXT) : "";
 }
 
 /** Seconds as people say them: "8 s", "3:05". */
@@ -18,54 +24,46 @@ export function clock(seconds) {
   return full < 60 ? `${full} s` : `${Math.floor(full / 60)}:${String(full % 60).padStart(2, "0")}`;
 }
 
-/**
- * What an event says of a chunk, or null when it says nothing sensible. Workflow files come from anywhere, and what
- * they keep passes through here too.
- */
-function readChunk(told) {
-  const chunks = whole(told?.chunks, 1, MOST_CHUNKS);
-  const chunk = whole(told?.chunk, 0, (chunks ?? 0) - 1);
-  const [level, levels] = [whole(told?.level, 0, MOST_PASSES), whole(told?.levels, 1, MOST_PASSES)];
+/** What an event or a state says of a chunk, or null when it says nothing sensible. */
+function readChunk(event) {
+  const chunks = whole(event?.chunks, 1, MOST_CHUNKS);
+  const chunk = whole(event?.chunk, 0, (chunks ?? 0) - 1);
+  const [level, levels] = [whole(event?.level, 0, MOST_PASSES), whole(event?.levels, 1, MOST_PASSES)];
   if (chunk === null || level === null || levels === null) return null;
-  const [start, end] = [whole(told.start, 0, 1e6) ?? 0, whole(told.end, 0, 1e6) ?? 0];
-  const pictured = isPicture(told.image) && whole(told.pictures, 1, 16);
-  const picture = pictured ? { image: told.image, pictures: told.pictures } : {};
-  return { chunk, chunks, level: Math.min(level, levels), levels, start, end, ...picture };
+  const [start, end] = [whole(event.start, 0, 1e6) ?? 0, whole(event.end, 0, 1e6) ?? 0];
+  const pictured = isPicture(event.image) && whole(event.pictures, 1, 16);
+  const picture = pictured ? { image: event.image, pictures: event.pictures } : {};
+  const origin = { given: event.given === true, reused: event.reused === true };
+  return { chunk, level: Math.min(level, levels), levels, start, end, ...origin, ...picture };
 }
 
-/** Chunks whose pictures fit the limit together: every second picture goes until they do. */
-export function thinned(chunks, most = MOST_KEPT) {
-  let kept = chunks;
-  const size = () => kept.reduce((sum, chunk) => sum + (chunk.image?.length ?? 0), 0);
-  for (let step = 2; size() > most && step <= 2 * chunks.length; step *= 2) {
-    kept = chunks.map((chunk, place) => {
-      const { image, pictures, ...plain } = chunk;
-      return image && place % step === 0 ? { ...plain, image, pictures } : plain;
-    });
-  }
-  return kept;
-}
+const isFinished = (chunk) => chunk?.level === chunk?.levels;
 
 export class Strip {
   /**
-   * @param {{stop: (node: string, prompt: string) => Promise<Response>, keep: (kept: object) => void}} actions
-   *   ask the server to stop a run; keep the strip in the workflow
+   * @param {{stop: (node: string, prompt: string) => Promise<Response>}} actions ask the server to stop a run
+   * @param {import("./steer.js").Steering} steering
    */
-  constructor(actions) {
+  constructor(actions, steering) {
     this.actions = actions;
+    this.steering = steering;
+    this.received = 0; // events
     this.status = make("span", { class: "autorefiner-status" });
     this.button = make("button", { type: "button", class: "autorefiner-stop", onclick: () => this.stop() });
     this.tiles = make("div", { class: "autorefiner-tiles" });
+    this.notices = make("div", { class: "autorefiner-notices" });
     const head = make("div", { class: "autorefiner-head" }, this.status, this.button);
-    this.element = ownPointer(make("div", { class: "autorefiner-strip" }, head, this.tiles));
-    this.clear(null);
+    const children = [head, this.tiles, this.notices, steering.element];
+    this.element = ownPointer(make("div", { class: "autorefiner-strip" }, ...children));
+    this.clear({});
     this.draw();
   }
 
   /** Begin another run. */
-  clear(prompt) {
-    Object.assign(this, { prompt, node: null, chunks: [], total: 0, first: 0, frames: 0, elapsed: 0 });
-    Object.assign(this, { ended: null, asked: "", now: null, changed: new Set() });
+  clear({ prompt, run }) {
+    Object.assign(this, { prompt, run, sequence: 0, node: null, chunks: [], now: null, changed: new Set() });
+    Object.assign(this, { ended: null, running: false, asked: "", total: 0, first: 0, frames: 0, elapsed: 0 });
+    Object.assign(this, { seed: null, recipe: "", lines: [], firstPicture: null });
     this.tiles.replaceChildren();
     this.shaped = false;
   }
@@ -79,49 +77,71 @@ export class Strip {
 
   /** An event of the server. */
   told(event) {
-    const another = this.ended && !event.ended; // of the same prompt: one SAMPLER may be used twice
-    if (event.prompt !== this.prompt || another) this.clear(event.prompt);
-    this.node = event.node;
-    this.elapsed = Number.isFinite(event.elapsed) ? event.elapsed : this.elapsed;
-    if (typeof event.ended === "string") this.ended = event.ended;
-    const chunk = readChunk(event);
-    if (chunk) {
-      this.first = whole(event.first, 0, 1e6) ?? 0;
-      this.frames = whole(event.frames, 0, 1e6) ?? 0;
-      this.put(chunk);
-    }
-    if (this.ended || (chunk && chunk.level === chunk.levels)) this.actions.keep(this.kept());
+    this.received += 1;
+    if (!this.shows(event)) this.clear(event);
+    this.take(event);
+    const chunk = readChunk({ ...event, chunks: this.total });
+    if (chunk) this.put(chunk);
     this.draw();
+  }
+
+  shows({ prompt, run }) {
+    return prompt === this.prompt && run === this.run;
+  }
+
+  /**
+   * The latest run as the server holds it, or null for none.
+   * @param {object | null} state
+   * @param {number} received events when the server was asked: a run that began since is newer
+   */
+  restore(state, received) {
+    const same = state && this.shows(state);
+    if (this.received !== received && !same) return;
+    if (!state) {
+      if (this.running) Object.assign(this, { running: false, ended: "interrupted" });
+    } else {
+      if (!same) this.clear(state);
+      this.merge(state, !same || !(state.sequence < this.sequence));
+    }
+    this.draw();
+  }
+
+  /** Take in a state; one that is older than the last event adds the chunks that are missing. */
+  merge(state, newer) {
+    const total = newer ? state.chunks : this.total;
+    for (const tile of Array.isArray(state.tiles) ? state.tiles.slice(0, MOST_CHUNKS) : []) {
+      const chunk = readChunk({ ...tile, chunks: total });
+      if (chunk && (newer || !this.chunks[chunk.chunk])) this.put(chunk);
+    }
+    if (newer) this.take(state);
+    const sampled = this.chunks.filter((chunk) => chunk && !chunk.given && !chunk.reused);
+    this.now = sampled.find((chunk) => !isFinished(chunk)) ?? sampled.at(-1) ?? null;
+  }
+
+  /** What an event or a state says of the run. */
+  take(event) {
+    const number = (name, otherwise) => (Number.isFinite(event[name]) ? event[name] : otherwise);
+    this.node = event.node;
+    this.sequence = number("sequence", this.sequence + 1);
+    this.elapsed = number("elapsed", this.elapsed);
+    this.firstPicture = number("first_picture", this.firstPicture);
+    this.total = whole(event.chunks, 1, MOST_CHUNKS) ?? this.total;
+    this.first = whole(event.first, 0, 1e6) ?? this.first;
+    this.frames = whole(event.frames, 0, 1e6) ?? this.frames;
+    this.seed = whole(event.seed, 0, Number.MAX_SAFE_INTEGER) ?? this.seed;
+    if (typeof event.recipe === "string") this.recipe = text(event.recipe);
+    if (Array.isArray(event.notices)) this.lines = event.notices.slice(0, MOST_NOTICES).map(text);
+    if (!STATUSES.includes(event.status)) return;
+    this.running = event.status === "running";
+    this.ended = this.running ? null : event.status;
   }
 
   /** Take a chunk in, with the picture that it had where it brings none. */
-  put({ chunks, ...chunk }) {
-    this.total = chunks;
-    this.now = chunk;
+  put(chunk) {
+    if (!chunk.given && !chunk.reused) this.now = chunk;
     const { image, pictures } = this.chunks[chunk.chunk] ?? {};
     this.chunks[chunk.chunk] = image && !chunk.image ? { ...chunk, image, pictures } : chunk;
     this.changed.add(chunk.chunk);
-  }
-
-  /** What goes into the workflow. */
-  kept() {
-    const { total, first, frames, elapsed, ended } = this;
-    return { total, first, frames, elapsed, ended, chunks: thinned(this.chunks.filter(Boolean)) };
-  }
-
-  /** The strip as a workflow kept it; nothing of it is trusted. */
-  restore(kept) {
-    if (this.prompt || !kept || !Array.isArray(kept.chunks)) return;
-    this.clear(null);
-    for (const told of kept.chunks.slice(0, MOST_CHUNKS)) {
-      const chunk = readChunk({ ...told, chunks: kept.total });
-      if (chunk) this.put(chunk);
-    }
-    this.first = whole(kept.first, 0, 1e6) ?? 0;
-    this.frames = whole(kept.frames, 0, 1e6) ?? 0;
-    this.elapsed = Number.isFinite(kept.elapsed) ? kept.elapsed : 0;
-    this.ended = ["done", "stopped", "interrupted"].includes(kept.ended) ? kept.ended : "interrupted";
-    this.draw();
   }
 
   async stop() {
@@ -139,28 +159,43 @@ export class Strip {
   }
 
   sentence() {
-    if (!this.now) return word("idle");
+    if (!this.running && !this.ended) return word("idle");
+    if (!this.now) return `${this.total} ${word("chunks")} · ${word(this.ended ?? "starting")}`;
     const made = this.made();
     const rate = this.elapsed > 0 ? made / this.elapsed : 0;
-    const parts = [`${word("chunk")} ${this.now.chunk + 1}/${this.total}`];
+    const parts = [this.ended === "stopped" ? this.progress() : `${word("chunk")} ${this.now.chunk + 1}/${this.total}`];
     if (!this.ended) parts.push(`${word("pass")} ${this.now.level}/${this.now.levels}`);
     if (rate > 0) parts.push(`${rate.toFixed(1)} ${word("rate")}`);
     if (this.ended) parts.push(`${word(this.ended)}, ${clock(this.elapsed)}`);
     else if (rate > 0) parts.push(`${clock((this.frames - this.first - made) / rate)} ${word("left")}`);
+    if (this.ended && this.firstPicture !== null) {
+      parts.push(`${word("first picture")} ${this.firstPicture.toFixed(1)} s`);
+    }
     return parts.join(" · ");
   }
 
+  /** What came of a run that ended early. */
+  progress() {
+    const finished = this.chunks.filter(isFinished);
+    const frames = Math.max(0, ...finished.map(({ end }) => end));
+    return `${finished.length}/${this.total} ${word("chunks")}, ${frames} ${word("frames")}`;
+  }
+
   draw() {
-    const running = Boolean(this.now) && !this.ended;
+    const running = this.running && !this.ended;
     this.status.textContent = this.sentence();
     this.status.title = this.status.textContent;
+    this.element.dataset.status = this.ended ?? (running ? "running" : "idle");
     this.button.textContent = this.asked && running ? this.asked : word("stop");
     this.button.disabled = !running || this.asked === word("stopping");
     this.button.hidden = !running;
+    this.notices.replaceChildren(...this.lines.map((line) => make("div", { title: line }, line)));
+    const { total, frames, recipe, seed } = this;
+    this.steering.show({ total, frames, recipe, seed, known: running || Boolean(this.ended) });
     while (this.tiles.childElementCount < this.total) this.tiles.append(this.tile(this.tiles.childElementCount));
     for (const place of this.changed) this.fill(this.tiles.children[place], this.chunks[place]);
     this.changed.clear();
-    if (running) this.follow(this.tiles.children[this.now.chunk]);
+    if (running && this.now) this.follow(this.tiles.children[this.now.chunk]);
   }
 
   /** Scroll to the chunk in the making, within the strip alone. */
@@ -169,23 +204,37 @@ export class Strip {
     if (below > this.tiles.scrollTop) this.tiles.scrollTop = below;
   }
 
+  /** Show a chunk large, with what can be done with it. */
+  open(place) {
+    const chunks = this.chunks.filter((chunk) => chunk?.image || isFinished(chunk));
+    const before = (chunk) => this.chunks[chunk.chunk - 1]?.start ?? -1;
+    const choices = (chunk) =>
+      isFinished(chunk) ? this.steering.choices({ ...chunk, before: before(chunk) }) : [];
+    enlarge(chunks, this.chunks[place], choices);
+  }
+
   tile(place) {
-    const open = () => enlarge(this.chunks.filter((chunk) => chunk?.image), this.chunks[place]);
+    const open = () => this.open(place);
+    const title = `${word("chunk")} ${place + 1}`;
     return make(
       "button",
-      { type: "button", class: "autorefiner-tile", disabled: "", title: `${word("chunk")} ${place + 1}`, onclick: open },
+      { type: "button", class: "autorefiner-tile", disabled: "", title, onclick: open },
       make("span", { class: "autorefiner-picture" }),
+      make("span", { class: "autorefiner-mark" }),
       make("span", { class: "autorefiner-level" }),
     );
   }
 
   fill(tile, chunk) {
-    const finished = chunk.level === chunk.levels;
-    tile.classList.toggle("autorefiner-finished", finished);
+    const origin = ["given", "reused"].find((name) => chunk[name]);
+    tile.classList.toggle("autorefiner-finished", isFinished(chunk));
+    tile.classList.toggle("autorefiner-given", chunk.given);
+    tile.classList.toggle("autorefiner-reused", chunk.reused);
+    tile.querySelector(".autorefiner-mark").textContent = origin ? word(origin) : "";
     tile.lastElementChild.style.width = `${(100 * chunk.level) / chunk.levels}%`;
-    const numbers = `${word("frames")} ${chunk.start + 1}–${chunk.end}`;
-    tile.title = `${word("chunk")} ${chunk.chunk + 1}, ${numbers}${chunk.image ? `: ${word("enlarge")}` : ""}`;
-    tile.disabled = !chunk.image;
+    const numbers = `${word("frames")} ${chunk.start + 1}–${chunk.end}${origin ? `, ${word(origin)}` : ""}`;
+    tile.disabled = !chunk.image && !isFinished(chunk);
+    tile.title = `${word("chunk")} ${chunk.chunk + 1}, ${numbers}${tile.disabled ? "" : `: ${word("enlarge")}`}`;
     if (!chunk.image) return;
     if (!this.shaped) this.shape(chunk);
     show(tile.firstElementChild, chunk, chunk.pictures - 1);

@@ -1,13 +1,13 @@
-// On Train Refiner LoRA: the curves of its figures and the latest sample sheet, live, and as the workflow kept them.
+// On Train Refiner LoRA: the curves of its figures and the latest sample sheet, live, and as the server holds them.
 import { dialog, make, ownPointer } from "./dom.js";
 import { clock } from "./strip.js";
 import { shape } from "./svg.js";
 import { word } from "./words.js";
 
 const [WIDTH, HEIGHT, TOP] = [300, 36, 11]; // of a curve, and of the line of text over it
-const [MOST_CURVES, MOST_POINTS] = [3, 400]; // of an event or a workflow file; more is not believed
+const [MOST_CURVES, MOST_POINTS] = [3, 400]; // of an event or a state; more is not believed
 
-/** Curves by name as [step, value], without what is none. Workflow files come from anywhere. */
+/** Curves by name as [step, value], without what is none. */
 function readCurves(told) {
   const sound = ([step, value, ...more]) => Number.isFinite(step) && Number.isFinite(value) && !more.length;
   return Object.entries(told && typeof told === "object" ? told : {})
@@ -44,9 +44,10 @@ export function pathOf(points, steps) {
 }
 
 export class Trainer {
-  /** @param {{address: (path: string) => string, keep: (kept: object) => void}} actions */
+  /** @param {{address: (path: string) => string}} actions */
   constructor(actions) {
     this.actions = actions;
+    this.received = 0; // events
     this.status = make("div", { class: "autorefiner-status" });
     this.curves = make("div", { class: "autorefiner-curves" });
     this.image = make("img", {
@@ -64,37 +65,35 @@ export class Trainer {
   }
 
   clear() {
-    Object.assign(this, { step: 0, first: 0, steps: 0, elapsed: 0, ended: null, figures: [], raw: {}, sheet: null });
+    Object.assign(this, { step: 0, first: 0, steps: 0, elapsed: 0, ended: null, figures: [], sheet: null });
   }
 
-  /** An event of the server. */
+  /** An event of the server, which holds the whole state. */
   told(event) {
-    if (event.prompt !== this.prompt) {
-      this.clear();
-      Object.assign(this, { prompt: event.prompt, first: event.step });
-    }
+    this.received += 1;
     this.take(event);
-    const { step, steps, elapsed, ended, raw, sheet } = this;
-    this.actions.keep({ step, steps, elapsed, ended, curves: raw, sheet });
     this.draw();
   }
 
-  /** The training as a workflow kept it; nothing of it is trusted. */
-  restore(kept) {
-    if (this.prompt || !kept || typeof kept !== "object") return;
-    this.take(kept);
-    this.ended ??= "interrupted";
+  /**
+   * The latest training as the server holds it, or null for none.
+   * @param {object | null} state
+   * @param {number} received events when the server was asked: what they said is newer
+   */
+  restore(state, received) {
+    if (this.received !== received) return;
+    if (state) this.take(state);
+    else if (this.steps) this.ended ??= "interrupted";
     this.draw();
   }
 
-  take(told) {
+  take(event) {
     const count = (value) => (Number.isInteger(value) && value >= 0 && value <= 1e9 ? value : 0);
-    [this.step, this.steps] = [count(told.step), count(told.steps)];
-    this.elapsed = Number.isFinite(told.elapsed) ? told.elapsed : 0;
-    this.ended = ["done", "interrupted"].includes(told.ended) ? told.ended : null;
-    this.figures = readCurves(told.curves);
-    this.raw = Object.fromEntries(this.figures.map(({ name, points }) => [name, points]));
-    this.sheet = readSheet(told.sheet);
+    [this.step, this.steps, this.first] = [count(event.step), count(event.steps), count(event.first)];
+    this.elapsed = Number.isFinite(event.elapsed) ? event.elapsed : 0;
+    this.ended = ["done", "interrupted", "failed"].includes(event.status) ? event.status : null;
+    this.figures = readCurves(event.curves);
+    this.sheet = readSheet(event.sheet);
   }
 
   sentence() {

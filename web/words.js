@@ -14,6 +14,26 @@ const WORDS = {
     stop: "Stop after this chunk",
     stopping: "Stopping after this chunk …",
     "no run": "This server does not know the run",
+    failed: "failed",
+    starting: "starting",
+    chunks: "chunks",
+    given: "given",
+    reused: "reused",
+    "first picture": "first picture",
+    reroll: "rerolled from chunk {number}",
+    times: ", {times} times",
+    keep: "ends after chunk {number}",
+    extend: "{number} chunks added",
+    "reroll here": "Reroll from here",
+    "keep here": "Keep up to here",
+    "prompt here": "Prompt from here",
+    "new prompt": "A prompt, from this chunk on",
+    "extend run": "Extend by",
+    "extend run title": "Queue the run again with more chunks; those that are finished are reused",
+    "chunks to add": "Chunks to add",
+    clear: "Clear",
+    "clear title": "Empty the recipe and queue the run as it was at first",
+    queue: "Queue",
     frames: "frames",
     enlarge: "click to enlarge",
     close: "Close",
@@ -58,6 +78,26 @@ const WORDS = {
     stop: "完成当前分块后停止",
     stopping: "将在当前分块后停止 …",
     "no run": "服务器上没有这次运行",
+    failed: "失败",
+    starting: "正在开始",
+    chunks: "个分块",
+    given: "给定",
+    reused: "复用",
+    "first picture": "首帧画面",
+    reroll: "从分块 {number} 起重掷",
+    times: "（{times} 次）",
+    keep: "到分块 {number} 为止",
+    extend: "增加 {number} 个分块",
+    "reroll here": "从此处重掷",
+    "keep here": "保留到此处",
+    "prompt here": "从此处更换提示词",
+    "new prompt": "从该分块起的提示词",
+    "extend run": "延长",
+    "extend run title": "增加分块并重新排队；已完成的分块会被复用",
+    "chunks to add": "要增加的分块数",
+    clear: "清除",
+    "clear title": "清空配方，并按最初的样子重新排队",
+    queue: "排队",
     frames: "帧",
     enlarge: "点击放大",
     close: "关闭",
@@ -96,4 +136,9 @@ const WORDS = {
 export function word(name) {
   const locale = String(app.extensionManager.setting.get("Comfy.Locale") ?? "en").slice(0, 2);
   return (WORDS[locale] ?? WORDS.en)[name] ?? WORDS.en[name];
+}
+
+/** A word with its {placeholders} filled in. */
+export function phrase(name, values) {
+  return word(name).replace(/\{(\w+)\}/g, (_, key) => String(values[key]));
 }

@@ -1,10 +1,6 @@
-"""The page in a real browser: `pytest -m page`, with ComfyUI, Chromium and playwright.
-
-PAGE_PICTURES names a folder for screenshots.
-"""
+"""The page in a real browser: `pytest -m page`, with ComfyUI, Chromium and playwright."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
@@ -14,10 +10,10 @@ import numpy as np
 import pytest
 from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
-from comfy_page import TELLING, to_page
+from comfy_page import TELLING
 from comfy_server import Server, find_comfyui
-from page_browser import FINISHED, STATUS, Page, complaints, find_chromium, opened, touch_files
-from safetensors.torch import load_file
+from page_browser import Page, complaints, find_chromium, opened, touch_files
+from page_runs import idle, picture, written
 
 from autorefiner.refiner.files import partial_path
 from autorefiner.refiner.video import VideoWriter
@@ -38,50 +34,6 @@ def page(request, server: Server) -> Iterator[Page]:
     with opened(server, request.param == "vue") as page:
         page.name = request.param
         yield page
-
-
-def picture(page: Page, name: str) -> None:
-    """Take a screenshot if PAGE_PICTURES is set."""
-    if folder := os.environ.get("PAGE_PICTURES"):
-        page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
-
-
-def ended(page: Page, how: str) -> None:
-    """Wait until the strip shows how the run ended."""
-    page.until(f"document.querySelector('{STATUS}')?.textContent.includes('{how}')")
-
-
-def finished(page: Page, count: int) -> None:
-    """Wait until the given number of chunks is shown as finished."""
-    page.until(f"document.querySelectorAll('{FINISHED}').length === {count}")
-
-
-def of_class(graph: dict, kind: str) -> dict:
-    """Return the node of a class in a workflow of the page."""
-    return next(node for node in graph["nodes"] if node["type"] == kind)
-
-
-def idle(server: Server, page: Page) -> None:
-    """Wait until the queue is empty."""
-    while any(server.get("/queue").values()):
-        page.tab.wait_for_timeout(100)
-
-
-def sampled(server: Server, name: str, **inputs: object) -> Path:
-    """Write a workflow that samples at 128x128 and saves the latents undecoded, to save time."""
-    graph = small("text_to_video")
-    sampler = of_kind(graph, "AutoRefinerSampler")
-    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
-    graph[sampler]["inputs"] |= {"width": 128, "height": 128, **inputs}
-    saved = graph_node("SaveLatent", samples=[sampler, 0], filename_prefix=name)
-    return written(server, name, graph | {"99": saved | {"_meta": {"title": "Save Latent"}}})
-
-
-def written(server: Server, name: str, graph: dict) -> Path:
-    """Write a graph in API format as a workflow of the page."""
-    path = server.base / f"{name}.json"
-    path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
-    return path
 
 
 def overlapping(page: Page) -> list[tuple[int, int]]:
@@ -212,87 +164,6 @@ def test_a_decoded_video_brings_its_workflow_back(page: Page, server: Server) ->
     assert kinds == sorted(node["class_type"] for node in graph.values())
 
 
-def test_the_strip_fills_stays_and_comes_back(page: Page, server: Server) -> None:
-    page.errors.clear()
-    path = sampled(server, "strip", length=117, seed=len(page.name))
-    before = json.loads(path.read_text())
-    page.load(path)
-    page.look_at("AutoRefinerSampler")
-    tab = page.tab
-    tab.evaluate(
-        """([tiles, finished]) => {
-            const [counts, seen] = [[], { subtree: true, childList: true, attributes: true }];
-            const count = () => counts.push(document.querySelectorAll(finished).length);
-            new MutationObserver(count).observe(document.querySelector(tiles), seen);
-            window.autorefinerCounts = counts;
-            window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => {
-                window.autorefinerTold = detail;
-            });
-        }""",
-        [".autorefiner-tiles", FINISHED],
-    )
-    page.queue()
-    ended(page, "done")
-    # The tiles fill one after the other.
-    assert set(range(1, 11)) <= set(tab.evaluate("() => window.autorefinerCounts"))
-    assert tab.evaluate("() => window.autorefinerTold.workflow === window.app.graph.id")
-    assert tab.locator(FINISHED).count() == 10
-    assert tab.evaluate(
-        "() => document.querySelector('.autorefiner-picture').style.backgroundImage"
-    ).startswith("url")
-    assert "chunk 10/10" in tab.inner_text(STATUS) and "frames/s" in tab.inner_text(STATUS)
-    idle(server, page)
-    picture(page, "strip")
-
-    saved = tab.evaluate("() => window.app.graph.serialize()")
-    sampler, given = (of_class(graph, "AutoRefinerSampler") for graph in (saved, before))
-    assert len(json.dumps(sampler["properties"])) < 110_000
-    assert len(sampler["widgets_values"]) == len(given["widgets_values"])
-    path = server.base / "kept.json"
-    path.write_text(json.dumps(saved))
-    page.load(path)
-    page.look_at("AutoRefinerSampler")
-    finished(page, 10)
-    ended(page, "done")
-    tab.click(".autorefiner-tile >> nth=2")
-    assert "chunk 3" in tab.inner_text(".autorefiner-dialog")
-    tab.keyboard.press("ArrowRight")
-    assert "chunk 4" in tab.inner_text(".autorefiner-dialog")
-    picture(page, "enlarged")
-    tab.keyboard.press("Escape")
-    assert page.errors == []
-
-
-def test_the_button_ends_the_run_and_what_is_finished_is_saved(page: Page, server: Server) -> None:
-    page.errors.clear()
-    page.load(sampled(server, "stopped", length=4001, seed=len(page.name)))  # longer than any click
-    page.look_at("AutoRefinerSampler")
-    before = set(server.base.glob("output/stopped*.latent"))
-    page.queue()
-    page.tab.wait_for_selector(FINISHED)
-    page.tab.click(".autorefiner-stop")
-    ended(page, "stopped")
-    idle(server, page)
-    picture(page, "stopped")
-    made = page.tab.locator(FINISHED).count()
-    assert 0 < made < 334
-    (saved,) = set(server.base.glob("output/stopped*.latent")) - before
-    assert load_file(saved)["latent_tensor"].shape[2] == 3 * made
-    assert page.errors == []
-
-
-def test_the_strip_of_a_sampler_shows_on_the_node_that_made_it(page: Page, server: Server) -> None:
-    page.errors.clear()
-    page.load(WORKFLOWS / "sampler_custom_advanced.json")
-    page.look_at("AutoRefinerCustomSampler")
-    page.set("EmptyARVideoLatent", length=21)
-    page.queue()
-    ended(page, "done")
-    idle(server, page)
-    picture(page, "strip-custom")
-    assert page.errors == []
-
-
 def test_two_clips_play_in_step_under_a_slider(page: Page, server: Server) -> None:
     graph = json.loads((WORKFLOWS / "compare_controls.json").read_text())
     for node in graph["nodes"]:
@@ -390,51 +261,3 @@ def test_the_cache_draws_what_a_chunk_sees_as_its_widgets_say(page: Page) -> Non
     page.set("AutoRefinerReflectiveCache", window=2)
     says("window")
     assert [error for error in page.errors if "autorefiner/cache" not in error] == []
-
-
-def test_a_workflow_from_anywhere_cannot_put_markup_into_the_page(
-    page: Page, server: Server
-) -> None:
-    page.errors.clear()
-    graph = json.loads((WORKFLOWS / "text_to_video.json").read_text())
-    sampler = of_class(graph, "AutoRefinerSampler")
-    evil = "<img src=x onerror='window.owned = 1'>"
-    chunk = {
-        "chunk": 0,
-        "level": 4,
-        "levels": 4,
-        "start": evil,
-        "end": 9,
-        "image": f'/9j/"){evil}',
-        "pictures": 1,
-    }
-    odd = [None, 7, {"chunk": -1}, {"chunk": 1e9}, chunk]
-    sampler["properties"]["autorefiner_chunks"] = {
-        "total": 7,
-        "chunks": odd,
-        "ended": evil,
-        "elapsed": evil,
-    }
-    away = {"filename": "sheet_1.png", "subfolder": "autorefiner/../.."}
-    curves = {evil: [[0, 1], [1, 2]], "loss": [["x", evil]], "long": [[0, 1]] * 5000}
-    kept = {"step": evil, "steps": 9, "ended": evil, "curves": curves, "sheet": away}
-    trainer = of_class(
-        to_page(small("train_a_refiner"), server.get("/object_info")), "AutoRefinerTrainRefiner"
-    )
-    for socket in trainer["inputs"]:
-        socket["link"] = None
-    trainer |= {"id": 99, "properties": {"autorefiner_training": kept}, "outputs": []}
-    graph["nodes"].append(trainer)
-    path = server.base / "evil.json"
-    path.write_text(json.dumps(graph))
-    page.load(path)
-    assert page.tab.locator(".autorefiner-curve text:first-of-type").all_text_contents() == [
-        evil[:40]
-    ]
-    assert page.tab.get_attribute(".autorefiner-sheet", "src") == ""
-    page.look_at("AutoRefinerSampler")
-    finished(page, 1)
-    assert page.tab.evaluate(
-        "() => window.owned === undefined && !document.querySelector('img[src=x]')"
-    )
-    assert page.errors == []

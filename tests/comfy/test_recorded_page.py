@@ -1,26 +1,19 @@
 """The page without a server: workflows open in the frontend package, with recorded answers."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from comfy_graphs import WORKFLOWS
 from comfy_page import inputs_of
 from comfy_server import Server, find_comfyui
-from page_browser import STATUS, Page, complaints, find_chromium
+from page_browser import STATUS, Page, complaints
 from page_words import words
-from recorded_page import FILES, RECORDED, find_frontend, kinds, replayed
+from recorded_events import CHUNK, in_the_page, status, tell
+from recorded_page import FILES, RECORDED, kinds, replayed
 
 EN, ZH = (words()[language] for language in ("en", "zh"))
-
-
-def in_the_page(test: Callable) -> Callable:
-    """Mark a test that needs a browser and the frontend package."""
-    test = pytest.mark.skipif(find_frontend() is None, reason="no comfyui-frontend-package")(test)
-    return pytest.mark.page(
-        pytest.mark.skipif(find_chromium() is None, reason="no Chromium, or no playwright")(test)
-    )
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
@@ -35,37 +28,6 @@ def test_workflows_open_where_no_server_is(workflow: Path, page: Page) -> None:
     assert complaints(page, workflow) == []
 
 
-def status(page: Page, widget: str = "head") -> str:
-    return page.tab.inner_text(f".autorefiner-{widget} .autorefiner-status")
-
-
-def tell(page: Page, event: str, **detail: object) -> None:
-    """Send a server event for the node of the strip or of the training."""
-    page.tab.evaluate(
-        """([event, detail]) => {
-            const kind = event === "chunk" ? "AutoRefinerSampler" : "AutoRefinerTrainRefiner";
-            const node = String(window.app.graph.nodes.find((node) => node.comfyClass === kind).id);
-            const workflow = detail.workflow === "this" ? window.app.graph.id : detail.workflow;
-            const full = { ...detail, node, workflow };
-            window.app.api.dispatchCustomEvent(`autorefiner.${event}`, full);
-        }""",
-        [event, detail],
-    )
-
-
-CHUNK = {
-    "chunk": 0,
-    "chunks": 7,
-    "start": 0,
-    "end": 9,
-    "first": 0,
-    "frames": 81,
-    "level": 1,
-    "levels": 4,
-    "elapsed": 2,
-}
-
-
 @in_the_page
 def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
     page.load(WORKFLOWS / "train_a_refiner.json")
@@ -77,7 +39,7 @@ def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
     tell(page, "train", prompt="a", workflow=None, **training)  # a prompt from no page
     assert "chunk 1/7" in status(page) and "step 3/9" in status(page, "trainer")
-    tell(page, "chunk", prompt="b", workflow="another", ended="interrupted")
+    tell(page, "chunk", prompt="b", workflow="another", status="interrupted")
     assert "interrupted" not in status(page)
 
 
@@ -85,9 +47,10 @@ def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
 def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
     page.load(WORKFLOWS / "text_to_video.json")
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"level": 4})
-    tell(page, "chunk", prompt="a", workflow="this", ended="stopped", elapsed=2.0)
-    assert "stopped" in status(page) and not page.tab.is_visible(".autorefiner-stop")
-    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    tell(page, "chunk", prompt="a", workflow="this", run=1, status="stopped", elapsed=2.0)
+    assert "1/7 chunks, 9 frames · " in status(page) and "stopped" in status(page)
+    assert not page.tab.is_visible(".autorefiner-stop")
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"run": 2})
     assert "stopped" not in status(page) and "pass 1/4" in status(page)
     assert (
         page.tab.is_visible(".autorefiner-stop")
