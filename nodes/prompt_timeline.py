@@ -10,6 +10,8 @@ EXAMPLE = """0s a red star circles on a navy ground
 
 
 class PromptTimeline(io.ComfyNode):
+    HAS_INTERMEDIATE_OUTPUT = True  # its text is in the history also where it is cached
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -152,21 +152,27 @@ class RunStates:
 
 
 class NodeTexts:
-    """Notices and the last words of nodes in a prompt, by (prompt, node)."""
+    """Texts of nodes by (prompt, node): notices, how a run ended, and the text shown last."""
 
     def __init__(self, most: int = MOST_RUNS) -> None:
         self.most = most
         self._notices: OrderedDict[tuple[str, str], list[str]] = OrderedDict()
         self._endings: dict[tuple[str, str], str] = {}
+        self._shown: dict[tuple[str, str], str] = {}
 
-    def notice(self, prompt: str, node: str, text: str) -> list[str]:
-        """Add a notice; return all of the node, each once."""
+    def show(self, prompt: str, node: str, text: str) -> None:
+        """Set the text of a node."""
+        self._notices.setdefault((prompt, node), [])
+        self._shown[prompt, node] = text
+        self._bound()
+
+    def notice(self, prompt: str, node: str, text: str) -> None:
+        """Add a notice, each once."""
         notices = self._notices.setdefault((prompt, node), [])
         text = text if len(text) <= LONGEST_NOTICE else text[: LONGEST_NOTICE - 1] + "…"
         if text not in notices and len(notices) < MOST_NOTICES:
             notices.append(text)
         self._bound()
-        return list(notices)
 
     def end(self, prompt: str, node: str, text: str) -> None:
         """Say how a node's run ended early."""
@@ -177,16 +183,17 @@ class NodeTexts:
     def notices(self, prompt: str, node: str) -> list[str]:
         return list(self._notices.get((prompt, node), ()))
 
-    def lines(self, prompt: str, node: str, text: str) -> list[str]:
+    def lines(self, prompt: str, node: str) -> list[str]:
         """Return a node's lines: notices, how it ended if early, and its text."""
-        ending = self._endings.get((prompt, node))
-        plan = [ending, f"planned: {text}"] if ending else [text]
-        return [*self.notices(prompt, node), *plan]
+        ending, text = (texts.get((prompt, node)) for texts in (self._endings, self._shown))
+        planned = f"planned: {text}" if text and ending else text
+        return [*self.notices(prompt, node), *filter(None, (ending, planned))]
 
     def _bound(self) -> None:
         while len(self._notices) > self.most:
             key, _ = self._notices.popitem(last=False)
             self._endings.pop(key, None)
+            self._shown.pop(key, None)
 
 
 def stopped_text(finished: int, chunks: int, frames: int) -> str:

@@ -57,6 +57,8 @@ def recipe_input() -> Any:
 
 
 class PathwiseRefinedSampler(io.ComfyNode):
+    HAS_INTERMEDIATE_OUTPUT = True  # its text is in the history also where it is cached
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -142,6 +142,7 @@ class Watch:
             update["text"] = stopped_text(*count)
             for node in nodes_of(self.state):
                 _texts.end(self.state.prompt, node, update["text"])
+                send_text(self.state.prompt, node)
         self.send(update)
 
 
@@ -197,32 +198,36 @@ def this_run() -> tuple[str | None, str | None]:
 
 
 class NodeText(ui.PreviewText):
-    """Text of a node in a prompt; its notices are read when the node has ended."""
+    """Text of a node in a prompt, as it is when the node has ended."""
 
     def __init__(self, prompt: str, node: str, text: str) -> None:
         super().__init__(text)
         self.key = (prompt, node)
 
     def as_dict(self) -> dict:
-        return {"text": ("\n".join(map(plain_text, _texts.lines(*self.key, self.value))),)}
+        return {"text": (lines_of(*self.key) or plain_text(self.value),)}
+
+
+def lines_of(prompt: str, node: str) -> str:
+    return "\n".join(map(plain_text, _texts.lines(prompt, node)))
 
 
 def show(text: str) -> ui.PreviewText:
     context = get_executing_context()
     if context is None:
         return ui.PreviewText(plain_text(text))
-    shown = NodeText(context.prompt_id, context.node_id, text)
-    send_text(context.node_id, shown.as_dict()["text"][0])
-    return shown
+    _texts.show(context.prompt_id, context.node_id, text)
+    send_text(context.prompt_id, context.node_id)
+    return NodeText(context.prompt_id, context.node_id, text)
 
 
-def send_text(node: str, text: str) -> None:
+def send_text(prompt: str, node: str) -> None:
     """Show a node's text on the page that queued the prompt."""
     from server import PromptServer
 
     server = PromptServer.instance
     if server is not None:
-        server.send_progress_text(text, node, server.client_id)
+        server.send_progress_text(lines_of(prompt, node), node, server.client_id)
 
 
 def notice(text: str) -> None:
@@ -230,8 +235,8 @@ def notice(text: str) -> None:
     context = get_executing_context()
     if context is None:
         return
-    notices = _texts.notice(context.prompt_id, context.node_id, plain_text(text))
-    send_text(context.node_id, "\n".join(notices))
+    _texts.notice(context.prompt_id, context.node_id, plain_text(text))
+    send_text(context.prompt_id, context.node_id)
 
 
 def nodes_of(state: RunState) -> set[str]:

@@ -112,12 +112,14 @@ def test_an_answer_holds_runs_by_node() -> None:
 
 def test_notices_stay_with_the_text_of_their_node_and_prompt() -> None:
     texts = NodeTexts()
-    for text in ("one", "two", "one"):
+    texts.notice("p", "3", "one")
+    texts.show("p", "3", "plan")
+    for text in ("two", "one"):
         texts.notice("p", "3", text)
-    assert texts.lines("p", "3", "plan") == ["one", "two", "plan"]
-    assert texts.lines("q", "3", "plan") == texts.lines("p", "4", "plan") == ["plan"]
+    assert texts.lines("p", "3") == ["one", "two", "plan"]
+    assert texts.lines("q", "3") == texts.lines("p", "4") == []
     texts.end("p", "3", stopped_text(3, 7, 33))
-    ended = texts.lines("p", "3", "plan")
+    ended = texts.lines("p", "3")
     assert ended[2] == "3 of 7 chunks, 33 frames: stopped" and ended[3].endswith("plan")
 
 
@@ -129,6 +131,6 @@ def test_notices_are_bounded() -> None:
     assert len(notices) == MOST_NOTICES and max(map(len, notices)) <= 600
     texts.end("p", "4", "stopped")
     texts.notice("p", "5", "new")
-    assert texts.notices("p", "3") == [] and texts.lines("p", "4", "t")[0] == "stopped"
-    texts.notice("p", "6", "new")
-    assert texts.lines("p", "4", "t") == ["t"]
+    assert texts.notices("p", "3") == [] and texts.lines("p", "4") == ["stopped"]
+    texts.show("p", "6", "new")
+    assert texts.lines("p", "4") == [] and texts.lines("p", "6") == ["new"]
