@@ -1,0 +1,186 @@
+"""The page plays the video of a run while it is made: `pytest -m page`.
+
+PAGE_PICTURES names a folder for screenshots.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_graphs import node, of_kind, small
+from comfy_page import to_page
+from comfy_server import Server, find_comfyui, install_pack
+from demo_files import write_base
+from page_browser import Page, find_chromium, opened
+
+pytestmark = [
+    pytest.mark.page,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI"),
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium"),
+]
+SAMPLER, VIDEO = "AutoRefinerSampler", ".autorefiner-live-video"
+LINE = ".autorefiner-live .autorefiner-status"
+# What is seen of the video at every event of a chunk: [chunk, chunks, time, whether it plays].
+LOG = """() => {
+    window.seen = [];
+    window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => {
+        const video = document.querySelector(".autorefiner-live-video");
+        const { chunk, chunks } = detail;
+        if (video) window.seen.push([chunk, chunks, video.currentTime, !video.paused]);
+    });
+}"""
+
+
+@pytest.fixture(scope="module")
+def open_server(weights: Path, tmp_path_factory) -> Iterator[Server]:
+    """Start a ComfyUI whose page may play media sources: one with its API nodes."""
+    base = tmp_path_factory.mktemp("comfyui_live")
+    write_base(base, weights)
+    install_pack(base, weights)
+    running = Server.start(*find_comfyui(), base, options=())
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module", params=["standard", "vue"])
+def page(request, open_server: Server) -> Iterator[Page]:
+    with opened(open_server, request.param == "vue") as page:
+        page.name = request.param
+        yield page
+
+
+def watched(server: Server, **inputs: object) -> Path:
+    """Write a workflow whose sampler has a VAE, and which decodes nothing else."""
+    graph = small("text_to_video")
+    sampler = of_kind(graph, SAMPLER)
+    graph = {key: graph[key] for key in sorted(graph, key=int)[: int(sampler)]}
+    loader = of_kind(graph, "AutoRefinerLoadDemo")
+    graph[sampler]["inputs"] |= {"width": 128, "height": 128, "vae": [loader, 2], **inputs}
+    saved = node("SaveLatent", samples=[sampler, 0], filename_prefix="live")
+    graph |= {"99": saved | {"_meta": {"title": "Save Latent"}}}
+    path = server.base / "live.json"
+    path.write_text(json.dumps(to_page(graph, server.get("/object_info"))))
+    return path
+
+
+def begin(page: Page, path: Path) -> None:
+    """Open a workflow and queue it."""
+    page.errors.clear()
+    page.load(path)
+    page.look_at(SAMPLER)
+    page.queue()
+
+
+def idle(server: Server, page: Page) -> None:
+    while any(server.get("/queue").values()):
+        page.tab.wait_for_timeout(100)
+
+
+def whole(page: Page, seconds: float) -> None:
+    """Wait until the page has the whole video."""
+    page.until(
+        f"(() => {{ const video = document.querySelector('{VIDEO}');"
+        f" return video?.loop && video.buffered.length === 1 && video.readyState > 1"
+        f" && Math.abs(video.buffered.end(0) - {seconds}) < 0.01"
+        f" && Math.abs(video.duration - {seconds}) < 0.01; }})()"
+    )
+
+
+def seek(page: Page, seconds: float) -> None:
+    """Go to a time of the paused video."""
+    page.tab.evaluate(
+        """async ([selector, seconds]) => {
+            const video = document.querySelector(selector);
+            video.pause();
+            video.currentTime = seconds;
+            await new Promise((done) => video.addEventListener("seeked", done, { once: true }));
+            if (video.currentTime !== seconds || !video.videoWidth) throw new Error("not there");
+        }""",
+        [VIDEO, seconds],
+    )
+
+
+def picture(page: Page, name: str) -> None:
+    """Take a screenshot if PAGE_PICTURES is set."""
+    if folder := os.environ.get("PAGE_PICTURES"):
+        page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
+
+
+def serialized(page: Page, server: Server) -> Path:
+    """Write the page's workflow, which keeps its id."""
+    path = server.base / "reloaded.json"
+    path.write_text(json.dumps(page.tab.evaluate("() => window.app.graph.serialize()")))
+    return path
+
+
+def test_the_video_plays_while_later_chunks_are_sampled(page: Page, open_server: Server) -> None:
+    page.tab.evaluate(LOG)
+    begin(page, watched(open_server, length=69, seed=len(page.name)))
+    page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0.5")
+    picture(page, "live")
+    whole(page, 69 / 16)
+    seen = page.tab.evaluate("() => window.seen")
+    assert any(2 <= at < count - 1 and time > 0 and on for at, count, time, on in seen)
+    line = page.tab.inner_text(LINE)
+    assert "4.3 s" in line and "first picture" in line
+    page.until(f"!document.querySelector('{VIDEO}').paused")  # it goes round
+    seek(page, 0.25)
+    seek(page, 3.5)
+    idle(open_server, page)
+    picture(page, "live-whole")
+    assert page.errors == []
+
+
+def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
+    page: Page, open_server: Server
+) -> None:
+    begin(page, watched(open_server, length=117, seed=10 + len(page.name)))
+    page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    path = serialized(page, open_server)
+    page.tab.reload()
+    page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
+    page.tab.wait_for_timeout(1500)
+    page.load(path)
+    page.look_at(SAMPLER)
+    assert open_server.get("/queue")["queue_running"], "the run is over: make it longer"
+    page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    whole(page, 117 / 16)
+    idle(open_server, page)
+
+
+def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None:
+    begin(page, watched(open_server, length=69, seed=20 + len(page.name)))
+    page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    path = serialized(page, open_server)
+    tab = page.tab.context.browser.new_context().new_page()
+    tab.goto(page.tab.url)
+    other = Page(tab, name=page.name)
+    other.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
+    tab.wait_for_timeout(1500)
+    other.load(path)
+    whole(other, 69 / 16)
+    whole(page, 69 / 16)
+    idle(open_server, page)
+
+
+def test_a_page_that_forbids_media_sources_plays_it_too(server: Server) -> None:
+    """ComfyUI's content security policy with --disable-api-nodes."""
+    with opened(server, False) as page:
+        begin(page, watched(server, length=69, seed=30))
+        page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+        assert server.get("/queue")["queue_running"]
+        whole(page, 69 / 16)
+        seek(page, 0.25)
+        idle(server, page)
+        assert page.errors == []
+
+
+def test_a_codec_that_the_browser_lacks_is_a_line(open_server: Server) -> None:
+    with opened(open_server, False) as page:
+        page.tab.evaluate("() => { MediaSource.isTypeSupported = () => false; }")
+        begin(page, watched(open_server, length=9, seed=40))
+        page.until(f"document.querySelector('{LINE}')?.textContent.includes('cannot play')")
+        assert not page.tab.is_visible(VIDEO)
+        idle(open_server, page)
