@@ -7,7 +7,7 @@ VENV := .venv
 FLOOR := .venv-floor
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor kill fuzz lint locales density pictures clean
+.PHONY: demo test test-floor kill fuzz soak lint locales density pictures clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ kill: $(VENV)/ready
 # Hostile files, workflows, arguments and requests, each in a process of its own; at most 12 minutes on two cores.
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz_campaign.py
+
+# Queues 200 watched runs in a real ComfyUI (COMFYUI_PATH) and checks that its memory stays flat; about 10 minutes.
+soak: $(VENV)/ready
+	$(BIN)/python tests/soak_campaign.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -120,6 +120,12 @@ class Server:
         """Return what the server printed."""
         return (self.base / "comfyui.log").read_text(errors="replace")
 
+    def resident_bytes(self) -> int:
+        """Return the memory that the process holds (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) << 10
+
     def get(self, path: str) -> dict:
         """Return a JSON answer."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=120) as answer:
