@@ -2,32 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import comfy.model_management as management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
-from torch import Tensor
 
-from ...refiner.wan.vae import DecoderState, normalized
+from ...refiner.run_plan import RunPlan
 from ..live import Decoder, Recorder
 from ..run import CHANNELS, Run, held_bytes
 from .comfy_model import facts
-from .comfy_training import own_vae
+from .comfy_video import load_decoder, stream_decoder
 from .live_route import announce, videos
 from .page import workflow_of
-
-
-def stream_decoder(vae: comfy.sd.VAE) -> Decoder:
-    """Open a decoder of consecutive chunks of one video."""
-    wan, state = own_vae(vae), DecoderState()
-    weight = next(wan.parameters())
-
-    def decode(raw_1Cfhw: Tensor) -> Tensor:
-        pixels = wan.decode(normalized(raw_1Cfhw).to(weight), state)
-        return ((pixels[0].permute(1, 2, 3, 0) + 1) / 2).clamp(0, 1).cpu()
-
-    return decode
 
 
 def has_page() -> bool:
@@ -37,20 +25,30 @@ def has_page() -> bool:
     return PromptServer.instance is not None and PromptServer.instance.client_id is not None
 
 
+def decoding_bytes(vae: comfy.sd.VAE, plan: RunPlan) -> int:
+    """Count the bytes of activations that decoding a chunk takes."""
+    shape = (1, CHANNELS, max(plan.lengths), plan.height, plan.width)
+    return vae.memory_used_decode(shape, vae.vae_dtype)
+
+
 def has_room(vae: comfy.sd.VAE, model: ModelPatcher, run: Run) -> bool:
     """Whether a VAE fits beside the loaded model and all that the run will take."""
-    device = model.load_device
+    device, plan = model.load_device, run.plan
     if management.is_device_cpu(device):
         return True
-    plan = run.plan
-    chunk = max(plan.lengths)
-    sampling = model.model.memory_required([plan.batch, CHANNELS, chunk, plan.height, plan.width])
-    decoding = vae.memory_used_decode((1, CHANNELS, chunk, plan.height, plan.width), vae.vae_dtype)
-    extra = max(
-        management.minimum_inference_memory(), decoding + management.extra_reserved_memory()
-    )
-    needed = held_bytes(run, facts(model)) + sampling + 1.1 * vae.model_size() + extra
+    chunk = [plan.batch, CHANNELS, max(plan.lengths), plan.height, plan.width]
+    running = held_bytes(run, facts(model)) + model.model.memory_required(chunk)
+    decoding = decoding_bytes(vae, plan) + management.extra_reserved_memory()
+    spare = max(management.minimum_inference_memory(), decoding)
+    needed = running + 1.1 * vae.model_size() + spare  # what ComfyUI would make free, and the run
     return needed < management.get_free_memory(device)
+
+
+def open_decoder(vae: comfy.sd.VAE, plan: RunPlan, room: bool) -> Decoder:
+    """Open the decoder; without room, models of the finished run give way to it."""
+    if not room:
+        load_decoder(vae, decoding_bytes(vae, plan))
+    return stream_decoder(vae)
 
 
 @contextmanager
@@ -62,13 +60,13 @@ def recording(
     if vae is None or context is None or not has_page():
         yield None
         return
-    prompt = context.prompt_id
+    prompt, room = context.prompt_id, has_room(vae, model, run)
     recorder = Recorder(
         videos.begin(node or context.node_id, prompt, workflow_of(prompt)),
-        lambda: stream_decoder(vae),
+        partial(open_decoder, vae, run.plan, room),
         announce,
         model.load_device,
-        has_room(vae, model, run),
+        room,
         management.throw_exception_if_processing_interrupted,
     )
     with recorder:
