@@ -11,6 +11,7 @@ from autorefiner.refiner.demo import bundle
 from autorefiner.refiner.demo.bundle import FILES, REFINERS, save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
+from autorefiner.refiner.demo.tiny_decoder import SpriteTinyDecoder
 from autorefiner.refiner.noise.file import RefinerCard, fingerprint, save_refiner
 from autorefiner.refiner.noise.refiner import target_modules
 from autorefiner.refiner.pictures import write_png
@@ -20,14 +21,13 @@ from autorefiner.refiner.wan.vae import WanVAE
 
 STAND_IN = WanConfig(dim=128, num_heads=2, ffn_dim=128, num_layers=2, text_dim=32, text_len=16)
 VAE_DIM = 4
-PREVIEW = [[row / 100, 0.0, -row / 100] for row in range(17)]
 
 
 def write_demo_files(folder: Path) -> Path:
-    """Write sprites_{vae,text,student,teacher,reward} and the refiner to `folder`; return it."""
+    """Write stand-ins for the models of FILES and the refiner to `folder`; return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_model(folder, "vae", WanVAE(VAE_DIM), None, {"preview": PREVIEW})
+        save_model(folder, "vae", WanVAE(VAE_DIM), None, {})
         save_model(
             folder, "text", SpriteTextEncoder(STAND_IN.text_dim, STAND_IN.text_len), None, {}
         )
@@ -37,6 +37,7 @@ def write_demo_files(folder: Path) -> Path:
         save_model(
             folder, "reward", SpriteVideoText(16, STAND_IN.text_dim, STAND_IN.text_len), None, {}
         )
+        save_model(folder, "tiny", SpriteTinyDecoder(4), None, {})
     write_refiner(folder / REFINERS["sprites"], base=fingerprint(student))
     return folder
 

@@ -20,6 +20,7 @@ from ...refiner.wan.checkpoint import CheckpointInfo
 from ..run_states import NOTICES
 from . import page
 from .comfy_model import BASE, PRESET, base_of, facts  # noqa: F401, of NodeHost
+from .comfy_previews import preview_by, read_decoder
 from .comfy_sampling import make_sampler, sample, settled  # noqa: F401, of NodeHost
 from .comfy_training import (  # noqa: F401, of NodeHost
     encode_prompt,
@@ -115,6 +116,9 @@ def load_patcher(
 def load_model(path: Path, preset: str | None, dtype: str, weights: str) -> ModelPatcher:
     loaded = load_patcher(str(path), dtype, weights)
     loaded.set_attachments(PRESET, preset)
+    on_cpu = management.is_device_cpu(loaded.load_device)  # there, every preview would take long
+    if not on_cpu and (tiny := read_decoder(loaded.load_device)):
+        preview_by(loaded, tiny)
     return loaded
 
 
@@ -131,7 +135,7 @@ def expected_dtype(info: CheckpointInfo, dtype: str) -> torch.dtype:
 
 def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     from ...refiner.bundles import BUNDLES, DEMO
-    from ...refiner.demo.bundle import recipe_of
+    from ...refiner.demo.bundle import load_sprite_tiny
     from ...refiner.wan.checkpoint import load_vae_state
     from ..sprites import sprite_file, sprite_preset
 
@@ -141,10 +145,8 @@ def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
         model = load_patcher(str(sprite_file(network)), "fp32", "auto", causal=False)
     demo = BUNDLES[DEMO]
     weights = {name: tensor.float() for name, tensor in load_vae_state(demo.vae).items()}
-    if preview := recipe_of("vae", demo.vae.parent).get("preview"):
-        # The demo's VAE has other colours; this latent format belongs to this model alone.
-        latents = model.model.latent_format
-        *latents.latent_rgb_factors, latents.latent_rgb_factors_bias = preview
+    preview_by(model, load_sprite_tiny(demo.vae.parent).to(model.load_device))
+    model.model.latent_format.taesd_decoder_name = None  # such files decode Wan2.1's latents
     clip = sprite_clip(demo.text("cpu"))
     return model, clip, comfy.sd.VAE(sd=weights, dtype=torch.float32)
 

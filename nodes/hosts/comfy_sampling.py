@@ -15,7 +15,6 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from PIL.Image import Image
 from torch import Tensor
 
 from ...refiner.prompt_timeline import PlacedTimeline
@@ -32,6 +31,7 @@ from . import comfy_layers, page
 from .comfy_held import continued, identity_of
 from .comfy_live import recording
 from .comfy_model import facts, network_of
+from .comfy_previews import pictures_of, previews_wanted
 from .page import notice
 
 RESERVE = "autorefiner.kv"
@@ -197,34 +197,26 @@ def make_room(model: ModelPatcher, nbytes: int) -> None:
         model.partially_unload(model.offload_device, lacking)
 
 
-def pictures_of(model: ModelPatcher) -> Callable[[Tensor], Image]:
-    """Return ComfyUI's linear map from a latent frame [1, C, 1, h, w] to a picture."""
-    wan = model.model.latent_format
-    return latent_preview.Latent2RGBPreviewer(
-        wan.latent_rgb_factors, wan.latent_rgb_factors_bias, wan.latent_rgb_factors_reshape
-    ).decode_latent_to_preview
-
-
 def reporter(
     model: ModelPatcher, run: Run, callback: Callable | None, watch: page.Watch | None
 ) -> Callable[[Progress], None]:
     """Return a callback that shows progress and the newest frame, and raises interrupts."""
     passes = Passes(run)
     bar = comfy.utils.ProgressBar(passes.total) if callback is None else None
-    previewer = None
-    if bar is not None:
-        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    previews = watch is not None and previews_wanted()
 
     def report(progress: Progress) -> None:
         management.throw_exception_if_processing_interrupted()
         passes.step(progress)
+        newest, image = progress.x0[:, :, -1:], None
         if watch is not None:
+            watch.picture.show(progress, passes.done_of_chunk == passes.needed)
             watch.step(progress, passes)
-        newest = progress.x0[:, :, -1:]
         if callback is not None:
             callback(passes.done - 1, newest, newest, passes.total)
             return
-        image = previewer.decode_latent_to_preview_image("JPEG", newest) if previewer else None
+        if previews:
+            image = ("JPEG", watch.picture(newest), latent_preview.MAX_PREVIEW_RESOLUTION)
         bar.update_absolute(passes.done, passes.total, image)
 
     return report

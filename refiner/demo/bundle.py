@@ -16,13 +16,14 @@ from ..wan.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from ..wan.weight_file import FLAT, open_weights
 from .reward_model import FRAMES, SpriteVideoText
 from .text_encoder import SpriteTextEncoder
+from .tiny_decoder import SpriteTinyDecoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 REFINERS = {  # trained by distribution matching and with the bundled reward
     "sprites": "sprites.refiner.safetensors",
     "sprites-reward": "sprites_reward.refiner.safetensors",
 }
-MODELS = ("vae", "text", "teacher", "student", "reward")
+MODELS = ("vae", "tiny", "text", "teacher", "student", "reward")
 FILES = {name: f"sprites_{name}.safetensors" for name in MODELS}
 
 
@@ -61,6 +62,15 @@ def load_sprite_vae(folder: Path = WEIGHTS) -> WanVAE:
     state = load_vae_state(folder / FILES["vae"])
     weights = {name: tensor.float() for name, tensor in state.items()}
     return WanVAE.from_state_dict(weights).requires_grad_(False)
+
+
+def load_sprite_tiny(folder: Path = WEIGHTS) -> SpriteTinyDecoder:
+    """Load the tiny decoder of previews, fp32."""
+    file = open_weights(folder / FILES["tiny"])
+    weights = {name: file.read(FLAT, name).float() for name in file.groups[FLAT]}
+    tiny = SpriteTinyDecoder(len(weights["near.weight"]))
+    tiny.load_state_dict(weights)
+    return tiny.eval().requires_grad_(False)
 
 
 def load_sprite_text(folder: Path = WEIGHTS) -> SpriteTextEncoder:

@@ -31,13 +31,16 @@ from .recipes.student import (
 )
 from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
-from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage, preview_map
+from .recipes.tiny import TinyOptions, TinyStage
+from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 from .rows import Train
 from .show import show
 from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions, make_tables
 from .transitions import TransitionOptions, transitions
 
-STAGES = ("vae", "decoder", "text", "clips", "teacher", "longer", "init", "student", "reward")
+STAGES = (
+    "vae", "decoder", "text", "clips", "tiny", "teacher", "longer", "init", "student", "reward",
+)  # fmt: skip
 SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
 GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # stage -> model it resumes
 DEFAULT = "default %(default)s"
@@ -271,8 +274,9 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
 def save_stage(name: str, stage: Stage, run: Path, recipe: dict) -> None:
     """Write the model of a finished stage into the run's folder, with its recipe."""
     if name in ("vae", "decoder"):
-        vae = stage.finished()
-        save_model(run, "vae", vae, None, recipe | {"preview": preview_map(vae)})
+        save_model(run, "vae", stage.finished(), None, recipe)
+    elif name == "tiny":
+        save_model(run, "tiny", stage.finished(), None, recipe)
     elif name == "text":
         save_model(run, "text", stage.learner.average.encoder, None, recipe)
     elif name == "reward":
@@ -325,6 +329,9 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
         return TextStage(TextOptions(**changes), device)
     if name == "decoder":
         return DecoderStage(DecoderOptions(**changes), load_sprite_vae(args.run).to(device))
+    if name == "tiny":
+        clips, vae = Clips.read(args.run / "clips"), load_sprite_vae(args.run).to(device)
+        return TinyStage(TinyOptions(**changes), clips, vae)
     if args.shown is not None:
         changes["shown"] = args.shown
     if name == "reward":

@@ -114,7 +114,6 @@ with torch.inference_mode():
 with torch.inference_mode(False):
     fresh = model.clone(force_deepcopy=True)
     own, other = model.model.state_dict(), fresh.model.state_dict()
-formats = [one.model.latent_format for one in (demo, model)]
 print(
     json.dumps(
         {
@@ -126,7 +125,6 @@ print(
             "differs": not torch.equal(wide, narrow),
             "copied": all(torch.equal(own[name], other[name]) for name in own),
             "kinds": [type(one.model).__name__ for one in loaded],
-            "previews": [[*one.latent_rgb_factors, one.latent_rgb_factors_bias] for one in formats],
             "freed": freed_for(1000),
             "least": management.minimum_inference_memory(),
             "events": events_of_saved_repeats(),

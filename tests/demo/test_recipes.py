@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo import cli
 from autorefiner.refiner.demo.bundle import (
     FILES,
     load_sprite_network,
@@ -26,7 +25,7 @@ from autorefiner.refiner.demo.bundle import (
 )
 from autorefiner.refiner.demo.captions import Caption, Stated, unknown_words, words
 from autorefiner.refiner.demo.evaluation import describe_recipes, list_totals
-from autorefiner.refiner.demo.recipes import vae
+from autorefiner.refiner.demo.recipes import tiny, vae
 from autorefiner.refiner.demo.recipes.data import DIAGONALS, Clips
 from autorefiner.refiner.demo.recipes.teacher import (
     WIDTHS,
@@ -53,7 +52,7 @@ from autorefiner.refiner.wan.vae import LATENT_STD, WanVAE
 
 from tiny import TINY
 
-STAGES = ["vae", "decoder", "text", "teacher", "longer", "init", "student", "reward"]
+STAGES = ["vae", "decoder", "text", "tiny", "teacher", "longer", "init", "student", "reward"]
 
 
 def train_stage(folder: Path, what: str) -> None:
@@ -64,7 +63,7 @@ def train_stage(folder: Path, what: str) -> None:
         patch.setattr("autorefiner.refiner.demo.recipes.data.SHARD", 2)
         patch.setattr(vae, "HELD_OUT", 8)
         patch.setattr(vae, "latent_statistics", partial(vae.latent_statistics, clips=4))
-        patch.setattr(cli, "preview_map", partial(vae.preview_map, clips=3))
+        patch.setattr(tiny, "SHOWN", 1)
         patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
         size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
         often = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
@@ -86,7 +85,7 @@ def run(folder: Path) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_logs_draws_and_shows(folder, stage) -> None:
     """In this order: each stage needs the models of those before it."""
-    for each in ("clips", stage) if stage == "teacher" else (stage,):
+    for each in ("clips", stage) if stage == "tiny" else (stage,):
         train_stage(folder, each)
     run = folder
     lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]

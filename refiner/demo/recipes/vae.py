@@ -349,18 +349,3 @@ def latent_statistics(vae: WanVAE, clips: int = 64, frames: int = 33) -> tuple[T
     ]
     latents = torch.cat(means)
     return latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-
-
-@torch.no_grad()
-def preview_map(vae: WanVAE, clips: int = 24, frames: int = 33) -> list[list[float]]:
-    """Fit a linear map [17, 3] from a latent (and a 1) to the mean colour of its 8x8 pixels.
-
-    Colours are in [-1, 1], of a latent's last frame. Previews without a VAE use the map.
-    """
-    pixels, _ = clip_batch(range(clips), frames=frames)
-    latents = vae.encode(pixels.to(vae.conv1.weight.device)).cpu()
-    colours = F.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
-    pair = (latents, colours)
-    known, wanted = (tensor.double().movedim(1, -1).flatten(0, -2) for tensor in pair)
-    solved = torch.linalg.lstsq(F.pad(known, (0, 1), value=1.0), wanted).solution
-    return [[round(weight, 4) for weight in row] for row in solved.tolist()]
