@@ -17,12 +17,14 @@ sys.path.append(str(Path(__file__).parents[1]))
 import comfy.ldm.modules.attention as backends
 import comfy.model_management as management
 import comfy.sd
+from comfy.model_patcher import ModelPatcher
 from node_host import mismatches
-from pack.nodes.hosts import comfy_sampling, comfy_video, page
+from pack.nodes.hosts import comfy_live, comfy_sampling, comfy_video, page
 from pack.nodes.hosts.comfy_model import PRESET
 from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
+from pack.nodes.run_states import RunState
 from pack.refiner.rollout import Progress
 from pack.refiner.schedule import plan_chunks
 from pack.refiner.wan.causal import attention
@@ -40,11 +42,11 @@ def events_of_saved_repeats() -> list[tuple[int, int, int]]:
     """Return (level, levels, pictures) events of a chunk whose last level stops repeating early."""
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
     run, sent = Run(plan, 0, "self-refine"), []
-    page.send = lambda event, node, prompt, detail: sent.append(
-        (detail["level"], detail["levels"], detail["pictures"])
+    page.send = lambda event, state, update: sent.append(
+        (update["level"], update["levels"], update["pictures"])
     )
     watch, passes = (
-        page.Watch(run, "1", "none", lambda frame: Image.new("RGB", (8, 8))),
+        page.Watch(run, RunState("1", "none"), lambda frame: Image.new("RGB", (8, 8))),
         Passes(run),
     )
     chunks = plan_chunks(plan.preset, plan.frames)[1]
@@ -100,6 +102,19 @@ def streamed(vae: comfy.sd.VAE) -> dict:
     }
 
 
+def room_of_vae(model: ModelPatcher, vae: comfy.sd.VAE) -> list[bool]:
+    """Return whether the VAE has room on a GPU with less and less memory free."""
+    run, own = plain_run(), (management.is_device_cpu, management.get_free_memory)
+    management.is_device_cpu = lambda device: False
+    rooms = []
+    spare = management.minimum_inference_memory() + vae.model_size()
+    for free in (2 * spare + (1 << 33), spare, 0):
+        management.get_free_memory = lambda device, free=free: free
+        rooms.append(comfy_live.has_room(vae, model, run))
+    management.is_device_cpu, management.get_free_memory = own
+    return [*rooms, comfy_live.has_room(vae, model, run)]
+
+
 with torch.inference_mode():
     model = host.load_model(files[0], "self-forcing", "fp32", "auto")
     run = plain_run()
@@ -126,6 +141,7 @@ print(
             "copied": all(torch.equal(own[name], other[name]) for name in own),
             "kinds": [type(one.model).__name__ for one in loaded],
             "freed": freed_for(1000),
+            "room": room_of_vae(demo, vae),
             "least": management.minimum_inference_memory(),
             "events": events_of_saved_repeats(),
             "published": answers,

@@ -23,6 +23,7 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 from pack.nodes.hosts import comfy as host  # noqa: E402
+from pack.nodes.hosts.comfy_held import identity_of  # noqa: E402
 from pack.nodes.hosts.comfy_sampling import PathwiseSampler, reserving  # noqa: E402
 from pack.nodes.run import Run, plan_run  # noqa: E402
 from pack.refiner.schedule import PRESETS  # noqa: E402
@@ -43,7 +44,7 @@ def sampled(model, run, *wrappers) -> torch.Tensor:
         {"positive": [[torch.randn(1, config.text_len, config.text_dim, generator=generator), {}]]}
     )
     empty = torch.zeros(run.shape)
-    sampler = PathwiseSampler(lambda *_: run, reserved=True)
+    sampler = PathwiseSampler(lambda *_: run, identity_of(model))
     return guider.sample(empty, empty, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
 
 

@@ -47,3 +47,7 @@ def test_a_streaming_decoder_gives_comfyuis_pixels_with_comfyuis_weights(inside:
     assert streamed.pop("lengths") == [9, 4, 4, 8]
     assert streamed.pop("apart") < 1e-4
     assert all(streamed.values()), streamed
+
+
+def test_a_video_is_decoded_beside_a_run_only_where_both_have_room(inside: dict) -> None:
+    assert inside["room"] == [True, False, False, True]  # falling memory of a GPU; a CPU
