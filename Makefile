@@ -7,7 +7,7 @@ VENV := .venv
 FLOOR := .venv-floor
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor kill fuzz soak lint locales density pictures clean
+.PHONY: demo test test-floor kill fuzz soak lint locales density pictures workflows thumbnails clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,14 @@ density:
 pictures: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[page]"
 	$(BIN)/python tests/page_pictures.py
+
+# workflows/NAME.json from workflows/api/ and tests/workflow_layouts.py, drawn with the page's sizes of nodes.
+workflows: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[page]"
+	$(BIN)/python tests/workflow_pages.py
+
+thumbnails: $(VENV)/ready
+	$(BIN)/python tests/thumbnails.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build *.egg-info outputs

@@ -12,18 +12,25 @@ NEED_COMFYUI = {"sampler_custom_advanced"}
 NEED_PEFT = {"train_a_refiner"}
 SIZE = {"width": 64, "height": 64}
 SHORT_TRAINING = {"steps": 2, "batch_size": 1, "length": 9, "rank": 2, "preview_every": 2}
+SHORT = {  # frames of clips that need no more to show what they do
+    "best_of_n": 21, "krea_14b": 21, "long_video": 45, "longlive": 21, "reroll_a_chunk": 33,
+    "video_to_video": 21,
+}  # fmt: skip
 SMALL = {
     "AutoRefinerSampler": SIZE,
+    "AutoRefinerSearch": {"candidates": 2},
     "ImageScale": SIZE,
     "AutoRefinerTrainRefiner": {**SIZE, **SHORT_TRAINING},
 }
 
 
 def small(name: str) -> dict:
-    """Return a workflow at 64x64, with the demo's text encoder in place of umT5."""
+    """Return a workflow at 64x64 and short, with the demo's text encoder in place of umT5."""
     graph = json.loads((API / f"{name}.json").read_text())
     for node in graph.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
+        if name in SHORT and "length" in node["inputs"]:
+            node["inputs"]["length"] = SHORT[name]
         if node["class_type"] == "CLIPLoader":
             node |= {"class_type": "AutoRefinerLoadDemo", "inputs": {}}
     for node in graph.values():

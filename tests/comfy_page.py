@@ -1,14 +1,9 @@
 """Convert workflows between API format and the page's, by a running ComfyUI's node definitions.
 
-python tests/comfy_page.py URL writes workflows/NAME.json for every workflows/api/NAME.json.
+workflow_pages.py draws the pack's own.
 """
 
-import json
-import sys
-import urllib.request
 from collections.abc import Iterator
-
-from comfy_graphs import API, WORKFLOWS
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, GAP = 400, 60  # pixels
@@ -19,6 +14,7 @@ SHOWN = {  # of elements that the page adds to nodes
     "AutoRefinerPromptTimeline": 60,
 }  # fmt: skip
 LINE = 66  # of a line of text that a run adds
+NOTE = "MarkdownNote"  # a node of the page alone
 TELLING = [
     f"AutoRefiner{name}"
     for name in (
@@ -78,6 +74,8 @@ def to_page(graph: dict, info: dict) -> dict:
             if widget:
                 values += [value, *after_widget(name, options)]
                 continue
+            if options.get("hidden") and not is_link(value):  # of older workflows
+                continue
             sockets.append({"name": name, "type": kind, "link": None})
             if is_link(value):
                 given = info[graph[value[0]]["class_type"]]["output"][value[1]]
@@ -127,6 +125,8 @@ def to_api(page: dict, info: dict) -> dict:
     ends = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
     graph = {}
     for node in sorted(page["nodes"], key=lambda node: node["id"]):
+        if node["type"] == NOTE:
+            continue
         sockets = {
             socket["name"]: ends[socket["link"]] for socket in node["inputs"] if socket["link"]
         }
@@ -144,13 +144,3 @@ def to_api(page: dict, info: dict) -> dict:
             "_meta": {"title": node["title"]},
         }
     return graph
-
-
-if __name__ == "__main__":
-    with urllib.request.urlopen(sys.argv[1] + "/object_info") as answer:
-        definitions = json.loads(answer.read())
-    for path in API.glob("*.json"):
-        text = json.dumps(
-            to_page(json.loads(path.read_text()), definitions), indent=1, ensure_ascii=False
-        )
-        (WORKFLOWS / path.name).write_text(text + "\n")

@@ -77,6 +77,8 @@ def write_base(base: Path, weights: Path) -> None:
     """Create ComfyUI's models/ and input/ in `base`, stand-ins under the workflows' file names."""
     named = {
         "diffusion_models/self_forcing_dmd.pt": "student",
+        "diffusion_models/longlive_base.pt": "student",
+        "diffusion_models/krea-realtime-video-14b.safetensors": "student",
         "vae/wan_2.1_vae.safetensors": "vae",
     }
     for name, kind in named.items():

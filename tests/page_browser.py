@@ -132,6 +132,24 @@ class Page:
         )
         return {node: (x, y, x + width, y + height) for node, (x, y, width, height) in found}
 
+    def links(self) -> list[tuple[tuple[int, int], list[tuple[float, float]]]]:
+        """Return each link's source as (node, output), and its corners in graph pixels."""
+        found = self.tab.evaluate(
+            """() => [...window.app.graph.links.values()].map((link) => {
+                const { graph } = window.app;
+                const node = (id) => graph.getNodeById(id);
+                const corners = [node(link.target_id).getInputPos(link.target_slot)];
+                for (let id = link.parentId; id !== undefined;) {
+                    const reroute = graph.reroutes.get(id);
+                    corners.unshift(reroute.pos);
+                    id = reroute.parentId;
+                }
+                corners.unshift(node(link.origin_id).getOutputPos(link.origin_slot));
+                return [link.origin_id, link.origin_slot, corners.map((corner) => [...corner])];
+            })"""
+        )
+        return [((node, slot), list(map(tuple, corners))) for node, slot, corners in found]
+
     def queue(self) -> None:
         """Queue the workflow with the page's Run button."""
         self.tab.evaluate("() => window.app.queuePrompt(0, 1)")

@@ -244,5 +244,8 @@ def test_the_workflow_of_the_page_is_that_of_the_queue(name: str, server: Server
         key: found | {"inputs": {**graph[key]["inputs"], **found["inputs"]}}
         for key, found in given.items()
     } == graph
-    assert page == to_page(given, info), "write it again: python tests/comfy_page.py URL"
-    assert {found["type"] for found in page["nodes"]} <= set(info)
+    drawn, plain = (each["nodes"] for each in (page, to_page(given, info)))
+    for expected in plain:
+        (same,) = (each for each in drawn if each["id"] == expected["id"])
+        for entry in ("type", "inputs", "outputs", "widgets_values"):
+            assert same[entry] == expected[entry], "draw it again: make workflows"

@@ -12,8 +12,10 @@ from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
 from comfy_page import TELLING
 from comfy_server import Server, find_comfyui
+from graph_drawing import drawing_of, meet, overlap, runs_under, surrounds
 from page_browser import Page, complaints, find_chromium, opened, touch_files
 from page_runs import idle, picture, written
+from workflow_layouts import CROSSINGS
 
 from autorefiner.refiner.files import partial_path
 from autorefiner.refiner.video import VideoWriter
@@ -39,21 +41,36 @@ def page(request, server: Server) -> Iterator[Page]:
 def overlapping(page: Page) -> list[tuple[int, int]]:
     """Return the pairs of nodes drawn on top of each other."""
     boxes = page.boxes()
+    return [pair for pair in combinations(boxes, 2) if overlap(*(boxes[node] for node in pair))]
+
+
+def crossings(page: Page) -> int:
+    """Count the pairs of links of different outputs that cross."""
+    return sum(
+        source != other and meet(corners, others)
+        for (source, corners), (other, others) in combinations(page.links(), 2)
+    )
+
+
+def unclear(page: Page, workflow: Path) -> list[str]:
+    """Return the links drawn under nodes, and the nodes drawn outside of the groups."""
+    groups = drawing_of(json.loads(workflow.read_text(encoding="utf-8"))).groups
+    boxes = page.boxes()
+    note = max(boxes)
     return [
-        (one, other)
-        for one, other in combinations(boxes, 2)
-        if all(
-            boxes[a][axis] < boxes[b][axis + 2]
-            for a, b in ((one, other), (other, one))
-            for axis in (0, 1)
-        )
-    ]
+        *(f"{source} runs under {node}" for source, corners in page.links()
+          for node, box in boxes.items() if runs_under(corners, box)),
+        *(f"{node} is in no group" for node, box in boxes.items() if node != note
+          and not any(surrounds(group, box) for group in groups)),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)
 def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
     assert complaints(page, workflow) == []
     assert overlapping(page) == []
+    assert unclear(page, workflow) == []
+    assert crossings(page) <= CROSSINGS.get(workflow.stem, 0)
     picture(page, workflow.stem)
     page.tab.evaluate(
         """([kinds, text]) => {
