@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comfy_graphs import WORKFLOWS, small
-from comfy_page import to_page
+from comfy_page import NOTE, to_page
 from comfy_server import PACK, Server, find_comfyui, install_pack
 from demo_files import write_base
 from page_browser import Page, find_chromium, opened
@@ -38,12 +38,11 @@ LENGTH, STEPS = 81, 6
 # The picture in docs/comfyui.md: workflow, corner in the graph, and scale.
 SEEN, CORNER, SCALE = ("compare_controls", (440, 40), 0.85)
 FILMED = PACK / "docs" / "run.webp"
-PLACES = {  # of quickstart's nodes in the film's graph
-    1: (60, 60), 2: (60, 262), 3: (60, 524), 4: (430, 60), 5: (800, 60), 6: (1170, 60),
-    7: (1170, 222), 8: (1170, 384),
-}  # fmt: skip
+COLUMNS = {60: (1, 2, 3), 430: (4,), 800: (5,), 1170: (8, 6, 7)}  # quickstart's nodes in the film
 WINDOW, CLIP = (1360, 800), {"x": 45, "y": 40, "width": 1315, "height": 760}
 RUNNING, PLAYED = 60, 27  # most frames of the film while it runs; frames of the finished clips
+COLUMN_GAP = 60  # pixels, a title included
+MOST_BYTES, QUALITY = 2_000_000, 80  # of the film; of its frames where lossless ones take more
 SHOWN_MS, PLAYED_MS, LAST_MS = 160, 190, 1500  # milliseconds a frame
 
 
@@ -144,13 +143,8 @@ def overview(page: Page) -> bytes:
 
 def film(page: Page, server: Server) -> None:
     """Write an animation of quickstart: the samplers at work, then both clips under the slider."""
-    graph = json.loads((WORKFLOWS / "quickstart.json").read_text())
-    for node in graph["nodes"]:
-        node["pos"] = [*PLACES.get(node["id"], (2000 + 400 * node["id"], 60))]
-        if node["type"] == "AutoRefinerCompareVideos":
-            node["size"][0] = 400
     path = server.base / "quickstart.json"
-    path.write_text(json.dumps(graph))
+    path.write_text(json.dumps(arranged(json.loads((WORKFLOWS / path.name).read_text()))))
     page.load(path)
     look_from(page, (60, 60), 0.8, margin=(70, 165))
     running = [page.tab.screenshot(clip=CLIP)]
@@ -163,16 +157,26 @@ def film(page: Page, server: Server) -> None:
     played = [played_frame(page, 3 * place) for place in range(PLAYED)]
     frames = [decoded(picture) for picture in (*spread(running, RUNNING), *played)]
     times = [SHOWN_MS] * (len(frames) - PLAYED) + [PLAYED_MS] * (PLAYED - 1) + [LAST_MS]
-    frames[0].save(
-        FILMED,
-        save_all=True,
-        append_images=frames[1:],
-        duration=times,
-        loop=0,
-        lossless=True,
-        method=3,
-    )
+    options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    frames[0].save(FILMED, lossless=True, method=3, **options)
+    if FILMED.stat().st_size > MOST_BYTES:
+        frames[0].save(FILMED, quality=QUALITY, method=4, **options)
     print(f"{FILMED.name}: {FILMED.stat().st_size / 1000:.0f} kB, {len(frames)} frames")
+
+
+def arranged(graph: dict) -> dict:
+    """Return quickstart with the nodes of the film close to each other, and the others far off."""
+    graph |= {"groups": [], "extra": {}}
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] != NOTE]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for node in graph["nodes"]:
+        node["pos"] = [2000 + 400 * node["id"], 60]
+    for x, column in COLUMNS.items():
+        y = 60
+        for number in column:
+            nodes[number]["pos"] = [x, y]
+            y += nodes[number]["size"][1] + COLUMN_GAP
+    return graph
 
 
 def spread(pictures: list[bytes], count: int) -> list[bytes]:

@@ -1,5 +1,7 @@
 """Draw the pack's workflows: workflows/api/NAME.json and its layout become workflows/NAME.json.
 
+Writes the blueprint of subgraphs/ as well.
+
 `make workflows`, or `python tests/workflow_pages.py NAME ...`; needs ComfyUI and Chromium, as nodes
 get the sizes that the page gives them, the larger of both renderers.
 """
@@ -9,12 +11,14 @@ import re
 import sys
 from collections.abc import Iterable
 
+import blueprints
 from comfy_graphs import API, NAMES, WORKFLOWS
 from comfy_page import LINE, NOTE, TELLING, to_page
 from comfy_server import PACK, Server, find_comfyui
 from graph_drawing import TITLE, Box, Drawing, Line, drawing_of, route
 from page_browser import Page, find_chromium, opened
 from page_pictures import server
+from published_urls import models_of
 from workflow_layouts import COLOURS, LAYOUTS, Layout
 
 Size = tuple[float, float]
@@ -33,26 +37,6 @@ NODE_GAP, COLUMN_GAP, GROUP_GAP = 40, 74, 110  # pixels
 BORDER, HEADING = 20, 48  # of a group, around its nodes and above them
 NOTE_LINE, NOTE_LETTERS, NOTE_HEIGHT = 21, 40, 70  # of a note's text, and besides it
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
-FOLDERS = {
-    "AutoRefinerLoadARVDM": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae",
-}  # fmt: skip
-HUB = "https://huggingface.co"
-REPACKAGED = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
-URLS = {
-    "self_forcing_dmd.pt": (
-        f"{HUB}/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt"
-    ),
-    "longlive_base.pt": (
-        f"{HUB}/Efficient-Large-Model/LongLive-1.3B/resolve/main/models/longlive_base.pt"
-    ),
-    "krea-realtime-video-14b.safetensors": (
-        f"{HUB}/krea/krea-realtime-video/resolve/main/krea-realtime-video-14b.safetensors"
-    ),
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
-        f"{REPACKAGED}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-    ),
-    "wan_2.1_vae.safetensors": f"{REPACKAGED}/vae/wan_2.1_vae.safetensors",
-}
 
 
 def repository() -> str:
@@ -157,13 +141,6 @@ def reroutes(page: dict, drawing: Drawing) -> dict:
     return {"reroutes": points, "linkExtensions": ends} if points else {}
 
 
-def models_of(node: dict) -> list[dict]:
-    """Return the published files that a loader names, for the page's list of missing models."""
-    folder = FOLDERS.get(node["type"])
-    names = [value for value in node["widgets_values"] if value in URLS]
-    return [{"name": name, "url": URLS[name], "directory": folder} for name in names if folder]
-
-
 def drawn(page: dict, layout: Layout, sizes: dict[int, Size]) -> dict:
     """Place the nodes of a workflow, and add its note, groups and routes."""
     boxes, groups = placed(layout, sizes)
@@ -220,6 +197,7 @@ def main() -> None:
         text = json.dumps(page, indent=1, ensure_ascii=False)
         (WORKFLOWS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         print(describe(name, drawing_of(page)), flush=True)
+    blueprints.write(info)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from comfy_graphs import API, NAMES, WORKFLOWS
 from comfy_page import NOTE
 from comfy_server import PACK
 from graph_drawing import drawing_of, overlap
+from PIL import Image
+from thumbnails import SIZE as THUMBNAIL
 from workflow_layouts import COLOURS, CROSSINGS, LAYOUTS
 
 WIDEST = {"compare_controls": 2700, "train_a_refiner": 2800}
@@ -84,3 +86,10 @@ def test_loaders_of_published_files_say_where_to_get_them(page: dict) -> None:
         assert model["url"].startswith("https://huggingface.co/")
         assert model["url"].endswith(f"/{model['name']}")
         assert (PACK / model["directory"]).exists() is False and model["directory"]
+
+
+def test_every_workflow_has_a_small_picture(name: str) -> None:
+    path = WORKFLOWS / f"{name}.jpg"
+    assert path.stat().st_size <= 40_000
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("JPEG", THUMBNAIL)
