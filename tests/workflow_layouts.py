@@ -93,7 +93,7 @@ LAYOUTS = {
     ),
     "video_to_video": Layout(
         "Samples a clip of a red star, then makes it a yellow one. The second sampler starts each"
-        " chunk from those frames under the noise of start_level 750, so that motion stays and the"
+        " chunk from those frames under the noise of start_level 500, so that motion stays and the"
         " new prompt shows. Any video of the same length will do in place of the first sampler.",
         "web/docs/AutoRefinerSampler.md",
         load=((1,),), prompt=((2, 3),), sample=((4,), (5,), (6,)), watch=((7,),),
