@@ -29,6 +29,7 @@ from ..refiner.wan.vae import CHANNELS, normalized
 from .options import CacheOptions, memory_text
 
 CPU = torch.device("cpu")
+LARGER = 4  # times the pixels that a model was made for: of this on it is mentioned
 LONGEST = 16381  # pixel frames of a clip
 WHITE = "white"  # the noise of the models' training, in NOISES
 
@@ -43,6 +44,7 @@ class ModelFacts:
     device_bytes: int  # whole memory of its device
     start: Tensor | None = None  # raw latents [1 or B, 16, F, h, w] of core's ARVideoI2V
     device: torch.device = CPU
+    size: tuple[int, int] | None = None  # width and height that it was made for, where known
 
 
 class Search(Protocol):
@@ -217,6 +219,22 @@ def clip_shape(
             f"width {width}, height {height}: both must be multiples of 16, the nearest is {near}"
         )
     return batch, latent_frames(length), height // 8, width // 8
+
+
+def size_note(run: Run, facts: ModelFacts) -> str | None:
+    """Return a warning if a clip is far larger than the model was made for."""
+    if facts.size is None:
+        return None
+    width, height = 8 * run.plan.width, 8 * run.plan.height
+    times = width * height / math.prod(facts.size)
+    if times < LARGER:
+        return None
+    made = "x".join(map(str, facts.size))
+    return (
+        f"a clip of {width}x{height} pixels from a model that was made for {made}: it will not look"
+        f" right, and every pass takes at least {times:.0f} times as long; set width to"
+        f" {facts.size[0]} and height to {facts.size[1]}"
+    )
 
 
 def start_of(start: dict | None, facts: ModelFacts) -> dict | None:

@@ -9,7 +9,7 @@ from .chunk_schedule import ChunkScheduleType
 from .knobs import check_knobs, method_inputs, method_text, noise_inputs, noise_text
 from .options import FALLBACK
 from .refiner import RefinerType
-from .run import LONGEST, WHITE, check_length, check_memory, summary
+from .run import LONGEST, WHITE, check_length, check_memory, size_note, summary
 from .sampler_plan import SamplerInputs
 from .scenes import placed_scenes, scenes_text, sections_of
 from .search import CANDIDATES, METHODS, search_inputs, search_of
@@ -182,6 +182,8 @@ class PathwiseRefinedSampler(io.ComfyNode):
                 " taken"
             )
         run = host.settled(model, inputs.run(facts))
+        if note := size_note(run, facts):
+            host.notice(note)
         placed = placed_scenes([options for _, options in positive], run)
         check_memory(run, facts)
         lines = [summary(run, facts)] + ([scenes_text(placed)] if placed else [])

@@ -19,7 +19,7 @@ from ...refiner.noise.file import fingerprint_of
 from ...refiner.wan.checkpoint import CheckpointInfo
 from ..run_states import NOTICES
 from . import page
-from .comfy_model import BASE, PRESET, base_of, facts  # noqa: F401, of NodeHost
+from .comfy_model import BASE, PRESET, SIZE, base_of, facts  # noqa: F401, of NodeHost
 from .comfy_previews import preview_by, read_decoder
 from .comfy_sampling import make_sampler, sample, settled  # noqa: F401, of NodeHost
 from .comfy_training import (  # noqa: F401, of NodeHost
@@ -144,6 +144,7 @@ def load_demo(network: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     else:
         model = load_patcher(str(sprite_file(network)), "fp32", "auto", causal=False)
     demo = BUNDLES[DEMO]
+    model.set_attachments(SIZE, demo.size)
     weights = {name: tensor.float() for name, tensor in load_vae_state(demo.vae).items()}
     preview_by(model, load_sprite_tiny(demo.vae.parent).to(model.load_device))
     model.model.latent_format.taesd_decoder_name = None  # such files decode Wan2.1's latents

@@ -11,6 +11,7 @@ from ..run import CHANNELS, ModelFacts
 from . import comfy_layers
 
 PRESET = "autorefiner.preset"  # attachment of a MODEL: its preset's name
+SIZE = "autorefiner.size"  # attachment of a MODEL: the width and height that it was made for
 BASE = "autorefiner.base"  # attachment of a MODEL: the fingerprint of its file
 
 
@@ -39,6 +40,7 @@ def facts(model: ModelPatcher) -> ModelFacts:
         device_bytes=int(management.get_total_memory(model.load_device)),
         start=options.get("ar_config", {}).get("initial_latent"),  # set by core's ARVideoI2V
         device=model.load_device,
+        size=model.get_attachment(SIZE),
     )
 
 

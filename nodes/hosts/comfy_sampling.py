@@ -24,7 +24,7 @@ from ...refiner.timeline import Timeline
 from ...refiner.wan.causal import CausalWan, Kernels
 from ..guided import SamplerOptions
 from ..passes import Passes
-from ..run import ModelFacts, Run, held_bytes
+from ..run import ModelFacts, Run, held_bytes, size_note
 from ..run_states import NOTICES
 from ..scenes import context_of, placed_scenes, scenes_text
 from . import comfy_layers, page
@@ -147,6 +147,8 @@ class PathwiseSampler(comfy.samplers.Sampler):
         placed = placed_scenes(positive, run)
         context = prompt_of(positive, placed)
         if self.reserved_for is None:
+            if note := size_note(run, known):
+                notice(note)
             make_room(model, held_bytes(run, known))
             if placed:
                 page.show(scenes_text(placed))

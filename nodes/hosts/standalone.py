@@ -94,6 +94,7 @@ class Model:
 
     network: CausalWan
     preset: str | None
+    size: tuple[int, int] | None = None  # width and height that it was made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,8 @@ def load_demo(network: str) -> tuple[Model, Clip, WanVAE]:
     model, info = load_transformer(sprite_file(network), dtype=torch.float32, device=device)
     clip = Clip(demo.text(device), demo.prompt_notes)
     vae = WanVAE.from_state_dict(load_vae_state(demo.vae)).to(device, torch.float32)
-    return Model(CausalWan(model, info.config), preset), clip, vae.requires_grad_(False)
+    network = CausalWan(model, info.config)
+    return Model(network, preset, demo.size), clip, vae.requires_grad_(False)
 
 
 def load_clip(path: Path) -> Clip:
@@ -193,7 +195,12 @@ def facts(model: Model) -> ModelFacts:
     parameter = next(model.network.model.parameters())
     nbytes = available_bytes(parameter.device)
     return ModelFacts(
-        model.network.config, parameter.dtype, model.preset, nbytes, device=parameter.device
+        model.network.config,
+        parameter.dtype,
+        model.preset,
+        nbytes,
+        device=parameter.device,
+        size=model.size,
     )
 
 

@@ -192,6 +192,15 @@ def test_a_model_of_comfyuis_own_loader_is_sampled_as_self_forcing(
     assert "self-forcing's preset is taken" in server.log()
 
 
+def test_notices_stay_on_the_node_and_in_the_history(server: Server) -> None:
+    graph = short(1, width=128, height=128)
+    (text,) = server.run(graph)["outputs"]["3"]["text"]
+    assert text.count("made for 64x64") == 1 and "1 latent frames in 1 chunks" in text
+    graph["3"]["inputs"] |= {"width": 64, "height": 64}
+    (text,) = server.run(graph)["outputs"]["3"]["text"]
+    assert "made for" not in text
+
+
 @pytest.mark.parametrize("length", [1, 5, 9, 29])
 def test_decoding_in_chunks_equals_comfyuis_decode(length: int, server: Server) -> None:
     graph = short(length)

@@ -90,6 +90,16 @@ def test_a_streaming_decoder_takes_chunks_of_any_length() -> None:
     torch.testing.assert_close(torch.cat(frames), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_a_clip_far_larger_than_the_model_was_made_for_is_mentioned(base: Path, capsys) -> None:
+    graph = small("text_to_video")
+    noted = []
+    for side in (112, 128):
+        graph["3"]["inputs"] |= {"width": side, "height": side, "length": 1}
+        execute(graph, base)
+        noted.append("made for 64x64" in capsys.readouterr().err)
+    assert noted == [False, True]
+
+
 def test_an_empty_latent_gives_the_size_instead_of_the_widgets(base: Path) -> None:
     graph = small("extend_a_clip")
     graph["6"]["inputs"] |= {"latent": ["4", 0], "width": 96, "length": 5}
