@@ -50,7 +50,7 @@ def summary(cache: CacheOptions, model, latent: dict | None) -> str:
     held = "all frames" if window < 0 else f"{window} latent frames, of them {sink} sink"
     held += memory_text(cache.policy, cache.store)
     if model is None or latent is None:
-        return f"{held}; connect MODEL and LATENT to see the bytes"
+        return held
     facts = host.facts(model)
     batch, _, *size = video_latents(latent, "latent").shape
     base = replace(cache, history=AS_TRAINED, previous_x0=AS_TRAINED)

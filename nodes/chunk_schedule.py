@@ -54,14 +54,10 @@ class ChunkScheduleNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
-        cls,
-        levels: str | None = "",
-        first_levels: str | None = "",
-        refined_levels: str | None = "",
-    ) -> bool | str:
+    def validate_inputs(cls, levels: str | None = "") -> bool | str:
+        """Check `levels`; ComfyUI would report an error once for every widget named here."""
         try:  # None is a link, whose value is not known yet
-            read_levels(levels or "", first_levels or "", refined_levels or "")
+            read_levels(levels or "", "", "")
         except ValueError as error:
             return str(error)
         return True

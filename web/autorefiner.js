@@ -32,13 +32,14 @@ const server = { ask: (path) => api.fetchApi(path), address: (path) => api.apiUR
  * @param {string} name
  * @param {HTMLElement} element
  * @param {number} height in pixels of the page, at least
+ * @param {boolean} grows with the node
  */
-function addElement(node, name, element, height) {
+function addElement(node, name, element, height, grows = false) {
   const widget = node.addDOMWidget(name, "autorefiner", element, {
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => height,
-    getMaxHeight: () => height,
+    getMaxHeight: grows ? undefined : () => height,
   });
   widget.serialize = false;
   element.dataset.autorefiner = name;
@@ -173,7 +174,7 @@ function listen(event) {
 
 function addCompare(node) {
   const compare = new Compare((path) => api.apiURL(path));
-  addElement(node, "compare", compare.element, 260);
+  addElement(node, "compare", compare.element, 260, true);
   after(node, "onExecuted", (output) => compare.told(output?.autorefiner_compare));
   after(node, "onRemoved", () => compare.told(null));
 }

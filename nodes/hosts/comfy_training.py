@@ -13,7 +13,6 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
 from torch import Tensor
 
 from ...refiner.wan.causal import CausalWan
@@ -27,7 +26,6 @@ from .comfy_video import wan_vae
 
 TRAIN = "autorefiner.train"  # the event, which web/trainer.js listens to
 SECONDS = 0.5  # between two events of a training
-PREVIEW = 1024  # pixels of a preview's longer side
 
 
 def list_folders(kind: str) -> list[str]:
@@ -153,10 +151,8 @@ class TrainWatch:
         self.curves.add(index, figures)
 
     def sheet(self, path: Path) -> None:
-        """Show a sample sheet, on the node and as ComfyUI's preview."""
+        """Show a sample sheet on the node."""
         self.picture = placed(path)
-        with Image.open(path) as image:
-            self.bar.update_absolute(self.done, self.steps, ("JPEG", image.convert("RGB"), PREVIEW))
         self.send({})
 
     def send(self, update: dict) -> None:

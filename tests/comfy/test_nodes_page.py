@@ -12,6 +12,8 @@ from page_browser import NODES, Page, find_chromium, opened
 from safetensors.torch import load_file
 from standalone_runs import execute
 
+from autorefiner.nodes.hosts.plain import whole_words
+
 pytestmark = [
     pytest.mark.page,
     pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI"),
@@ -140,3 +142,54 @@ def test_a_sampler_of_an_older_workflow_without_a_search_looks_like_a_new_one(
     assert not widgets_in_sight(page, "AutoRefinerSampler") & {"prompt", "candidates"}
     graph = page.tab.evaluate("async () => (await window.app.graphToPrompt()).output")
     assert graph["3"]["inputs"]["noise"] == "white" and graph["3"]["inputs"]["seed"] == 7
+
+
+def test_compare_videos_grows_with_its_node(page: Page) -> None:
+    add(page, "AutoRefinerCompareVideos")
+    heights = []
+    for height in (400, 800):
+        page.tab.evaluate(
+            """(height) => {
+                const node = window.app.graph.nodes[0];
+                node.setSize([node.size[0], height]);
+                window.app.canvas.setDirty(true, true);
+            }""",
+            height,
+        )
+        page.tab.wait_for_timeout(500)
+        page.settle()
+        picture(page, f"compare-{height}")
+        heights.append(page.tab.locator(".autorefiner-screen").bounding_box()["height"])
+    scale = page.tab.evaluate("() => window.app.canvas.ds.scale")
+    assert heights[1] - heights[0] > 0.9 * 400 * scale
+
+
+def test_text_on_a_node_breaks_between_words_only(page: Page) -> None:
+    add(page, "AutoRefinerReflectiveCache")
+    text = "a memory of several latent frames, of them the first are a sink; positions are relative"
+    page.tab.evaluate(
+        """(text) => {
+            const [node] = window.app.graph.nodes;
+            node.setSize([300, node.size[1]]);
+            window.app.api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
+        }""",
+        whole_words(text),
+    )
+    page.until("document.querySelector('.break-all span')?.textContent.length > 80")
+    page.settle()
+    picture(page, "text")
+    lines = page.tab.evaluate(
+        """() => {
+            const text = document.querySelector(".break-all span").firstChild;
+            const words = [...text.data.matchAll(/\\S+/g)].map(({ index, 0: word }) => {
+                const range = document.createRange();
+                range.setStart(text, index);
+                range.setEnd(text, index + word.length);
+                return range.getClientRects().length;
+            });
+            const whole = document.createRange();
+            whole.selectNode(text);
+            return [Math.max(...words), whole.getClientRects().length];
+        }"""
+    )
+    assert lines[0] == 1 and lines[1] > 1

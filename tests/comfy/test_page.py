@@ -13,7 +13,7 @@ from comfy_graphs import node as graph_node
 from comfy_page import TELLING
 from comfy_server import Server, find_comfyui
 from graph_drawing import drawing_of, meet, overlap, runs_under, surrounds
-from page_browser import Page, complaints, find_chromium, opened, touch_files
+from page_browser import NODES, Page, complaints, find_chromium, opened, touch_files
 from page_runs import idle, picture, written
 from workflow_layouts import CROSSINGS
 
@@ -233,6 +233,8 @@ def test_a_training_shows_its_curves_and_sheets_and_comes_back(
     page.until(f"document.querySelector('{status}').textContent.includes('done')")
     assert "step 6/6" in tab.inner_text(status)
     page.until("document.querySelector('.autorefiner-sheet').naturalWidth > 100")
+    assert tab.locator(f"{NODES} img").count() == (page.name == "vue")  # else on a canvas
+    assert not tab.evaluate("() => window.app.graph.nodes.some((node) => node.imgs?.length)")
     names = tab.locator(".autorefiner-curve text:first-of-type").all_text_contents()
     assert names[0] == "loss" and "gradient" in names
     points = tab.get_attribute(".autorefiner-curve polyline >> nth=0", "points")

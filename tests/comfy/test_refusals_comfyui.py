@@ -34,7 +34,11 @@ def test_prompts_that_cannot_run_are_refused_with_what_to_do(server: Server) -> 
         first_levels="", refined_levels="",
     )  # fmt: skip
     graph["3"]["inputs"]["chunk_schedule"] = ["60", 0]
-    assert "fall" in refusal(server, graph)
+    refused = refusal(server, graph)
+    assert "fall" in refused and refused.count("custom_validation_failed") == 1
+    assert refused.count("first_levels") == 0
+    graph["60"]["inputs"] |= {"levels": "", "first_levels": "500, 1000"}
+    assert "first_levels" in server.error(graph)["exception_message"]
 
 
 def test_widgets_may_be_links(server: Server) -> None:
