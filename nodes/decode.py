@@ -19,7 +19,7 @@ class DecodeChunks(io.ComfyNode):
             category=CATEGORY,
             description="Decodes a video a few frames at a time: the pixels of VAE Decode, but the"
             " decoder needs memory for a few frames instead of the whole clip.",
-            search_aliases=["vae decode", "streaming decode"],
+            search_aliases=["vae decode", "streaming decode", "wan vae", "long video"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The clip to decode."),
                 io.Vae.Input("vae", tooltip=WAN_VAE),
@@ -56,7 +56,7 @@ class DecodeToVideo(io.ComfyNode):
             description="Decodes straight into an .mp4 in the output folder, so that not even the"
             " images of a long video must fit in memory. If stopped, it leaves the finished frames"
             " in NAME.partial.mp4. The file holds the workflow: drop it on the page to load it.",
-            search_aliases=["vae decode", "save video", "streaming decode"],
+            search_aliases=["vae decode", "save video", "streaming decode", "wan vae"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The clip to decode, a single video."),
                 io.Vae.Input("vae", tooltip=WAN_VAE),

@@ -46,6 +46,9 @@ class LoadARVDM(io.ComfyNode):
                 "longlive",
                 "causal forcing",
                 "autoregressive video",
+                "wan",
+                "krea",
+                "self-forcing",
             ],
             inputs=[
                 io.Combo.Input(
@@ -106,7 +109,7 @@ class LoadDemo(io.ComfyNode):
             category=CATEGORY,
             description="The small models that come with this pack: coloured shapes that move as"
             " their caption says, at 64x64. Nothing to download; runs on a CPU.",
-            search_aliases=["sprites", "demo"],
+            search_aliases=["sprites", "demo", "example model"],
             inputs=[
                 io.Combo.Input(
                     "network", options=["student", "teacher"], default="student", optional=True,

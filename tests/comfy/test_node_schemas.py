@@ -2,10 +2,14 @@
 
 import os
 
+import pytest
+
 from autorefiner.nodes.hosts import standalone
 from autorefiner.nodes.load import LoadARVDM
 from autorefiner.nodes.refiner import LoadRefiner
 from autorefiner.nodes.registry import NODES
+
+SCHEMAS = [kind.define_schema() for kind in NODES]
 
 
 def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() -> None:
@@ -16,6 +20,38 @@ def test_every_input_of_every_node_has_a_tooltip_and_every_execute_is_short() ->
         assert schema.description and schema.category == "AutoRefiner"
         assert all(socket.tooltip for socket in schema.inputs)
         assert len(inspect.getsource(kind.execute).splitlines()) <= 40
+
+
+SOUGHT = {
+    "wan": "AutoRefinerSampler",
+    "long video": "AutoRefinerSampler",
+    "extend": "AutoRefinerSampler",
+    "i2v": "AutoRefinerSampler",
+    "image to video": "AutoRefinerSampler",
+    "video to video": "AutoRefinerSampler",
+    "v2v": "AutoRefinerSampler",
+    "reroll": "AutoRefinerSampler",
+    "live preview": "AutoRefinerSampler",
+    "krea": "AutoRefinerLoadARVDM",
+    "self forcing": "AutoRefinerLoadARVDM",
+    "causvid": "AutoRefinerLoadARVDM",
+    "longlive": "AutoRefinerLoadARVDM",
+    "best of n": "AutoRefinerSearch",
+    "prompt travel": "AutoRefinerPromptTimeline",
+    "before after": "AutoRefinerCompareVideos",
+}
+
+
+@pytest.mark.parametrize("words", SOUGHT)
+def test_the_search_for_nodes_knows_what_people_type(words: str) -> None:
+    schema = next(schema for schema in SCHEMAS if schema.node_id == SOUGHT[words])
+    terms = (schema.display_name, *schema.search_aliases)
+    assert any(words in term.lower() for term in terms)
+
+
+def test_no_two_nodes_have_names_that_differ_by_case_only() -> None:
+    names = [schema.display_name.lower() for schema in SCHEMAS]
+    assert len(set(names)) == len(names)
 
 
 def test_what_is_linked_is_not_looked_at_before_it_is_known() -> None:
