@@ -123,7 +123,8 @@ def replayed(vue: bool) -> Iterator[Page]:
         elif file.is_file():
             route.fulfill(path=file)
         else:
-            route.fulfill(status=404 if route.request.method == "GET" else 200, json={})
+            missing = route.request.method == "GET" and not path.startswith("/autorefiner/")
+            route.fulfill(status=404 if missing else 200, json={})
 
     def prepare(tab: object) -> None:
         tab.route(f"{ADDRESS}/**", answer)
