@@ -24,6 +24,7 @@ from comfy_execution.utils import CurrentNodeContext
 from pack.nodes.hosts import comfy_previews, page
 from pack.nodes.hosts.comfy_previews import FOLDER, LinearPictures, TinyPictures, decoded, image_of
 from pack.nodes.run import Run, plan_run
+from pack.nodes.run_states import RunState
 from pack.refiner.demo.bundle import load_sprite_tiny, load_sprite_vae
 from pack.refiner.rollout import Progress
 from pack.refiner.schedule import PRESETS, plan_chunks
@@ -39,7 +40,7 @@ bars: list[tuple[int, int]] = []  # sizes of ComfyUI's own previews
 notices: list[str] = []
 
 
-def receive(event: str, node: str, prompt: str, data: dict) -> None:
+def receive(event: str, state: RunState, data: dict) -> None:
     if "image" in data and data["level"] == data["levels"]:
         sheets.append(Image.open(io.BytesIO(base64.b64decode(data["image"]))))
 
@@ -155,6 +156,7 @@ def files_of_decoders(folder: Path) -> dict:
 
 
 page.send = receive
+page.begin_state = lambda node, prompt: RunState(node, prompt, None, None)  # without a server
 latent_preview.set_preview_method("auto")
 comfy.utils.set_progress_bar_global_hook(progress)
 with torch.inference_mode():
