@@ -72,7 +72,7 @@ def run_of_demo() -> dict:
     whole = torch.cat([*frames.unbind(2)], dim=-1)
     means = F.interpolate(F.avg_pool2d(whole, 8), size=whole.shape[2:])
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-    one = previewer.decode_latent_to_preview(latents[:, :, :1])
+    one = previewer.decode_latent_to_preview(latents[:, :, :1]).resize((8 * SIDE, 8 * SIDE))
     core = torch.from_numpy(np.array(one)).movedim(-1, 0)[None] / 127.5 - 1
     return {
         "tiny": psnr(drawn(), whole),
