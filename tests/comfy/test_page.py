@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium"),
 ]
 FILES = sorted(WORKFLOWS.glob("*.json"))
+SOCKET_INSET = 11  # pixels from a node's edge to its sockets, at most
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
@@ -56,10 +57,14 @@ def unclear(page: Page, workflow: Path) -> list[str]:
     """Return the links drawn under nodes, and the nodes drawn outside of the groups."""
     groups = drawing_of(json.loads(workflow.read_text(encoding="utf-8"))).groups
     boxes = page.boxes()
+    inner = {  # the classic renderer's links begin and end within their nodes
+        node: (left + SOCKET_INSET, top, right - SOCKET_INSET, bottom)
+        for node, (left, top, right, bottom) in boxes.items()
+    }
     note = max(boxes)
     return [
         *(f"{source} runs under {node}" for source, corners in page.links()
-          for node, box in boxes.items() if runs_under(corners, box)),
+          for node, box in inner.items() if runs_under(corners, box)),
         *(f"{node} is in no group" for node, box in boxes.items() if node != note
           and not any(surrounds(group, box) for group in groups)),
     ]  # fmt: skip
