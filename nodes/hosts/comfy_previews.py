@@ -17,7 +17,7 @@ from torch import Tensor
 from ...refiner.rollout import Progress
 from ...refiner.wan.tiny_vae import TinyVAE, load_tiny_vae
 from ...refiner.wan.vae_layers import StreamState
-from .page import notice
+from .page import Pictures, notice
 
 TINY = "autorefiner.tiny"  # attachment of a MODEL: the tiny decoder of its latents
 FOLDER = "vae_approx"
@@ -33,16 +33,6 @@ class TinyDecoder(Protocol):
     def decode(self, latents_BCfhw: Tensor, state: StreamState | None = None) -> Tensor: ...
 
     def parameters(self) -> Iterator[Tensor]: ...
-
-
-class Pictures(Protocol):
-    """Draws latent frames [1, C, 1, h, w]."""
-
-    def __call__(self, latent: Tensor) -> Image.Image: ...
-
-    def show(self, progress: Progress, finished: bool) -> None:
-        """Go on to this prediction of a chunk; the next calls draw frames of it."""
-        ...
 
 
 def pictures_of(model: ModelPatcher) -> Pictures:

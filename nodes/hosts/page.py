@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from aiohttp import web
@@ -51,13 +51,23 @@ _running: dict[str, "Watch"] = {}  # by node id
 _stops: dict[str, int] = {}  # stopped runs by node id
 
 
+class Pictures(Protocol):
+    """Draws latent frames [1, C, 1, h, w]."""
+
+    def __call__(self, latent: Tensor) -> Image.Image: ...
+
+    def show(self, progress: Progress, finished: bool) -> None:
+        """Go on to this prediction of a chunk; the next calls draw frames of it."""
+        ...
+
+
 @dataclass(slots=True)
 class Watch:
-    """A run that the page shows; `picture` draws a latent frame [1, C, 1, h, w]."""
+    """A run that the page shows."""
 
     run: Run
     state: RunState
-    picture: Callable[[Tensor], Image.Image]
+    picture: Pictures
     stopping: bool = False  # after the current chunk
     begun: float = field(default_factory=time.perf_counter)
     shown: float = 0.0
@@ -105,6 +115,7 @@ class Watch:
         if chunk.index >= given:
             return
         origin = "reused" if chunk.index >= given - self.run.reused else "given"
+        self.picture.show(Progress(chunk, None, 0, x0), finished=True)
         tile = self.place(chunk) | {"level": 1, "levels": 1, origin: True}
         self.send(tile | contact(x0, self.picture))
 
@@ -252,9 +263,7 @@ def notices_of(state: RunState) -> list[str]:
 
 
 @contextmanager
-def watching(
-    run: Run, node: str | None, picture: Callable[[Tensor], Image.Image]
-) -> Iterator[Watch | None]:
+def watching(run: Run, node: str | None, picture: Pictures) -> Iterator[Watch | None]:
     """Show a run on a node of the page (None: the running one); yields None outside a prompt."""
     context = get_executing_context()
     if context is None:
