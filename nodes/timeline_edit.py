@@ -41,8 +41,8 @@ def _timed(section: Section, frames: int) -> Section:
 
 def _text(asked: Mapping, name: str) -> str:
     value = asked.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is empty: write a prompt")
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is no text: reload the page")
     return value
 
 
