@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
+from comfy_runs import NEAR, alone
 from comfy_server import Server, find_comfyui
 from page_browser import FINISHED, STATUS, Page, find_chromium, opened, set_setting
 from page_runs import ended, finished, idle, of_class, picture, sampled, written
@@ -192,6 +194,29 @@ def test_chunks_are_rerolled_cut_and_added_from_the_strip(page: Page, server: Se
     finished(page, CHUNKS)
     idle(server, page)
     assert widgets(page)["recipe"] == "" and page.errors == []
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_chunk_rerolled_on_the_page_is_what_its_recipe_gives_without_a_page(
+    page: Page, server: Server
+) -> None:
+    name = f"headless_{page.name}"
+    open_run(page, server, name, length=45, seed=80 + len(page.name))
+    ended(page, "done")
+    page.tab.locator(".autorefiner-tile >> nth=1").press("Enter")
+    page.tab.click("text=Reroll from here")
+    recipe_shown(page, "rerolled from chunk 2")
+    idle(server, page)
+    first, rerolled = (
+        load_file(path)["latent_tensor"] for path in sorted(server.base.glob(f"output/{name}*"))
+    )
+    newest = max(server.get("/history").values(), key=lambda entry: entry["prompt"][0])
+    graph = small("text_to_video") | newest["prompt"][2]
+    del graph["99"]  # SaveLatent
+    assert graph[of_kind(graph, SAMPLER)]["inputs"]["recipe"] == "reroll 2"
+    torch.testing.assert_close(rerolled, alone(server, graph), **NEAR)
+    assert torch.equal(first[:, :, :3], rerolled[:, :, :3])
+    assert (first[:, :, 3:6] - rerolled[:, :, 3:6]).abs().max() > 0.01
 
 
 def test_a_prompt_is_added_to_the_timeline_at_a_chunk(page: Page, server: Server) -> None:
