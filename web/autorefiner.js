@@ -39,7 +39,7 @@ function addElement(node, name, element, height, grows = false) {
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => height,
-    getMaxHeight: grows ? undefined : () => height,
+    ...(grows ? {} : { getMaxHeight: () => height }),
   });
   widget.serialize = false;
   element.dataset.autorefiner = name;
@@ -203,7 +203,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
-    if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server));
+    if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server, addElement));
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);

@@ -110,13 +110,10 @@ export class Live {
   }
 }
 
-/** Give a sampler a live view, which is a widget of it as soon as there is something to show. */
-export function addLive(node, server) {
+/** Give a sampler a live view, which becomes a widget of it as soon as there is something to show. */
+export function addLive(node, server, addElement) {
   const live = new Live(server, () => {
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => LEAST_HEIGHT };
-    const widget = node.addDOMWidget("live", "autorefiner", live.element, options);
-    widget.serialize = false;
-    live.element.style.minHeight = `${LEAST_HEIGHT - 2 * (widget.margin ?? 0)}px`; // for the Vue renderer
+    addElement(node, "live", live.element, LEAST_HEIGHT, true);
     const [width, height] = node.size;
     node.setSize([width, Math.max(height, node.computeSize()[1])]);
   });
