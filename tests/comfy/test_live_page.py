@@ -13,7 +13,7 @@ from comfy_graphs import node, of_kind, small
 from comfy_page import to_page
 from comfy_server import Server, find_comfyui, install_pack
 from demo_files import write_base
-from page_browser import Page, find_chromium, opened
+from page_browser import LOCAL, Page, find_chromium, opened, quiet, set_setting
 
 pytestmark = [
     pytest.mark.page,
@@ -150,37 +150,44 @@ def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
     idle(open_server, page)
 
 
+def another(page: Page, address: str) -> Page:
+    """Open an address in a browser context of its own."""
+    tab = page.tab.context.browser.new_context().new_page()
+    tab.goto(address)
+    other = Page(tab, name=page.name)
+    other.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
+    tab.wait_for_timeout(1500)
+    return other
+
+
 def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None:
     begin(page, watched(open_server, length=69, seed=20 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     path = serialized(page, open_server)
-    tab = page.tab.context.browser.new_context().new_page()
-    tab.goto(page.tab.url)
-    other = Page(tab, name=page.name)
-    other.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-    tab.wait_for_timeout(1500)
+    other = another(page, page.tab.url)
     other.load(path)
     whole(other, 69 / 16)
     whole(page, 69 / 16)
     idle(open_server, page)
 
 
-def test_a_page_that_forbids_media_sources_plays_it_too(server: Server) -> None:
+def test_a_page_that_forbids_media_sources_plays_it_too(page: Page, server: Server) -> None:
     """ComfyUI's content security policy with --disable-api-nodes."""
-    with opened(server, False) as page:
-        begin(page, watched(server, length=69, seed=30))
-        page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-        assert server.get("/queue")["queue_running"]
-        whole(page, 69 / 16)
-        seek(page, 0.25)
-        idle(server, page)
-        assert page.errors == []
+    for name, value in quiet(page.name == "vue").items():
+        set_setting(server, name, value)
+    other = another(page, f"{LOCAL}{server.port}")
+    begin(other, watched(server, length=69, seed=30 + len(page.name)))
+    other.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    assert server.get("/queue")["queue_running"]
+    whole(other, 69 / 16)
+    seek(other, 0.25)
+    idle(server, other)
+    other.tab.context.close()
 
 
-def test_a_codec_that_the_browser_lacks_is_a_line(open_server: Server) -> None:
-    with opened(open_server, False) as page:
-        page.tab.evaluate("() => { MediaSource.isTypeSupported = () => false; }")
-        begin(page, watched(open_server, length=9, seed=40))
-        page.until(f"document.querySelector('{LINE}')?.textContent.includes('cannot play')")
-        assert not page.tab.is_visible(VIDEO)
-        idle(open_server, page)
+def test_a_codec_that_the_browser_lacks_is_a_line(page: Page, open_server: Server) -> None:
+    page.tab.evaluate("() => { MediaSource.isTypeSupported = () => false; }")
+    begin(page, watched(open_server, length=9, seed=40 + len(page.name)))
+    page.until(f"document.querySelector('{LINE}')?.textContent.includes('cannot play')")
+    assert not page.tab.is_visible(VIDEO)
+    idle(open_server, page)
