@@ -39,7 +39,7 @@ LENGTH, STEPS = 81, 6
 SEEN, CORNER, SCALE = ("compare_controls", (440, 40), 0.85)
 FILMED = PACK / "docs" / "run.webp"
 COLUMNS = {60: (1, 2, 3), 430: (4,), 800: (5,), 1170: (8, 6, 7)}  # quickstart's nodes in the film
-WINDOW, CLIP = (1360, 800), {"x": 45, "y": 40, "width": 1315, "height": 760}
+WINDOW, CLIP = (1360, 900), {"x": 45, "y": 40, "width": 1315, "height": 860}
 RUNNING, PLAYED = 60, 27  # most frames of the film while it runs; frames of the finished clips
 COLUMN_GAP = 60  # pixels, a title included
 MOST_BYTES, QUALITY = 2_000_000, 80  # of the film; of its frames where lossless ones take more
@@ -146,7 +146,7 @@ def film(page: Page, server: Server) -> None:
     path = server.base / "quickstart.json"
     path.write_text(json.dumps(arranged(json.loads((WORKFLOWS / path.name).read_text()))))
     page.load(path)
-    look_from(page, (60, 60), 0.8, margin=(70, 165))
+    look_from(page, (60, 60), 0.72, margin=(70, 165))
     running = [page.tab.screenshot(clip=CLIP)]
     page.queue()
     page.tab.wait_for_timeout(500)
