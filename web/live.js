@@ -11,7 +11,7 @@ const MOST_FRAGMENTS = 100_000;
 
 /** What an event or an answer says of a video, or null when it says nothing sensible. */
 function readRecord(given) {
-  const { video, fragments, codec, seconds, first, note, ended } = given ?? {};
+  const { video, fragments, codec, seconds, note, ended } = given ?? {};
   const counts = Number.isInteger(fragments) && fragments >= 0 && fragments <= MOST_FRAGMENTS;
   if (typeof video !== "string" || !KEY.test(video) || !counts) return null;
   return {
@@ -19,7 +19,6 @@ function readRecord(given) {
     fragments,
     codec: typeof codec === "string" && CODEC.test(codec) ? codec : null,
     seconds: Number.isFinite(seconds) ? seconds : 0,
-    first: Number.isFinite(first) ? first : null,
     note: typeof note === "string" ? note.slice(0, MOST_TEXT) : "",
     ended: ended === true,
   };
@@ -98,10 +97,9 @@ export class Live {
   }
 
   draw() {
-    const { fragments, seconds, first, note } = this.record;
-    const parts = fragments ? [`${seconds.toFixed(1)} s`] : [];
-    if (fragments && first !== null) parts.push(`${word("first picture")} ${first.toFixed(1)} s`);
-    this.line.textContent = [...parts, this.failure, note].filter(Boolean).join(" · ");
+    const { fragments, seconds, note } = this.record;
+    const length = fragments ? `${seconds.toFixed(1)} s` : "";
+    this.line.textContent = [length, this.failure, note].filter(Boolean).join(" · ");
     this.line.title = this.line.textContent;
     this.video.hidden = !this.stream;
     if (!this.line.textContent) return;

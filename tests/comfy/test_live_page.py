@@ -124,7 +124,7 @@ def test_the_video_plays_while_later_chunks_are_sampled(page: Page, open_server:
     seen = page.tab.evaluate("() => window.seen")
     assert any(2 <= at < count - 1 and time > 0 and on for at, count, time, on in seen)
     line = page.tab.inner_text(LINE)
-    assert "4.3 s" in line and "first picture" in line
+    assert "4.3 s" in line
     page.until(f"!document.querySelector('{VIDEO}').paused")  # it goes round
     seek(page, 0.25)
     seek(page, 3.5)
