@@ -33,8 +33,6 @@ ROOM = {  # for what a run adds: videos; and for text
     "SaveVideo": 280, "AutoRefinerDecodeToVideo": 280, "CLIPTextEncode": 90,
     "AutoRefinerPromptTimeline": 150, "AutoRefinerCompareVideos": 150,
 }  # fmt: skip
-SAMPLERS = ("AutoRefinerSampler", "AutoRefinerCustomSampler")
-LIVE = 240  # height of the video that a sampler with a VAE shows while it runs
 NODE_GAP, COLUMN_GAP, GROUP_GAP = 40, 74, 110  # pixels
 BORDER, HEADING = 20, 48  # of a group, around its nodes and above them
 NOTE_LINE, NOTE_LETTERS, NOTE_HEIGHT = 21, 40, 70  # of a note's text, and besides it
@@ -84,16 +82,10 @@ def sizes(graph: dict, heights: Iterable[dict[int, float]]) -> dict[int, Size]:
     result = {}
     for node in graph["nodes"]:
         kind = node["type"]
-        room = ROOM.get(kind, 0) + LINE * (kind in TELLING) + LIVE * is_live(node)
+        room = ROOM.get(kind, 0) + LINE * (kind in TELLING)
         height = max(least[node["id"]] for least in heights) + room
         result[node["id"]] = (WIDTHS.get(kind, WIDTH), 10 * round(height / 10 + 0.5))
     return result
-
-
-def is_live(node: dict) -> bool:
-    """Whether a node samples and shows the video meanwhile."""
-    sockets = {socket["name"]: socket["link"] for socket in node["inputs"]}
-    return node["type"] in SAMPLERS and sockets.get("vae") is not None
 
 
 def placed(layout: Layout, sizes: dict[int, Size]) -> tuple[dict[int, Box], dict[str, Box]]:

@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { askedOf } from "./asked.js";
 import { CacheView } from "./cache.js";
 import { Compare } from "./compare.js";
-import { addStyles } from "./dom.js";
+import { addStyles, after } from "./dom.js";
 import { hasFormer, hideFormer } from "./former.js";
 import { nodeAt, nodesWithin } from "./graph.js";
 import { addLive } from "./live.js";
@@ -17,6 +17,7 @@ import { word } from "./words.js";
 const [CHUNK, TRAIN, LIVE] = ["chunk", "train", "live"].map((name) => `autorefiner.${name}`); // events of the server
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
 const FORMER = ["autorefiner_chunks", "autorefiner_training"]; // properties in which workflows kept runs
+const TEXT = 50; // pixels of the text that a run adds to its node
 const LOOK = 600; // milliseconds between two looks at the nodes
 
 const PAUSE = 50; // milliseconds in which nodes of one graph are configured
@@ -45,16 +46,6 @@ function addElement(node, name, element, height, grows = false) {
   element.dataset.autorefiner = name;
   elements.set(node, [...(elements.get(node) ?? []), element]);
   element.style.minHeight = `${height - 2 * (widget.margin ?? 0)}px`; // the Vue renderer asks the element alone
-}
-
-/** Call a function after one that a node may already have by that name. */
-function after(node, name, more) {
-  const own = node[name];
-  node[name] = function (...given) {
-    const result = own?.apply(this, given);
-    more.apply(this, given);
-    return result;
-  };
 }
 
 /**
@@ -204,6 +195,7 @@ app.registerExtension({
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
     if (STRIPS.includes(node.comfyClass)) addStrip(node);
     if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server, addElement));
+    if (STRIPS.includes(node.comfyClass)) node.setSize([node.size[0], node.computeSize()[1] + TEXT]);
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);

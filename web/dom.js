@@ -57,3 +57,13 @@ export function addStyles() {
     document.head.append(make("link", { rel: "stylesheet", href }));
   }
 }
+
+/** Call a function after one that a node may already have by that name. */
+export function after(node, name, more) {
+  const own = node[name];
+  node[name] = function (...given) {
+    const result = own?.apply(this, given);
+    more.apply(this, given);
+    return result;
+  };
+}

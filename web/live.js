@@ -1,5 +1,5 @@
 // The video of a run while it is made: every finished chunk goes to a video element, by MediaSource.
-import { make, ownPointer } from "./dom.js";
+import { after, make, ownPointer } from "./dom.js";
 import { Reloads, Stream, plays } from "./stream.js";
 import { word } from "./words.js";
 
@@ -27,14 +27,14 @@ function readRecord(given) {
 export class Live {
   /**
    * @param {{ask: (path: string) => Promise<Response>, address: (path: string) => string}} server
-   * @param {() => void} show put the element on the page; called once, when there is something to show
+   * @param {() => void} show put the element on the page; called once, by `open`
    */
   constructor(server, show) {
     this.server = server;
     this.show = show;
     this.video = make("video", { class: "autorefiner-live-video", controls: "", playsinline: "" });
     this.video.muted = true; // a browser plays a video with sound only after a click
-    this.line = make("div", { class: "autorefiner-status" });
+    this.line = make("div", { class: "autorefiner-status" }, word("no video"));
     this.element = ownPointer(make("div", { class: "autorefiner-live" }, this.video, this.line));
     // A video that is taken out of the page pauses too, and goes on with the next fragment.
     this.video.addEventListener("pause", () => (this.paused = this.video.isConnected && !this.atEnd()));
@@ -102,18 +102,28 @@ export class Live {
     this.line.textContent = [length, this.failure, note].filter(Boolean).join(" · ");
     this.line.title = this.line.textContent;
     this.video.hidden = !this.stream;
-    if (!this.line.textContent) return;
+    if (this.line.textContent) this.open();
+  }
+
+  /** Take room on the page. */
+  open() {
     this.show?.();
     this.show = null;
   }
 }
 
-/** Give a sampler a live view, which becomes a widget of it as soon as there is something to show. */
+/**
+ * Give a sampler a live view, which becomes a widget of it when a VAE is connected, and not only when a run begins: what
+ * a run changes in a workflow would be a step of undo.
+ */
 export function addLive(node, server, addElement) {
   const live = new Live(server, () => {
     addElement(node, "live", live.element, LEAST_HEIGHT, true);
     const [width, height] = node.size;
     node.setSize([width, Math.max(height, node.computeSize()[1])]);
+  });
+  after(node, "onConnectionsChange", () => {
+    if (node.inputs?.find((input) => input.name === "vae")?.link != null) live.open();
   });
   return live;
 }

@@ -28,8 +28,22 @@ LOG = """() => {
     window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => {
         const video = document.querySelector(".autorefiner-live-video");
         const { chunk, chunks } = detail;
-        if (video) window.seen.push([chunk, chunks, video.currentTime, !video.paused]);
+        if (!video || !Number.isInteger(chunk)) return;
+        window.seen.push([chunk, chunks, video.currentTime, !video.paused]);
     });
+}"""
+
+# Makes the sampler large enough for the text that ComfyUI adds to it.
+ROOM = """() => {
+    const node = window.app.graph.nodes.find((node) => node.comfyClass === "AutoRefinerSampler");
+    if (!node.widgets.some(({ name }) => name === "live")) throw new Error("no room for a video");
+    node.setSize([node.size[0], 1400]);
+}"""
+# Whether the workflow is marked as modified, and how many changes can be undone.
+MARKS = """() => {
+    const { activeWorkflow } = window.app.extensionManager.workflow;
+    activeWorkflow.changeTracker.captureCanvasState();
+    return [activeWorkflow.isModified, activeWorkflow.changeTracker.undoQueue.length];
 }"""
 
 
@@ -131,6 +145,21 @@ def test_the_video_plays_while_later_chunks_are_sampled(page: Page, open_server:
     idle(open_server, page)
     picture(page, "live-whole")
     assert page.errors == []
+
+
+def test_a_run_with_a_video_changes_nothing_of_the_workflow(
+    page: Page, open_server: Server
+) -> None:
+    page.load(watched(open_server, length=21, seed=30 + len(page.name)))
+    page.set(SAMPLER, control_after_generate="fixed")
+    page.look_at(SAMPLER)
+    page.tab.evaluate(ROOM)
+    page.tab.wait_for_timeout(500)
+    before = page.tab.evaluate(MARKS)
+    page.queue()
+    whole(page, 21 / 16)
+    idle(open_server, page)
+    assert page.tab.evaluate(MARKS) == before
 
 
 def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
