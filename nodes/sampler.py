@@ -164,12 +164,13 @@ class PathwiseRefinedSampler(io.ComfyNode):
         start_level: int = START_LEVEL,
     ) -> io.NodeOutput:  # fmt: skip
         scenes = sections_of([options for _, options in positive])
+        with_knobs = method_text(method, method_settings)
         search = search_of(method, search, reward, vae, prompt, candidates)
         if search and not scenes:
             search.checked_prompt()
         inputs = SamplerInputs(
             width, height, length, batch_size, seed,
-            method=method_text(method, method_settings),
+            method=with_knobs,
             noise=noise_text(noise, noise_settings),
             latent=latent, start=start, refiner=refiner, schedule=chunk_schedule,
             cache=reflective_cache, search=search, vae=vae, recipe=recipe,

@@ -37,7 +37,8 @@ def searching(method: str = "best-of-n", **inputs: object) -> dict:
         "AutoRefinerLoadReward", kind="sprites", model="bundled", weight=1.0, frames=0, interval=0
     )
     given = {"length": 13, "method": method, "candidates": 2, **NEEDED, **inputs}
-    graph["3"]["inputs"] |= {name: value for name, value in given.items() if value is not None}
+    inputs = graph["3"]["inputs"] | given
+    graph["3"]["inputs"] = {name: value for name, value in inputs.items() if value is not None}
     return graph
 
 
