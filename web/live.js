@@ -47,6 +47,7 @@ export class Live {
     this.stream?.close?.();
     Object.assign(this, { record, stream: null, paused: false, failure: "" });
     this.video.loop = false;
+    this.video.hidden = true;
     this.video.removeAttribute("src");
   }
 
