@@ -93,6 +93,7 @@ def test_an_interrupted_run_gives_its_memory_back_and_the_next_one_is_good(serve
     expected = sampled(server, short(seed=3), "before")
     memory = memory_of(server)
     long = short(length=401, width=512, height=512)
+    del long["3"]["inputs"]["vae"]  # of decoding, PyTorch holds buffers
     prompt = server.queue(long)
     end = time.monotonic() + 60
     # K/V of 101 frames take 420 MB.
