@@ -41,6 +41,9 @@ def page(request, server: Server) -> Iterator[Page]:
 @pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium")
 def test_a_node_of_the_library_runs(page: Page, server: Server) -> None:
+    page.tab.evaluate("() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.until("!window.app.graph.nodes.length")
+    page.settle()
     page.errors.clear()
     page.tab.mouse.dblclick(800, 600)
     page.tab.keyboard.type(NAME)
