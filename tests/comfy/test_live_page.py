@@ -165,7 +165,7 @@ def test_a_run_with_a_video_changes_nothing_of_the_workflow(
 def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
     page: Page, open_server: Server
 ) -> None:
-    begin(page, watched(open_server, length=117, seed=10 + len(page.name)))
+    begin(page, watched(open_server, length=321, seed=10 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     path = serialized(page, open_server)
     page.tab.reload()
@@ -175,7 +175,7 @@ def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
     page.look_at(SAMPLER)
     assert open_server.get("/queue")["queue_running"], "the run is over: make it longer"
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-    whole(page, 117 / 16)
+    whole(page, 321 / 16)
     idle(open_server, page)
 
 

@@ -144,7 +144,7 @@ def test_a_run_goes_on_after_a_reload_and_is_stopped(page: Page, server: Server)
     assert f"{count}/334 chunks, {12 * count - 3} frames" in page.tab.inner_text(STATUS)
     (saved,) = set(server.base.glob("output/stopped*.latent")) - before
     assert load_file(saved)["latent_tensor"].shape[2] == 3 * count
-    assert texts(server)[0].startswith(f"{count} of 334 chunks, {12 * count - 3} frames: stopped")
+    assert f"\n{count} of 334 chunks, {12 * count - 3} frames: stopped\n" in texts(server)[0]
 
 
 def test_a_run_is_there_when_its_workflow_is_shown_again(page: Page, server: Server) -> None:
