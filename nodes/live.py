@@ -107,10 +107,9 @@ class LiveVideos:
 class Recorder:
     """Decode the chunks of a run's first video into a LiveVideo; an error ends the video only.
 
-    With `room`, chunks are decoded as they finish: on a CUDA device in a worker thread with a
-    stream of its own, beside the sampling; on a CPU at once, as sampling would only wait for the
-    cores. Without it they wait for the end of the run, which unloads other models where it must.
-    `announce` tells the page of every change.
+    With `room`, chunks are decoded as they finish, beside the sampling, in a worker thread, which
+    on a CUDA device has a stream of its own. Without it they wait for the end of the run, which
+    unloads other models where it must. `announce` tells the page of every change.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class Recorder:
             self._close("no live video: this PyAV has no libx264")
         elif not self.room:
             self._say("the video follows after sampling: its decoder has no room beside the model")
-        elif self._open() and self.device.type == "cuda":
+        elif self._open():
             self.worker = threading.Thread(target=self._work, name="live video", daemon=True)
             self.worker.start()
         return self
@@ -146,11 +145,7 @@ class Recorder:
         """Take the next finished chunk, normalised [B, C, f, h, w] on the CPU."""
         if self.closed:
             return
-        raw = raw_latents(x0_BCfhw[:1])
-        if self.worker is None and self.room:
-            self._decode(raw)
-        else:
-            self.waiting.put(raw)
+        self.waiting.put(raw_latents(x0_BCfhw[:1]))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
