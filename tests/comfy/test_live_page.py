@@ -131,14 +131,14 @@ def serialized(page: Page, server: Server) -> Path:
 
 def test_the_video_plays_while_later_chunks_are_sampled(page: Page, open_server: Server) -> None:
     page.tab.evaluate(LOG)
-    begin(page, watched(open_server, length=69, seed=len(page.name)))
+    begin(page, watched(open_server, length=161, seed=len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0.5")
     picture(page, "live")
-    whole(page, 69 / 16)
+    whole(page, 161 / 16)
     seen = page.tab.evaluate("() => window.seen")
     assert any(2 <= at < count - 1 and time > 0 and on for at, count, time, on in seen)
     line = page.tab.inner_text(LINE)
-    assert "4.3 s" in line
+    assert "10.1 s" in line
     page.until(f"!document.querySelector('{VIDEO}').paused")  # it goes round
     seek(page, 0.25)
     seek(page, 3.5)
