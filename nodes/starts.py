@@ -1,4 +1,4 @@
-"""What a run starts from besides noise: given frames, and the frames of another clip."""
+"""Encode what a run starts from besides noise: given frames, or the frames of another clip."""
 
 from typing import Any
 

@@ -198,6 +198,7 @@ def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None
     whole(other, 69 / 16)
     whole(page, 69 / 16)
     idle(open_server, page)
+    assert "4.3 s" in other.tab.inner_text(LINE) and "4.3 s" in page.tab.inner_text(LINE)
 
 
 def test_a_page_that_forbids_media_sources_plays_it_too(page: Page, server: Server) -> None:

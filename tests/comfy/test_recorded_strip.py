@@ -90,6 +90,7 @@ def test_a_run_that_the_server_has_forgotten_was_interrupted(page: Page) -> None
     page.tab.route("**/autorefiner/runs", lambda route: route.fulfill(json={"runs": {}}))
     page.tab.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
     page.until(f"document.querySelector('{STATUS}').textContent.includes('interrupted')")
+    assert "interrupted" in status(page) and "pass" not in status(page)
     page.tab.unroute("**/autorefiner/runs")
 
 
