@@ -13,17 +13,20 @@ SHOWN = {  # of elements that the page adds to nodes
     "AutoRefinerCompareVideos": 270, "AutoRefinerTrainRefiner": 310, "LoadImage": 220,
     "AutoRefinerPromptTimeline": 60,
 }  # fmt: skip
-LINE = 66  # of a line of text that a run adds
+SAID = 60  # of what a node says of its run
 NOTE = "MarkdownNote"  # a node of the page alone
 TELLING = [
     f"AutoRefiner{name}"
     for name in (
         "CompareVideos",
+        "CustomSampler",
         "LoadRefiner",
         "PromptTimeline",
         "ReflectiveCache",
         "Sampler",
         "SaveRefiner",
+        "ScoreVideo",
+        "Search",
         "TrainRefiner",
     )
 ]
@@ -93,7 +96,7 @@ def to_page(graph: dict, info: dict) -> dict:
         height = (
             HEAD + SOCKET * max(len(sockets), len(outputs)) + WIDGET * len(values) + TEXT * tall
         )
-        height += SHOWN.get(node["class_type"], 0) + LINE * (node["class_type"] in TELLING)
+        height += SHOWN.get(node["class_type"], 0) + SAID * (node["class_type"] in TELLING)
         top = heights.get(columns[key], GAP)
         heights[columns[key]] = top + height + GAP
         nodes.append(

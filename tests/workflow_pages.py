@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import blueprints
 from comfy_graphs import API, NAMES, WORKFLOWS
-from comfy_page import LINE, NOTE, TELLING, to_page
+from comfy_page import NOTE, to_page
 from comfy_server import PACK, Server, find_comfyui
 from graph_drawing import TITLE, Box, Drawing, Line, drawing_of, route
 from page_browser import Page, find_chromium, opened
@@ -29,7 +29,7 @@ WIDTHS = {
     "AutoRefinerDecodeToVideo": 320, "CLIPTextEncode": 300, "AutoRefinerPromptTimeline": 340,
     "AutoRefinerDecodeChunks": NARROW, "CreateVideo": NARROW, "VAEEncode": NARROW,
 }  # fmt: skip
-ROOM = {  # for what a run adds: videos; and for text
+ROOM = {  # for what a run adds: videos; and for what is typed
     "SaveVideo": 280, "AutoRefinerDecodeToVideo": 280, "CLIPTextEncode": 90,
     "AutoRefinerPromptTimeline": 150, "AutoRefinerCompareVideos": 150,
 }  # fmt: skip
@@ -82,7 +82,7 @@ def sizes(graph: dict, heights: Iterable[dict[int, float]]) -> dict[int, Size]:
     result = {}
     for node in graph["nodes"]:
         kind = node["type"]
-        room = ROOM.get(kind, 0) + LINE * (kind in TELLING)
+        room = ROOM.get(kind, 0)
         height = max(least[node["id"]] for least in heights) + room
         result[node["id"]] = (WIDTHS.get(kind, WIDTH), 10 * round(height / 10 + 0.5))
     return result

@@ -11,13 +11,24 @@ import { addLive } from "./live.js";
 import { LORA_LOADERS, warnOfRefiner } from "./loras.js";
 import { Steering } from "./steer.js";
 import { Strip } from "./strip.js";
+import { TEXT, Text } from "./text.js";
 import { Trainer } from "./trainer.js";
 import { word } from "./words.js";
 
 const [CHUNK, TRAIN, LIVE] = ["chunk", "train", "live"].map((name) => `autorefiner.${name}`); // events of the server
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
 const FORMER = ["autorefiner_chunks", "autorefiner_training"]; // properties in which workflows kept runs
-const TEXT = 50; // pixels of the text that a run adds to its node
+const SAYING = [
+  ...STRIPS,
+  "AutoRefinerCompareVideos",
+  "AutoRefinerLoadRefiner",
+  "AutoRefinerPromptTimeline",
+  "AutoRefinerReflectiveCache",
+  "AutoRefinerSaveRefiner",
+  "AutoRefinerScoreVideo",
+  "AutoRefinerSearch",
+  "AutoRefinerTrainRefiner",
+];
 const LOOK = 600; // milliseconds between two looks at the nodes
 
 const PAUSE = 50; // milliseconds in which nodes of one graph are configured
@@ -34,15 +45,18 @@ const server = { ask: (path) => api.fetchApi(path), address: (path) => api.apiUR
  * @param {HTMLElement} element
  * @param {number} height in pixels of the page, at least
  * @param {boolean} grows with the node
+ * @param {{getValue?: () => string, setValue?: (value: string) => void}} value what the page reads and writes
  */
-function addElement(node, name, element, height, grows = false) {
+function addElement(node, name, element, height, grows = false, value = {}) {
   const widget = node.addDOMWidget(name, "autorefiner", element, {
+    ...value,
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => height,
     ...(grows ? {} : { getMaxHeight: () => height }),
   });
   widget.serialize = false;
+  if (!grows) Object.assign(widget, { computeSize: (width) => [width, height], computeLayoutSize: undefined });
   element.dataset.autorefiner = name;
   elements.set(node, [...(elements.get(node) ?? []), element]);
   element.style.minHeight = `${height - 2 * (widget.margin ?? 0)}px`; // the Vue renderer asks the element alone
@@ -86,10 +100,17 @@ async function restoreRuns() {
   for (const { id, widget, received } of widgets) widget.restore(answer.runs[id] ?? null, received);
 }
 
-function addStrip(node) {
+/** Give a node room for what it says. */
+function addText(node, text) {
+  const setValue = (value) => text.say(String(value ?? ""));
+  addElement(node, TEXT, text.element, 60, false, { getValue: () => text.said, setValue });
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+}
+
+function addStrip(node, text) {
   const stop = (node, prompt) =>
     api.fetchApi("/autorefiner/stop", { method: "POST", body: JSON.stringify({ node, prompt }) });
-  const strip = new Strip({ stop }, new Steering(node));
+  const strip = new Strip({ stop }, new Steering(node), text);
   addElement(node, "chunks", strip.element, 150);
   subscribe(node, CHUNK, strip);
 }
@@ -193,12 +214,13 @@ app.registerExtension({
   afterConfigureGraph: restore,
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
-    if (STRIPS.includes(node.comfyClass)) addStrip(node);
+    const text = SAYING.includes(node.comfyClass) ? new Text() : null;
+    if (STRIPS.includes(node.comfyClass)) addStrip(node, text);
     if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server, addElement));
-    if (STRIPS.includes(node.comfyClass)) node.setSize([node.size[0], node.computeSize()[1] + TEXT]);
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);
     if (node.comfyClass === "AutoRefinerCompareVideos") addCompare(node);
     if (node.comfyClass === "AutoRefinerTrainRefiner") addTrainer(node);
+    if (text) addText(node, text);
     if (LORA_LOADERS.includes(node.comfyClass)) watchLora(node);
   },
 });

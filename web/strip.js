@@ -43,18 +43,18 @@ export class Strip {
   /**
    * @param {{stop: (node: string, prompt: string) => Promise<Response>}} actions ask the server to stop a run
    * @param {import("./steer.js").Steering} steering
+   * @param {import("./text.js").Text} text shows the notices
    */
-  constructor(actions, steering) {
+  constructor(actions, steering, text) {
     this.actions = actions;
+    this.text = text;
     this.steering = steering;
     this.received = 0; // events
     this.status = make("span", { class: "autorefiner-status" });
     this.button = make("button", { type: "button", class: "autorefiner-stop", onclick: () => this.stop() });
     this.tiles = make("div", { class: "autorefiner-tiles" });
-    this.notices = make("div", { class: "autorefiner-notices" });
     const head = make("div", { class: "autorefiner-head" }, this.status, this.button);
-    const children = [head, this.tiles, this.notices, steering.element];
-    this.element = ownPointer(make("div", { class: "autorefiner-strip" }, ...children));
+    this.element = ownPointer(make("div", { class: "autorefiner-strip" }, head, this.tiles, steering.element));
     this.clear({});
     this.draw();
   }
@@ -169,7 +169,7 @@ export class Strip {
     if (this.ended) parts.push(`${word(this.ended)}, ${clock(this.elapsed)}`);
     else if (rate > 0) parts.push(`${clock((this.frames - this.first - made) / rate)} ${word("left")}`);
     if (this.ended && this.firstPicture !== null) {
-      parts.push(`${word("first picture")} ${this.firstPicture.toFixed(1)} s`);
+      parts.push(`${word("first picture")} ${this.firstPicture.toFixed(1)}\u00a0s`);
     }
     return parts.join(" · ");
   }
@@ -189,7 +189,7 @@ export class Strip {
     this.button.textContent = this.asked && running ? this.asked : word("stop");
     this.button.disabled = !running || this.asked === word("stopping");
     this.button.hidden = !running;
-    this.notices.replaceChildren(...this.lines.map((line) => make("div", { title: line }, line)));
+    this.text.notice(this.lines);
     const { total, frames, recipe, seed } = this;
     this.steering.show({ total, frames, recipe, seed, known: running || Boolean(this.ended) });
     while (this.tiles.childElementCount < this.total) this.tiles.append(this.tile(this.tiles.childElementCount));

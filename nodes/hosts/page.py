@@ -35,7 +35,7 @@ from ..run_states import (
     RunStates,
     stopped_text,
 )
-from .plain import plain_text, whole_words
+from .plain import plain_text
 from .wire import read_request
 
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
@@ -238,7 +238,7 @@ def send_text(prompt: str, node: str) -> None:
 
     server = PromptServer.instance
     if server is not None:
-        server.send_progress_text(whole_words(lines_of(prompt, node)), node, server.client_id)
+        server.send_progress_text(lines_of(prompt, node), node, server.client_id)
 
 
 def notice(text: str) -> None:

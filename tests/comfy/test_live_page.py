@@ -4,7 +4,6 @@ PAGE_PICTURES names a folder for screenshots.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from comfy_page import to_page
 from comfy_server import Server, find_comfyui, install_pack
 from demo_files import write_base
 from page_browser import LOCAL, Page, find_chromium, opened, quiet, set_setting
+from page_runs import picture
 
 pytestmark = [
     pytest.mark.page,
@@ -114,12 +114,6 @@ def seek(page: Page, seconds: float) -> None:
         }""",
         [VIDEO, seconds],
     )
-
-
-def picture(page: Page, name: str) -> None:
-    """Take a screenshot if PAGE_PICTURES is set."""
-    if folder := os.environ.get("PAGE_PICTURES"):
-        page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
 
 
 def serialized(page: Page, server: Server) -> Path:

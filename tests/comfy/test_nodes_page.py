@@ -1,7 +1,6 @@
 """How single nodes look in a real browser, in both renderers: `pytest -m page`."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import pytest
 import torch
 from comfy_server import Server, find_comfyui
 from page_browser import NODES, Page, find_chromium, opened
+from page_runs import picture
 from safetensors.torch import load_file
 from standalone_runs import execute
-
-from autorefiner.nodes.hosts.plain import whole_words
 
 pytestmark = [
     pytest.mark.page,
@@ -26,7 +24,7 @@ SHOWN_TEXT = """(word) => {
     while (walker.nextNode()) {
         const shown = walker.currentNode;
         const inert = ["SCRIPT", "STYLE"].includes(shown.parentElement.tagName);
-        if (!inert && shown.data.replaceAll("\u2060", "").includes(word)) return shown;
+        if (!inert && shown.data.includes(word)) return shown;
     }
 }"""  # the element's text in which a word is shown
 
@@ -36,12 +34,6 @@ def page(request, server: Server) -> Iterator[Page]:
     with opened(server, request.param == "vue") as page:
         page.name = request.param
         yield page
-
-
-def picture(page: Page, name: str) -> None:
-    """Take a screenshot if PAGE_PICTURES is set."""
-    if folder := os.environ.get("PAGE_PICTURES"):
-        page.tab.screenshot(path=str(Path(folder) / f"{name}-{page.name}.png"))
 
 
 def add(page: Page, kind: str) -> None:
@@ -182,7 +174,7 @@ def test_text_on_a_node_breaks_between_words_only(page: Page) -> None:
             node.setSize([300, node.size[1]]);
             window.app.api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
         }""",
-        whole_words(text),
+        text,
     )
     page.until(f"({SHOWN_TEXT})('several')")
     page.settle()

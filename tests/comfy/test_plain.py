@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from autorefiner.nodes.hosts.plain import NO_LINK, plain_text, whole_words
+from autorefiner.nodes.hosts.plain import plain_text
 from autorefiner.refiner.noise.file import RefinerCard
 
 LINK = re.compile(r"(https?|ftp|file)://|\bwww\.", re.IGNORECASE)  # the page turns these into links
@@ -27,12 +27,6 @@ def test_no_markup_and_no_link_is_left(text: str) -> None:
 def test_ordinary_text_stays_as_it_is() -> None:
     text = "saved as mine/foxes.refiner.safetensors; Δ 0.5, rank 64 (750, 500)"
     assert plain_text(text) == text
-
-
-def test_words_are_kept_whole_up_to_a_length() -> None:
-    assert whole_words("an error; 64x64").replace(NO_LINK, "") == "an error; 64x64"
-    assert whole_words("an error") == f"a{NO_LINK}n e{NO_LINK}r{NO_LINK}r{NO_LINK}o{NO_LINK}r"
-    assert whole_words("x" * 40) == "x" * 40
 
 
 @pytest.mark.parametrize(

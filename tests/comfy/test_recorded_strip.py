@@ -57,7 +57,7 @@ def test_a_run_comes_back_as_it_ended(page: Page, how: str) -> None:
     assert page.tab.is_visible(".autorefiner-stop") == (how == "running")
     assert page.tab.locator(".autorefiner-finished").count() == 2
     assert page.tab.inner_text(".autorefiner-given .autorefiner-mark") == EN["given"]
-    assert page.tab.inner_text(".autorefiner-notices") == "<b>a notice</b>"
+    assert page.tab.inner_text(".autorefiner-text") == "<b>a notice</b>"
 
 
 @in_the_page
