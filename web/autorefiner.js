@@ -18,7 +18,8 @@ import { word } from "./words.js";
 const [CHUNK, TRAIN, LIVE] = ["chunk", "train", "live"].map((name) => `autorefiner.${name}`); // events of the server
 const STRIPS = ["AutoRefinerSampler", "AutoRefinerCustomSampler"];
 const FORMER = ["autorefiner_chunks", "autorefiner_training"]; // properties in which workflows kept runs
-const SAYING = [
+/** The nodes that may say something of their runs. */
+const TELLING = [
   ...STRIPS,
   "AutoRefinerCompareVideos",
   "AutoRefinerLoadRefiner",
@@ -30,7 +31,6 @@ const SAYING = [
   "AutoRefinerTrainRefiner",
 ];
 const LOOK = 600; // milliseconds between two looks at the nodes
-
 const PAUSE = 50; // milliseconds in which nodes of one graph are configured
 
 /** What shows runs, by event and node, and what looks at caches; a node that leaves the graph leaves this too. */
@@ -43,19 +43,18 @@ const server = { ask: (path) => api.fetchApi(path), address: (path) => api.apiUR
  * @param {object} node
  * @param {string} name
  * @param {HTMLElement} element
- * @param {number} height in pixels of the page, at least
- * @param {boolean} grows with the node
- * @param {{getValue?: () => string, setValue?: (value: string) => void}} value what the page reads and writes
+ * @param {number} height in pixels of the page; the least, where it grows with the node
+ * @param {{grows?: boolean, getValue?: () => string, setValue?: (value: string) => void}} options
  */
-function addElement(node, name, element, height, grows = false, value = {}) {
+function addElement(node, name, element, height, { grows = false, ...value } = {}) {
   const widget = node.addDOMWidget(name, "autorefiner", element, {
     ...value,
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => height,
-    ...(grows ? {} : { getMaxHeight: () => height }),
   });
   widget.serialize = false;
+  // The Vue renderer lets every widget grow that can tell its least size.
   if (!grows) Object.assign(widget, { computeSize: (width) => [width, height], computeLayoutSize: undefined });
   element.dataset.autorefiner = name;
   elements.set(node, [...(elements.get(node) ?? []), element]);
@@ -103,7 +102,7 @@ async function restoreRuns() {
 /** Give a node room for what it says. */
 function addText(node, text) {
   const setValue = (value) => text.say(String(value ?? ""));
-  addElement(node, TEXT, text.element, 60, false, { getValue: () => text.said, setValue });
+  addElement(node, TEXT, text.element, 60, { getValue: () => text.said, setValue });
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
 }
 
@@ -186,7 +185,7 @@ function listen(event) {
 
 function addCompare(node) {
   const compare = new Compare((path) => api.apiURL(path));
-  addElement(node, "compare", compare.element, 260, true);
+  addElement(node, "compare", compare.element, 260, { grows: true });
   after(node, "onExecuted", (output) => compare.told(output?.autorefiner_compare));
   after(node, "onRemoved", () => compare.told(null));
 }
@@ -214,7 +213,7 @@ app.registerExtension({
   afterConfigureGraph: restore,
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("AutoRefiner") && hasFormer(node)) watchFormer(node);
-    const text = SAYING.includes(node.comfyClass) ? new Text() : null;
+    const text = TELLING.includes(node.comfyClass) ? new Text() : null;
     if (STRIPS.includes(node.comfyClass)) addStrip(node, text);
     if (STRIPS.includes(node.comfyClass)) subscribe(node, LIVE, addLive(node, server, addElement));
     if (node.comfyClass === "AutoRefinerReflectiveCache") addCacheView(node);

@@ -119,7 +119,7 @@ export class Live {
  */
 export function addLive(node, server, addElement) {
   const live = new Live(server, () => {
-    addElement(node, "live", live.element, LEAST_HEIGHT, true);
+    addElement(node, "live", live.element, LEAST_HEIGHT, { grows: true });
     const [width, height] = node.size;
     node.setSize([width, Math.max(height, node.computeSize()[1])]);
   });

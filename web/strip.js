@@ -65,6 +65,7 @@ export class Strip {
     Object.assign(this, { ended: null, running: false, asked: "", total: 0, first: 0, frames: 0, elapsed: 0 });
     Object.assign(this, { seed: null, recipe: "", lines: [], firstPicture: null });
     this.tiles.replaceChildren();
+    this.text.say(""); // the server repeats what was said of this run before it began
     this.shaped = false;
   }
 

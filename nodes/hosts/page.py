@@ -91,6 +91,7 @@ class Watch:
                 "notices": notices_of(self.state),
             }
         )
+        send_text(self.state.prompt, self.node)  # the page dropped that of the run before
 
     def step(self, progress: Progress, passes: Passes) -> None:
         """Count a prediction; send it when the chunk is finished, else at most every SECONDS."""

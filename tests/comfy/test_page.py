@@ -29,6 +29,7 @@ pytestmark = [
 ]
 FILES = sorted(WORKFLOWS.glob("*.json"))
 SOCKET_INSET = 11  # pixels from a node's edge to its sockets, at most
+SIZES = "() => window.app.graph.nodes.map(({ id, size }) => [id, ...size])"
 
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
@@ -68,9 +69,6 @@ def unclear(page: Page, workflow: Path) -> list[str]:
         *(f"{node} is in no group" for node, box in boxes.items() if node != note
           and not any(surrounds(group, box) for group in groups)),
     ]  # fmt: skip
-
-
-SIZES = "() => window.app.graph.nodes.map(({ id, size }) => [id, ...size])"
 
 
 @pytest.mark.parametrize("workflow", FILES, ids=lambda path: path.stem)

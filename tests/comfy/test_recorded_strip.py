@@ -61,6 +61,24 @@ def test_a_run_comes_back_as_it_ended(page: Page, how: str) -> None:
 
 
 @in_the_page
+def test_what_an_earlier_run_said_gives_way_to_the_notices_of_a_new_one(page: Page) -> None:
+    answer_runs(page, STATE | {"status": "done", "notices": ["of a"]})
+    page.load(WORKFLOWS / "text_to_video.json")
+    page.until("document.querySelector('.autorefiner-text')?.textContent === 'of a'")
+    page.tab.evaluate(
+        """() => {
+            const isSampler = ({ comfyClass }) => comfyClass === "AutoRefinerSampler";
+            const node = window.app.graph.nodes.find(isSampler);
+            const told = { nodeId: String(node.id), text: "said by a" };
+            window.app.api.dispatchCustomEvent("progress_text", told);
+        }"""
+    )
+    assert page.tab.inner_text(".autorefiner-text") == "said by a"
+    tell(page, "chunk", prompt="b", workflow="this", notices=["of b"], **CHUNK)
+    assert page.tab.inner_text(".autorefiner-text") == "of b"
+
+
+@in_the_page
 def test_an_older_answer_does_not_undo_newer_events(page: Page) -> None:
     page.tab.unroute("**/autorefiner/runs")
     page.load(WORKFLOWS / "text_to_video.json")

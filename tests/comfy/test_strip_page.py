@@ -281,7 +281,8 @@ def test_a_notice_stays_on_the_node_and_in_the_history(page: Page, server: Serve
     page.queue()
     ended(page, "done")
     idle(server, page)
-    assert "zebra" in page.tab.inner_text(".autorefiner-text")
+    said = page.tab.inner_text(".autorefiner-text")
+    assert "zebra" in said and "keys and values" in said
     assert "zebra" in texts(server)[0] and "chunks" in texts(server)[0].splitlines()[-1]
     picture(page, "noted")
     page.set("SaveLatent", filename_prefix="noted_again")
