@@ -15,14 +15,13 @@ from ..run import CHANNELS, Run, held_bytes
 from .comfy_model import facts
 from .comfy_video import load_decoder, stream_decoder
 from .live_route import announce, videos
-from .page import workflow_of
+from .page import page_server, workflow_of
 
 
 def has_page() -> bool:
     """Whether a page queued the running prompt; without one nobody watches."""
-    from server import PromptServer
-
-    return PromptServer.instance is not None and PromptServer.instance.client_id is not None
+    server = page_server()
+    return server is not None and server.client_id is not None
 
 
 def decoding_bytes(vae: comfy.sd.VAE, plan: RunPlan) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from aiohttp import web
@@ -37,6 +37,9 @@ from ..run_states import (
 )
 from .plain import plain_text
 from .wire import read_request
+
+if TYPE_CHECKING:
+    from server import PromptServer
 
 CHUNK = "autorefiner.chunk"  # the event, which web/strip.js listens to
 PICTURES = 4  # frames of a chunk that are shown, at most
@@ -178,18 +181,26 @@ def contact(x0_BCFhw: Tensor, picture: Callable[[Tensor], Image.Image]) -> dict:
     return {"image": base64.b64encode(data.getvalue()).decode(), "pictures": count}
 
 
-def begin_state(node: str, prompt: str) -> RunState:
-    """Return the state of a new run of a node, for the page that queued the prompt."""
+def page_server() -> "PromptServer | None":
+    """Return ComfyUI's running server; None where its nodes run in a script without one."""
     from server import PromptServer
 
-    return RunState(node, prompt, workflow_of(prompt), PromptServer.instance.client_id)
+    return getattr(PromptServer, "instance", None)  # set by the first server that is made
+
+
+def begin_state(node: str, prompt: str) -> RunState:
+    """Return the state of a new run of a node, for the page that queued the prompt."""
+    server = page_server()
+    if server is None:
+        return RunState(node, prompt, None, None)
+    return RunState(node, prompt, workflow_of(prompt), server.client_id)
 
 
 def send(event: str, state: RunState, update: dict) -> None:
     """Send an update of a run to the page that queued it, or to all pages, and hold it."""
-    from server import PromptServer
-
-    PromptServer.instance.send_sync(event, _states.update(state, update), state.client)
+    server, data = page_server(), _states.update(state, update)
+    if server is not None:
+        server.send_sync(event, data, state.client)
 
 
 def workflow_of(prompt: str) -> str | None:
@@ -235,9 +246,7 @@ def show(text: str) -> ui.PreviewText:
 
 def send_text(prompt: str, node: str) -> None:
     """Show a node's text on the page that queued the prompt."""
-    from server import PromptServer
-
-    server = PromptServer.instance
+    server = page_server()
     if server is not None:
         server.send_progress_text(lines_of(prompt, node), node, server.client_id)
 

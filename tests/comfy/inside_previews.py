@@ -156,7 +156,6 @@ def files_of_decoders(folder: Path) -> dict:
 
 
 page.send = receive
-page.begin_state = lambda node, prompt: RunState(node, prompt, None, None)  # without a server
 latent_preview.set_preview_method("auto")
 comfy.utils.set_progress_bar_global_hook(progress)
 with torch.inference_mode():
