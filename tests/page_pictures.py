@@ -16,13 +16,15 @@ from comfy_graphs import WORKFLOWS, small
 from comfy_page import NOTE, to_page
 from comfy_server import PACK, Server, find_comfyui, install_pack
 from demo_files import write_base
+from graph_drawing import drawing_of
 from page_browser import Page, find_chromium, opened
 from PIL import Image
 
 from autorefiner.refiner.demo import bundle
 
 FOLDER = PACK / "web" / "docs" / "pictures"
-EDGE, COLOURS = 8, 64  # pixels around a node; of a picture
+EDGE, COLOURS, MOST_COLOURS = 8, 64, 160  # pixels around a node; of a picture of one, of many
+MARGIN = 90  # around a workflow, in its own pixels: links run there
 # Nodes to show of each workflow, after a run or only opened.
 RUN = {
     "compare_controls": ("LoadDemo", "LoadRefiner", "DecodeChunks", "CompareVideos"),
@@ -35,8 +37,7 @@ OPENED = {
 }
 ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo", "Search")  # not in any workflow
 LENGTH, STEPS = 81, 6
-# The picture in docs/comfyui.md: workflow, corner in the graph, and scale.
-SEEN, CORNER, SCALE = ("compare_controls", (440, 40), 0.85)
+SEEN, SCALE = "compare_controls", 0.6  # the picture in docs/comfyui.md
 FILMED = PACK / "docs" / "run.webp"
 COLUMNS = {60: (1, 2, 3), 430: (4,), 800: (5,), 1170: (8, 6, 7)}  # quickstart's nodes in the film
 WINDOW, CLIP = (1360, 900), {"x": 45, "y": 40, "width": 1315, "height": 860}
@@ -99,11 +100,11 @@ def node_box(page: Page, kind: str) -> dict:
     )
 
 
-def keep(picture: bytes, name: str) -> None:
+def keep(picture: bytes, name: str, colours: int = COLOURS) -> None:
     """Write a screenshot as a PNG with few colours."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.png"
-    decoded(picture).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    decoded(picture).quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -119,7 +120,7 @@ def take(page: Page, kinds: tuple[str, ...]) -> None:
 
 
 def look_from(
-    page: Page, corner: tuple[int, int], scale: float, margin: tuple[int, int] = (80, 90)
+    page: Page, corner: tuple[float, float], scale: float, margin: tuple[int, int] = (80, 90)
 ) -> None:
     """Show the graph from a corner, at a multiple of the window's own scale."""
     page.tab.evaluate(
@@ -135,10 +136,18 @@ def look_from(
     page.tab.wait_for_timeout(700)
 
 
-def overview(page: Page) -> bytes:
-    """Take the picture of the graph for docs/comfyui.md."""
-    look_from(page, CORNER, SCALE)
-    return page.tab.screenshot(clip={"x": 60, "y": 40, "width": 1400, "height": 860})
+def overview(page: Page, server: Server) -> None:
+    """Write the picture of a whole workflow, as it is after a run, for docs/comfyui.md."""
+    path = WORKFLOWS / f"{SEEN}.json"
+    page.load(path)
+    run(page, server)
+    page.tab.wait_for_timeout(6000)  # until the page's notices are gone
+    boxes = drawing_of(json.loads(path.read_text())).boxes.values()
+    left, top = (min(box[axis] for box in boxes) - MARGIN for axis in (0, 1))
+    right, bottom = (max(box[axis] for box in boxes) + MARGIN for axis in (2, 3))
+    look_from(page, (left, top), SCALE)
+    size = {"width": SCALE * (right - left), "height": SCALE * (bottom - top)}
+    keep(page.tab.screenshot(clip={"x": 80, "y": 90, **size}), "page", MOST_COLOURS)
 
 
 def film(page: Page, server: Server) -> None:
@@ -210,8 +219,7 @@ def take_all(page: Page, running: Server) -> None:
         if name in RUN:
             run(page, running)
         take(page, kinds)
-        if name == SEEN:
-            keep(overview(page), "page")
+    overview(page, running)
     page.load(WORKFLOWS / "text_to_video.json")
     for kind in ALONE:
         page.tab.evaluate(

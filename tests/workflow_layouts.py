@@ -1,12 +1,12 @@
 """What the page shows of each workflow beside its nodes: a note, and which group a node is in."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 Columns = tuple[tuple[int, ...], ...]  # ids of nodes, from left to right, each from top to bottom
 COLOURS = {"load": "#3f789e", "prompt": "#8A8", "sample": "#a1309b", "watch": "#b58b2a"}
 
 # Samplers that share a model and a prompt, both left of them, are no planar graph.
-CROSSINGS = {"quickstart": 2, "compare_controls": 9, "train_a_refiner": 2}
+CROSSINGS = {"quickstart": 2, "compare_controls": 5, "train_a_refiner": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,12 @@ class Layout:
     prompt: Columns
     sample: Columns
     watch: Columns
+    stacked: bool = False  # with Prompt below Load, where a row of four groups is too wide
 
     @property
     def groups(self) -> dict[str, Columns]:
         """Return the columns of each group by its name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)[2:]}
+        return {name: getattr(self, name) for name in COLOURS}
 
 
 LAYOUTS = {
@@ -120,20 +121,20 @@ LAYOUTS = {
         load=((1, 2, 3),), prompt=((4,),), sample=((5,),), watch=((6,),),
     ),
     "compare_controls": Layout(
-        "Samples one prompt in four ways from the same noise: the base, with a refiner, by P&P's"
-        " self-refinement, and along the deterministic path. Save Video shows all four in one"
-        " picture. Compare Videos puts the first two under a slider.",
+        "Samples one prompt in three ways from the same noise: the base, with a refiner, and by"
+        " P&P's self-refinement. Save Video shows all three side by side. Compare Videos puts the"
+        " first two under a slider.",
         "docs/refiners.md",
-        load=((1, 3),), prompt=((2,),), sample=((4, 5), (6, 7)),
-        watch=((8, 9, 10, 11), (12, 13, 14), (17, 15, 16)),
+        load=((1, 3),), prompt=((2,),), sample=((4,), (5,), (6,)),
+        watch=((8, 9, 10, 12, 14, 15), (17, 16)), stacked=True,
     ),
     "train_a_refiner": Layout(
         "Trains a small refiner in the queue, saves it, and samples with it. The trainer draws its"
         " curves and a sheet of samples while it runs. It needs peft, and goes on where it was"
         " stopped.",
         "docs/training.md",
-        load=((1, 2),), prompt=((5,),), sample=((3,), (6,), (7,)),
-        watch=((8, 9, 11, 12), (10, 13, 4)),
+        load=((1, 2),), prompt=((5,),), sample=((3,), (6, 4), (7,)),
+        watch=((8, 9, 11, 12), (10, 13)), stacked=True,
     ),
     "sampler_custom_advanced": Layout(
         "Samples the demo's model through ComfyUI's own SamplerCustomAdvanced. Noise, levels and"

@@ -92,9 +92,12 @@ def placed(layout: Layout, sizes: dict[int, Size]) -> tuple[dict[int, Box], dict
     """Return the boxes of the nodes, titles included, and those of the groups."""
     boxes, groups, x = {}, {}, 0.0
     for name, columns in layout.groups.items():
+        top = 0.0
+        if layout.stacked and name == "prompt":
+            x, top = 0.0, groups["load"][3] + BORDER + HEADING
         start = x
         for column in columns:
-            y, width = 0.0, max(sizes[node][0] for node in column)
+            y, width = top, max(sizes[node][0] for node in column)
             for node in column:
                 height = TITLE + sizes[node][1]
                 boxes[node] = (x, y, x + width, y + height)
@@ -103,8 +106,8 @@ def placed(layout: Layout, sizes: dict[int, Size]) -> tuple[dict[int, Box], dict
         inner = [boxes[node] for column in columns for node in column]
         bottom = max(box[3] for box in inner)
         right = max(box[2] for box in inner)
-        groups[name] = (start - BORDER, -HEADING, right + BORDER, bottom + BORDER)
-        x = right + GROUP_GAP
+        groups[name] = (start - BORDER, top - HEADING, right + BORDER, bottom + BORDER)
+        x = max(box[2] for box in boxes.values()) + GROUP_GAP
     return boxes, groups
 
 
@@ -114,7 +117,7 @@ def note_text(layout: Layout) -> str:
 
 
 def note_node(layout: Layout, number: int, under: Box) -> tuple[dict, Box]:
-    """Return the node of the note and its box, below the first group."""
+    """Return the node of the note and its box, below a group."""
     left, right, top = under[0] + BORDER, under[2] - BORDER, under[3] + BORDER
     lines = len(layout.note) / (NOTE_LETTERS * (right - left) / WIDTH) + 3
     height = 10 * round((NOTE_HEIGHT + NOTE_LINE * lines) / 10)
@@ -150,7 +153,8 @@ def drawn(page: dict, layout: Layout, sizes: dict[int, Size]) -> dict:
         node["size"] = [right - left, bottom - top - TITLE]
         if models := models_of(node):
             node["properties"]["models"] = models
-    note, box = note_node(layout, page["last_node_id"] + 1, groups["load"])
+    above = groups["prompt" if layout.stacked else "load"]
+    note, box = note_node(layout, page["last_node_id"] + 1, above)
     page["nodes"].append(note)
     page["last_node_id"] += 1
     lines = [

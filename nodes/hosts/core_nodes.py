@@ -208,20 +208,18 @@ class ImageStitch(io.ComfyNode):
     ) -> io.NodeOutput:
         if image2 is None:
             return io.NodeOutput(image1)
-        if image1.shape[1:] != image2.shape[1:]:
+        dim, shared = (2, 1) if direction in ("right", "left") else (1, 2)
+        if image1.shape[shared] != image2.shape[shared]:
             sizes = " and ".join(f"{image.shape[2]}x{image.shape[1]}" for image in (image1, image2))
             raise ValueError(
-                f"images of {sizes} pixels: without ComfyUI both must be of one size, use"
-                " ImageScale"
+                f"images of {sizes} pixels to stitch {direction}: without ComfyUI both must be of"
+                f" one {'height' if shared == 1 else 'width'}, use ImageScale"
             )
         count = max(len(image1), len(image2))
-        height, width = image1.shape[1:3]
-        area = (width + spacing_width) * (height + spacing_width)
-        check_room(
-            4 * FRAME_BYTES * count * area, "the stitched image", "use shorter or smaller ones"
-        )
+        length = image1.shape[dim] + image2.shape[dim] + spacing_width
+        nbytes = 2 * FRAME_BYTES * count * length * image1.shape[shared]
+        check_room(nbytes, "the stitched image", "use shorter or smaller ones")
         one, other = padded(image1, count), padded(image2, count)
-        dim = 2 if direction in ("right", "left") else 1
         size = list(one.shape)
         size[dim] = spacing_width
         spacing = torch.tensor(COLORS[spacing_color]).to(image1).expand(size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -275,18 +276,15 @@ def test_names_that_stay_are_taken() -> None:
         assert path.is_relative_to("loras") and path.name.count(".refiner.safetensors") == 1
 
 
-def test_four_controls_stand_side_by_side(base: Path) -> None:
+def test_three_controls_stand_side_by_side(base: Path) -> None:
     graph = small("compare_controls")
     for found in graph.values():
         if found["class_type"] == "AutoRefinerSampler":
             found["inputs"]["length"] = 9
     results = execute(graph, base)
-    quarters = [results[key][0] for key in ("8", "9", "10", "11")]
-    whole = results["14"][0]
-    for i, quarter in enumerate(quarters):
-        top, left = 64 * (i // 2), 64 * (i % 2)
-        assert torch.equal(whole[:, top : top + 64, left : left + 64], quarter)
-        assert not any(torch.equal(quarter, other) for other in quarters[:i])
+    clips = [results[key][0] for key in ("8", "9", "10")]
+    assert torch.equal(results["14"][0], torch.cat(clips, dim=2))
+    assert not any(torch.equal(one, other) for one, other in combinations(clips, 2))
 
 
 def test_images_are_stitched_with_a_space_between_and_the_shorter_one_stands_still() -> None:
@@ -299,5 +297,8 @@ def test_images_are_stitched_with_a_space_between_and_the_shorter_one_stands_sti
         and made[1, 0, 6:8, 0].eq(1).all()
     )
     assert stitch(short, "down", True, 0, "white").args[0] is short
-    with pytest.raises(ValueError, match="6x4 and 6x5"):
+    assert stitch(short, "right", True, 0, "white", long[:, :, :5]).args[0].shape == (2, 4, 11, 3)
+    with pytest.raises(ValueError, match=r"6x4 and 6x5 .* height"):
         stitch(short, "right", True, 0, "white", torch.zeros(1, 5, 6, 3))
+    with pytest.raises(ValueError, match=r"6x4 and 5x4 .* width"):
+        stitch(short, "up", True, 0, "white", torch.zeros(1, 4, 5, 3))

@@ -37,7 +37,7 @@ def test_every_workflow_of_the_pack_writes_its_video(name: str, base: Path, caps
     assert str(path) in capsys.readouterr().out.splitlines()
     assert len(decoded(path)) == sampler["inputs"]["length"]
     # Several videos side by side.
-    sizes = {"compare_controls": (128, 128), "quickstart": (64, 128), "train_a_refiner": (64, 128)}
+    sizes = {"compare_controls": (64, 192), "quickstart": (64, 128), "train_a_refiner": (64, 128)}
     assert decoded(path).shape[1:] == (*sizes.get(name, (64, 64)), 3)
 
 
