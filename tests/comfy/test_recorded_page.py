@@ -46,9 +46,11 @@ def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
 @in_the_page
 def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
     page.load(WORKFLOWS / "text_to_video.json")
-    tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"level": 4})
+    for place, end in enumerate((9, 21)):
+        told = CHUNK | {"chunk": place, "level": 4, "end": end}
+        tell(page, "chunk", prompt="a", workflow="this", **told)
     tell(page, "chunk", prompt="a", workflow="this", run=1, status="stopped", elapsed=2.0)
-    assert "1/7 chunks, 9 frames · " in status(page) and "stopped" in status(page)
+    assert "2/7 chunks, 21 frames · " in status(page) and "stopped" in status(page)
     assert not page.tab.is_visible(".autorefiner-stop")
     tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"run": 2})
     assert "stopped" not in status(page) and "pass 1/4" in status(page)

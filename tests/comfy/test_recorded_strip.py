@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfy_graphs import WORKFLOWS
@@ -23,18 +24,17 @@ def page(request) -> Iterator[Page]:
         yield page
 
 
+def answer(route: Any, state: dict) -> None:
+    """Answer a request for runs with one state for every node that it asks for."""
+    asked = json.loads(route.request.post_data)
+    common = {"workflow": asked["workflow"], **state}
+    route.fulfill(json={"runs": {node: {"node": node, **common} for node in asked["nodes"]}})
+
+
 def answer_runs(page: Page, state: dict) -> None:
-    """Answer the page's next requests for runs with one state for every node that it asks for."""
-
-    def answer(route) -> None:
-        asked = json.loads(route.request.post_data)
-        runs = {
-            node: {"node": node, "workflow": asked["workflow"], **state} for node in asked["nodes"]
-        }
-        route.fulfill(json={"runs": runs})
-
+    """Answer the page's next requests for runs with a state."""
     page.tab.unroute("**/autorefiner/runs")
-    page.tab.route("**/autorefiner/runs", answer)
+    page.tab.route("**/autorefiner/runs", lambda route: answer(route, state))
 
 
 TILES = [
@@ -97,6 +97,23 @@ def test_an_older_answer_does_not_undo_newer_events(page: Page) -> None:
     tell(page, "chunk", prompt="b", workflow="this", **CHUNK)
     page.tab.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
     page.until("document.querySelectorAll('.autorefiner-finished').length === 2")  # of the server
+
+
+@in_the_page
+def test_an_answer_about_an_earlier_run_does_not_hide_one_that_began_since(page: Page) -> None:
+    page.tab.unroute("**/autorefiner/runs")
+    page.load(WORKFLOWS / "text_to_video.json")
+    page.tab.wait_for_timeout(200)
+    asked = []
+    page.tab.route("**/autorefiner/runs", lambda route: asked.append(route))
+    with page.tab.expect_request("**/autorefiner/runs"):
+        page.tab.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+    tell(page, "chunk", prompt="b", workflow="this", **CHUNK)
+    with page.tab.expect_response("**/autorefiner/runs"):
+        answer(asked[0], STATE | {"status": "done"})
+    page.tab.wait_for_timeout(200)
+    assert "pass 1/4" in status(page)
+    assert page.tab.locator(".autorefiner-finished").count() == 0
 
 
 @in_the_page
