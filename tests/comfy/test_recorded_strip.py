@@ -1,5 +1,7 @@
 """The strip without a server: states that the server holds, recipes, and what is not believed."""
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from comfy_graphs import WORKFLOWS
 from page_browser import STATUS, Page
 from page_words import words
+from PIL import Image
 from recorded_events import CHUNK, in_the_page, status, tell
 from recorded_page import replayed
 
@@ -93,10 +96,26 @@ def test_an_older_answer_does_not_undo_newer_events(page: Page) -> None:
     answer_runs(page, STATE | {"status": "running", "elapsed": 1.0})
     page.tab.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
     page.until("document.querySelectorAll('.autorefiner-finished').length === 2")
-    assert "chunk 3/7 · pass 3/4" in status(page)
+    assert "chunk 3/7 · pass 3/4 · 3.4 frames/s" in status(page)  # three quarters of 9 in 2 s
     tell(page, "chunk", prompt="b", workflow="this", **CHUNK)
     page.tab.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
     page.until("document.querySelectorAll('.autorefiner-finished').length === 2")  # of the server
+
+
+@in_the_page
+def test_a_chunk_keeps_its_picture_until_there_is_another(page: Page) -> None:
+    page.tab.unroute("**/autorefiner/runs")
+    page.load(WORKFLOWS / "text_to_video.json")
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(data, "JPEG")
+    shown = {"image": base64.b64encode(data.getvalue()).decode(), "pictures": 1}
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK, **shown)
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK | {"level": 2})
+    first, second = page.tab.locator(".autorefiner-tile").all()[:2]
+    assert first.is_enabled() and second.is_disabled()
+    page.look_at("AutoRefinerSampler")
+    first.click()
+    assert page.tab.is_visible(".autorefiner-large")
 
 
 @in_the_page
