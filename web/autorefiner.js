@@ -168,19 +168,17 @@ function restore() {
   restoreLives();
 }
 
-/** Hand an event to what shows its node. */
+/** Hand an event to what shows its node, unless another workflow was opened since. */
 function tell(event, detail) {
-  const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+  const graph = app.rootGraph ?? app.graph;
+  if (detail?.workflow && detail.workflow !== graph.id) return;
+  const node = nodeAt(graph, detail?.node);
   for (const widget of (node && shown[event]?.get(node)) ?? []) widget.told(detail);
 }
 
-/** Hand an event of the server to what shows its node, unless another workflow was opened since. */
+/** Listen to an event of the server. */
 function listen(event) {
-  api.addEventListener(event, ({ detail }) => {
-    const graph = app.rootGraph ?? app.graph;
-    if (detail?.workflow && detail.workflow !== graph.id) return;
-    tell(event, detail);
-  });
+  api.addEventListener(event, ({ detail }) => tell(event, detail));
 }
 
 function addCompare(node) {

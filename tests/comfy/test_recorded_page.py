@@ -44,6 +44,30 @@ def test_a_run_of_another_workflow_stays_out_of_this_one(page: Page) -> None:
 
 
 @in_the_page
+def test_a_video_of_the_workflow_before_stays_out_of_this_one(page: Page) -> None:
+    """Its node has the same id, and the server answers after another workflow was opened."""
+    waiting = []
+    page.tab.route("**/autorefiner/live?workflow=*", lambda route: waiting.append(route), times=1)
+    page.load(WORKFLOWS / "text_to_video.json")
+    before, node = page.tab.evaluate(
+        """() => {
+            const isSampler = ({ comfyClass }) => comfyClass === "AutoRefinerSampler";
+            const { graph } = window.app;
+            return [graph.id, String(graph.nodes.find(isSampler).id)];
+        }"""
+    )
+    path = WORKFLOWS / "text_to_video.json"
+    other = json.loads(path.read_text(encoding="utf-8")) | {"id": "another"}
+    page.tab.evaluate("(graph) => window.app.loadGraphData(graph)", other)
+    page.settle()
+    record = {"video": "0" * 32, "node": node, "fragments": 0, "note": "of the workflow before"}
+    waiting[0].fulfill(json={"videos": [record | {"workflow": before}]})
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    page.tab.wait_for_timeout(200)
+    assert page.tab.locator(".autorefiner-live", has_text="of the workflow").count() == 0
+
+
+@in_the_page
 def test_a_second_run_of_a_prompt_begins_anew(page: Page) -> None:
     page.load(WORKFLOWS / "text_to_video.json")
     for place, end in enumerate((9, 21)):
