@@ -81,22 +81,35 @@ function askForRuns() {
   asking = setTimeout(restoreRuns, PAUSE);
 }
 
+/** The widgets that show runs, with their node's ids: a subgraph that is used twice has one node for both. */
+function restorable(graph) {
+  const found = new Map();
+  for (const [id, node] of nodesWithin(graph)) {
+    for (const widget of Object.values(shown).flatMap((nodes) => nodes.get(node) ?? [])) {
+      if (widget.restore) found.set(widget, [...(found.get(widget) ?? []), id]);
+    }
+  }
+  return [...found].map(([widget, ids]) => ({ widget, ids, received: widget.received }));
+}
+
+/** The run that began last of those that nodes show, or null. */
+function latest(runs, ids) {
+  const known = ids.map((id) => runs[id]).filter(Boolean);
+  return known.sort((one, other) => other.run - one.run)[0] ?? null;
+}
+
 async function restoreRuns() {
   const graph = app.rootGraph ?? app.graph;
-  const widgets = nodesWithin(graph).flatMap(([id, node]) =>
-    Object.values(shown)
-      .flatMap((nodes) => nodes.get(node) ?? [])
-      .filter((widget) => widget.restore)
-      .map((widget) => ({ id, widget, received: widget.received })),
-  );
+  const widgets = restorable(graph);
   if (!widgets.length) return;
-  const asked = { workflow: graph.id, client: api.clientId, nodes: [...new Set(widgets.map(({ id }) => id))] };
+  const nodes = [...new Set(widgets.flatMap(({ ids }) => ids))];
+  const asked = { workflow: graph.id, client: api.clientId, nodes };
   const answer = await api
     .fetchApi("/autorefiner/runs", { method: "POST", body: JSON.stringify(asked) })
     .then((response) => response.json())
     .catch(() => null);
   if (!answer?.runs || asked.workflow !== (app.rootGraph ?? app.graph).id) return;
-  for (const { id, widget, received } of widgets) widget.restore(answer.runs[id] ?? null, received);
+  for (const { widget, ids, received } of widgets) widget.restore(latest(answer.runs, ids), received);
 }
 
 /** Give a node room for what it says. */

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blueprints import FOLDER, NAME
 from comfy_graphs import WORKFLOWS
 from page_browser import STATUS, Page
 from page_words import words
@@ -61,6 +62,37 @@ def test_a_run_comes_back_as_it_ended(page: Page, how: str) -> None:
     assert page.tab.locator(".autorefiner-finished").count() == 2
     assert page.tab.inner_text(".autorefiner-given .autorefiner-mark") == EN["given"]
     assert page.tab.inner_text(".autorefiner-text") == "<b>a notice</b>"
+
+
+@in_the_page
+@pytest.mark.parametrize("newest", [0, 1])
+@pytest.mark.parametrize("known", [1, 2])
+def test_a_subgraph_that_is_used_twice_shows_the_run_that_began_last(
+    page: Page, newest: int, known: int
+) -> None:
+    graph = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
+    (first,) = graph["nodes"]
+    graph["nodes"].append(first | {"id": first["id"] + 1, "pos": [900, 0]})
+
+    def answer(route) -> None:
+        ids = json.loads(route.request.post_data)["nodes"]
+        running = STATE | {"node": ids[newest], "run": 2, "status": "running"}
+        ended = STATE | {"node": ids[1 - newest], "run": 1, "status": "done"}
+        states = (running, ended)[:known]
+        route.fulfill(json={"runs": {state["node"]: state for state in states}})
+
+    page.tab.unroute("**/autorefiner/runs")
+    page.tab.route("**/autorefiner/runs", answer)
+    with page.tab.expect_response("**/autorefiner/runs"):
+        page.tab.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
+    page.settle()
+    shown = page.tab.evaluate(
+        """() => window.app.graph.nodes[0].subgraph.nodes
+            .flatMap(({ widgets }) => widgets ?? [])
+            .find(({ name }) => name === "chunks").element.dataset.status"""
+    )
+    assert shown == "running"
+    page.tab.unroute("**/autorefiner/runs")
 
 
 @in_the_page
