@@ -117,10 +117,8 @@ class Run:
         if not chunks:
             return self
         begun = [] if self.initial is None else [self.initial.float().cpu()]
-        count = sum(chunk.shape[2] for chunk in chunks)
-        given, frames = self.plan.given + count, self.plan.frames - count
-        plan = replace(self.plan, given=given, frames=frames)
-        return replace(self, plan=plan, initial=torch.cat([*begun, *chunks], 2), reused=len(chunks))
+        plan, initial = self.plan.after(len(chunks)), torch.cat([*begun, *chunks], 2)
+        return replace(self, plan=plan, initial=initial, reused=len(chunks))
 
     def clip(
         self,

@@ -56,6 +56,7 @@ class RunPlan:
     keys: Keys | None = None  # None: raw where the preset's positions move
     policy: Policy | None = None  # None: the preset's
     store: type[Store] = PlainStore
+    cut: tuple[int, ...] = ()  # latent frames of each given chunk; empty: as the preset cuts them
     given_chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
     chunks: tuple[Chunk, ...] | EndlessChunks = field(init=False, repr=False, compare=False)
 
@@ -75,7 +76,7 @@ class RunPlan:
                 "an endless run with full history needs endless memory: give a window, like"
                 f" --window {window} --sink {self.preset.chunk}"
             )
-        given, new = plan_chunks(self.preset, self.frames, self.given)
+        given, new = plan_chunks(self.preset, self.frames, self.given, self.cut)
         object.__setattr__(self, "given_chunks", tuple(given))
         object.__setattr__(self, "chunks", new if self.endless else tuple(new))
 
@@ -104,6 +105,12 @@ class RunPlan:
         """
         new = islice(self.chunks, 2) if self.endless else self.chunks
         return tuple(chunk.length for chunk in (*self.given_chunks, *new))
+
+    def after(self, chunks: int) -> "RunPlan":
+        """Return the plan with its first new chunks as given ones."""
+        cut = self.lengths[: len(self.given_chunks) + chunks]
+        given = sum(cut)
+        return replace(self, given=given, frames=self.frames - (given - self.given), cut=cut)
 
     def memory(self, config: WanConfig, dtype: torch.dtype, refined: bool = False) -> MemoryPlan:
         """Plan the K/V memory of a network of these sizes; a refiner needs one more chunk of it."""

@@ -231,13 +231,13 @@ class EndlessChunks:
 
 
 def plan_chunks(
-    preset: Preset, frames: int | None, given: int = 0
+    preset: Preset, frames: int | None, given: int = 0, cut: Sequence[int] = ()
 ) -> tuple[list[Chunk], list[Chunk] | EndlessChunks]:
     """Cut `given` clean latent frames and the `frames` new ones that follow into chunks.
 
     `frames` of None is a run without an end. Given chunks have no levels. Given frames are 1,
     k·chunk or 1 + k·chunk (then the first frame is a chunk of its own), else ValueError; without
-    new frames any number is allowed.
+    new frames any number is allowed. `cut` are the lengths of the given chunks, where known.
     """
     if frames is not None and frames < (0 if given else 1):
         raise ValueError(f"{frames} new latent frames: ask for at least 1")
@@ -246,7 +246,8 @@ def plan_chunks(
             f"{given} latent frames to start from: give 1, a multiple of {preset.chunk}, or one"
             " more than a multiple"
         )
-    lengths = chunk_lengths(given, preset.chunk, given % preset.chunk == 1 and preset.chunk > 1)
+    alone = given % preset.chunk == 1 and preset.chunk > 1
+    lengths = list(cut) or chunk_lengths(given, preset.chunk, alone)
     past = len(lengths)
     if frames is None:
         given_chunks = list(cut_chunks(preset, lengths, past))

@@ -229,3 +229,25 @@ def test_given_chunks_and_new_ones_are_announced_in_order(network) -> None:
     rest.clip(network, CONTEXT, CPU, torch.float32, finished=lambda *chunk: announced.append(chunk))
     assert [chunk.index for chunk, _ in announced] == [0, 1, 2, 3, 4]
     assert torch.equal(torch.cat([x0 for _, x0 in announced], 2), clip)
+
+
+@pytest.mark.parametrize("frames", [13, 14, 15])
+@pytest.mark.parametrize("given", [0, 1, 3])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_clip_of_held_chunks_alone_is_cut_as_it_was_sampled(
+    network, frames: int, given: int, alone: bool
+) -> None:
+    initial = torch.zeros(1, 16, given, 4, 4) if given else None
+    preset = replace(SF, first_alone=alone)
+    run = run_of(frames=frames - given, preset=preset, given=given, initial=initial)
+    held, announced = HeldChunks(1 << 30), []
+    clip, _ = sampled(network, run, held)
+    rest, _ = held.continued(run, keys_of(run))
+    again = rest.clip(
+        network, CONTEXT, CPU, torch.float32, finished=lambda *chunk: announced.append(chunk)
+    )
+    assert torch.equal(again, clip) and not rest.plan.chunks
+    assert [x0.shape[2] for _, x0 in announced] == list(run.plan.lengths)
+    assert [chunk.start for chunk, _ in announced] == [
+        chunk.start for chunk in (*run.plan.given_chunks, *run.plan.chunks)
+    ]
