@@ -38,7 +38,8 @@ class TinyDecoder(Protocol):
 def pictures_of(model: ModelPatcher) -> Pictures:
     """Return what draws a MODEL's latents on the page: a tiny decoder, or else a linear map."""
     tiny = model.get_attachment(TINY) or read_decoder(model.load_device)
-    return LinearPictures(model.model.latent_format) if tiny is None else TinyPictures(tiny)
+    linear = LinearPictures(type(model.model.latent_format)())  # not as `preview_by` leaves it
+    return linear if tiny is None else TinyPictures(tiny, linear)
 
 
 def previews_wanted() -> bool:
@@ -54,7 +55,7 @@ def read_decoder(device: torch.device) -> TinyVAE | None:
             continue
         try:
             tiny = load_tiny_vae(folder_paths.get_full_path_or_raise(FOLDER, name), RAW[kind])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             notice(f"previews go without {name}: {error}")
             continue
         half = not management.is_device_cpu(device)
@@ -107,11 +108,18 @@ class TinyPictures:
     """A tiny decoder that goes on from chunk to chunk.
 
     Finished chunks are always decoded, others as long as that takes at most SHARE of the time;
-    between, the last pictures of the chunk stand.
+    between, the last pictures of the chunk stand. After an error, as for want of memory, the run
+    goes on with the pictures of `linear`.
     """
 
-    def __init__(self, tiny: TinyDecoder, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.tiny, self.clock = tiny, clock
+    def __init__(
+        self,
+        tiny: TinyDecoder,
+        linear: Pictures,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.tiny, self.linear, self.clock = tiny, linear, clock
+        self.failed = False
         self.states: dict[int, StreamState] = {}  # by the latent frame that comes next
         self.start = -1  # of the chunk that the pictures show
         self.latents: Tensor | None = None  # [1, C, f, h, w], of the last prediction
@@ -125,6 +133,16 @@ class TinyPictures:
         self.latents = progress.x0[:1]
 
     def __call__(self, latent: Tensor) -> Image.Image:
+        try:
+            if not self.failed:
+                return self._draw(latent)
+        except Exception as error:
+            self.failed = True
+            self.states.clear()
+            notice(f"previews go on without their decoder: {error}")
+        return self.linear(latent)
+
+    def _draw(self, latent: Tensor) -> Image.Image:
         index = self._index(latent)
         if index is None:  # a frame of another chunk, without its past
             return image_of(decoded(self.tiny, latent[:1])[0, :, -1])

@@ -108,7 +108,8 @@ def in_turn() -> dict:
     tiny, seconds = load_sprite_tiny(), iter(range(100))
     clip, early = torch.randn(2, 1, 16, FRAMES, 4, 4)
     whole = decoded(tiny, clip)[0, :, ::4].unbind(1)
-    pictures = TinyPictures(tiny, lambda: next(seconds))
+    linear = LinearPictures(comfy.latent_formats.Wan21())
+    pictures = TinyPictures(tiny, linear, lambda: next(seconds))
     chunks = plan_chunks(PRESETS["self-forcing"], FRAMES)[1]
 
     def draw(chunk, latents: torch.Tensor, finished: bool) -> list[bytes]:
@@ -123,6 +124,23 @@ def in_turn() -> dict:
         "goes_on": drawn == [image_of(frame).tobytes() for frame in whole],
         "spares": again == first,
     }
+
+
+class Failing(torch.nn.Linear):
+    def decode(self, latents: torch.Tensor, state: StreamState | None = None) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory for pictures")
+
+
+def after_an_error() -> dict:
+    """Draw a chunk by a decoder that fails; report its pictures and what is said."""
+    said: list[str] = []
+    comfy_previews.notice = said.append
+    linear = LinearPictures(comfy.latent_formats.Wan21())
+    pictures, x0 = TinyPictures(Failing(1, 1), linear), torch.randn(1, 16, 3, 4, 4)
+    pictures.show(Progress(plan_chunks(PRESETS["self-forcing"], 3)[1][0], 1, 0, x0), True)
+    frames = x0.split(1, dim=2)
+    drawn, expected = ([draw(frame).tobytes() for frame in frames] for draw in (pictures, linear))
+    return {"linear": drawn == expected, "said": said}
 
 
 def files_of_decoders(folder: Path) -> dict:
@@ -149,6 +167,10 @@ def files_of_decoders(folder: Path) -> dict:
     report["raw"] = torch.allclose(tiny.decode(latents), raw, atol=1e-5)
     weights = {"decoder.1.weight": torch.zeros(4)}
     report["bad"] = read("taew2_1.safetensors") is None
+    read()
+    (folder / "taew2_1.safetensors").symlink_to(folder / "nowhere")
+    folder_paths.filename_list_cache.clear()
+    report["dangling"] = comfy_previews.read_decoder(cpu) is None
     report["notices"] = notices
     image = LinearPictures(comfy.latent_formats.Wan21())(torch.zeros(1, 16, 1, 6, 10))
     report["linear"] = image.size
@@ -160,6 +182,7 @@ latent_preview.set_preview_method("auto")
 comfy.utils.set_progress_bar_global_hook(progress)
 with torch.inference_mode():
     answer = {"demo": run_of_demo(), "as_core": as_core(), "in_turn": in_turn()}
+    answer["error"] = after_an_error()
     with tempfile.TemporaryDirectory() as folder:
         answer["files"] = files_of_decoders(Path(folder))
 print(json.dumps(answer))

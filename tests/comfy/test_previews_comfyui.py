@@ -49,5 +49,14 @@ def test_a_bad_decoder_is_left_out_with_a_notice(previews: dict) -> None:
     assert previews["files"]["bad"] and "taew2_1" in previews["files"]["notices"][0]
 
 
+def test_a_decoder_that_cannot_be_opened_is_left_out_with_a_notice(previews: dict) -> None:
+    assert previews["files"]["dangling"] and len(previews["files"]["notices"]) == 2
+
+
+def test_a_decoder_that_fails_gives_way_to_the_linear_map(previews: dict) -> None:
+    assert previews["error"]["linear"] and len(previews["error"]["said"]) == 1
+    assert "no memory" in previews["error"]["said"][0]
+
+
 def test_without_a_decoder_pictures_are_as_large_as_the_frame(previews: dict) -> None:
     assert previews["files"]["linear"] == [80, 48]
