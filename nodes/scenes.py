@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..refiner.prompt_timeline import PlacedTimeline, Section, place_sections
+from ..refiner.prompt_timeline import PlacedTimeline, Section, place_sections, within
 from ..refiner.sample import check_switches
 from ..refiner.timeline import Timeline
 from .run import Run
@@ -53,11 +53,14 @@ def sections_of(options: Sequence[Mapping[str, Any]]) -> tuple[Section, ...] | N
 def placed_scenes(options: Sequence[Mapping[str, Any]], run: Run) -> PlacedTimeline | None:
     """Place the scenes of a CONDITIONING on the chunks of a run; None for one plain prompt.
 
-    Raises ValueError for scenes that do not fit the chunks or the method.
+    Where a recipe ends the clip, later scenes are left out. Raises ValueError for scenes that do
+    not fit the chunks or the method.
     """
     sections = sections_of(options)
     if sections is None:
         return None
+    if run.recipe.ends:
+        sections = within(sections, run.plan)
     placed = place_sections(sections, run.plan)
     check_switches(placed.timeline, run.plan, run.sampler())
     return placed
@@ -66,11 +69,12 @@ def placed_scenes(options: Sequence[Mapping[str, Any]], run: Run) -> PlacedTimel
 def context_of(
     contexts: Sequence[Tensor], placed: PlacedTimeline | None
 ) -> Tensor | Timeline[Tensor]:
-    """Return the context of a plain prompt, or the timeline of contexts."""
+    """Return the context of a plain prompt, or the timeline of the contexts of placed scenes."""
     if placed is None:
         return contexts[0]
-    scenes = zip(placed.timeline.scenes, contexts, strict=True)
-    return Timeline(tuple(replace(scene, prompt=context) for scene, context in scenes))
+    scenes = placed.timeline.scenes
+    pairs = zip(scenes, contexts[: len(scenes)], strict=True)
+    return Timeline(tuple(replace(scene, prompt=context) for scene, context in pairs))
 
 
 def scenes_text(placed: PlacedTimeline) -> str:

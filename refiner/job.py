@@ -25,6 +25,7 @@ from .prompt_timeline import (
     parse_timeline,
     place_sections,
     with_default,
+    within,
 )
 from .recipe import parse_recipe
 from .refiner_plan import RefinerPlan
@@ -236,6 +237,8 @@ def plan_timeline(
         sections = parse_timeline(options.timeline)
         if options.transition:
             sections = with_default(sections, options.transition)
+        if parse_recipe(options.recipe).ends:
+            sections = within(sections, plan)
         return place_sections(sections, plan)
     if options.context or not extended:
         return None

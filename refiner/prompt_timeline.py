@@ -26,7 +26,7 @@ from .timeline_text import (
 __all__ = [
     "EXTENDED", "MOST_BYTES", "PlacedSection", "PlacedTimeline", "Section", "check_prompt",
     "default_transition", "extended_timeline", "format_sections", "parse_timeline",
-    "place_sections", "with_default",
+    "place_sections", "with_default", "within",
 ]  # fmt: skip
 
 
@@ -97,6 +97,17 @@ def chunks_of(plan: RunPlan) -> tuple[Chunk, ...]:
     return (*plan.given_chunks, *first_day)
 
 
+def total_frames(plan: RunPlan) -> int:
+    """Return the pixel frames of the clip; of an endless run, those of the first day."""
+    return LONGEST if plan.endless else first_pixel_frame(plan.given + plan.frames)
+
+
+def within(sections: Sequence[Section], plan: RunPlan) -> list[Section]:
+    """Return the sections that start no later than the last chunk."""
+    end, total = first_pixel_frame(chunks_of(plan)[-1].start), total_frames(plan)
+    return [section for section in sections if section.start.pixel_frame(total) <= end]
+
+
 def default_transition(plan: RunPlan) -> Recache:
     """Return the transition of a section that names none: rewrite the preset's share of memory."""
     if plan.preset.recache > 0:
@@ -116,7 +127,7 @@ def place_sections(sections: Sequence[Section], plan: RunPlan) -> PlacedTimeline
     chunks = chunks_of(plan)
     if plan.endless and any(section.start.unit == SHARE for section in sections):
         raise ValueError("timeline of equal parts: an endless run has none, give each a time")
-    total = LONGEST if plan.endless else first_pixel_frame(plan.given + plan.frames)
+    total = total_frames(plan)
     placed: list[PlacedSection] = []
     for section in sections:
         chunk = _first_chunk(chunks, section.start.pixel_frame(total))
@@ -174,7 +185,4 @@ def extended_timeline(
     if prompt and past[-1].prompt != prompt:
         new = Section(first_new, prompt, place="the new prompt")
         return place_sections([*past, *with_default([new], transition or EXTENDED)], plan)
-    end = chunks_of(plan)[-1].start
-    return place_sections(
-        [each for each in sections if each.start.pixel_frame() <= first_pixel_frame(end)], plan
-    )
+    return place_sections(within(sections, plan), plan)

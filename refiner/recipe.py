@@ -58,6 +58,11 @@ class Recipe:
         return sum(lengths)
 
     @property
+    def ends(self) -> bool:
+        """Whether the clip ends before its length says."""
+        return any(command.verb == "keep" for command in self.commands)
+
+    @property
     def rerolls(self) -> Rerolls:
         """The rerolls, by a chunk's index."""
         rerolls = (command for command in self.commands if command.verb == "reroll")

@@ -70,6 +70,12 @@ def test_a_timeline_that_goes_on_is_the_timeline_that_was_not_stopped(clip, tmp_
     assert read_metadata(rest)["timeline"] == read_metadata(whole)["timeline"]
 
 
+def test_a_recipe_may_end_a_clip_before_a_prompt(clip, tmp_path) -> None:
+    kept = tmp_path / "kept.mp4"
+    assert main(arguments(kept, "--timeline", TEXT, "--recipe", "keep 2")) == 0
+    assert torch.equal(latents(kept), latents(clip[0])[:, :, :6])
+
+
 def test_a_new_prompt_takes_over_an_extended_clip(clip, tmp_path) -> None:
     """As the timeline that says the same; again and without a prompt it goes on."""
     whole, start = clip

@@ -59,6 +59,24 @@ def test_a_timeline_samples_what_it_does_in_the_core(transition: str, demo: tupl
     assert not torch.equal(latents[:, :, 6:9], plain[:, :, 6:9])
 
 
+@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_a_clip_that_a_recipe_ends_is_the_beginning_of_the_whole(
+    chunks: int, transition: str, demo: tuple
+) -> None:
+    """With 2 chunks it ends before the second scene."""
+    positive = scenes(demo, TEXT.format(transition))
+    kept = sampled(demo, positive, recipe=f"keep {chunks}")
+    assert torch.equal(kept, sampled(demo, positive)[:, :, : 3 * chunks])
+    again = sampled(demo, positive, recipe=f"keep {chunks}; extend {4 - chunks}")
+    assert torch.equal(again, sampled(demo, positive))
+
+
+def test_a_scene_after_the_end_of_a_whole_clip_is_refused(demo: tuple) -> None:
+    with pytest.raises(ValueError, match="last chunk"):
+        sampled(demo, scenes(demo, TEXT.format("keep")), length=21, recipe="reroll 2")
+
+
 def test_one_scene_is_the_plain_prompt(demo: tuple) -> None:
     plain = sampled(demo, [[demo[1].context(STAR), {}]])
     assert torch.equal(sampled(demo, scenes(demo, STAR)), plain)
