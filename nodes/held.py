@@ -10,12 +10,13 @@ import itertools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..refiner.schedule import Chunk
-from ..refiner.timeline import Timeline
+from ..refiner.timeline import Recache, Timeline
 from .identity import Identities
 from .run import Run
 
@@ -142,7 +143,10 @@ def _chain(
 
 def _scene_at(frame: int, timeline: Timeline[Tensor], prompts: dict[int, str]) -> tuple:
     scene = timeline.at(frame)
-    return scene.start, prompts[scene.start], repr(scene.transition), repr(scene.cut)
+    transition = scene.transition
+    if isinstance(transition, Recache):  # by default of the whole clip, but there is only the past
+        transition = replace(transition, frames=min(transition.frames, scene.start))
+    return scene.start, prompts[scene.start], repr(transition), repr(scene.cut)
 
 
 def _hash(key: bytes, facts: tuple) -> bytes:

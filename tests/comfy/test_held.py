@@ -19,7 +19,7 @@ from autorefiner.refiner.refiner_plan import RefinerPlan
 from autorefiner.refiner.run_plan import RunPlan, suggested
 from autorefiner.refiner.samplers import SAMPLERS, Method
 from autorefiner.refiner.schedule import PRESETS
-from autorefiner.refiner.timeline import Flush, Scene, Timeline
+from autorefiner.refiner.timeline import Flush, Recache, Scene, Timeline
 from autorefiner.refiner.wan.transformer import WanConfig
 
 from tiny import tiny_network
@@ -106,6 +106,20 @@ def test_chunks_of_every_noise_are_held(network, noise: str) -> None:
     sampled(network, run_of(noise=noise), held)
     clip, number = sampled(network, run_of("reroll 3", noise=noise), held)
     assert number == 2 and torch.equal(clip, alone(network, run_of("reroll 3", noise=noise)))
+
+
+@pytest.mark.parametrize("frames, reused", [(3, 2), (6, 5), (FRAMES, 5), (FRAMES + 6, 5)])
+def test_a_recache_of_all_the_past_is_the_same_in_a_longer_clip(
+    network, frames: int, reused: int
+) -> None:
+    def scenes(recached: int) -> Timeline[Tensor]:
+        return Timeline((Scene(0, CONTEXT), Scene(6, OTHER, Recache(recached))))
+
+    held, longer = HeldChunks(1 << 30), run_of("extend 2")
+    sampled(network, run_of(), held, scenes(FRAMES))
+    clip, number = sampled(network, longer, held, scenes(frames))
+    assert number == reused
+    assert torch.equal(clip, alone(network, longer, scenes(frames)))
 
 
 class Thing(Referable):
