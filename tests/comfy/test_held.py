@@ -1,5 +1,6 @@
 """Held chunks: a run that begins like an earlier one samples the rest, with the same result."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -175,6 +176,15 @@ def test_the_options_of_a_refiner_and_a_search_change_keys() -> None:
     assert keys_of(run_of(refined=replace(REFINED))) == refined
     one, other = (keys_of(run_of(search=Judged(prompt))) for prompt in ("a fox", "a cat"))
     assert not set(one) & set(other)
+
+
+def test_the_heads_in_a_file_change_keys(tmp_path) -> None:
+    path, keys = tmp_path / "heads.json", []
+    for static in ([], [0]):
+        layer = {"layer_idx": 0, "static_head": static, "dynamic_head": [0, 1][len(static) :]}
+        path.write_text(json.dumps([layer]), encoding="utf-8")
+        keys.append(keys_of(run_of(policy=POLICIES["head-windows"](heads=str(path)))))
+    assert not set(keys[0]) & set(keys[1])
 
 
 def test_given_latents_change_keys_and_are_not_held_themselves(network) -> None:

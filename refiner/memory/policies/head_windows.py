@@ -30,7 +30,7 @@ class HeadWindows(Policy):
     ratio: float = 0.33
     sink: int = 1
     recent: int = 1
-    listed: HeadList | None = field(init=False, repr=False, compare=False)
+    listed: HeadList | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1 or min(self.segments, self.recent) < 1 or self.sink < 0:
