@@ -81,7 +81,7 @@ class LiveVideo:
 
 
 class LiveVideos:
-    """The videos of the last runs, by key."""
+    """The videos of the last runs, by key. The page may ask at any time, from another thread."""
 
     def __init__(self, most: int = MOST_RUNS) -> None:
         self.most = most
@@ -100,8 +100,8 @@ class LiveVideos:
 
     def of_workflow(self, workflow: str) -> list[LiveVideo]:
         """Return the newest video of each node of a workflow."""
-        videos = [video for video in self.videos.values() if video.workflow == workflow]
-        return list({video.node: video for video in videos}.values())
+        held = list(self.videos.values())
+        return list({video.node: video for video in held if video.workflow == workflow}.values())
 
 
 class Recorder:

@@ -167,6 +167,19 @@ def test_the_runs_that_are_held_are_limited() -> None:
     assert videos.of_workflow("a") == [third] and videos.of_workflow("b") == []
 
 
+def test_a_run_may_begin_while_the_page_asks_for_videos() -> None:
+    class Asked(str):
+        def __eq__(self, other: object) -> bool:
+            videos.begin("4", "prompt", "b")
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    videos = LiveVideos()
+    one, other = (videos.begin(node, "prompt", Asked("a")) for node in "35")
+    assert videos.of_workflow("a") == [one, other]
+
+
 def test_without_room_the_video_follows_the_run() -> None:
     decoder, counts = FakeDecoder(), []
     video, records = record(decoder, room=False, uninterrupted=lambda: counts.append(decoder.calls))
