@@ -148,7 +148,9 @@ export class Strip {
   async stop() {
     this.asked = word("stopping");
     this.draw();
-    const answer = await this.actions.stop(this.node, this.prompt).catch(() => null);
+    const { prompt, run } = this;
+    const answer = await this.actions.stop(this.node, prompt).catch(() => null);
+    if (!this.shows({ prompt, run })) return; // another one began meanwhile
     if (!answer?.ok && !this.ended) this.asked = word(answer ? "no run" : "no answer");
     this.draw();
   }

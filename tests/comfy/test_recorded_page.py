@@ -97,6 +97,22 @@ def test_a_stop_that_got_no_answer_may_be_asked_again(page: Page) -> None:
 
 
 @in_the_page
+def test_a_late_answer_to_a_stop_says_nothing_of_the_next_run(page: Page) -> None:
+    page.load(WORKFLOWS / "text_to_video.json")
+    tell(page, "chunk", prompt="a", workflow="this", **CHUNK)
+    page.look_at("AutoRefinerSampler")
+    waiting = []
+    page.tab.route("**/autorefiner/stop", lambda route: waiting.append(route), times=1)
+    page.tab.click(".autorefiner-stop")
+    while not waiting:
+        page.tab.wait_for_timeout(50)
+    tell(page, "chunk", prompt="b", workflow="this", **CHUNK)
+    waiting[0].fulfill(status=404, json={})
+    page.tab.wait_for_timeout(200)
+    assert page.tab.inner_text(".autorefiner-stop") == EN["stop"]
+
+
+@in_the_page
 def test_a_cache_that_got_no_answer_asks_again(page: Page) -> None:
     page.load(WORKFLOWS / "self_forcing_refiner.json")
     drawn = "document.querySelectorAll('.autorefiner-drawing rect').length"
