@@ -114,14 +114,29 @@ class Watch:
         return {"chunk": chunk.index, "start": start, "end": end}
 
     def finished(self, chunk: Chunk, x0: Tensor) -> None:
-        """Show a chunk that was given, or reused from an earlier run, as it is in the clip."""
+        """Show a chunk as it is in the clip: given, reused from an earlier run, or sampled."""
         given = len(self.run.plan.given_chunks)
         if chunk.index >= given:
+            self.complete(chunk, x0)
             return
         origin = "reused" if chunk.index >= given - self.run.reused else "given"
         self.picture.show(Progress(chunk, None, 0, x0), finished=True)
         tile = self.place(chunk) | {"level": 1, "levels": 1, origin: True}
         self.send(tile | contact(x0, self.picture))
+
+    def complete(self, chunk: Chunk, x0: Tensor) -> None:
+        """Show a sampled chunk whose last prediction did not finish it.
+
+        A search chooses another candidate, and repeats that were not needed leave the count short.
+        """
+        if self.last["chunk"] != chunk.index:
+            return
+        whole = self.last["level"] == self.last["levels"]
+        if whole and torch.equal(self.newest.float().cpu(), x0):
+            return
+        self.last["level"], self.newest = self.last["levels"], x0
+        self.picture.show(Progress(chunk, None, 0, x0), finished=True)
+        self.send_last()
 
     def send_last(self) -> None:
         """Send the last prediction, with pictures."""
@@ -137,13 +152,7 @@ class Watch:
         send(CHUNK, self.state, {"elapsed": elapsed, **update})
 
     def stopped(self) -> bool:
-        """Whether to end the run after the chunk that was just finished.
-
-        Completes the chunk's count, which repeats that were not needed leave short.
-        """
-        if self.last and self.last["level"] < self.last["levels"]:
-            self.last["level"] = self.last["levels"]
-            self.send_last()
+        """Whether to end the run after the chunk that was just finished."""
         if self.stopping and self.last and self.last["chunk"] + 1 < self.last["chunks"]:
             _stops[self.node] = stops(self.node) + 1
             return True

@@ -3,6 +3,8 @@
 Usage: inside.py COMFYUI_PATH PACK STUDENT TEACHER FILES..., with ComfyUI's interpreter.
 """
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,7 +28,6 @@ from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
 from pack.nodes.run_states import RunState
 from pack.refiner.rollout import Progress
-from pack.refiner.schedule import plan_chunks
 from pack.refiner.wan.causal import attention
 
 asked: list[float] = []
@@ -38,23 +39,37 @@ def look_on(executor, model, noise_shape, conds, *args, **options):
     return executor(model, noise_shape, conds, *args, **options)
 
 
-def events_of_saved_repeats() -> list[tuple[int, int, int]]:
-    """Return (level, levels, pictures) events of a chunk whose last level stops repeating early."""
+class Grey:
+    """Pictures whose brightness is a latent's first value."""
+
+    def show(self, progress: Progress, finished: bool) -> None:
+        """Any frame is drawn alike."""
+
+    def __call__(self, latent: torch.Tensor) -> Image.Image:
+        return Image.new("RGB", (8, 8), 3 * (round(float(latent.flatten()[0])),))
+
+
+def events_of_chunk(method: str, x0: float) -> list[tuple[int, int, int]]:
+    """Return (level, levels, brightness) events of a chunk that is x0 after two predictions of 9.
+
+    Each of its two levels is predicted once.
+    """
     plan = plan_run(PRESETS["self-forcing"].changed(levels=(1000, 750)), SHAPE, None)
-    run, sent = Run(plan, 0, "self-refine"), []
-    page.send = lambda event, state, update: sent.append(
-        (update["level"], update["levels"], update["pictures"])
-    )
-    watch, passes = (
-        page.Watch(run, RunState("1", "none"), lambda frame: Image.new("RGB", (8, 8))),
-        Passes(run),
-    )
-    chunks = plan_chunks(plan.preset, plan.frames)[1]
+    run, sent = Run(plan, 0, method), []
+
+    def receive(event: str, state: RunState, update: dict) -> None:
+        image = Image.open(io.BytesIO(base64.b64decode(update["image"])))
+        sent.append((update["level"], update["levels"], image.getpixel((0, 0))[0]))
+
+    page.send = receive
+    watch, passes = page.Watch(run, RunState("1", "none"), Grey()), Passes(run)
+    chunk, latents = plan.chunks[0], torch.ones(1, 16, 3, 2, 2)
     for level in (0, 1):
-        progress = Progress(chunks[0], len(chunks), level, torch.zeros(1, 16, 3, 2, 2))
+        watch.shown = 0.0
+        progress = Progress(chunk, len(plan.chunks), level, 9 * latents)
         passes.step(progress)
         watch.step(progress, passes)
-    watch.stopped()
+    watch.finished(chunk, x0 * latents)
     return sent
 
 
@@ -143,7 +158,11 @@ print(
             "freed": freed_for(1000),
             "room": room_of_vae(demo, vae),
             "least": management.minimum_inference_memory(),
-            "events": events_of_saved_repeats(),
+            "events": {
+                "repeats": events_of_chunk("self-refine", 9),
+                "chosen": events_of_chunk("self-forcing", 200),
+                "last": events_of_chunk("self-forcing", 9),
+            },
             "published": answers,
             "host": mismatches(NodeHost, host),
             "masked": masked_attention(),

@@ -26,8 +26,14 @@ def test_comfyui_can_load_an_untouched_copy(inside: dict) -> None:
 
 
 def test_a_chunk_that_was_made_in_fewer_passes_is_told_as_finished(inside: dict) -> None:
-    # One pass, and one of three whose two repeats were not needed: 3 pictures.
-    assert inside["events"][-1] == [4, 4, 3]
+    # One pass, and one of three whose two repeats were not needed.
+    assert inside["events"]["repeats"] == [[1, 4, 9], [2, 4, 9], [4, 4, 9]]
+
+
+def test_a_finished_chunk_is_drawn_as_it_is_in_the_clip(inside: dict) -> None:
+    """A search may have chosen another candidate than the last one."""
+    assert inside["events"]["chosen"] == [[1, 2, 9], [2, 2, 9], [2, 2, 200]]
+    assert inside["events"]["last"] == [[1, 2, 9], [2, 2, 9]]
 
 
 def test_masks_by_head_and_token_hold_in_every_backend(inside: dict) -> None:
