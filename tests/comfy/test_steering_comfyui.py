@@ -59,6 +59,16 @@ def test_only_the_chunks_that_a_recipe_changes_are_sampled(key: str, server: Ser
     assert not any(reused(server, graph, key))
 
 
+@pytest.mark.parametrize("key", ["3", "8"], ids=["sampler", "custom"])
+def test_a_run_of_held_chunks_alone_samples_nothing(key: str, server: Server) -> None:
+    graph = short(LENGTH, seed=32) if key == "3" else custom()
+    for recipe in ("", "keep 2", "keep 3"):  # else ComfyUI has the clip itself
+        graph[key]["inputs"]["recipe"] = recipe
+        reused(server, graph, key)
+    graph[key]["inputs"]["recipe"] = ""
+    assert all(reused(server, graph, key))
+
+
 def test_the_custom_sampler_follows_a_recipe(server: Server) -> None:
     first = sampled(server, custom(), "custom", "9")
     kept = sampled(server, custom(recipe="keep 2"), "custom", "9")
