@@ -157,6 +157,7 @@ class SamplerOptions:
             self.search,
             f"of NOISE, {self.fresh_noise}",
             recipe=recipe,
+            length=shape[1],
             given_noise=samples,
             objects=self.objects,
         )

@@ -87,6 +87,7 @@ class Run:
     search: Search | None = None
     noise_text: str = WHITE  # describes `noise`
     recipe: Recipe = field(default_factory=Recipe)  # as `noise` and the plan have it already
+    length: int | None = None  # latent frames before the recipe, given ones included
     source: Tensor | None = None  # normalised latents [B, C, F, h, w] that chunks start from
     given_noise: Tensor | None = None  # NOISE [B, C, F, h, w], where the run has one
     objects: tuple[Any, ...] = ()  # inputs that the clip depends on by their identity

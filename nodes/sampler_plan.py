@@ -76,6 +76,7 @@ class SamplerInputs:
             self.search,
             self.noise,
             recipe=recipe,
+            length=shape[1],
             source=source,
             objects=objects_of(self.refiner, self.search),
         )

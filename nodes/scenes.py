@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..refiner.prompt_timeline import PlacedTimeline, Section, place_sections, within
+from ..refiner.prompt_timeline import PlacedTimeline, Section, place_sections, steered_sections
 from ..refiner.sample import check_switches
 from ..refiner.timeline import Timeline
 from .run import Run
@@ -53,14 +53,14 @@ def sections_of(options: Sequence[Mapping[str, Any]]) -> tuple[Section, ...] | N
 def placed_scenes(options: Sequence[Mapping[str, Any]], run: Run) -> PlacedTimeline | None:
     """Place the scenes of a CONDITIONING on the chunks of a run; None for one plain prompt.
 
-    Where a recipe ends the clip, later scenes are left out. Raises ValueError for scenes that do
-    not fit the chunks or the method.
+    A recipe moves no scene; where it ends the clip, later ones are left out. Raises ValueError for
+    scenes that do not fit the chunks or the method.
     """
     sections = sections_of(options)
     if sections is None:
         return None
-    if run.recipe.ends:
-        sections = within(sections, run.plan)
+    if run.recipe.commands:
+        sections = steered_sections(sections, run.plan, run.length, run.recipe.ends)
     placed = place_sections(sections, run.plan)
     check_switches(placed.timeline, run.plan, run.sampler())
     return placed

@@ -24,10 +24,10 @@ from .prompt_timeline import (
     extended_timeline,
     parse_timeline,
     place_sections,
+    steered_sections,
     with_default,
-    within,
 )
-from .recipe import parse_recipe
+from .recipe import Recipe, parse_recipe
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan, for_length, suggested
@@ -159,13 +159,13 @@ def prepare(options: GenerateOptions) -> Job:
     new = None if total is None else total - given
     store = get_store(options.store)
     plan = RunPlan(preset, new, *shape[1:], given=given, policy=policy, store=store)
-    recipe = parse_recipe(options.recipe)
+    recipe, length = parse_recipe(options.recipe), total
     if recipe.commands:
         total = recipe.frames(plan)
         options = replace(options, frames=first_pixel_frame(total))
         plan = replace(plan, frames=total - given)
     shaped = choose(options.noise, NOISES, "noise")
-    timeline = plan_timeline(options, plan, extended)
+    timeline = plan_timeline(options, plan, extended, recipe, length)
     if timeline:
         check_switches(timeline.timeline, plan, method)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
@@ -230,15 +230,22 @@ def choose_memory(
 
 
 def plan_timeline(
-    options: GenerateOptions, plan: RunPlan, extended: Mapping[str, str]
+    options: GenerateOptions,
+    plan: RunPlan,
+    extended: Mapping[str, str],
+    recipe: Recipe,
+    length: int | None,
 ) -> PlacedTimeline | None:
-    """Place the request's timeline on the run, or the new prompt of an extended clip."""
+    """Place the request's timeline on the run, or the new prompt of an extended clip.
+
+    `length` are the run's latent frames before its recipe.
+    """
     if options.timeline:
         sections = parse_timeline(options.timeline)
         if options.transition:
             sections = with_default(sections, options.transition)
-        if parse_recipe(options.recipe).ends:
-            sections = within(sections, plan)
+        if recipe.commands:
+            sections = steered_sections(sections, plan, length, recipe.ends)
         return place_sections(sections, plan)
     if options.context or not extended:
         return None

@@ -19,6 +19,7 @@ from .timeline_text import (
     check_prompt,
     format_sections,
     parse_timeline,
+    timed,
     transition_name,
     with_default,
 )
@@ -26,7 +27,7 @@ from .timeline_text import (
 __all__ = [
     "EXTENDED", "MOST_BYTES", "PlacedSection", "PlacedTimeline", "Section", "check_prompt",
     "default_transition", "extended_timeline", "format_sections", "parse_timeline",
-    "place_sections", "with_default", "within",
+    "place_sections", "steered_sections", "with_default",
 ]  # fmt: skip
 
 
@@ -106,6 +107,19 @@ def within(sections: Sequence[Section], plan: RunPlan) -> list[Section]:
     """Return the sections that start no later than the last chunk."""
     end, total = first_pixel_frame(chunks_of(plan)[-1].start), total_frames(plan)
     return [section for section in sections if section.start.pixel_frame(total) <= end]
+
+
+def steered_sections(
+    sections: Sequence[Section], plan: RunPlan, length: int, ends: bool
+) -> Sequence[Section]:
+    """Return the sections of a run that a recipe made of `length` latent frames.
+
+    Equal parts are those of that length. Where the recipe `ends` the clip, later sections are left
+    out.
+    """
+    total = first_pixel_frame(length)
+    sections = [timed(section, total) for section in sections]
+    return within(sections, plan) if ends else sections
 
 
 def default_transition(plan: RunPlan) -> Recache:

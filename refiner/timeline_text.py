@@ -73,6 +73,13 @@ class Section:
     place: str = ""  # in the text, for messages, like `line 2`
 
 
+def timed(section: Section, frames: int) -> Section:
+    """Return a section of equal parts of `frames` pixel frames with its start in frames."""
+    if section.start.unit != SHARE:
+        return section
+    return replace(section, start=Moment(Fraction(section.start.pixel_frame(frames)), FRAMES))
+
+
 def check_prompt(prompt: str) -> None:
     """Raise ValueError for NULs and for text that is not UTF-8 (Python allows lone surrogates)."""
     try:

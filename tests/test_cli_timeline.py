@@ -76,6 +76,12 @@ def test_a_recipe_may_end_a_clip_before_a_prompt(clip, tmp_path) -> None:
     assert torch.equal(latents(kept), latents(clip[0])[:, :, :6])
 
 
+@pytest.mark.parametrize("recipe, starts", [("keep 3", [0]), ("extend 3", [0, 9])])
+def test_a_recipe_moves_no_equal_parts(recipe: str, starts: list[int], tmp_path) -> None:
+    placed = scenes(tmp_path / "a.mp4", "--timeline", "a star | a box", "--recipe", recipe)
+    assert [scene.start for scene in placed] == starts
+
+
 def test_a_new_prompt_takes_over_an_extended_clip(clip, tmp_path) -> None:
     """As the timeline that says the same; again and without a prompt it goes on."""
     whole, start = clip

@@ -79,8 +79,8 @@ export class Steering {
   }
 
   /** Show a run: its recipe, and the actions where the sampler has a recipe. */
-  show({ known, total, frames, recipe, seed }) {
-    this.run = { total, frames, recipe, seed };
+  show({ known, total, length, recipe, seed }) {
+    this.run = { total, length, recipe, seed };
     this.element.hidden = !known || !total || !this.recipe;
     this.words.textContent = recipeInWords(recipe);
     this.words.title = recipe;
@@ -159,7 +159,7 @@ export class Steering {
   /** Write a prompt into the timeline; returns what is wrong with it, or "". */
   async promptFrom({ start, before }, prompt) {
     const widget = this.timeline();
-    const body = JSON.stringify({ text: widget?.value, prompt, start, before, frames: this.run.frames });
+    const body = JSON.stringify({ text: widget?.value, prompt, start, before, frames: this.run.length });
     const response = await api.fetchApi("/autorefiner/timeline", { method: "POST", body }).catch(() => null);
     const answer = await response?.json().catch(() => null);
     if (typeof answer?.text !== "string") return String(answer?.error ?? word("no answer")).slice(0, 500);

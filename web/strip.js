@@ -63,7 +63,7 @@ export class Strip {
   clear({ prompt, run }) {
     Object.assign(this, { prompt, run, sequence: 0, node: null, chunks: [], now: null, changed: new Set() });
     Object.assign(this, { ended: null, running: false, asked: "", total: 0, first: 0, frames: 0, elapsed: 0 });
-    Object.assign(this, { seed: null, recipe: "", lines: [], firstPicture: null });
+    Object.assign(this, { seed: null, recipe: "", length: 0, lines: [], firstPicture: null });
     this.tiles.replaceChildren();
     this.text.say(""); // the server repeats what was said of this run before it began
     this.shaped = false;
@@ -129,6 +129,7 @@ export class Strip {
     this.total = whole(event.chunks, 1, MOST_CHUNKS) ?? this.total;
     this.first = whole(event.first, 0, 1e6) ?? this.first;
     this.frames = whole(event.frames, 0, 1e6) ?? this.frames;
+    this.length = whole(event.length, 0, 1e6) ?? this.length; // frames before the recipe
     this.seed = whole(event.seed, 0, Number.MAX_SAFE_INTEGER) ?? this.seed;
     if (typeof event.recipe === "string") this.recipe = text(event.recipe);
     if (Array.isArray(event.notices)) this.lines = event.notices.slice(0, MOST_NOTICES).map(text);
@@ -193,8 +194,8 @@ export class Strip {
     this.button.disabled = !running || this.asked === word("stopping");
     this.button.hidden = !running;
     this.text.notice(this.lines);
-    const { total, frames, recipe, seed } = this;
-    this.steering.show({ total, frames, recipe, seed, known: running || Boolean(this.ended) });
+    const { total, length, recipe, seed } = this;
+    this.steering.show({ total, length, recipe, seed, known: running || Boolean(this.ended) });
     while (this.tiles.childElementCount < this.total) this.tiles.append(this.tile(this.tiles.childElementCount));
     for (const place of this.changed) this.fill(this.tiles.children[place], this.chunks[place]);
     this.changed.clear();

@@ -89,6 +89,7 @@ class Watch:
                 "chunks": len(plan.given_chunks) + len(plan.chunks),
                 "first": pixel_frames(plan.given),
                 "frames": pixel_frames(plan.given + plan.frames),
+                "length": pixel_frames(run.length or plan.given + plan.frames),
                 "seed": run.seed,
                 "recipe": str(run.recipe),
                 "notices": notices_of(self.state),

@@ -180,6 +180,24 @@ def test_a_run_that_the_server_has_forgotten_was_interrupted(page: Page) -> None
     page.tab.unroute("**/autorefiner/runs")
 
 
+@in_the_page
+def test_a_prompt_is_placed_in_the_clip_as_it_was_before_its_recipe(page: Page) -> None:
+    answer_runs(page, STATE | {"status": "done", "frames": 33, "length": 81, "recipe": "keep 3"})
+    page.load(WORKFLOWS / "prompt_timeline.json")
+    page.until("document.querySelectorAll('.autorefiner-finished').length === 2")
+    page.look_at("AutoRefinerSampler")
+    page.tab.click(".autorefiner-tile >> nth=1")
+    page.tab.click(f"text={EN['prompt here']}")
+    page.tab.fill(".autorefiner-dialog textarea", "a ring")
+    with page.tab.expect_request("**/autorefiner/timeline") as asked:
+        page.tab.click(f".autorefiner-dialog >> text={EN['queue']}")
+    sent = json.loads(asked.value.post_data)
+    place = {name: sent[name] for name in ("start", "before", "frames", "prompt")}
+    assert place == {"start": 9, "before": 0, "frames": 81, "prompt": "a ring"}
+    page.tab.click(f".autorefiner-dialog >> text={EN['close']}")
+    page.tab.unroute("**/autorefiner/runs")
+
+
 EVIL = "<img src=x onerror='window.owned = 1'>"
 
 

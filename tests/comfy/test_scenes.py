@@ -72,6 +72,14 @@ def test_a_clip_that_a_recipe_ends_is_the_beginning_of_the_whole(
     assert torch.equal(again, sampled(demo, positive))
 
 
+@pytest.mark.parametrize("recipe, frames", [("keep 2", 6), ("keep 3", 9), ("extend 3", 12)])
+def test_a_recipe_moves_no_equal_parts(recipe: str, frames: int, demo: tuple) -> None:
+    """The second one begins with chunk 4 of 4."""
+    positive = scenes(demo, f"{STAR} | {BOX}")
+    whole, steered = (sampled(demo, positive, recipe=text) for text in ("", recipe))
+    assert torch.equal(steered[:, :, :frames], whole[:, :, :frames])
+
+
 def test_a_scene_after_the_end_of_a_whole_clip_is_refused(demo: tuple) -> None:
     with pytest.raises(ValueError, match="last chunk"):
         sampled(demo, scenes(demo, TEXT.format("keep")), length=21, recipe="reroll 2")
