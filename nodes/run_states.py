@@ -161,8 +161,9 @@ class NodeTexts:
         self._shown: dict[tuple[str, str], str] = {}
 
     def show(self, prompt: str, node: str, text: str) -> None:
-        """Set the text of a node."""
+        """Set the text of a node's new run: a list as an input runs a node several times."""
         self._notices.setdefault((prompt, node), [])
+        self._endings.pop((prompt, node), None)
         self._shown[prompt, node] = text
         self._bound()
 

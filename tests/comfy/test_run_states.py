@@ -123,6 +123,15 @@ def test_notices_stay_with_the_text_of_their_node_and_prompt() -> None:
     assert ended[2] == "3 of 7 chunks, 33 frames: stopped" and ended[3].endswith("plan")
 
 
+def test_a_node_that_runs_again_in_a_prompt_does_not_say_how_it_ended_before() -> None:
+    texts = NodeTexts()
+    texts.show("a", "3", "9 frames")
+    texts.end("a", "3", "stopped")
+    assert texts.lines("a", "3") == ["stopped", "planned: 9 frames"]
+    texts.show("a", "3", "33 frames")
+    assert texts.lines("a", "3") == ["33 frames"]
+
+
 def test_notices_are_bounded() -> None:
     texts = NodeTexts(most=2)
     for number in range(100):
