@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .memory.plan import MemoryPlan
+from .wan.description import format_bytes
 from .wan.transformer import WanConfig, WanTransformer
 
 GB = 1e9
@@ -30,9 +31,27 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Peak, not sum: the text encoder is freed before the transformer is loaded."""
-        stored = self.weights + self.refiner + self.kv + self.text_kv + self.search
-        return max(self.text_encoder, stored + max(self.activations, self.decode))
+        """Bytes at the peak."""
+        return sum(self.peak.values())
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Bytes by use when most are taken.
+
+        The text encoder is freed before the transformer is loaded; a pass and the decoder take
+        turns.
+        """
+        turn = "activations" if self.activations >= self.decode else "VAE decoder"
+        sampling = {
+            "weights": self.weights,
+            "refiner": self.refiner,
+            "K/V": self.kv,
+            "prompt K/V": self.text_kv,
+            "rewards": self.search,
+            turn: max(self.activations, self.decode),
+        }
+        encoding = {"text encoder": self.text_encoder}
+        return max(sampling, encoding, key=lambda uses: sum(uses.values()))
 
     def lines(self) -> str:
         """Format as an aligned table."""
@@ -56,10 +75,20 @@ class Estimate:
 
         K/V in host memory are compared with what is free there.
         """
+        self.check_host()
+        if self.total > available:
+            raise ValueError(
+                f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are"
+                f" free; {self.advice()}"
+            )
+
+    def check_host(self) -> None:
+        """Raise ValueError when K/V in host memory exceed what is free there."""
         if self.kv_host:
             check_room(self.kv_host, "K/V in host memory", "lower --window, or use --store int8")
-        if self.total <= available:
-            return
+
+    def advice(self) -> str:
+        """Name the largest share and how to lower it."""
         causes = {
             "K/V memory": (self.kv, "lower --window (or --size, --frames)"),
             "weights": (self.weights, "use a smaller model or --dtype bf16"),
@@ -73,10 +102,7 @@ class Estimate:
             ),
         }
         name, (size, advice) = max(causes.items(), key=lambda cause: cause[1][0])
-        raise ValueError(
-            f"this run takes about {self.total / GB:.1f} GB and {available / GB:.1f} GB are free;"
-            f" the largest share is the {name} with {size / GB:.1f} GB: {advice}"
-        )
+        return f"the largest share is the {name} with {format_bytes(size)}: {advice}"
 
 
 def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:

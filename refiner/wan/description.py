@@ -17,7 +17,9 @@ def describe(info: CheckpointInfo) -> str:
     rows.append(("removed", removed or "nothing"))
     if info.config:
         rows.append(("sizes", _sizes(info.config)))
-    rows.append(("tensors", f"{info.tensors}, {' and '.join(info.dtypes)}, {_bytes(info.nbytes)}"))
+    rows.append(
+        ("tensors", f"{info.tensors}, {' and '.join(info.dtypes)}, {format_bytes(info.nbytes)}")
+    )
     rows.append(("preset", f"{info.preset or 'none'}: {info.preset_reason}"))
     longest = 400 if info.kind == "refiner" else 80  # a refiner's card is in its metadata
     rows += [
@@ -37,7 +39,8 @@ def _sizes(config: WanConfig) -> str:
     )
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Format a number of bytes in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
