@@ -14,7 +14,7 @@ from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, te
 from .latents import format_lengths
 from .memory.policies import POLICIES
 from .memory.policy import Policy
-from .memory.stores import get_store
+from .memory.stores import DEFAULT_STORE, get_store
 from .noise.source import VERSION as NOISE_VERSION
 from .noise.source import NoiseSource, WhiteNoise
 from .noise.sources import NOISES
@@ -77,6 +77,11 @@ class Job:
         return self.options.memory or self.preset.memory
 
     @property
+    def store(self) -> str:
+        """The name of the store."""
+        return self.options.store or DEFAULT_STORE
+
+    @property
     def metadata(self) -> dict[str, str]:
         """Metadata of the video and latents files; `prompt` is the last one of a timeline."""
         options = self.options
@@ -104,7 +109,7 @@ class Job:
         if options.recipe:
             metadata["recipe"] = str(parse_recipe(options.recipe))
         if not self.plan.store.exact:
-            metadata["store"] = options.store
+            metadata["store"] = self.store
         if options.lora:
             metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
         if self.search:
@@ -143,6 +148,19 @@ def prepare(options: GenerateOptions) -> Job:
 
     Raises ValueError, which says what to change. A dry run may ask for more memory than is free.
     """
+    return checked(plan_job(options))
+
+
+def checked(job: Job) -> Job:
+    """Return the job; ValueError if it would lose another run's files or exceed free memory."""
+    if not job.options.dry_run:
+        job.options.outputs.check(job.metadata)
+        job.estimate.check(available_bytes(job.device))
+    return job
+
+
+def plan_job(options: GenerateOptions) -> Job:
+    """Plan a request and estimate its memory; ValueError for options that do not go together."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     files = OpenFiles.of(options)
@@ -157,7 +175,7 @@ def prepare(options: GenerateOptions) -> Job:
     preset, policy = choose_memory(options, name, method, total, extended)
     given = 0 if initial is None else initial.shape[2]
     new = None if total is None else total - given
-    store = get_store(options.store)
+    store = get_store(options.store or DEFAULT_STORE)
     plan = RunPlan(preset, new, *shape[1:], given=given, policy=policy, store=store)
     recipe, length = parse_recipe(options.recipe), total
     if recipe.commands:
@@ -171,10 +189,8 @@ def prepare(options: GenerateOptions) -> Job:
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
     method.check(preset, refiner.cache if refiner else None)
     estimate = estimate_memory(options, files, config, plan, method, dtype, refiner, search, device)
-    if refiner and refiner.form == "auto":
-        refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
-        estimate = replace(estimate, refiner=refiner.nbytes)
-    job = Job(
+    refiner, estimate = settle_form(refiner, estimate, device)
+    return Job(
         options=options,
         files=files,
         config=config,
@@ -193,10 +209,36 @@ def prepare(options: GenerateOptions) -> Job:
         extended=extended,
         timeline=timeline,
     )
-    if not options.dry_run:
-        options.outputs.check(job.metadata)
-        estimate.check(available_bytes(device))
-    return job
+
+
+def replan(job: Job, options: GenerateOptions) -> Job:
+    """Plan a job again with other options of its memory: window, sink, store and refiner form.
+
+    The window must leave room for the chunks that the method predicts together.
+    """
+    preset = job.preset.changed(window=options.window, sink=options.sink)
+    plan = replace(job.plan, preset=preset, store=get_store(options.store or DEFAULT_STORE))
+    refiner = replace(job.refiner, form=options.refiner_form) if job.refiner else None
+    kv, kv_host, activations = count_memory(
+        job.config, plan, job.method, job.dtype, refiner is not None, job.device
+    )
+    estimate = replace(
+        job.estimate,
+        refiner=refiner.nbytes if refiner else 0,
+        kv=kv,
+        kv_host=kv_host,
+        activations=activations,
+    )
+    refiner, estimate = settle_form(refiner, estimate, job.device)
+    return replace(
+        job,
+        options=options,
+        preset=preset,
+        plan=plan,
+        estimate=estimate,
+        refiner=refiner,
+        timeline=plan_timeline(options, plan, job.extended),
+    )
 
 
 def choose_memory(
@@ -280,6 +322,34 @@ def plan_refiner(
     )
 
 
+def settle_form(
+    refiner: RefinerPlan | None, estimate: Estimate, device: torch.device
+) -> tuple[RefinerPlan | None, Estimate]:
+    """Merge a refiner whose form is `auto` if that fits into free memory."""
+    if refiner is None or refiner.form != "auto":
+        return refiner, estimate
+    refiner = refiner.chosen(merge=estimate.total <= available_bytes(device))
+    return refiner, replace(estimate, refiner=refiner.nbytes)
+
+
+def count_memory(
+    config: WanConfig,
+    plan: RunPlan,
+    method: Method,
+    dtype: torch.dtype,
+    refined: bool,
+    device: torch.device,
+) -> tuple[int, int, int]:
+    """Count bytes of K/V on the device, of K/V on the host besides, and of a pass's activations."""
+    levels = plan.levels
+    caches = method.caches(levels) if levels else ()
+    memories = plan.memories(config, dtype, refined, caches)
+    memory, *_ = memories
+    on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
+    together = min(plan.preset.chunk * method.together(levels), memory.window_frames)
+    return sum(on_device), sum(on_host), pass_bytes(config, memory, together)
+
+
 def estimate_memory(
     options: GenerateOptions,
     files: OpenFiles,
@@ -292,22 +362,18 @@ def estimate_memory(
     device: torch.device,
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
-    chunk, levels = plan.preset.chunk, plan.levels
-    caches = method.caches(levels) if levels else ()
-    memories = plan.memories(config, dtype, refiner is not None, caches)
-    memory, *_ = memories
-    on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
-    together = min(chunk * method.together(levels), memory.window_frames)
+    refined = refiner is not None
+    kv, kv_host, activations = count_memory(config, plan, method, dtype, refined, device)
     size = options.height, options.width
     vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
         weights=parameter_count(config) * dtype.itemsize,
         refiner=refiner.nbytes if refiner else 0,
-        kv=sum(on_device),
-        kv_host=sum(on_host),
+        kv=kv,
+        kv_host=kv_host,
         text_kv=text_kv_bytes(config, 1, config.text_len, dtype),
-        activations=pass_bytes(config, memory, together),
-        decode=WanVAE.decode_bytes(vae_width, *size, chunk, dtype),
+        activations=activations,
+        decode=WanVAE.decode_bytes(vae_width, *size, plan.preset.chunk, dtype),
         search=search.nbytes(plan, vae_width, dtype) if search else 0,
         text_encoder=text_encoder_bytes(options),
     )

@@ -41,7 +41,7 @@ class GenerateOptions:
     candidates: int | None = None  # of a search; None: the method's
     reward: tuple[str, ...] = ()  # of REWARDS, with knobs: what a search chooses by
     positions: str | None = None  # one of POSITIONS, with knobs; None: the preset's
-    store: str = "plain"  # one of STORES
+    store: str | None = None  # one of STORES; None: plain
     memory: str | None = None  # one of POLICIES, with knobs; None: the preset's
     noise: str = "white"  # one of NOISES, with knobs
     recipe: str = ""  # chunks to reroll, an end or an extension, as `refiner.recipe` reads them

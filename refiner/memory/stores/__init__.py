@@ -9,6 +9,7 @@ STORES: dict[str, type[Store]] = {
     "int8": Int8Store,
     "offload": OffloadStore,
 }
+DEFAULT_STORE = "plain"
 
 
 def get_store(name: str) -> type[Store]:
@@ -18,4 +19,4 @@ def get_store(name: str) -> type[Store]:
     return STORES[name]
 
 
-__all__ = ["STORES", "Int8Store", "OffloadStore", "get_store"]
+__all__ = ["DEFAULT_STORE", "STORES", "Int8Store", "OffloadStore", "get_store"]
