@@ -56,6 +56,7 @@ ROOMS = {
     "verifiers": TRAINED | {"bundles", "choices", "request", "train_config", "training"},
     "job": TRAINED
     | {"bundles", "choices", "device", "recipe", "refiner_plan", "request", "verifiers"},
+    "fit": TRAINED | {"job", "request"},
     "generate": TRAINED | {"job"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }

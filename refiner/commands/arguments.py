@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 from ..device import DTYPES
+from ..fit import Budget
 from ..refiner_plan import FORMS
 from ..schedule import STEPS
 from ..terminal import warn
@@ -62,6 +63,14 @@ def size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT in pixels, like 832x480")
     return int(sides[0]), int(sides[1])
+
+
+def budget(text: str) -> Budget:
+    """Parse a number of bytes with its unit."""
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def lora(text: str) -> LoraFile:

@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from ..bundles import BUNDLES, PUBLISHED_SIZE, bundled_refiners, find_bundle
 from ..files import partial_path
+from ..fit import fit
 from ..generate import generate
 from ..job import Job, notes, prepare
 from ..memory.policies import POLICIES
 from ..memory.positions import POSITIONS
-from ..memory.stores import STORES
+from ..memory.stores import DEFAULT_STORE, STORES
 from ..noise.sources import NOISES
 from ..prompt_timeline import EXTENDED, MOST_BYTES
 from ..reading import read_text
@@ -26,7 +27,7 @@ from ..stopping import INTERRUPTED, handling, interrupt, settle
 from ..terminal import say, warn
 from ..verifiers import REWARDS
 from ..video import count_frames
-from .arguments import add_machine, falling_levels, frames, levels, lora, refiner_form, size
+from .arguments import add_machine, budget, falling_levels, frames, levels, lora, refiner_form, size
 
 CLOCK = 1.0  # seconds that a file system's clock may lag
 GENERATE = """\
@@ -153,9 +154,14 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--positions", metavar=knobs, help=about)
     about = (
         "how keys and values lie in memory: as they are (plain), in half the bytes (int8), or in"
-        " host memory (offload)"
+        f" host memory (offload); default: {DEFAULT_STORE}"
     )
-    group.add_argument("--store", choices=STORES, default="plain", help=about)
+    group.add_argument("--store", choices=STORES, help=about)
+    about = (
+        "bytes that the run may take, like 8GB: chooses refiner form, store and window, as far as"
+        " they are not given"
+    )
+    group.add_argument("--fit", type=budget, metavar="SIZE", help=about)
     about = f"{', '.join(NOISES)}; with knobs like antiphase:rho=0.2"
     group.add_argument("--noise", default="white", metavar=knobs, help=about)
     about = (
@@ -220,8 +226,10 @@ def timeline_text(given: str) -> str:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Generate a video, or with --dry-run print its memory estimate."""
-    job = prepare(options_of(args))
-    warn(summary(job), *prompt_lines(job), *notes(job))
+    options = options_of(args)
+    fitted = fit(options, args.fit) if args.fit else None
+    job = fitted.job if fitted else prepare(options)
+    warn(summary(job), *([str(fitted)] if fitted else []), *prompt_lines(job), *notes(job))
     if args.dry_run:
         say(*job.estimate.lines().split("\n"))
         return 0
@@ -239,7 +247,7 @@ def summary(job: Job) -> str:
     window = "all" if preset.window < 0 else f"{preset.window}, sink {preset.sink}"
     policy = "" if job.memory == "window" else f", {job.memory}"
     policy += f", positions {options.positions}" if options.positions else ""
-    policy += "" if options.store == "plain" else f", store {options.store}"
+    policy += "" if job.store == DEFAULT_STORE else f", store {job.store}"
     noise = "" if options.noise == "white" else f", noise {options.noise}"
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     judged = f" by {job.search.describe()}" if job.search else ""

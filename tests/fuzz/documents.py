@@ -80,7 +80,7 @@ OPTIONS = (
     "--model", "--prompt", "--frames", "--size", "--seed", "--extend", "--out", "--lora", "--vae",
     "--context", "--preset", "--levels", "--steps", "--window", "--sink", "--method", "--refiner",
     "--refiner-strength", "--refined-levels", "--device", "--dtype", "--text-encoder",
-    "--tokenizer", "--context-cache", "--weights", "--refiner-form", "--sheet",
+    "--tokenizer", "--context-cache", "--weights", "--refiner-form", "--sheet", "--fit",
 )  # fmt: skip
 VIEW = {
     "window": 9, "sink": 0, "positions": "the model's", "history": "as trained",
