@@ -29,6 +29,7 @@ CASES = {  # sizes of the model, latent frames, latent height and width, text to
     "wide": (dict(dim=1536, num_heads=12, ffn_dim=8960, num_layers=2), 9, 30, 52, 16),
 }
 CHUNK = 3
+CPU = torch.device("cpu")
 
 
 def import_ours():
@@ -41,23 +42,30 @@ def import_ours():
     spec.loader.exec_module(module)
 
 
-def comfyui_sampler(path: Path, weights: dict, context, frames: int, height: int, width: int):
-    """Return a function that runs SamplerARVideo through SamplerCustom, as a workflow would."""
+def load_comfyui(
+    path: Path, weights: dict, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+):
+    """Import ComfyUI from its checkout and load the weights into its causal model."""
     skip_torchvision_fakes()
     sys.path.insert(0, str(path))
-    sys.argv = [sys.argv[0], "--cpu"]
+    sys.argv = [sys.argv[0], *(["--cpu"] if device.type == "cpu" else [])]
     import comfy.options
 
     comfy.options.enable_args_parsing()
     import comfy.sd
     import comfy.utils
+
+    metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
+    return comfy.sd.load_diffusion_model_state_dict(
+        dict(weights), model_options={"dtype": dtype}, metadata=metadata
+    )
+
+
+def comfyui_sampler(model, context, frames: int, height: int, width: int):
+    """Return a function that runs SamplerARVideo through SamplerCustom, as a workflow would."""
     from comfy_extras.nodes_ar_video import SamplerARVideo
     from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-    metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
-    model = comfy.sd.load_diffusion_model_state_dict(
-        dict(weights), model_options={}, metadata=metadata
-    )
     sampler = SamplerARVideo.execute(CHUNK).result[0]
     sigmas = torch.tensor([1.0, 0.9375, 0.8333333, 0.625, 0.0])
     conditioning = [[context, {}]]
@@ -105,7 +113,9 @@ def main() -> None:
     context = torch.randn(1, tokens, 4096)
     path = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
     samplers = {
-        "SamplerARVideo": comfyui_sampler(path, weights, context, frames, height, width),
+        "SamplerARVideo": comfyui_sampler(
+            load_comfyui(path, weights), context, frames, height, width
+        ),
         "autorefiner": our_sampler(weights, context, sizes, frames, height, width),
     }
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
