@@ -22,23 +22,31 @@ pytestmark = [
 ]
 SAMPLER, VIDEO = "AutoRefinerSampler", ".autorefiner-live-video"
 LINE = ".autorefiner-live .autorefiner-status"
-# What is seen of the video at every event of a chunk: [chunk, chunks, time, whether it plays].
+# What is seen of the video at every event of a chunk: [chunk, chunks, time, whether it plays and
+# can be sought in].
 LOG = """() => {
     window.seen = [];
     window.app.api.addEventListener("autorefiner.chunk", ({ detail }) => {
         const video = document.querySelector(".autorefiner-live-video");
         const { chunk, chunks } = detail;
         if (!video || !Number.isInteger(chunk)) return;
-        window.seen.push([chunk, chunks, video.currentTime, !video.paused]);
+        const plays = !video.paused && Number.isFinite(video.duration);
+        window.seen.push([chunk, chunks, video.currentTime, plays]);
     });
 }"""
 
+SOUGHT = """() => {
+    window.sought = [];
+    const note = ({ target }) => window.sought.push(target.currentTime);
+    document.addEventListener("seeked", note, true);
+}"""
 # Makes the sampler large enough for the text that ComfyUI adds to it.
 ROOM = """() => {
     const node = window.app.graph.nodes.find((node) => node.comfyClass === "AutoRefinerSampler");
     if (!node.widgets.some(({ name }) => name === "live")) throw new Error("no room for a video");
     node.setSize([node.size[0], 1400]);
 }"""
+PAUSED = "(selector) => document.querySelector(selector).paused"
 # Whether the workflow is marked as modified, and how many changes can be undone.
 MARKS = """() => {
     const { activeWorkflow } = window.app.extensionManager.workflow;
@@ -154,6 +162,19 @@ def test_a_run_with_a_video_changes_nothing_of_the_workflow(
     whole(page, 21 / 16)
     idle(open_server, page)
     assert page.tab.evaluate(MARKS) == before
+    page.set(SAMPLER, length=9)
+    page.queue()
+    whole(page, 9 / 16)  # of the second run alone
+    idle(open_server, page)
+
+
+def reload(page: Page, path: Path) -> None:
+    """Load the page again, and open a workflow."""
+    page.tab.reload()
+    page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
+    page.tab.wait_for_timeout(1500)
+    page.load(path)
+    page.look_at(SAMPLER)
 
 
 def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
@@ -162,15 +183,13 @@ def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
     begin(page, watched(open_server, length=321, seed=10 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     path = serialized(page, open_server)
-    page.tab.reload()
-    page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-    page.tab.wait_for_timeout(1500)
-    page.load(path)
-    page.look_at(SAMPLER)
+    reload(page, path)
     assert open_server.get("/queue")["queue_running"], "the run is over: make it longer"
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     whole(page, 321 / 16)
     idle(open_server, page)
+    reload(page, path)
+    whole(page, 321 / 16)
 
 
 def another(page: Page, address: str) -> Page:
@@ -186,11 +205,14 @@ def another(page: Page, address: str) -> Page:
 def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None:
     begin(page, watched(open_server, length=69, seed=20 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    page.tab.evaluate("(selector) => document.querySelector(selector).pause()", VIDEO)
     path = serialized(page, open_server)
     other = another(page, page.tab.url)
     other.load(path)
     whole(other, 69 / 16)
     whole(page, 69 / 16)
+    paused = [each.tab.evaluate(PAUSED, VIDEO) for each in (page, other)]
+    assert paused == [True, False]  # as its user left it
     idle(open_server, page)
     assert "4.3 s" in other.tab.inner_text(LINE) and "4.3 s" in page.tab.inner_text(LINE)
 
@@ -200,10 +222,12 @@ def test_a_page_that_forbids_media_sources_plays_it_too(page: Page, server: Serv
     for name, value in quiet(page.name == "vue").items():
         set_setting(server, name, value)
     other = another(page, f"{LOCAL}{server.port}")
+    other.tab.evaluate(SOUGHT)
     begin(other, watched(server, length=69, seed=30 + len(page.name)))
     other.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     assert server.get("/queue")["queue_running"]
     whole(other, 69 / 16)
+    assert other.tab.evaluate("() => Math.max(...window.sought)") > 0.4  # it went on where it was
     seek(other, 0.25)
     idle(server, other)
     other.tab.context.close()
