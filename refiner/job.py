@@ -27,7 +27,7 @@ from .prompt_timeline import (
     steered_sections,
     with_default,
 )
-from .recipe import Recipe, parse_recipe
+from .recipe import parse_recipe
 from .refiner_plan import RefinerPlan
 from .request import GenerateOptions
 from .run_plan import RunPlan, for_length, suggested
@@ -63,6 +63,7 @@ class Job:
     search: SearchPlan | None = None  # of a method that chooses by a reward
     extended: dict[str, str] = field(default_factory=dict)  # metadata of the latents to extend
     timeline: PlacedTimeline | None = None  # None: the prompt or context alone
+    length: int | None = None  # latent frames before the recipe; None without an end
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -183,7 +184,7 @@ def plan_job(options: GenerateOptions) -> Job:
         options = replace(options, frames=first_pixel_frame(total))
         plan = replace(plan, frames=total - given)
     shaped = choose(options.noise, NOISES, "noise")
-    timeline = plan_timeline(options, plan, extended, recipe, length)
+    timeline = plan_timeline(options, plan, extended, length)
     if timeline:
         check_switches(timeline.timeline, plan, method)
     refiner = plan_refiner(options, config, preset, dtype) if options.refiner else None
@@ -208,6 +209,7 @@ def plan_job(options: GenerateOptions) -> Job:
         search=search,
         extended=extended,
         timeline=timeline,
+        length=length,
     )
 
 
@@ -237,7 +239,7 @@ def replan(job: Job, options: GenerateOptions) -> Job:
         plan=plan,
         estimate=estimate,
         refiner=refiner,
-        timeline=plan_timeline(options, plan, job.extended),
+        timeline=plan_timeline(options, plan, job.extended, job.length),
     )
 
 
@@ -275,7 +277,6 @@ def plan_timeline(
     options: GenerateOptions,
     plan: RunPlan,
     extended: Mapping[str, str],
-    recipe: Recipe,
     length: int | None,
 ) -> PlacedTimeline | None:
     """Place the request's timeline on the run, or the new prompt of an extended clip.
@@ -286,6 +287,7 @@ def plan_timeline(
         sections = parse_timeline(options.timeline)
         if options.transition:
             sections = with_default(sections, options.transition)
+        recipe = parse_recipe(options.recipe)
         if recipe.commands:
             sections = steered_sections(sections, plan, length, recipe.ends)
         return place_sections(sections, plan)

@@ -139,14 +139,17 @@ def test_a_candidate_is_the_job_that_its_options_plan(files, refiner, extra) -> 
         assert plans[0] == plans[1]
 
 
-def test_a_prompts_transition_follows_the_window(files) -> None:
+@pytest.mark.parametrize("recipe", ["", "keep 6"])
+def test_a_prompts_transition_follows_the_window(files, recipe) -> None:
     options = parse(
         ["generate", "--model", "random-tiny", "--size", "32x32", "--frames", "81", "--dry-run",
-         "--out", str(files / "unwritten.mp4"), "--timeline", "a | b"]
+         "--out", str(files / "unwritten.mp4"), "--timeline", "a | b",
+         "--recipe", recipe]
     )  # fmt: skip
     job = plan_job(options)
     smaller = next(each for each in smaller_jobs(job) if each.options.window == 12)
-    assert smaller.timeline == prepare(smaller.options).timeline != job.timeline
+    chosen = {name: getattr(smaller.options, name) for name in CHOSEN}
+    assert smaller.timeline == prepare(replace(options, **chosen)).timeline != job.timeline
 
 
 @pytest.mark.parametrize(
