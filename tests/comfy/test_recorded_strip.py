@@ -148,6 +148,7 @@ def test_a_chunk_keeps_its_picture_until_there_is_another(page: Page) -> None:
     page.look_at("AutoRefinerSampler")
     first.click()
     assert page.tab.is_visible(".autorefiner-large")
+    page.tab.keyboard.press("Escape")
 
 
 @in_the_page
