@@ -141,7 +141,7 @@ LAYOUTS = {
         " guider come from core nodes; only the SAMPLER is of this pack. Use it where a workflow"
         " brings its own SIGMAS or GUIDER.",
         "docs/comfyui.md",
-        load=((1, 3),), prompt=((2,),), sample=((6, 5, 8, 4, 7), (9,)),
-        watch=((10, 11), (12,)),
+        load=((1, 3),), prompt=((2,),), sample=((6, 5), (8, 4, 7), (9,)),
+        watch=((10, 11, 12),),
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from PIL import Image
 from thumbnails import SIZE as THUMBNAIL
 from workflow_layouts import COLOURS, CROSSINGS, LAYOUTS
 
-MOST = (2450, 1320)  # larger drawings are too small to read when they fit on a page
+MOST = (2450, 1290)  # larger drawings are too small to read when they fit on a page
 
 
 @pytest.fixture(params=NAMES)
