@@ -130,7 +130,7 @@ class Watch:
 
         A search chooses another candidate, and repeats that were not needed leave the count short.
         """
-        if self.last["chunk"] != chunk.index:
+        if self.last.get("chunk") != chunk.index:
             return
         whole = self.last["level"] == self.last["levels"]
         if whole and torch.equal(self.newest.float().cpu(), x0):

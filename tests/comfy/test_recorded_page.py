@@ -103,9 +103,8 @@ def test_a_late_answer_to_a_stop_says_nothing_of_the_next_run(page: Page) -> Non
     page.look_at("AutoRefinerSampler")
     waiting = []
     page.tab.route("**/autorefiner/stop", lambda route: waiting.append(route), times=1)
-    page.tab.click(".autorefiner-stop")
-    while not waiting:
-        page.tab.wait_for_timeout(50)
+    with page.tab.expect_request("**/autorefiner/stop"):
+        page.tab.click(".autorefiner-stop")
     tell(page, "chunk", prompt="b", workflow="this", **CHUNK)
     waiting[0].fulfill(status=404, json={})
     page.tab.wait_for_timeout(200)
