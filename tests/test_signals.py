@@ -96,8 +96,7 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, number) -> None
 
     class Swallows:
         def __del__(self) -> None:
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
+            signal.raise_signal(number)  # to this thread: os.kill may come late
 
     with pytest.raises(KeyboardInterrupt), handling(interrupt):
         Swallows()
