@@ -27,6 +27,7 @@ from .recipes.student import (
     DistilOptions,
     DistilStage,
     InitOptions,
+    SmallDistilOptions,
     SmallInitOptions,
 )
 from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
@@ -356,4 +357,5 @@ def make_network_stage(name: str, changes: dict, run: Path, device: torch.device
     if name == "init":
         return CausalInitStage(InitOptions(**changes), teacher, *models)
     student = load_sprite_network("student", run, device)
-    return DistilStage(DistilOptions(**changes), student, teacher, *models)
+    options = DistilOptions if student.config == teacher.config else SmallDistilOptions
+    return DistilStage(options(**changes), student, teacher, *models)

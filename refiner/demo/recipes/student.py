@@ -89,6 +89,15 @@ class DistilOptions:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class SmallDistilOptions(DistilOptions):
+    """Distillation of a small student, which starts from clips far from the teacher's."""
+
+    steps: int = 1300
+    learning_rate: float = 3e-4
+    ratio: int = 2
+
+
 CLIP = 10.0  # largest norm of the distillation's gradients
 
 
