@@ -46,7 +46,7 @@ class ShrunkNoise:
     def at(self, level: Level) -> bool:
         return level.step in self.levels
 
-    def text(self, context_BLE: Tensor) -> None:
+    def text(self, context_BLE: Tensor, batch: int | None = None) -> None:
         """Ignore the prompt."""
 
     def residual(

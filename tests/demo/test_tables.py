@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from autorefiner.refiner.demo import rows, tables
 from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
 from autorefiner.refiner.demo.captions import Caption, Stated
 from autorefiner.refiner.demo.clips import PRESET, held_out
-from autorefiner.refiner.demo.controls import Control
+from autorefiner.refiner.demo.controls import Control, Kind
 from autorefiner.refiner.demo.evaluation import Demo, write_section
 from autorefiner.refiner.demo.metrics.evaluate import ClipScores
 from autorefiner.refiner.demo.rows import Bench, Cost, Outcome, Row, counted, timed
@@ -186,6 +187,19 @@ def test_a_hand_made_refiner_adds_the_bases_flow() -> None:
         assert torch.equal(
             control.network.model.get_parameter(name), network.model.get_parameter(name)
         )
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_an_untrained_residual_of_strength_0_changes_no_run(kind) -> None:
+    network, context = tiny_network(), torch.randn(1, TINY.text_len, TINY.text_dim)
+
+    def run(refiner) -> torch.Tensor:
+        plan = RunPlan(PRESET, 6, 8, 8)
+        return torch.cat(list(sample(network, context, plan, refiner=refiner)), 2)
+
+    refined = {c: run(Control(kind, c).refiner(network, (750, 500, 250))) for c in (0.0, 0.1)}
+    assert torch.equal(refined[0.0], run(None))
+    assert not torch.equal(refined[0.1], run(None))
 
 
 def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) -> None:
