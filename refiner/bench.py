@@ -16,6 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from .acceleration import Acceleration
 from .choices import choose
 from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
 from .memory.policies import POLICIES
@@ -68,6 +69,7 @@ class BenchReport:
     matmul_gflops: float  # of a large matrix product with our Linear, in this run
     torch_matmul_gflops: float  # the same product through torch.nn.functional.linear
     peak_share: float  # speed of the denoise pass over that of the faster product
+    compile_s: float = 0.0
 
     def table(self) -> str:
         """Format as an aligned table, one figure a line."""
@@ -90,6 +92,8 @@ class BenchReport:
             ("matrix product", f"{product} (torch's linear: {torch_product})"),
             ("share of it", f"{100 * self.peak_share:.0f} %"),
         ]
+        if self.compile_s:
+            rows.append(("compiling", f"{self.compile_s:.1f} s"))
         if self.kv_host_bytes:
             rows.append(("K/V in host memory", f"{self.kv_host_bytes / 1e9:.4f} GB"))
         return "\n".join([head, *(f"  {name:<22}{value:>14}" for name, value in rows)])
@@ -144,6 +148,7 @@ def bench(
     window: int | None = None,
     store: str = "plain",
     memory: str = "window",
+    acceleration: Acceleration | None = None,
 ) -> BenchReport:
     """Sample and decode `chunks` chunks of 3 latent frames; see BenchReport.
 
@@ -152,6 +157,7 @@ def bench(
     """
     if chunks < 2:
         raise ValueError(f"{chunks} chunks: give at least 2, the first one warms up")
+    acceleration = acceleration or Acceleration()
     case, config = SIZES[size], SIZES[size].config
     run = plan_bench(case, chunks, window, store, memory)
     preset, plan = run.preset, run.memory(config, dtype)
@@ -160,8 +166,9 @@ def bench(
     with torch.no_grad():
         network = CausalWan(random_model(config, device, dtype), config)
         context = torch.randn(1, config.text_len, config.text_dim, device=device, dtype=dtype)
-        rollout = Rollout.of(network, context, run, WhiteNoise(0))
-        pass_times, chunk_times, latents = measure_sampling(rollout, device)
+        with acceleration.attached(network, None, device) as (network, _):
+            rollout = Rollout.of(network, context, run, WhiteNoise(0))
+            pass_times, chunk_times, latents = measure_sampling(rollout, device)
         vae = WanVAE(case.vae_dim).to(device, dtype).requires_grad_(False)
         decode_fps = measure_decode(vae, latents, device)
         matmul, torch_matmul = measure_matmul(device, dtype)
@@ -186,6 +193,7 @@ def bench(
         matmul_gflops=matmul,
         torch_matmul_gflops=torch_matmul,
         peak_share=flops / pass_times[-1] / 1e9 / max(matmul, torch_matmul),
+        compile_s=acceleration.compiler.seconds,
     )
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from .acceleration import Acceleration
 from .bench import SIZES, plan_bench, random_model, synchronize
 from .estimate import available_bytes, parameter_count
 from .memory.reflect import ReflectiveCache
@@ -51,6 +52,7 @@ def bench_refiner(
     window: int | None = None,
     store: str = "plain",
     memory: str = "window",
+    acceleration: Acceleration | None = None,
 ) -> RefinerReport:
     """Sample `chunks` chunks with random weights, with the base and every form of a refiner.
 
@@ -61,6 +63,7 @@ def bench_refiner(
         raise ValueError(
             f"{chunks} chunks: give at least 3, the first warms up and the last is not committed"
         )
+    acceleration = acceleration or Acceleration()
     case = SIZES[size]
     plan = plan_bench(case, chunks, window, store, memory)
     needed, free = 2 * parameter_count(case.config) * dtype.itemsize, available_bytes(device)
@@ -84,7 +87,8 @@ def bench_refiner(
         counts: dict[str, int] = {}
         for round_ in range(ROUNDS + 1):
             for name, refiner in forms.items():
-                seconds, passes = chunk_seconds(base, copied, context, plan, refiner, device)
+                with acceleration.attached(base, refiner, device) as (network, faster):
+                    seconds, passes = chunk_seconds(network, copied, context, plan, faster, device)
                 counts[name] = passes
                 times[name] += seconds if round_ else []  # the first round warms up
     return RefinerReport(

@@ -171,7 +171,11 @@ def sampled(
     context, network = make_context(job), load_network(job)
     if message := job.refiner and job.refiner.warning(network):
         warnings.warn(message, stacklevel=2)
-    with job.refiner.attached(network) if job.refiner else nullcontext() as refiner:
+    attached = job.refiner.attached(network) if job.refiner else nullcontext()
+    with (
+        attached as refiner,
+        job.acceleration.attached(network, refiner, job.device) as (network, refiner),
+    ):
         yield None
         chunks = sample(
             network,

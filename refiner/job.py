@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .acceleration import Acceleration
 from .bundles import refiner_file
 from .choices import choose
 from .device import pick_device, pick_dtype
@@ -64,6 +65,7 @@ class Job:
     extended: dict[str, str] = field(default_factory=dict)  # metadata of the latents to extend
     timeline: PlacedTimeline | None = None  # None: the prompt or context alone
     length: int | None = None  # latent frames before the recipe; None without an end
+    acceleration: Acceleration = field(default_factory=Acceleration)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -210,6 +212,7 @@ def plan_job(options: GenerateOptions) -> Job:
         extended=extended,
         timeline=timeline,
         length=length,
+        acceleration=options.acceleration,
     )
 
 
@@ -222,7 +225,13 @@ def replan(job: Job, options: GenerateOptions) -> Job:
     plan = replace(job.plan, preset=preset, store=get_store(options.store or DEFAULT_STORE))
     refiner = replace(job.refiner, form=options.refiner_form) if job.refiner else None
     kv, kv_host, activations = count_memory(
-        job.config, plan, job.method, job.dtype, refiner is not None, job.device
+        job.config,
+        plan,
+        job.method,
+        job.dtype,
+        refiner is not None,
+        job.device,
+        job.acceleration,
     )
     estimate = replace(
         job.estimate,
@@ -341,6 +350,7 @@ def count_memory(
     dtype: torch.dtype,
     refined: bool,
     device: torch.device,
+    acceleration: Acceleration,
 ) -> tuple[int, int, int]:
     """Count bytes of K/V on the device, of K/V on the host besides, and of a pass's activations."""
     levels = plan.levels
@@ -349,7 +359,8 @@ def count_memory(
     memory, *_ = memories
     on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
     together = min(plan.preset.chunk * method.together(levels), memory.window_frames)
-    return sum(on_device), sum(on_host), pass_bytes(config, memory, together)
+    copies = 2 if acceleration.replays(device) else 1  # graphs have memory of their own
+    return sum(on_device), sum(on_host), copies * pass_bytes(config, memory, together)
 
 
 def estimate_memory(
@@ -365,7 +376,9 @@ def estimate_memory(
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
     refined = refiner is not None
-    kv, kv_host, activations = count_memory(config, plan, method, dtype, refined, device)
+    kv, kv_host, activations = count_memory(
+        config, plan, method, dtype, refined, device, options.acceleration
+    )
     size = options.height, options.width
     vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
@@ -406,6 +419,9 @@ def notes(job: Job) -> list[str]:
         )
     if options.store == "offload" and job.device.type == "cpu":
         lines.append("--store offload saves nothing on a CPU: the device's memory is the host's")
+    memory = job.plan.memory(job.config, job.dtype) if job.plan.chunks else None
+    if memory is not None:
+        lines += job.acceleration.notes(memory, job.device)
     if options.positions == "sink-adjacent" and not job.preset.sink:
         lines.append("--positions sink-adjacent does nothing without --window and --sink")
     if job.initial is not None and not job.method.goes_on:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from .acceleration import Acceleration, Graphs
 from .bundles import Bundle, find_bundle
 from .outputs import Outputs
 from .prompt_timeline import check_prompt
@@ -55,6 +56,8 @@ class GenerateOptions:
     sheet: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
+    graphs: Graphs = "off"
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +94,11 @@ class GenerateOptions:
         """
         chosen = (self.memory, self.window, self.sink, self.positions, self.timeline)
         return all(choice is None for choice in chosen)
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What makes the run faster."""
+        return Acceleration(self.compile, self.graphs)
 
     @property
     def sampler(self) -> str:

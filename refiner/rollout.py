@@ -130,6 +130,7 @@ class Rollout:
         timeline = context if isinstance(context, Timeline) else Timeline.of(context)
         opening = timeline.scenes[0].prompt.to(device, dtype)
         memory_plan = plan.memory(network.config, dtype, refined=refiner is not None)
+        memory_plan = replace(memory_plan, rope=network.kernels.rotate)
         return cls(
             network=network,
             text=network.text(opening, plan.batch),

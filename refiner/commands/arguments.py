@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+from ..acceleration import GRAPHS
 from ..device import DTYPES
 from ..fit import Budget
 from ..refiner_plan import FORMS
@@ -79,6 +80,17 @@ def lora(text: str) -> LoraFile:
         return LoraFile.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_acceleration(command: argparse._ActionsContainer) -> None:
+    """Add --compile and --graphs."""
+    about = (
+        "fuse norms, gates and RoPE by torch.compile; the first chunk takes longer, and torch keeps"
+        " the result on disk; needs a C++ compiler, on a GPU Triton"
+    )
+    command.add_argument("--compile", action="store_true", help=about)
+    about = "auto: replay on a CUDA GPU the passes that repeat from chunk to chunk (default off)"
+    command.add_argument("--graphs", choices=GRAPHS, default="off", help=about)
 
 
 def add_machine(command: argparse._ActionsContainer) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..acceleration import Acceleration
 from ..bench import SIZES, bench
 from ..bench_refiner import bench_refiner
 from ..device import pick_device, pick_dtype
@@ -12,7 +13,7 @@ from ..files import check_output
 from ..memory.policies import POLICIES
 from ..memory.stores import STORES
 from ..terminal import say
-from .arguments import add_machine
+from .arguments import add_acceleration, add_machine
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -33,6 +34,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     about = "write the figures as JSON, too"
     command.add_argument("--json", type=Path, metavar="FILE", help=about)
     add_machine(command)
+    add_acceleration(command)
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -42,7 +44,9 @@ def run_bench(args: argparse.Namespace) -> int:
         check_output(args.json)
     measure = bench_refiner if args.refiner else bench
     dtype = pick_dtype(args.dtype, device)
-    report = measure(args.size, device, dtype, args.chunks, args.window, args.store, args.memory)
+    acceleration = Acceleration(args.compile, args.graphs)
+    memory = args.window, args.store, args.memory
+    report = measure(args.size, device, dtype, args.chunks, *memory, acceleration)
     say(*report.table().split("\n"))
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")

@@ -27,7 +27,17 @@ from ..stopping import INTERRUPTED, handling, interrupt, settle
 from ..terminal import say, warn
 from ..verifiers import REWARDS
 from ..video import count_frames
-from .arguments import add_machine, budget, falling_levels, frames, levels, lora, refiner_form, size
+from .arguments import (
+    add_acceleration,
+    add_machine,
+    budget,
+    falling_levels,
+    frames,
+    levels,
+    lora,
+    refiner_form,
+    size,
+)
 
 CLOCK = 1.0  # seconds that a file system's clock may lag
 GENERATE = """\
@@ -61,6 +71,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     about = "only say what would be sampled and how much memory it takes"
     sampling.add_argument("--dry-run", action="store_true", help=about)
     add_machine(sampling)
+    add_acceleration(sampling)
 
 
 def add_model(group: argparse._ArgumentGroup) -> None:
@@ -305,7 +316,9 @@ def stream(job: Job) -> int:
             warn(describe_stopped(job, started_at))
             return INTERRUPTED
     seconds = time.perf_counter() - start
-    rate = f"{frames / seconds:.1f} frames/s, loading included"
+    compiling = job.acceleration.compiler.seconds
+    counted = f"loading and {compiling:.1f} s of compiling" if compiling else "loading"
+    rate = f"{frames / seconds:.1f} frames/s, {counted} included"
     say(f"{job.options.out}: {frames} frames in {seconds:.1f} s, {rate}")
     return 0
 

@@ -1,6 +1,6 @@
 """Plan a K/V memory: check its sizes and count its bytes before anything is allocated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +49,7 @@ class MemoryPlan:
     policy: Policy = field(default_factory=Window)
     store: type[Store] = PlainStore
     evicts: bool = True  # False where the window holds the whole clip
+    rope: Callable[[Tensor, Tensor], Tensor] = rotate  # rotates keys by a table
 
     def __post_init__(self) -> None:
         if self.sink_frames < 0 or self.window_frames <= self.sink_frames:
@@ -169,7 +170,7 @@ class MemoryPlan:
 
     def rotate(self, raw_key_BTHD: Tensor, positions: Sequence[int]) -> Tensor:
         """Rotate whole frames of raw keys to these temporal positions, one for each frame."""
-        return rotate(raw_key_BTHD, self.table(positions, raw_key_BTHD))
+        return self.rope(raw_key_BTHD, self.table(positions, raw_key_BTHD))
 
     def check_chunk(self, frames: int) -> None:
         """Raise ValueError when the sink and a chunk of `frames` do not fit in the window."""

@@ -82,6 +82,8 @@ class Policy:
     name: ClassVar[str]  # as in POLICIES
     means: ClassVar[bool] = False  # whether it reads Frames.means, which the memory then stores
     copies: ClassVar[bool] = True  # whether a read may copy a layer, whose bytes are then counted
+    # whether a read does the same work for the same slots and positions, on the device alone
+    static: ClassVar[bool] = False
     raw: ClassVar[bool] = False  # whether it needs keys before RoPE, to move or average them
     # for users and presets that name none: window and sink, and positions
     window: ClassVar[tuple[int, int] | None] = None

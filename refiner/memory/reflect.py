@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..wan.causal import KeyValue, Seen, View
+from ..wan.causal import KeyValue, Kind, Seen, View
 from ..wan.rope import rotate
 from .graph import GraphMemory, GraphView, join
 from .positions import Placement
@@ -103,6 +103,12 @@ class RingReflection(SlotFrames):
         self.current = view.current
         self.placement = Placement(view.placement.past, view.positions * 2)
 
+    @property
+    def kind(self) -> Kind | None:
+        """See `refiner.wan.causal.View`."""
+        kind = self.view.kind
+        return kind and Kind((self.cache, kind.places), kind.chunk)
+
     def extend(
         self,
         layer: int,
@@ -115,7 +121,7 @@ class RingReflection(SlotFrames):
         view, first, cache = self.view, self.first, self.cache
         if cache.previous == "none":
             if cache.history == "none":
-                return KeyValue(rotate(raw_key, table), value)
+                return KeyValue(self.memory.plan.rope(raw_key, table), value)
             # Overwrites the pending K/V, which the next prediction overwrites before any read.
             return view.extend(layer, raw_key, value, table, raw_query)
         self.memory.store.prefetch((layer + 1) % self.memory.plan.layers)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..wan.causal import KeyValue, Seen
-from ..wan.rope import rotate
+from ..wan.causal import KeyValue, Kind, Seen
 from ..wan.upload import upload
 from .frames import FrameLedger
 from .plan import MemoryPlan
@@ -206,6 +205,15 @@ class RingView(SlotFrames):
         by_slot |= dict(zip(slots, self.positions, strict=True))
         self.slot_positions = tuple(by_slot[slot] for slot in sorted(by_slot))
 
+    @property
+    def kind(self) -> Kind | None:
+        """See `refiner.wan.causal.View`."""
+        plan = self.memory.plan
+        if not (plan.policy.static and plan.store.static) or self.keep_pending is not None:
+            return None
+        positions = self.slot_positions if plan.keys == "raw" else ()
+        return Kind((id(self.memory), *self.pieces, self.used, positions), self.frames)
+
     def extend(
         self,
         layer: int,
@@ -227,7 +235,7 @@ class RingView(SlotFrames):
 
     def as_stored(self, raw_key: Tensor, table: Tensor) -> Tensor:
         """Return a key as this memory stores it."""
-        return raw_key if self.memory.rotated is not None else rotate(raw_key, table)
+        return raw_key if self.memory.rotated is not None else self.memory.plan.rope(raw_key, table)
 
     def write(self, layer: int, stored_key: Tensor, value: Tensor) -> None:
         """Write the chunk's keys and values to its slots."""

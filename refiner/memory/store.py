@@ -50,6 +50,7 @@ class Store(Protocol):
     """Slots of one frame each, in every layer. Made of `Slots` and a device."""
 
     exact: ClassVar[bool] = True  # whether a read returns what was written, bit for bit
+    static: ClassVar[bool] = False  # whether puts and reads do the same work for the same slots
 
     @staticmethod
     def count_bytes(slots: Slots) -> int:
@@ -98,6 +99,8 @@ class Store(Protocol):
 
 class PlainStore(Store):
     """Tensors in the memory's dtype on its device: reads are slices."""
+
+    static: ClassVar[bool] = True
 
     def __init__(self, slots: Slots, device: torch.device | str) -> None:
         self.frame_tokens = slots.frame_tokens

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..wan.causal import CausalWan, Halves, Kernels, after_attention, attention, before_attention
+from ..wan.compiled import KINDS_OF_CALL, allow_recompiling
 
 Precision = Literal["bf16", "fp32"]
 # Without cuDNN, torch's first choice on an H100 or H200: its backward pass is known to return NaN
 # at times (pytorch issue 196678 and others). A refiner's gradient was NaN on an H200 and never on a
 # CPU; whether this was the cause is not certain.
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-KINDS_OF_CALL = 64  # compilations per function: history lengths, with and without gradients
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -33,15 +33,6 @@ def _cpu_multiplies_bf16() -> bool:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
         return False
-
-
-def allow_recompiling(times: int) -> None:
-    """Set how often a function may be recompiled; torch 2.6 renamed the setting."""
-    config = torch._dynamo.config
-    for name in ("recompile_limit", "cache_size_limit"):
-        if hasattr(config, name):
-            setattr(config, name, times)
-            return
 
 
 def mixed_precision(device: torch.device, precision: Precision = "bf16") -> torch.autocast:

@@ -1,39 +1,21 @@
 """Forward and backward pass as a CUDA graph, as small networks are bound by kernel launches."""
 
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..wan.causal import CausalWan, cached_features
-from ..wan.rope import rotations
+from ..wan.causal import CausalWan
+from ..wan.graphs import SMALL, capture, give_up, holding
 from ..wan.upload import Tables
 from .distributed import world
 from .options import RefineOptions
 
 WARM = 2  # eager passes before the capture: they fill tables and choose kernels
-# parameters; in larger networks kernels take longer than launches, and activations much memory
-SMALL = 100_000_000
 
 Outputs = Sequence[Tensor] | dict[str, Tensor]
 Function = Callable[..., Outputs]
-
-
-@contextmanager
-def holding(tables: Tables) -> Iterator[None]:
-    """Keep every table that a pass inside asks for in `tables`."""
-    caches = (cached_features, rotations)
-    before = [cache.held for cache in caches]
-    for cache in caches:
-        cache.held = tables
-    try:
-        yield
-    finally:
-        for cache, held in zip(caches, before, strict=True):
-            cache.held = held
 
 
 class Captured(NamedTuple):
@@ -131,8 +113,7 @@ class Replay:
             # CUDA cannot capture it, or the allocator cannot; the function's errors come up again
             except RuntimeError as error:
                 self.replays = False
-                reason = str(error).partition("\n")[0]
-                warnings.warn(f"passes are not replayed, which is slower: {reason}", stacklevel=2)
+                give_up(error)
                 return None
         captured = self.captured[kind]
         for static, new in zip(captured.inputs, tensors, strict=True):
@@ -148,19 +129,13 @@ class Replay:
         fixed: dict[str, Hashable],
     ) -> Captured:
         inputs = [tensor.clone() for tensor in tensors]
-        learns = run == self._learn
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM):
-                self._forget()
-                run(function, inputs, fixed)
-        here.wait_stream(aside)
-        if learns:
+
+        def once() -> Outputs:
             self._forget()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run(function, inputs, fixed)
+            return run(function, inputs, fixed)
+
+        graph, outputs = capture(once, WARM)
+        learns = run == self._learn
         gradients = [parameter.grad for parameter in self.parameters] if learns else []
         return Captured(graph, inputs, outputs, gradients)
 
@@ -169,7 +144,8 @@ def replayable(options: RefineOptions, network: CausalWan) -> bool:
     """Return whether a refiner's training repeats its passes, and whether replays pay off.
 
     A reward draws frames, and a window that drops frames builds indices on the device, as other
-    policies do. Several processes, compilation and checkpointing are untested.
+    policies do. Several processes, compilation and checkpointing are untested. Activations of a
+    larger network take much memory.
     """
     whole, preset = world() == 1, options.preset
     remembers = preset.memory == "window" and not 0 <= preset.window < options.frames

@@ -8,7 +8,7 @@ Shape suffixes: B batch, F latent frames, C channels, h w latent size, S tokens 
 tokens of the call, T keys, L text tokens, H heads, D head size, M width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,9 +39,17 @@ class Seen(NamedTuple):
     bias: Tensor | None = None  # added to the scores, [B or 1, H' or 1, N or 1, T]
 
 
+class Kind(NamedTuple):
+    """What tells the passes over a memory apart; those of equal `places` do the same work."""
+
+    places: Hashable  # slots that a pass reads and writes, and positions of raw keys
+    chunk: tuple[int, ...]  # absolute latent indices of the frames
+
+
 class View(Protocol):
     """Memory as one forward pass sees it: supplies past keys and values, takes the new ones."""
 
+    kind: Kind | None = None  # None: passes differ in ways that it cannot tell, so none is replayed
     positions: Sequence[int]  # temporal RoPE position of each frame of the call
     frequencies: tuple[float, ...] | None  # of the temporal pairs; None: RoPE's own
     first: int  # leading tokens of the call that do not attend to the later ones; 0: all attend
@@ -223,13 +231,23 @@ def after_attention(
     kernels: "Kernels",
 ) -> Tensor:
     """Run the rest of a block: gated self-attention, cross-attention, modulated feed-forward."""
+    x, query = before_text(block, x_BNM, attended_BNM, gate, heads)
+    return after_text(block, x, kernels.attention(query, text.key, text.value), ffn_mod)
+
+
+def before_text(
+    block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, gate: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Add the gated self-attention; return it and the queries of the cross-attention."""
     x = gated_add(x_BNM, block.self_attn.o(attended_BNM), gate)
-
     cross = block.cross_attn
-    query = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (heads, -1))
-    x = x + cross.o(kernels.attention(query, text.key, text.value))
+    return x, cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (heads, -1))
 
-    return gated_add(x, block.ffn(modulated_norm(x, ffn_mod.shift, ffn_mod.scale)), ffn_mod.gate)
+
+def after_text(block: nn.Module, x_BNM: Tensor, attended_BNM: Tensor, mod: Modulation) -> Tensor:
+    """Add the cross-attention, then the modulated feed-forward."""
+    x = x_BNM + block.cross_attn.o(attended_BNM)
+    return gated_add(x, block.ffn(modulated_norm(x, mod.shift, mod.scale)), mod.gate)
 
 
 def text_keys(block: nn.Module, context_BLM: Tensor, heads: int) -> KeyValue:
@@ -250,17 +268,19 @@ def project(head: nn.Module, tokens_BNM: Tensor, e: Tensor, kernels: "Kernels") 
 class Kernels:
     """Functions that the owner of the modules may replace.
 
-    ComfyUI brings its own attention, casts bare parameters, and embeds patches in fp32.
+    ComfyUI brings its own attention, casts bare parameters, and embeds patches in fp32. RoPE may be
+    compiled.
     """
 
     attention: Callable[..., Tensor] = attention  # (q, k, v), and a bias if the policy has one
     cast: Callable[[Tensor, Tensor], Tensor] = cast
     embed: Callable[[nn.Module, Tensor], Tensor] = embed
+    rotate: Callable[[Tensor, Tensor], Tensor] = rotate
 
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """Halves of a block before and after self-attention; training may compile them."""
+    """Halves of a block before and after self-attention, which may be compiled."""
 
     before: Callable[..., Projected] = before_attention
     after: Callable[..., Tensor] = after_attention
@@ -285,7 +305,7 @@ def run_block(
     heads, kernels, halves = network.config.num_heads, network.kernels, network.halves
     query, key, value, gate, ffn_mod = halves.before(block, x_BNM, e0, heads, kernels)
     seen = view.extend(layer, key, value, table, query)
-    attended = attend(rotate(query, table), seen, view.first, kernels)
+    attended = attend(kernels.rotate(query, table), seen, view.first, kernels)
     return halves.after(block, x_BNM, attended, gate, ffn_mod, text, heads, kernels)
 
 
@@ -303,13 +323,57 @@ def write_block(
     view.extend(layer, projected.key, projected.value, table)
 
 
+class PassInputs(NamedTuple):
+    """What changes from one pass to the next, on the device."""
+
+    x: Tensor  # latents [B, C, F, h, w]
+    features: Tensor  # of the timesteps [B or 1, F or 1, freq_dim]
+    table: Tensor  # rotations of the tokens [N, D/2]
+
+
+def run_pass(
+    network: "CausalWan",
+    inputs: PassInputs,
+    text: list[KeyValue],
+    view: View,
+    keys_only: bool = False,
+) -> Tensor | None:
+    """Run a pass on its inputs; see `CausalWan.__call__`."""
+    x, features, table = inputs
+    model = network.model
+    grid = (x.shape[-2] // PATCH[1], x.shape[-1] // PATCH[2])
+    tokens = network.kernels.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
+    e = model.time_embedding(features)
+    e0 = model.time_projection(e).unflatten(-1, (6, -1))
+
+    last = len(model.blocks) - 1
+    for layer, block in enumerate(model.blocks):
+        if keys_only and layer == last:
+            network.apply(write_block, block, tokens, e0, table, layer, view, network)
+            return None
+        arguments = (run_block, block, tokens, e0, table, text[layer], layer, view, network)
+        if network.checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(network.apply, *arguments, use_reentrant=False)
+        else:
+            tokens = network.apply(*arguments)
+    out = network.apply(project, model.head, tokens, e, network.kernels)
+    return rearrange(
+        out,
+        "b (f h w) (p q c) -> b c f (h p) (w q)",
+        h=grid[0],
+        w=grid[1],
+        p=PATCH[1],
+        q=PATCH[2],
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CausalWan:
     """A loaded Wan2.1 module tree and how to run it.
 
     `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
     `apply` calls a function on a module; where parameters are sharded over processes, it gathers
-    them first.
+    them first. `execute` runs a pass; it may replay a CUDA graph instead.
     """
 
     model: nn.Module
@@ -318,6 +382,7 @@ class CausalWan:
     checkpointing: bool = False
     halves: Halves = Halves()
     apply: Callable[..., Any] = call
+    execute: Callable[..., Tensor | None] = run_pass
 
     def text(self, context_BLE: Tensor, batch: int | None = None) -> list[KeyValue]:
         """Return a prompt's cross-attention keys and values per layer, for use in every pass.
@@ -346,36 +411,15 @@ class CausalWan:
         returns None, and the last block stops after its keys.
         """
         self._check(x, view)
-        height, width = x.shape[-2:]
-        model = self.model
-        grid = (height // PATCH[1], width // PATCH[2])
-        tokens = self.kernels.embed(model.patch_embedding, x).flatten(2).transpose(1, 2)
-        e = model.time_embedding(features_like(t, self.config.freq_dim, like=tokens))
-        e0 = model.time_projection(e).unflatten(-1, (6, -1))
-        head_dim, frequencies = self.config.head_dim, view.frequencies
-        table = rotation_table(
-            view.positions, *grid, head_dim, like=tokens, frequencies=frequencies
-        )
+        return self.execute(self, self._inputs(x, t, view), text, view, keys_only)
 
-        last = len(model.blocks) - 1
-        for layer, block in enumerate(model.blocks):
-            if keys_only and layer == last:
-                self.apply(write_block, block, tokens, e0, table, layer, view, self)
-                return None
-            arguments = (run_block, block, tokens, e0, table, text[layer], layer, view, self)
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(self.apply, *arguments, use_reentrant=False)
-            else:
-                tokens = self.apply(*arguments)
-        out = self.apply(project, model.head, tokens, e, self.kernels)
-        return rearrange(
-            out,
-            "b (f h w) (p q c) -> b c f (h p) (w q)",
-            h=grid[0],
-            w=grid[1],
-            p=PATCH[1],
-            q=PATCH[2],
-        )
+    def _inputs(self, x: Tensor, t: Tensor, view: View) -> PassInputs:
+        """Upload what a pass reads besides weights and memory."""
+        features = features_like(t, self.config.freq_dim, like=x)
+        grid = (x.shape[-2] // PATCH[1], x.shape[-1] // PATCH[2])
+        head_dim, frequencies = self.config.head_dim, view.frequencies
+        table = rotation_table(view.positions, *grid, head_dim, like=x, frequencies=frequencies)
+        return PassInputs(x, features, table)
 
     def _check(self, x: Tensor, view: View) -> None:
         _, channels, frames, height, width = x.shape

@@ -16,6 +16,7 @@ class Window(Policy):
 
     name: ClassVar[str] = "window"
     copies: ClassVar[bool] = False
+    static: ClassVar[bool] = True
 
     def read(self, layer: int, raw_query_BNHD: Tensor, frames: Frames) -> KeyValue:
         return frames.all(layer)

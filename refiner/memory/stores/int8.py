@@ -31,6 +31,7 @@ class Int8Store(Store):
     """
 
     exact: ClassVar[bool] = False
+    static: ClassVar[bool] = True
 
     def __init__(self, slots: Slots, device: torch.device | str) -> None:
         self.frame_tokens = slots.frame_tokens
