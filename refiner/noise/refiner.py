@@ -19,6 +19,7 @@ from ..schedule import Chunk, Level
 from ..wan.causal import CausalWan, KeyValue
 from ..wan.linear import Linear
 from ..wan.lora import LoraPair
+from ..wan.module_tree import with_layers
 
 HEAD = "head.head"
 # whole names of layers with a branch
@@ -120,7 +121,13 @@ def own_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
+def as_it_is(name: str, layer: nn.Module) -> nn.Module:
+    """Return the layer."""
+    return layer
+
+
 Weights = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+Convert = Callable[[str, nn.Module], nn.Module]
 
 
 def merged(
@@ -128,12 +135,14 @@ def merged(
     pairs: Mapping[str, LoraPair],
     silent_head: bool = True,
     weights: Weights = own_weights,
+    convert: Convert = as_it_is,
 ) -> CausalWan:
     """Merge the factors into a copy of the base: a faster pass for a second set of weights.
 
     Layers without a branch are shared with the base. Without `silent_head` the result is the base
     with a plain LoRA. `weights` returns the weight and bias that a layer computes with; a host that
-    stores or patches them elsewhere passes its own function.
+    stores or patches them elsewhere passes its own function. `convert` receives each merged layer
+    and its name, and returns the layer to use.
     """
     check_pairs(pairs, base.model)
     layers = {}
@@ -148,7 +157,7 @@ def merged(
                 bias = None if bias is None else torch.zeros_like(bias)
             else:
                 whole = weight.float() + change
-            layers[name] = plain_linear(whole.to(weight.dtype), bias)
+            layers[name] = convert(name, plain_linear(whole.to(weight.dtype), bias))
     return replace(base, model=with_layers(base.model, layers), checkpointing=False)
 
 
@@ -159,21 +168,6 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-def with_layers(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
-    """Return the module tree with some layers replaced by name; share all other modules."""
-    if name in layers:
-        return layers[name]
-    prefix = f"{name}." if name else ""
-    if not any(other.startswith(prefix) for other in layers):
-        return module
-    new = copy.copy(module)
-    new._modules = {
-        child: with_layers(inner, layers, prefix + child)
-        for child, inner in module._modules.items()
-    }
-    return new
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
