@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from .memory.plan import MemoryPlan
+from .wan.causal import CausalWan
 from .wan.description import format_bytes
+from .wan.fp8_linear import with_fp8
 from .wan.transformer import WanConfig, WanTransformer
 
 GB = 1e9
@@ -28,6 +30,7 @@ class Estimate:
     search: int = 0  # models of rewards, and judging a candidate
     text_encoder: int = 0  # its weights, freed before the transformer is loaded
     kv_host: int = 0  # K/V in host memory, where that is not the device's
+    unconverted: int = 0  # weights before --fp8, on the same device and freed before sampling
 
     @property
     def total(self) -> int:
@@ -38,8 +41,8 @@ class Estimate:
     def peak(self) -> dict[str, int]:
         """Bytes by use when most are taken.
 
-        The text encoder is freed before the transformer is loaded; a pass and the decoder take
-        turns.
+        The text encoder is freed before the transformer is loaded, unconverted weights before
+        sampling; a pass and the decoder take turns.
         """
         turn = "activations" if self.activations >= self.decode else "VAE decoder"
         sampling = {
@@ -50,8 +53,9 @@ class Estimate:
             "rewards": self.search,
             turn: max(self.activations, self.decode),
         }
+        converting = {"weights": self.weights + self.unconverted, "refiner": self.refiner}
         encoding = {"text encoder": self.text_encoder}
-        return max(sampling, encoding, key=lambda uses: sum(uses.values()))
+        return max(sampling, converting, encoding, key=lambda uses: sum(uses.values()))
 
     def lines(self) -> str:
         """Format as an aligned table."""
@@ -110,7 +114,7 @@ def text_kv_bytes(config: WanConfig, batch: int, tokens: int, dtype: torch.dtype
     return 2 * config.num_layers * batch * tokens * config.dim * dtype.itemsize
 
 
-def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
+def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int, fp8: bool = False) -> int:
     """Approximate peak of a pass over `chunk` frames, in the feed-forward or in the attention."""
     tokens = plan.batch * chunk * plan.frame_tokens
     values = tokens * max(2 * config.ffn_dim + 12 * config.dim, 18 * config.dim)
@@ -120,6 +124,8 @@ def pass_bytes(config: WanConfig, plan: MemoryPlan, chunk: int) -> int:
     # Raw keys are rotated in fp32: two tensors of 4 bytes a value, the keys and the result.
     queries = (chunk + plan.spare_frames) * plan.frame_tokens
     scratch = plan.policy.scratch_bytes(plan, queries)
+    if fp8:  # the widest input divided by its scales, in fp32
+        scratch += 4 * tokens * config.ffn_dim
     return values * plan.dtype.itemsize + 8 * rotated + plan.read_bytes + scratch
 
 
@@ -127,6 +133,15 @@ def parameter_count(config: WanConfig) -> int:
     """Count the parameters of a Wan2.1 transformer of these sizes."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in WanTransformer(config).parameters())
+
+
+def weight_bytes(config: WanConfig, dtype: torch.dtype, fp8: bool = False) -> int:
+    """Count the bytes of a transformer of these sizes, with `fp8` of a converted one."""
+    with torch.device("meta"):
+        network = CausalWan(WanTransformer(config).to(dtype), config)
+    if fp8:
+        network = with_fp8(network)
+    return sum(parameter.nbytes for parameter in network.model.parameters())
 
 
 def available_bytes(device: torch.device) -> int:

@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from .job import Job
 from .latents import LatentWriter
+from .noise.refiner import Refiner, as_it_is
 from .pictures import contact_sheet
 from .rollout import Progress
 from .sample import finite, sample
@@ -18,6 +21,7 @@ from .schedule import FPS
 from .timeline import Timeline
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
+from .wan.fp8_linear import fp8_layer, with_fp8
 from .wan.text import load_text_encoder
 from .wan.transformer import WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
@@ -95,14 +99,35 @@ def encode_prompts(job: Job, prompts: list[str]) -> Tensor:
 
 
 def load_network(job: Job) -> CausalWan:
-    """Load the transformer on the job's device, in its dtype."""
+    """Load the transformer in the job's dtype on its device; on the CPU what `ready` converts."""
+    device = torch.device("cpu") if job.options.fp8 else job.device
     if job.files.model:
-        model, _ = job.files.model.transformer(dtype=job.dtype, device=job.device)
+        model, _ = job.files.model.transformer(dtype=job.dtype, device=device)
         return CausalWan(model, job.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = WanTransformer(job.config)
-    return CausalWan(model.to(job.device, job.dtype).requires_grad_(False), job.config)
+    return CausalWan(model.to(device, job.dtype).requires_grad_(False), job.config)
+
+
+@contextmanager
+def ready(job: Job, network: CausalWan) -> Iterator[tuple[CausalWan, Refiner | None]]:
+    """Attach the job's refiner; with --fp8, convert the network and a merged copy on the device.
+
+    A copy is merged from the unconverted weights; branches are added to the converted layers.
+    """
+    refiner, fp8, device = job.refiner, job.options.fp8, job.device
+    if fp8 and (refiner is None or refiner.form == "unmerged"):
+        network = with_fp8(network, device)
+    attached = nullcontext()
+    if refiner is not None:
+        convert = partial(fp8_layer, device=device) if fp8 else as_it_is
+        attached = refiner.attached(network, dtype=job.dtype, convert=convert)
+    with attached as active:
+        if fp8:
+            network = with_fp8(network, device)
+            active = active and replace(active, network=with_fp8(active.network, device))
+        yield network, active
 
 
 def load_vae(job: Job) -> WanVAE:
@@ -171,9 +196,8 @@ def sampled(
     context, network = make_context(job), load_network(job)
     if message := job.refiner and job.refiner.warning(network):
         warnings.warn(message, stacklevel=2)
-    attached = job.refiner.attached(network) if job.refiner else nullcontext()
     with (
-        attached as refiner,
+        ready(job, network) as (network, refiner),
         job.acceleration.attached(network, refiner, job.device) as (network, refiner),
     ):
         yield None

@@ -11,7 +11,7 @@ from .acceleration import Acceleration
 from .bundles import refiner_file
 from .choices import choose
 from .device import pick_device, pick_dtype
-from .estimate import Estimate, available_bytes, parameter_count, pass_bytes, text_kv_bytes
+from .estimate import Estimate, available_bytes, pass_bytes, text_kv_bytes, weight_bytes
 from .latents import format_lengths
 from .memory.policies import POLICIES
 from .memory.policy import Policy
@@ -37,6 +37,7 @@ from .samplers import Method
 from .schedule import Preset, first_pixel_frame, get_preset, latent_frames
 from .verifiers import SearchPlan, choose_method
 from .wan.checkpoint import Checkpoint, inspect, open_checkpoint, require_transformer
+from .wan.fp8_linear import check_fp8, multiplies_fp8
 from .wan.transformer import WanConfig
 from .wan.vae import WanVAE
 
@@ -113,6 +114,8 @@ class Job:
             metadata["recipe"] = str(parse_recipe(options.recipe))
         if not self.plan.store.exact:
             metadata["store"] = self.store
+        if options.fp8:
+            metadata["products"] = "fp8"
         if options.lora:
             metadata["lora"] = ", ".join(lora.describe() for lora in options.lora)
         if self.search:
@@ -166,6 +169,8 @@ def plan_job(options: GenerateOptions) -> Job:
     """Plan a request and estimate its memory; ValueError for options that do not go together."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    if options.fp8:
+        check_fp8(device)
     files = OpenFiles.of(options)
     config, name, reason = identify(options, files.model)
     total = None if options.frames is None else latent_frames(options.frames)
@@ -225,13 +230,7 @@ def replan(job: Job, options: GenerateOptions) -> Job:
     plan = replace(job.plan, preset=preset, store=get_store(options.store or DEFAULT_STORE))
     refiner = replace(job.refiner, form=options.refiner_form) if job.refiner else None
     kv, kv_host, activations = count_memory(
-        job.config,
-        plan,
-        job.method,
-        job.dtype,
-        refiner is not None,
-        job.device,
-        job.acceleration,
+        options, job.config, plan, job.method, job.dtype, refiner is not None, job.device
     )
     estimate = replace(
         job.estimate,
@@ -330,6 +329,7 @@ def plan_refiner(
         form=options.refiner_form,
         strength=options.refiner_strength,
         levels=options.refined_levels,
+        fp8=options.fp8,
     )
 
 
@@ -344,13 +344,13 @@ def settle_form(
 
 
 def count_memory(
+    options: GenerateOptions,
     config: WanConfig,
     plan: RunPlan,
     method: Method,
     dtype: torch.dtype,
     refined: bool,
     device: torch.device,
-    acceleration: Acceleration,
 ) -> tuple[int, int, int]:
     """Count bytes of K/V on the device, of K/V on the host besides, and of a pass's activations."""
     levels = plan.levels
@@ -359,8 +359,9 @@ def count_memory(
     memory, *_ = memories
     on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
     together = min(plan.preset.chunk * method.together(levels), memory.window_frames)
-    copies = 2 if acceleration.replays(device) else 1  # graphs have memory of their own
-    return sum(on_device), sum(on_host), copies * pass_bytes(config, memory, together)
+    activations = pass_bytes(config, memory, together, options.fp8)
+    copies = 2 if options.acceleration.replays(device) else 1  # graphs have memory of their own
+    return sum(on_device), sum(on_host), copies * activations
 
 
 def estimate_memory(
@@ -376,13 +377,11 @@ def estimate_memory(
 ) -> Estimate:
     """Estimate the bytes of a run by use."""
     refined = refiner is not None
-    kv, kv_host, activations = count_memory(
-        config, plan, method, dtype, refined, device, options.acceleration
-    )
+    kv, kv_host, activations = count_memory(options, config, plan, method, dtype, refined, device)
     size = options.height, options.width
     vae_width = files.vae.vae_width() if files.vae else options.vae_source or PUBLISHED_VAE_DIM
     return Estimate(
-        weights=parameter_count(config) * dtype.itemsize,
+        weights=weight_bytes(config, dtype, options.fp8),
         refiner=refiner.nbytes if refiner else 0,
         kv=kv,
         kv_host=kv_host,
@@ -391,6 +390,7 @@ def estimate_memory(
         decode=WanVAE.decode_bytes(vae_width, *size, plan.preset.chunk, dtype),
         search=search.nbytes(plan, vae_width, dtype) if search else 0,
         text_encoder=text_encoder_bytes(options),
+        unconverted=weight_bytes(config, dtype) if options.fp8 and device.type == "cpu" else 0,
     )
 
 
@@ -422,6 +422,11 @@ def notes(job: Job) -> list[str]:
     memory = job.plan.memory(job.config, job.dtype) if job.plan.chunks else None
     if memory is not None:
         lines += job.acceleration.notes(memory, job.device)
+    if options.fp8 and not multiplies_fp8(job.device):
+        lines.append(
+            f"--fp8 saves memory and is slower here: {job.device} does not multiply fp8 (CUDA"
+            " compute capability 8.9 does)"
+        )
     if options.positions == "sink-adjacent" and not job.preset.sink:
         lines.append("--positions sink-adjacent does nothing without --window and --sink")
     if job.initial is not None and not job.method.goes_on:

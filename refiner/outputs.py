@@ -17,6 +17,7 @@ DECIDING = {
 }
 DECIDING |= {"lora": "none", "reward": "none", "refiner": "none", "weights": "auto", "noise": "1"}
 DECIDING |= {"memory": "window", "positions": "the preset's", "store": "plain", "recipe": ""}
+DECIDING |= {"products": "plain"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,18 @@ import torch
 
 from .memory.reflect import ReflectiveCache
 from .noise.file import RefinerCard, fingerprint, load_refiner, other_base
-from .noise.refiner import Branches, Refiner, Weights, check_pairs, merged, own_weights
+from .noise.refiner import (
+    Branches,
+    Convert,
+    Refiner,
+    Weights,
+    as_it_is,
+    check_pairs,
+    merged,
+    own_weights,
+)
 from .wan.causal import CausalWan
+from .wan.fp8_linear import layer_bytes
 from .wan.lora import LoraPair
 from .wan.transformer import WanConfig, WanTransformer
 
@@ -51,6 +61,7 @@ class RefinerPlan:
         form: Form = "auto",
         strength: float = 1.0,
         levels: Sequence[int] | None = None,
+        fp8: bool = False,
     ) -> "RefinerPlan":
         """Read a refiner for a network of these sizes and a run of these nominal levels.
 
@@ -70,6 +81,7 @@ class RefinerPlan:
             form=form,
             strength=strength,
             levels=levels,
+            fp8=fp8,
         )
 
     @classmethod
@@ -85,9 +97,11 @@ class RefinerPlan:
         strength: float = 1.0,
         levels: Sequence[int] | None = None,
         cache: ReflectiveCache | None = None,
+        fp8: bool = False,
     ) -> "RefinerPlan":
         """Plan a loaded refiner; `levels` and `cache` default to those of its training.
 
+        `fp8`: a merged copy multiplies in fp8 (see `with_fp8`).
         Raises ValueError for levels that the run does not have, or whose noise it cannot refine.
         """
         chosen, cache = tuple(card.levels if levels is None else levels), cache or card.cache
@@ -101,10 +115,13 @@ class RefinerPlan:
                 f"refined level {max(run_levels)}: the initial noise has no x0 before it, which"
                 f" {cache.previous!r} reads: leave that level out"
             )
-        weights = sum(pair.up.shape[0] * pair.down.shape[1] for pair in pairs.values())
+        weights = sum(
+            layer_bytes(layer, pair.up.shape[0], pair.down.shape[1], dtype, fp8)
+            for layer, pair in pairs.items()
+        )
         factors = sum(pair.up.numel() + pair.down.numel() for pair in pairs.values())
-        size = dtype.itemsize
-        return cls(name, pairs, card, form, strength, chosen, cache, weights * size, factors * size)
+        branches = factors * dtype.itemsize
+        return cls(name, pairs, card, form, strength, chosen, cache, weights, branches)
 
     @property
     def nbytes(self) -> int:
@@ -134,15 +151,18 @@ class RefinerPlan:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: Weights = own_weights,
+        convert: Convert = as_it_is,
     ) -> Iterator[Refiner]:
         """Attach T_φ to a loaded network for a run; afterwards the network is as it was before.
 
         A host that stores weights elsewhere passes device and dtype of the branches, and a function
-        that returns a layer's weights (see `merged`).
+        that returns a layer's weights (see `merged`, also for `convert`).
         """
         options = dict(cache=self.cache, levels=frozenset(self.levels), strength=self.strength)
         if self.form != "unmerged":
-            yield Refiner(merged(network, self.pairs, weights=weights), **options)
+            copied = merged(network, self.pairs, weights=weights, convert=convert)
+            del network  # which its owner may convert and free
+            yield Refiner(copied, **options)
             return
         branches = Branches(network.model, self.pairs, dtype, device)
         try:

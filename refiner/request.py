@@ -58,6 +58,7 @@ class GenerateOptions:
     dtype: str = "auto"
     compile: bool = False
     graphs: Graphs = "off"
+    fp8: bool = False  # products of the transformer's blocks in fp8
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -173,6 +173,11 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         " they are not given"
     )
     group.add_argument("--fit", type=budget, metavar="SIZE", help=about)
+    about = (
+        "multiply in fp8 in the transformer's blocks: half the bytes of their weights, faster on a"
+        " GPU of CUDA compute capability 8.9 or higher"
+    )
+    group.add_argument("--fp8", action="store_true", help=about)
     about = f"{', '.join(NOISES)}; with knobs like antiphase:rho=0.2"
     group.add_argument("--noise", default="white", metavar=knobs, help=about)
     about = (
@@ -260,6 +265,7 @@ def summary(job: Job) -> str:
     policy += f", positions {options.positions}" if options.positions else ""
     policy += "" if job.store == DEFAULT_STORE else f", store {job.store}"
     noise = "" if options.noise == "white" else f", noise {options.noise}"
+    products = ", products in fp8" if options.fp8 else ""
     refined = f", refined by {job.refiner.describe()}" if job.refiner else ""
     judged = f" by {job.search.describe()}" if job.search else ""
     length = "endless" if job.plan.endless else f"{options.frames} frames"
@@ -267,7 +273,7 @@ def summary(job: Job) -> str:
         f"{length} of {options.width}x{options.height}, preset {job.preset_name}"
         f" ({job.preset_reason}), levels {','.join(map(str, preset.levels))}, {preset.chunk} latent"
         f" frames a chunk, method {options.sampler}{judged}, memory {window}{policy}{noise}, on"
-        f" {job.device} in {str(job.dtype).removeprefix('torch.')}{refined}"
+        f" {job.device} in {str(job.dtype).removeprefix('torch.')}{products}{refined}"
     )
 
 
