@@ -16,6 +16,7 @@ from autorefiner.refiner.noise.source import Draw
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import Chunk, Preset
 from autorefiner.refiner.wan.causal import CausalWan, KeyValue
+from autorefiner.refiner.wan.fp8_linear import with_fp8
 from autorefiner.refiner.wan.rope import rotate
 from autorefiner.refiner.wan.transformer import WanConfig, WanTransformer
 from autorefiner.refiner.wan.vae import WanVAE
@@ -39,14 +40,19 @@ def golden_files(*kinds: str) -> list[Path]:
 
 
 def network_of(
-    path: Path, config: dict, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    path: Path,
+    config: dict,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
 ) -> CausalWan:
-    """Load the network of a case."""
+    """Load the network of a case; with `fp8`, its blocks multiply in fp8."""
     sizes = WanConfig(**config["model"])
     model = WanTransformer(sizes)
     weights = load_file(path.parent / config.get("weights", "dit_weights.safetensors"))
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return CausalWan(model.to(device, dtype), sizes)
+    network = CausalWan(model.to(device, dtype), sizes)
+    return with_fp8(network) if fp8 else network
 
 
 def distance(ours: Tensor, recorded: Tensor) -> float:
@@ -94,11 +100,11 @@ class Recorded:
 
 @torch.no_grad()
 def forward_outputs(
-    path: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    path: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32, fp8: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Return our and the recorded flow, keys and values of one pass."""
     config, case = config_of(path), load_file(path)
-    network = network_of(path, config, device, dtype)
+    network = network_of(path, config, device, dtype, fp8)
     view = Recorder(config["start_frame"], config["frames"])
     x, context = (case[name].to(device, dtype) for name in ("x", "context"))
     flow = network(x, case["timestep"].to(device), network.text(context), view)
@@ -123,7 +129,11 @@ def rollout_preset(config: dict) -> Preset:
 
 
 def rollout_outputs(
-    path: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32, **choices
+    path: Path,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
+    **choices,
 ) -> tuple[Tensor, Tensor]:
     """Return our and the recorded latents of a run; `choices` go into its RunPlan.
 
@@ -136,7 +146,7 @@ def rollout_outputs(
         config["batch"], given, **choices,
     )  # fmt: skip
     initial = case["initial"].transpose(1, 2) if given else None
-    network, noise = network_of(path, config, device, dtype), Recorded(case, given)
+    network, noise = network_of(path, config, device, dtype, fp8), Recorded(case, given)
     chunks = [
         chunk.cpu()
         for chunk in sample(network, case["context"], plan, noise=noise, initial=initial)
