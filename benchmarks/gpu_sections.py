@@ -43,6 +43,7 @@ from autorefiner.refiner.training.dmd_objective import DmdObjective  # noqa: E40
 from autorefiner.refiner.training.options import RefineOptions  # noqa: E402
 from autorefiner.refiner.training.refiner_stage import RefinerStage  # noqa: E402
 from autorefiner.refiner.wan.causal import CausalWan  # noqa: E402
+from autorefiner.refiner.wan.fp8_linear import multiplies_fp8, with_fp8  # noqa: E402
 from autorefiner.refiner.wan.transformer import WanConfig  # noqa: E402
 from autorefiner.refiner.wan.vae import DecoderState, WanVAE  # noqa: E402
 
@@ -57,6 +58,7 @@ from golden_cases import (  # noqa: E402, the recorded cases of the tests
 
 ROUNDS = 5
 TOP_KERNELS = 12
+NO_FP8 = "this device does not multiply fp8: CUDA compute capability 8.9 or higher does"
 SMALLEST = WanConfig(dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=32, text_len=8)
 SIZES["rehearsal"] = BenchSize(SMALLEST, 4, 4, 8)  # tries every section on a CPU
 
@@ -133,7 +135,10 @@ def card(kit: Kit) -> dict:
 
 
 def golden(kit: Kit) -> dict:
-    """Compare with the recorded cases: fp32 absolutely (at most 2e-5), bf16 relatively (2e-2)."""
+    """Compare with the recorded cases.
+
+    fp32 absolutely (at most 2e-5), bf16 (2e-2) and products in fp8 (5e-2) relatively.
+    """
     results = {}
     for path in golden_files("forward", "rollout", "vae"):
         for dtype, measure, limit in (
@@ -143,18 +148,29 @@ def golden(kit: Kit) -> dict:
             worst = max(measure(*pair) for pair in golden_pairs(path, kit.device, dtype))
             name = f"{path.stem} {str(dtype).removeprefix('torch.')}"
             results[name] = {"difference": worst, "limit": limit, "passes": worst <= limit}
+        if path.stem != "vae":
+            results[f"{path.stem} fp8"] = golden_fp8(kit, path)
     return results
 
 
+def golden_fp8(kit: Kit, path: Path) -> dict:
+    """Compare products in fp8 with a recorded case, relatively."""
+    if not multiplies_fp8(kit.device):
+        return {"skipped": NO_FP8}
+    pairs = golden_pairs(path, kit.device, torch.bfloat16, fp8=True)
+    worst = max(relative_distance(*pair) for pair in pairs)
+    return {"difference": worst, "limit": 5e-2, "passes": worst <= 5e-2}
+
+
 def golden_pairs(
-    path: Path, device: torch.device, dtype: torch.dtype
+    path: Path, device: torch.device, dtype: torch.dtype, fp8: bool = False
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Return our tensors and the recorded ones of a case."""
     if path.stem == "vae":
         return vae_outputs(path, device, dtype)
     if path in golden_files("forward"):
-        return forward_outputs(path, device, dtype)
-    return [rollout_outputs(path, device, dtype)]
+        return forward_outputs(path, device, dtype, fp8)
+    return [rollout_outputs(path, device, dtype, fp8)]
 
 
 @dataclass(slots=True)
@@ -190,19 +206,35 @@ def sampling(kit: Kit) -> dict:
         several = setting.chunk == 3 and setting.batch == 1
         forms = models.refiners if several else {"base": None}
         for form, refiner in forms.items():
-            kit.peak()
-            chunks = setting.filling_chunks + kit.steady_chunks + 1  # the last is not committed
-            plan = setting.plan(kit, chunks)
-            run = sample(models.base, models.context, plan, refiner=refiner)
-            seconds = chunk_seconds(run, kit.device)[setting.filling_chunks : -1]
-            steady = statistics.median(seconds)
-            memory = plan.memory(kit.case.config, kit.dtype, refined=refiner is not None)
-            results[f"{setting.name}: {form}"] = {
-                "chunk_ms": 1e3 * steady,
-                "frames_per_second": 4 * setting.chunk * setting.batch / steady,
-                "kv_gb": memory.nbytes / 1e9,
-                "peak_gb": kit.peak(),
-            }
+            results[f"{setting.name}: {form}"] = steady_chunk(kit, models, setting, refiner)
+    return results | sampling_fp8(kit, models, SETTINGS[1])
+
+
+def steady_chunk(kit: Kit, models: Models, setting: Setting, refiner: Refiner | None) -> dict:
+    """Time a chunk in a full window."""
+    kit.peak()
+    chunks = setting.filling_chunks + kit.steady_chunks + 1  # the last is not committed
+    plan = setting.plan(kit, chunks)
+    run = sample(models.base, models.context, plan, refiner=refiner)
+    steady = statistics.median(chunk_seconds(run, kit.device)[setting.filling_chunks : -1])
+    memory = plan.memory(kit.case.config, kit.dtype, refined=refiner is not None)
+    return {
+        "chunk_ms": 1e3 * steady,
+        "frames_per_second": 4 * setting.chunk * setting.batch / steady,
+        "kv_gb": memory.nbytes / 1e9,
+        "peak_gb": kit.peak(),
+    }
+
+
+def sampling_fp8(kit: Kit, models: Models, setting: Setting) -> dict:
+    """Time chunks with products in fp8: of the base, and of a merged refiner."""
+    forms = {"base": None, "pending, merged": models.refiners["pending, merged"]}
+    if not multiplies_fp8(kit.device):
+        return {f"{setting.name}: {form}, fp8": {"skipped": NO_FP8} for form in forms}
+    results, converted = {}, Models(with_fp8(models.base), {}, models.context)
+    for form, refiner in forms.items():
+        active = refiner and replace(refiner, network=with_fp8(refiner.network))
+        results[f"{setting.name}: {form}, fp8"] = steady_chunk(kit, converted, setting, active)
     return results
 
 

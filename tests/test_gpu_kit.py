@@ -51,6 +51,24 @@ def test_golden_cases_have_limits_in_both_dtypes() -> None:
     assert 1e-4 < max(gpu_sections.relative_distance(*pair) for pair in pairs) < 2e-2
 
 
+def test_products_in_fp8_are_skipped_or_measured(monkeypatch) -> None:
+    """On a CPU they are skipped with the reason; here they are measured by the reference."""
+    (path,) = [each for each in gpu_sections.golden_files("forward") if "first" in each.stem]
+    models = gpu_sections.Models.of(KIT)
+    setting = gpu_sections.SETTINGS[1]
+    assert all(
+        "skipped" in each for each in gpu_sections.sampling_fp8(KIT, models, setting).values()
+    )
+    assert "skipped" in gpu_sections.golden_fp8(KIT, path)
+    monkeypatch.setattr(gpu_sections, "multiplies_fp8", lambda device: True)
+    with torch.no_grad():
+        results = gpu_sections.sampling_fp8(KIT, models, setting)
+    assert set(results) == {"b: base, fp8", "b: pending, merged, fp8"}
+    assert all(each["chunk_ms"] > 0 for each in results.values())
+    result = gpu_sections.golden_fp8(KIT, path)
+    assert result["passes"] and result["difference"] > 1e-2
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
     calls = []
 
