@@ -124,7 +124,7 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.mark.parametrize("page", USED, ids=name_of)
 def test_options_that_are_named_exist(page: Path) -> None:
-    named = set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(--[a-z0-9-]+)", page.read_text(encoding="utf-8")))
     assert named <= options(build_parser([add_run]))
 
 
