@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from .accelerate import AccelerateARVDM
 from .cache import ReflectiveCacheNode
 from .cache_view import cache_view
 from .chunk_schedule import ChunkScheduleNode
@@ -20,6 +21,7 @@ from .train import TrainRefiner
 NODES = (
     LoadARVDM,
     LoadDemo,
+    AccelerateARVDM,
     LoadRefiner,
     SaveRefiner,
     ReflectiveCacheNode,

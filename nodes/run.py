@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..refiner.acceleration import Acceleration
 from ..refiner.choices import choose
 from ..refiner.estimate import available_bytes
 from ..refiner.memory.plan import MemoryPlan
@@ -45,6 +46,7 @@ class ModelFacts:
     start: Tensor | None = None  # raw latents [1 or B, 16, F, h, w] of core's ARVideoI2V
     device: torch.device = CPU
     size: tuple[int, int] | None = None  # width and height that it was made for, where known
+    acceleration: Acceleration = field(default_factory=Acceleration)
 
 
 class Search(Protocol):
@@ -132,6 +134,7 @@ class Run:
         weights: Weights = own_weights,
         prompts: Timeline[str] | None = None,
         finished: Callable[[Chunk, Tensor], None] | None = None,
+        acceleration: Acceleration | None = None,
     ) -> Tensor:
         """Sample the whole clip [B, C, F, h, w], normalised, fp32 on the CPU.
 
@@ -150,7 +153,12 @@ class Run:
             attached = self.refined.attached(network, device, dtype, weights)
         search = self.search
         judging = search.verifier(self.plan.batch, device, prompts) if search else nullcontext()
-        with attached as refiner, judging as verifier:
+        acceleration = acceleration or Acceleration()
+        with (
+            attached as refiner,
+            acceleration.attached(network, refiner, device) as (network, refiner),
+            judging as verifier,
+        ):
             chunks = sample(
                 network,
                 context,

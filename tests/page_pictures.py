@@ -35,7 +35,7 @@ OPENED = {
     "self_forcing_refiner": ("LoadARVDM", "ReflectiveCache", "DecodeToVideo"),
     "prompt_timeline": ("PromptTimeline",),
 }
-ALONE = ("ChunkSchedule", "LoadReward", "ScoreVideo", "Search")  # not in any workflow
+ALONE = ("Accelerate", "ChunkSchedule", "LoadReward", "ScoreVideo", "Search")  # not in any workflow
 LENGTH, STEPS = 81, 6
 SEEN, SCALE = "compare_controls", 0.6  # the picture in docs/comfyui.md
 FILMED = PACK / "docs" / "run.webp"

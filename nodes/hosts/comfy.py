@@ -19,7 +19,14 @@ from ...refiner.noise.file import fingerprint_of
 from ...refiner.wan.checkpoint import CheckpointInfo
 from ..run_states import NOTICES
 from . import page
-from .comfy_model import BASE, PRESET, SIZE, base_of, facts  # noqa: F401, of NodeHost
+from .comfy_model import (  # noqa: F401, of NodeHost
+    BASE,
+    PRESET,
+    SIZE,
+    accelerated,
+    base_of,
+    facts,
+)
 from .comfy_previews import preview_by, read_decoder
 from .comfy_sampling import make_sampler, sample, settled  # noqa: F401, of NodeHost
 from .comfy_training import (  # noqa: F401, of NodeHost

@@ -5,6 +5,7 @@ import comfy.model_management as management
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...refiner.acceleration import Acceleration
 from ...refiner.schedule import PRESETS
 from ...refiner.wan.transformer import WanConfig
 from ..run import CHANNELS, ModelFacts
@@ -12,6 +13,7 @@ from . import comfy_layers
 
 PRESET = "autorefiner.preset"  # attachment of a MODEL: its preset's name
 SIZE = "autorefiner.size"  # attachment of a MODEL: the width and height that it was made for
+ACCELERATION = "autorefiner.acceleration"  # attachment of a MODEL: an Acceleration
 BASE = "autorefiner.base"  # attachment of a MODEL: the fingerprint of its file
 
 
@@ -41,7 +43,15 @@ def facts(model: ModelPatcher) -> ModelFacts:
         start=options.get("ar_config", {}).get("initial_latent"),  # set by core's ARVideoI2V
         device=model.load_device,
         size=model.get_attachment(SIZE),
+        acceleration=model.get_attachment(ACCELERATION) or Acceleration(),
     )
+
+
+def accelerated(model: ModelPatcher, acceleration: Acceleration) -> ModelPatcher:
+    """Clone the MODEL with an acceleration of its runs."""
+    model = model.clone()
+    model.set_attachments(ACCELERATION, acceleration)
+    return model
 
 
 def base_of(model: ModelPatcher) -> str | None:

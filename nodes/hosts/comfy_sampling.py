@@ -17,11 +17,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...refiner.acceleration import Acceleration
 from ...refiner.prompt_timeline import PlacedTimeline
 from ...refiner.rollout import Progress
 from ...refiner.schedule import Chunk
 from ...refiner.timeline import Timeline
 from ...refiner.wan.causal import CausalWan, Kernels
+from ..accelerated import noting
 from ..guided import SamplerOptions
 from ..passes import Passes
 from ..run import ModelFacts, Run, held_bytes, size_note
@@ -155,7 +157,10 @@ class PathwiseSampler(comfy.samplers.Sampler):
         run, hold = continued(run, context, self.reserved_for or identity_of(model))
         options = extra_args["model_options"].get("transformer_options", {})
         network = causal_network(model, options)
+        acceleration = acceleration_for(model, known)
+        memory = run.plan.memory(known.config, known.dtype)
         with (
+            noting(acceleration, memory, known.device, notice),
             page.watching(run, self.node, pictures_of(model)) as watch,
             recording(self.vae, model, run, self.node) as recorder,
         ):
@@ -174,11 +179,21 @@ class PathwiseSampler(comfy.samplers.Sampler):
                 weights,
                 prompts,
                 partial(finish, list(filter(None, receivers))),
+                acceleration,
             ).to(noise.device)
         if callback is not None:  # SamplerCustomAdvanced takes its denoised output from here
             total = Passes(run).total
             callback(total - 1, clip, clip, total)
         return clip
+
+
+def acceleration_for(model: ModelPatcher, known: ModelFacts) -> Acceleration:
+    """Return the MODEL's acceleration; without graphs where its weights do not stay in place."""
+    acceleration = known.acceleration
+    if acceleration.replays(known.device) and model.is_dynamic():
+        notice("graphs do nothing while ComfyUI streams the model's weights to the device")
+        return replace(acceleration, graphs="off")
+    return acceleration
 
 
 def finish(receivers: list[Callable[[Chunk, Tensor], None]], chunk: Chunk, x0: Tensor) -> None:
@@ -227,11 +242,14 @@ def reporter(
 def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     """Clone the MODEL so that loading reserves memory for one chunk and for what the run holds."""
     model = model.clone()
-    nbytes, chunk = held_bytes(run, facts(model)), run.plan.preset.chunk
+    known, chunk = facts(model), run.plan.preset.chunk
+    nbytes = held_bytes(run, known)
     # In `joint` mode x0 and noise go through the network together.
     passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1
     if run.plan.chunks:
         passes *= run.sampler().together(run.plan.levels)
+    if known.acceleration.replays(known.device):
+        passes *= 2  # graphs have memory of their own
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):
         batch, channels, frames, *size = noise_shape

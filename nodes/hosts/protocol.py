@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...refiner.acceleration import Acceleration
 from ...refiner.training.loop import Watch
 from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo
@@ -81,6 +82,10 @@ class NodeHost(Protocol):
 
     def load_demo(self, network: str) -> tuple[Model, Clip, Vae]:
         """The bundled demo; `network` is student or teacher."""
+        ...
+
+    def accelerated(self, model: Model, acceleration: Acceleration) -> Model:
+        """Return the MODEL with an acceleration of its runs."""
         ...
 
     def facts(self, model: Model) -> ModelFacts:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...refiner.acceleration import Acceleration
 from ...refiner.bundles import BUNDLES, DEMO
 from ...refiner.device import pick_device, pick_dtype
 from ...refiner.estimate import available_bytes
@@ -29,6 +30,7 @@ from ...refiner.wan.causal import CausalWan
 from ...refiner.wan.checkpoint import CheckpointInfo, load_transformer, load_vae_state
 from ...refiner.wan.text import load_text_encoder
 from ...refiner.wan.vae import DecoderState, WanVAE, normalized, raw_latents
+from ..accelerated import noting
 from ..passes import Passes
 from ..paths import SHOWN, dated, inside
 from ..run import ModelFacts, Run, held_bytes
@@ -95,6 +97,7 @@ class Model:
     network: CausalWan
     preset: str | None
     size: tuple[int, int] | None = None  # width and height that it was made for
+    acceleration: Acceleration = field(default_factory=Acceleration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,12 @@ def facts(model: Model) -> ModelFacts:
         nbytes,
         device=parameter.device,
         size=model.size,
+        acceleration=model.acceleration,
     )
+
+
+def accelerated(model: Model, acceleration: Acceleration) -> Model:
+    return replace(model, acceleration=acceleration)
 
 
 def base_of(model: Model) -> str:
@@ -282,7 +290,13 @@ def sample(model: Model, positive: list, run: Run, vae: WanVAE | None = None) ->
 
         prompts = placed.timeline if placed else None
         device, dtype = parameter.device, parameter.dtype
-        clip = run.clip(model.network, context, device, dtype, step, prompts=prompts)
+        with noting(
+            model.acceleration, run.plan.memory(model.network.config, dtype), device, notice
+        ):
+            clip = run.clip(
+                model.network, context, device, dtype, step, prompts=prompts,
+                acceleration=model.acceleration,
+            )  # fmt: skip
     return raw_latents(clip)
 
 

@@ -45,7 +45,7 @@ class Compiler:
 
     backend: str = "inductor"
     seconds: float = 0.0
-    works: bool = True
+    failure: str = ""  # why nothing is compiled any more
     functions: dict[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ class Compiler:
         known: set[Hashable] = set()
 
         def run(*arguments: object) -> object:
-            if not self.works:
+            if self.failure:
                 return function(*arguments)
             kind = tuple((each.shape, each.dtype) for each in tensors_of(arguments))
             if kind in known:
@@ -71,9 +71,8 @@ class Compiler:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.works = False
-                reason = reason_of(error)
-                warnings.warn(f"runs uncompiled, which is slower: {reason}", stacklevel=2)
+                self.failure = f"runs uncompiled, which is slower: {reason_of(error)}"
+                warnings.warn(self.failure, stacklevel=2)
                 return function(*arguments)
             self.seconds += time.perf_counter() - began
             known.add(kind)

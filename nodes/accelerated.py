@@ -1,0 +1,28 @@
+"""What a user is told of an accelerated run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..refiner.acceleration import Acceleration
+from ..refiner.memory.plan import MemoryPlan
+
+
+@contextmanager
+def noting(
+    acceleration: Acceleration,
+    memory: MemoryPlan,
+    device: torch.device,
+    notice: Callable[[str], None],
+) -> Iterator[None]:
+    """Say what does nothing in the run inside; afterwards, what compiling took."""
+    for line in acceleration.notes(memory, device):
+        notice(line)
+    compiler = acceleration.compiler
+    before, failed = compiler.seconds, compiler.failure
+    yield
+    if compiler.failure != failed:
+        notice(compiler.failure)
+    elif compiler.seconds > before:
+        notice(f"{compiler.seconds - before:.1f} s of this run were compiling")
