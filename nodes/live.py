@@ -6,13 +6,13 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..refiner.beside import own_stream
 from ..refiner.fragments import FragmentEncoder, codec_string, has_h264
 from ..refiner.schedule import Chunk
 from ..refiner.video import as_bytes
@@ -214,12 +214,3 @@ class Recorder:
     def _say(self, note: str) -> None:
         self.video.note = note
         self.announce(self.video)
-
-
-def own_stream(device: torch.device) -> AbstractContextManager:
-    """Enter a new CUDA stream that begins after what is queued, such as the copy of weights."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))
-    return torch.cuda.stream(stream)

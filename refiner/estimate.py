@@ -31,6 +31,7 @@ class Estimate:
     text_encoder: int = 0  # its weights, freed before the transformer is loaded
     kv_host: int = 0  # K/V in host memory, where that is not the device's
     unconverted: int = 0  # weights before --fp8, on the same device and freed before sampling
+    beside: bool = False  # whether chunks are decoded while others are sampled
 
     @property
     def total(self) -> int:
@@ -42,16 +43,19 @@ class Estimate:
         """Bytes by use when most are taken.
 
         The text encoder is freed before the transformer is loaded, unconverted weights before
-        sampling; a pass and the decoder take turns.
+        sampling; a pass and the decoder take turns, unless the decoder works beside.
         """
-        turn = "activations" if self.activations >= self.decode else "VAE decoder"
+        turns = {"activations": self.activations, "VAE decoder": self.decode}
+        if not self.beside:
+            turn = max(turns, key=turns.__getitem__)
+            turns = {turn: turns[turn]}
         sampling = {
             "weights": self.weights,
             "refiner": self.refiner,
             "K/V": self.kv,
             "prompt K/V": self.text_kv,
             "rewards": self.search,
-            turn: max(self.activations, self.decode),
+            **turns,
         }
         converting = {"weights": self.weights + self.unconverted, "refiner": self.refiner}
         encoding = {"text encoder": self.text_encoder}

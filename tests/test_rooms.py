@@ -41,6 +41,7 @@ ROOMS = {
     "latents": TOOLS | {"schedule", "estimate"},
     "outputs": TOOLS | {"latents"},
     "pictures": TOOLS,
+    "beside": {"stopping"},
     "fragments": set(),
     "video": TOOLS | {"estimate", "fragments"},
     "training": TRAINED,
@@ -67,7 +68,7 @@ ROOMS = {
         "verifiers",
     },
     "fit": TRAINED | {"job", "request"},
-    "generate": TRAINED | {"job"},
+    "generate": TRAINED | {"beside", "job"},
     "train": TRAINED | {"bundles", "training", "train_config"},
 }
 ANYTHING = {"cli", "commands", "__init__"}  # may import every room
