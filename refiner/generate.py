@@ -28,6 +28,7 @@ from .wan.fp8_linear import fp8_layer, with_fp8
 from .wan.text import load_text_encoder
 from .wan.transformer import WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
+from .wan.vae_layers import channels_last
 from .wan.weight_file import open_weights
 
 SHEET_FRAMES = 24
@@ -144,7 +145,9 @@ def load_vae(job: Job) -> WanVAE:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             vae = WanVAE(source)
-    return vae.to(job.device, job.dtype).requires_grad_(False)
+    vae = vae.to(job.device, job.dtype).requires_grad_(False)
+    has_tensor_cores = job.device.type == "cuda" and job.dtype != torch.float32
+    return channels_last(vae) if has_tensor_cores else vae
 
 
 @torch.no_grad()

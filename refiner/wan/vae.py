@@ -152,6 +152,14 @@ class WanVAE(nn.Module):
             [self.decoder(piece, state) for piece in z.split(step, dim=1)], dim=1
         ).transpose(1, 2)
 
+    def compile_decoder(self, **options) -> None:
+        """Compile the decoder, streaming state included; `options` are torch.compile's.
+
+        The first pieces of a video make up to four graphs, for the state grows; later videos of
+        this size use them again.
+        """
+        self.decoder.compile(fullgraph=True, dynamic=False, **options)
+
     def _check_continues(self, latents_BCFhw: Tensor, state: DecoderState) -> None:
         if not state.last:
             return

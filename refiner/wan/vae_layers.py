@@ -8,12 +8,14 @@ batch uses the 3-D one, which PyTorch hands to oneDNN. All layers are causal in 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 WIDTHS = (1, 2, 4, 4)  # of the four resolutions, finest first, in multiples of the base width
 
 
@@ -50,20 +52,35 @@ def stacked_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out.unflatten(0, (-1, frames))
 
 
-def volume(x_BTCHW: Tensor) -> Tensor:
-    """Return x as [B, C, T, H, W]; on the CPU with channels last in memory.
+def volume(x_BTCHW: Tensor, weight: Tensor) -> Tensor:
+    """Return x as [B, C, T, H, W]; on the CPU, or as the weight, with channels last in memory.
 
-    With few channels this cuts the time of a 3-D convolution's backward pass to a third, and
-    tensors concatenated in this format need no copy.
+    With few channels this cuts the time of a 3-D convolution's backward pass on the CPU to a third,
+    and tensors concatenated in this format need no copy.
     """
     x = x_BTCHW.transpose(1, 2)
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+    last = weight.is_contiguous(memory_format=torch.channels_last_3d)
+    if x.device.type == "cpu" or (last and not weight.is_contiguous()):
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x
 
 
 def volume_conv(x_BTCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `stacked_conv` as one 3-D convolution, which takes a third of the memory."""
     side = weight.shape[3] // 2
-    return F.conv3d(volume(x_BTCHW), weight, bias, padding=(0, side, side)).transpose(1, 2)
+    return F.conv3d(volume(x_BTCHW, weight), weight, bias, padding=(0, side, side)).transpose(1, 2)
+
+
+def channels_last(module: Module) -> Module:
+    """Store weights of convolutions with channels last in memory; activations follow.
+
+    Tensor cores convolve half precision in this format; cuDNN converts any other to it and back.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    return module
 
 
 class CausalConv3d(nn.Conv3d):
@@ -78,7 +95,8 @@ class CausalConv3d(nn.Conv3d):
             if stacked:
                 x_BTCHW = torch.cat((past, x_BTCHW), dim=1)
             else:
-                x_BTCHW = torch.cat((volume(past), volume(x_BTCHW)), dim=2).transpose(1, 2)
+                pieces = (volume(each, self.weight) for each in (past, x_BTCHW))
+                x_BTCHW = torch.cat(tuple(pieces), dim=2).transpose(1, 2)
             # Clone, as a view would keep the whole activation alive.
             state.last[self] = x_BTCHW[:, -back:].clone()
         return (stacked_conv if stacked else volume_conv)(x_BTCHW, self.weight, self.bias)

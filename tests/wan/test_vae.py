@@ -1,5 +1,6 @@
 """The VAE: names, streaming in any split, gradients, width from the weights."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from autorefiner.refiner.wan import vae_layers
 from autorefiner.refiner.wan.vae import DecoderState, WanVAE
-from autorefiner.refiner.wan.vae_layers import stacked_conv, volume_conv
+from autorefiner.refiner.wan.vae_layers import channels_last, stacked_conv, volume, volume_conv
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vae_weights.safetensors"
 
@@ -92,6 +94,63 @@ def test_long_inputs_go_through_in_pieces_and_give_the_same(vae, latents, monkey
     assert (vae.decode(latents) - whole[0]).abs().max() < 3e-5
     assert len(calls) == 5
     assert (vae.encode(pixels) - whole[1]).abs().max() < 3e-5
+
+
+def decoded_in_calls(vae: WanVAE, latents: torch.Tensor) -> torch.Tensor:
+    """Decode 2, 2 and 1 latents in turn."""
+    state = DecoderState()
+    return torch.cat([vae.decode(piece, state) for piece in latents.split(2, dim=2)], dim=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_with_channels_last_give_the_same(vae, latents, monkeypatch, dtype) -> None:
+    """No further from float64 than the plain weights; every 3-D convolution sees the format."""
+    formats, convolve = [], vae_layers.F.conv3d
+
+    def conv3d(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: object):
+        if weight.shape[2] > 1:
+            last = torch.channels_last_3d
+            formats.append((x.is_contiguous(memory_format=last), weight.stride(1) == 1))
+        return convolve(x, weight, *args, **options)
+
+    clips = torch.cat((latents, -latents))  # a batch takes the way of a GPU
+    exact = decoded_in_calls(copy.deepcopy(vae).double(), clips.double())
+    changed = copy.deepcopy(vae).to(dtype)
+    plain = decoded_in_calls(changed, clips.to(dtype))
+    monkeypatch.setattr(vae_layers.F, "conv3d", conv3d)
+    pixels = decoded_in_calls(channels_last(changed), clips.to(dtype))
+    rounding, error = ((each.double() - exact).square().mean() for each in (plain, pixels))
+    assert error < 2 * rounding
+    assert set(formats) == {(True, True)}
+
+
+def test_a_volume_follows_the_weight_on_a_gpu() -> None:
+    x = torch.empty(1, 3, 4, 6, 8, device="meta")  # B, T, C, H, W
+    weight = torch.empty(8, 4, 3, 3, 3, device="meta")
+    last = torch.channels_last_3d
+    assert not volume(x, weight).is_contiguous(memory_format=last)
+    assert volume(x, weight.to(memory_format=last)).is_contiguous(memory_format=last)
+    point = torch.empty(8, 4, 1, 1, 1, device="meta")  # contiguous in either format
+    assert not volume(x, point).is_contiguous(memory_format=last)
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_gives_the_same_and_uses_its_graphs_again(latents) -> None:
+    vae = WanVAE(4)
+    graphs, compiled = [], copy.deepcopy(vae)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled.compile_decoder(backend=backend)
+    for _ in range(2):
+        states = DecoderState(), DecoderState()
+        for piece in latents[:, :, :4].split(2, dim=2):
+            expected = vae.decode(piece, states[0])
+            assert torch.equal(compiled.decode(piece, states[1]), expected)
+        assert len(graphs) == 2
 
 
 @torch.no_grad()
