@@ -39,11 +39,18 @@ def import_package() -> None:
 
 import_package()
 
+from gpu_decoding import compiled_decoding, decoding, fragmentation  # noqa: E402
 from gpu_sections import SECTIONS as OTHER_SECTIONS  # noqa: E402
 from gpu_sections import SIZES, Kit  # noqa: E402
 from gpu_stores import stores  # noqa: E402
 
-SECTIONS = {**OTHER_SECTIONS, "stores": stores}
+SECTIONS = {
+    **OTHER_SECTIONS,
+    "stores": stores,
+    "decoding": decoding,
+    "fragmentation": fragmentation,
+    "compiled_decoding": compiled_decoding,  # last, so compiling delays no other
+}
 
 
 def arguments() -> argparse.Namespace:

@@ -22,7 +22,6 @@ from autorefiner.refiner.bench import (  # noqa: E402
     SIZES,
     BenchSize,
     clock,
-    measure_decode,
     measure_matmul,
     pass_flops,
     random_model,
@@ -327,27 +326,6 @@ def vae_of(kit: Kit) -> WanVAE:
 
 
 @torch.no_grad()
-def decoding(kit: Kit) -> dict:
-    """Time decoding alone, and chunks that are sampled and decoded one after the other."""
-    kit.peak()
-    vae, models, setting = vae_of(kit), Models.of(kit), SETTINGS[1]
-    shape = 1, 16, setting.chunk, kit.case.height, kit.case.width
-    latents = [torch.randn(shape, device=kit.device) for _ in range(kit.steady_chunks + 1)]
-    alone = measure_decode(vae, latents, kit.device)
-    state = DecoderState()
-    plan = setting.plan(kit, setting.filling_chunks + kit.steady_chunks + 1)
-    decoded = (
-        vae.decode(x0.to(kit.dtype), state) for x0 in sample(models.base, models.context, plan)
-    )
-    seconds = chunk_seconds(decoded, kit.device)[setting.filling_chunks : -1]
-    return {
-        "decode_frames_per_second": alone,
-        "with_decode_frames_per_second": 4 * setting.chunk / statistics.median(seconds),
-        "peak_gb": kit.peak(),
-    }
-
-
-@torch.no_grad()
 def profiled(kit: Kit) -> dict:
     """Profile a chunk in a full window: the longest kernels, and the device's idle share."""
     models, setting = Models.of(kit), SETTINGS[1]
@@ -474,7 +452,6 @@ SECTIONS: dict[str, Callable[[Kit], dict]] = {
     "sampling": sampling,
     "passes": passes,
     "first_frames": first_frames,
-    "decoding": decoding,
     "profile": profiled,
     "large_layers": large_layers,
     "training_step": training_step,

@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
+import gpu_decoding
 import gpu_sections
 import gpu_stores
 
@@ -27,6 +28,10 @@ def small(monkeypatch) -> None:
     ]
     monkeypatch.setattr(gpu_sections, "SETTINGS", short)
     monkeypatch.setattr(gpu_stores, "SETTINGS", short)
+    monkeypatch.setattr(gpu_decoding, "SETTINGS", short)
+    monkeypatch.setattr(gpu_decoding, "MARKS", (2, 4))
+    monkeypatch.setitem(gpu_sections.SIZES, "long", gpu_sections.SIZES["rehearsal"])
+    monkeypatch.setattr(gpu_decoding.WanVAE, "compile_decoder", lambda vae: None)  # takes seconds
 
 
 @pytest.mark.parametrize("section", [name for name in gpu.SECTIONS if name != "golden"])
@@ -43,6 +48,30 @@ def figures_of(value: object) -> list[float]:
     if isinstance(value, dict):
         return [each for one in value.values() for each in figures_of(one)]
     return [value] if isinstance(value, int | float) else []
+
+
+def test_memory_that_grows_is_not_flat(monkeypatch) -> None:
+    figures = iter(
+        [{"reserved_mb": 100.0, "unused_mb": 9.0}, {"reserved_mb": 100.0, "unused_mb": 30.0}]
+    )
+    monkeypatch.setattr(gpu_decoding, "memory_use", lambda kit: next(figures))
+    assert gpu_decoding.fragmentation(KIT)["flat"] is False
+
+
+def test_what_no_tensor_uses_is_counted_on_a_gpu(monkeypatch) -> None:
+    current = {"allocated": 5, "reserved": 8, "inactive_split": 1}
+    stats = {f"{name}_bytes.all.current": mb * 10**6 for name, mb in current.items()}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda device: {**stats, "num_alloc_retries": 2}
+    )
+    assert gpu_decoding.memory_use(gpu_sections.Kit(torch.device("cuda"))) == {
+        "allocated_mb": 5.0,
+        "reserved_mb": 8.0,
+        "unused_mb": 3.0,
+        "inactive_split_mb": 1.0,
+        "alloc_retries": 2,
+    }
 
 
 def test_golden_cases_have_limits_in_both_dtypes() -> None:
