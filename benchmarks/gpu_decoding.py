@@ -17,6 +17,7 @@ from autorefiner.refiner.bench import BenchSize, measure_decode
 from autorefiner.refiner.beside import Stage
 from autorefiner.refiner.sample import finite, sample
 from autorefiner.refiner.video import to_frames
+from autorefiner.refiner.wan.compiled import Compiler
 from autorefiner.refiner.wan.tiny_vae import TinyVAE
 from autorefiner.refiner.wan.vae import DecoderState, WanVAE
 from autorefiner.refiner.wan.vae_layers import channels_last
@@ -49,7 +50,7 @@ def decoding(kit: Kit) -> dict:
 def compiled_decoding(kit: Kit) -> dict:
     """Time the full decoder as `decoding` does, with channels last and compiled."""
     models, vae = Models.of(kit), channels_last(vae_of(kit))
-    vae.compile_decoder()
+    vae.compile_decoder(Compiler())
     start = perf_counter()
     measure_decode(vae, latents_of(kit), kit.device)
     compiling = perf_counter() - start

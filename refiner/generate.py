@@ -164,6 +164,8 @@ def generate(
     """
     options = job.options
     vae = load_vae(job)
+    if options.compile and job.device.type == "cuda":  # on a CPU it gains nothing
+        vae.compile_decoder(job.acceleration.compiler)
     counts: deque[int] = deque()  # to be yielded
     with ExitStack() as stack:
         chunks = stack.enter_context(closing(sampled(job, vae, callback)))

@@ -221,12 +221,21 @@ def take_all(page: Page, running: Server) -> None:
         take(page, kinds)
     overview(page, running)
     page.load(WORKFLOWS / "text_to_video.json")
-    for kind in ALONE:
+    take_alone(page, ALONE)
+
+
+def take_alone(page: Page, kinds: tuple[str, ...]) -> None:
+    """Take a picture of new nodes, away from all others."""
+    for number, kind in enumerate(kinds):
         page.tab.evaluate(
-            "(kind) => window.app.graph.add(window.LiteGraph.createNode(kind))",
-            f"AutoRefiner{kind}",
+            """([kind, y]) => {
+                const node = window.LiteGraph.createNode(kind);
+                window.app.graph.add(node);
+                node.pos = [5000, y];
+            }""",
+            [f"AutoRefiner{kind}", 1000 * number],
         )
-    take(page, ALONE)
+    take(page, kinds)
 
 
 def main() -> None:

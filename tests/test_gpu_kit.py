@@ -31,7 +31,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(gpu_decoding, "SETTINGS", short)
     monkeypatch.setattr(gpu_decoding, "MARKS", (2, 4))
     monkeypatch.setitem(gpu_sections.SIZES, "long", gpu_sections.SIZES["rehearsal"])
-    monkeypatch.setattr(gpu_decoding.WanVAE, "compile_decoder", lambda vae: None)  # takes seconds
+    monkeypatch.setattr(gpu_decoding.WanVAE, "compile_decoder", lambda *_: None)  # takes seconds
 
 
 @pytest.mark.parametrize("section", [name for name in gpu.SECTIONS if name != "golden"])

@@ -1,7 +1,7 @@
 """Wan2.1's video VAE at any base width: encode, decode, and streaming decode."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -152,13 +152,13 @@ class WanVAE(nn.Module):
             [self.decoder(piece, state) for piece in z.split(step, dim=1)], dim=1
         ).transpose(1, 2)
 
-    def compile_decoder(self, **options) -> None:
-        """Compile the decoder, streaming state included; `options` are torch.compile's.
+    def compile_decoder(self, compiler: Callable[[Callable], Callable]) -> None:
+        """Compile the decoder, streaming state included, by a function that compiles functions.
 
         The first pieces of a video make up to four graphs, for the state grows; later videos of
         this size use them again.
         """
-        self.decoder.compile(fullgraph=True, dynamic=False, **options)
+        self.decoder.forward = compiler(self.decoder.forward)
 
     def _check_continues(self, latents_BCFhw: Tensor, state: DecoderState) -> None:
         if not state.last:

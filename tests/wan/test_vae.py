@@ -144,7 +144,9 @@ def test_a_compiled_decoder_gives_the_same_and_uses_its_graphs_again(latents) ->
         graphs.append(graph)
         return graph
 
-    compiled.compile_decoder(backend=backend)
+    compiled.compile_decoder(
+        lambda forward: torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+    )
     for _ in range(2):
         states = DecoderState(), DecoderState()
         for piece in latents[:, :, :4].split(2, dim=2):
