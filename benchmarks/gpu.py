@@ -39,6 +39,7 @@ def import_package() -> None:
 
 import_package()
 
+from gpu_acceleration import acceleration  # noqa: E402
 from gpu_decoding import compiled_decoding, decoding, fragmentation  # noqa: E402
 from gpu_sections import SECTIONS as OTHER_SECTIONS  # noqa: E402
 from gpu_sections import SIZES, Kit  # noqa: E402
@@ -49,7 +50,9 @@ SECTIONS = {
     "stores": stores,
     "decoding": decoding,
     "fragmentation": fragmentation,
-    "compiled_decoding": compiled_decoding,  # last, so compiling delays no other
+    # last, so compiling delays no other
+    "acceleration": acceleration,
+    "compiled_decoding": compiled_decoding,
 }
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
+import gpu_acceleration
 import gpu_decoding
 import gpu_sections
 import gpu_stores
@@ -29,9 +30,10 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(gpu_sections, "SETTINGS", short)
     monkeypatch.setattr(gpu_stores, "SETTINGS", short)
     monkeypatch.setattr(gpu_decoding, "SETTINGS", short)
+    monkeypatch.setattr(gpu_acceleration, "SETTINGS", short)
     monkeypatch.setattr(gpu_decoding, "MARKS", (2, 4))
     monkeypatch.setitem(gpu_sections.SIZES, "long", gpu_sections.SIZES["rehearsal"])
-    monkeypatch.setattr(gpu_decoding.WanVAE, "compile_decoder", lambda *_: None)  # takes seconds
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes seconds
 
 
 @pytest.mark.parametrize("section", [name for name in gpu.SECTIONS if name != "golden"])
@@ -96,6 +98,15 @@ def test_products_in_fp8_are_skipped_or_measured(monkeypatch) -> None:
     assert all(each["chunk_ms"] > 0 for each in results.values())
     result = gpu_sections.golden_fp8(KIT, path)
     assert result["passes"] and result["difference"] > 1e-2
+
+
+def test_every_way_makes_the_plain_clip() -> None:
+    """Compiling is left out here, and a CPU replays nothing: the ways differ by RoPE's rounding."""
+    results = gpu_acceleration.acceleration(KIT)
+    assert len(results) == 3 * len(gpu_acceleration.WAYS) + 2 + 1
+    for name, figures in results.items():
+        assert name == "fp8" or figures["difference"] < 1e-5
+        assert name == "fp8" or (figures["compile_s"] > 0) == ("compile" in name)
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
