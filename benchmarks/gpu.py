@@ -40,6 +40,7 @@ def import_package() -> None:
 import_package()
 
 from gpu_acceleration import acceleration  # noqa: E402
+from gpu_attention import attention  # noqa: E402
 from gpu_decoding import compiled_decoding, decoding, fragmentation  # noqa: E402
 from gpu_sections import SECTIONS as OTHER_SECTIONS  # noqa: E402
 from gpu_sections import SIZES, Kit  # noqa: E402
@@ -47,6 +48,7 @@ from gpu_stores import stores  # noqa: E402
 
 SECTIONS = {
     **OTHER_SECTIONS,
+    "attention": attention,
     "stores": stores,
     "decoding": decoding,
     "fragmentation": fragmentation,

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
 import gpu_acceleration
+import gpu_attention
 import gpu_decoding
 import gpu_sections
 import gpu_stores
@@ -31,6 +32,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(gpu_stores, "SETTINGS", short)
     monkeypatch.setattr(gpu_decoding, "SETTINGS", short)
     monkeypatch.setattr(gpu_acceleration, "SETTINGS", short)
+    monkeypatch.setattr(gpu_attention, "SETTINGS", short)
     monkeypatch.setattr(gpu_decoding, "MARKS", (2, 4))
     monkeypatch.setitem(gpu_sections.SIZES, "long", gpu_sections.SIZES["rehearsal"])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes seconds
