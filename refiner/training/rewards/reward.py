@@ -35,8 +35,8 @@ class FrameDraw:
 
     @property
     def reach(self) -> int:
-        """How many frames a clip reaches back from its last one."""
-        return self.interval * (self.count - 1)
+        """How many frames a search's windows reach back from a video's last one."""
+        return max(0, self.interval * self.count - 1)
 
     def draw(self, rng: np.random.Generator, total: int) -> tuple[int, ...]:
         """Draw frames for a training step, rising, from a video of `total`."""
@@ -46,12 +46,23 @@ class FrameDraw:
         first = 0 if rng.random() < self.opening else int(rng.integers(total - span))
         return tuple(range(first, first + span + 1, self.interval))
 
-    def newest(self, total: int, new: int) -> tuple[int, ...]:
-        """Return frames to judge the last `new` of a video of `total` by; deterministic."""
+    def windows(self, total: int, new: int) -> tuple[tuple[int, ...], ...]:
+        """Return windows to judge the last `new` frames of a video of `total` by; deterministic.
+
+        Clips end at each of the last `interval` frames, so together they see every new frame that
+        they reach. Single frames make one window.
+        """
         if self.interval:
-            return tuple(range(total - 1 - self._span(total), total, self.interval))
+            ends = range(total, max(0, total - self.interval), -1)
+            return tuple(
+                tuple(range(end - 1 - self._span(end), end, self.interval)) for end in ends
+            )
         places = np.linspace(total - new, total - 1, min(self.count, new) + 2)[1:-1]
-        return tuple(dict.fromkeys(places.round().astype(int).tolist()))
+        return (tuple(dict.fromkeys(places.round().astype(int).tolist())),)
+
+    def newest(self, total: int, new: int) -> tuple[int, ...]:
+        """Return the last window."""
+        return self.windows(total, new)[0]
 
     def _span(self, total: int) -> int:
         return self.interval * min(self.count - 1, (total - 1) // self.interval)
@@ -123,8 +134,25 @@ class Mixture:
         return [reward.frames.draw(rng, total) for reward, _ in self.parts]
 
     def newest(self, total: int, new: int) -> list[tuple[int, ...]]:
-        """Return frames for a search for each reward; see FrameDraw.newest."""
+        """Return the last window of each reward; see FrameDraw.windows."""
         return [reward.frames.newest(total, new) for reward, _ in self.parts]
+
+    def judge(self, frames_BFCHW: Tensor, total: int, new: int, prompts: Sequence[str]) -> Tensor:
+        """Return the sum [B] for the last `new` frames of a video of `total`, as a search needs it.
+
+        Each reward counts by its mean over its windows (see FrameDraw.windows). The frames
+        [B, F, 3, H, W] are the video's last ones.
+        """
+        first = total - frames_BFCHW.shape[1]
+        result = 0.0
+        for reward, weight in self.parts:
+            windows = reward.frames.windows(total, new)
+            scores = [
+                scored(reward, frames_BFCHW[:, [number - first for number in seen]], seen, prompts)
+                for seen in windows
+            ]
+            result = result + weight * torch.stack(scores).mean(dim=0)
+        return result
 
     def __call__(
         self,

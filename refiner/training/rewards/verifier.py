@@ -64,12 +64,7 @@ class RewardJudge:
         self._advance()
         rewards, prompts = self.verifier.rewards, self.verifier.prompts_of(chunk)
         new, frames = self._decoded(x0, self.state.clone())
-        total = self.num_frames + new
-        drawn = rewards.newest(total, new)
-        numbers = sorted(set().union(*drawn))
-        first = total - frames.shape[1]
-        picked = frames[:, [number - first for number in numbers]]
-        return rewards(picked, numbers, drawn, prompts)[0]
+        return rewards.judge(frames, self.num_frames + new, new, prompts)
 
     def keep(self, x0: Tensor, chunk: Chunk) -> None:
         """Continue from this candidate."""
