@@ -325,6 +325,23 @@ def test_a_compiled_run_is_the_plain_one(previous: str, positions: str) -> None:
     assert compiler.seconds == spent
 
 
+def test_branches_that_come_after_a_compiled_run_count() -> None:
+    torch._dynamo.reset()
+    network, run = tiny_network(), dict(preset=WINDOW.changed(window=3), frames=2)
+    faster = compiled_network(network, Compiler(backend="eager"))
+    clip(faster, **run)
+    branches = Branches(network.model, pairs_for(network))
+    refiner = Refiner(network, levels=frozenset((500,)), on=branches.on)
+    compiled = clip(faster, refiner=replace(refiner, network=faster), **run)
+    torch.testing.assert_close(compiled, clip(network, refiner=refiner, **run))
+
+
+def test_a_higher_limit_of_recompiling_stays() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        Compiler()(rotate_pairs)
+        assert torch._dynamo.config.recompile_limit == 1000
+
+
 def test_a_run_goes_on_where_nothing_can_be_compiled() -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("no compiler here\nand more")

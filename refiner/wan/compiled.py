@@ -27,11 +27,15 @@ KINDS_OF_CALL = 64  # compilations per function: lengths of chunks, with and wit
 
 
 def allow_recompiling(times: int) -> None:
-    """Set how often a function may be recompiled; torch 2.6 renamed the setting."""
+    """Let a function be recompiled so often, and when hooks come, as a refiner's branches are.
+
+    By default torch goes on without the hooks. It renamed the limit in 2.6.
+    """
     config = torch._dynamo.config
+    config.skip_nnmodule_hook_guards = False
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(config, name):
-            setattr(config, name, times)
+            setattr(config, name, max(times, getattr(config, name)))
             return
 
 
