@@ -354,6 +354,35 @@ def test_a_run_goes_on_where_nothing_can_be_compiled() -> None:
     assert len(caught) == 1 and compiler.failure
 
 
+def test_a_later_graph_that_cannot_be_compiled_ends_no_run(monkeypatch) -> None:
+    """As of a decoder: its state grows, which its arguments do not show."""
+    calls = []
+
+    def compiled(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) > 1:
+            raise RuntimeError("no compiler any more")
+        return x + 1
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled)
+    compiler, x = Compiler(), torch.ones(2)
+    add = compiler(lambda x: x + 1)
+    add(x)
+    with pytest.warns(UserWarning, match="any more"):
+        assert torch.equal(add(x), x + 1)
+    assert compiler.failure
+
+
+def test_an_error_of_the_function_is_none_of_the_compiler(recwarn) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("of its own")
+
+    compiler = Compiler(backend="eager")
+    with pytest.raises(RuntimeError, match="of its own"):
+        compiler(fails)(torch.ones(2))
+    assert not compiler.failure and not any("uncompiled" in str(w.message) for w in recwarn)
+
+
 def test_notes_name_what_does_nothing() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     plan = RunPlan(WINDOW.changed(positions="relative"), FRAMES, 4, 4)

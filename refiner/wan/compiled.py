@@ -67,19 +67,19 @@ class Compiler:
             if self.failure:
                 return function(*arguments)
             kind = tuple((each.shape, each.dtype) for each in tensors_of(arguments))
-            if kind in known:
-                return compiled(*arguments)
             began = time.perf_counter()
             try:
                 result = compiled(*arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                result = function(*arguments)  # raises an error of its own again
                 self.failure = f"runs uncompiled, which is slower: {reason_of(error)}"
                 warnings.warn(self.failure, stacklevel=2)
-                return function(*arguments)
-            self.seconds += time.perf_counter() - began
-            known.add(kind)
+                return result
+            if kind not in known:
+                self.seconds += time.perf_counter() - began
+                known.add(kind)
             return result
 
         return run
