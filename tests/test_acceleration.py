@@ -4,7 +4,8 @@ No GPU is needed: `Repeated` stands in for a CUDA graph. It repeats the captured
 and the inputs of the capture, so a pass that differs in anything else gives another clip.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -214,6 +215,24 @@ def test_a_run_goes_on_where_nothing_can_be_captured(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="out of luck") as caught:
         assert torch.equal(clip(replaying(network)), clip(network))
     assert len(caught) == 1
+
+
+def test_a_pass_is_captured_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    def fails(*_: object) -> tuple:
+        raise RuntimeError(f"captured on {devices}")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(graphs, "capture", fails)
+    with pytest.warns(UserWarning, match="type='cpu'"):
+        clip(replaying(tiny_network()), frames=2)
 
 
 def test_a_full_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

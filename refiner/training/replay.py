@@ -134,7 +134,8 @@ class Replay:
             self._forget()
             return run(function, inputs, fixed)
 
-        graph, outputs = capture(once, WARM)
+        with torch.cuda.device_of(self.parameters[0]):
+            graph, outputs = capture(once, WARM)
         learns = run == self._learn
         gradients = [parameter.grad for parameter in self.parameters] if learns else []
         return Captured(graph, inputs, outputs, gradients)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -33,23 +34,35 @@ def holding(tables: Tables) -> Iterator[None]:
             cache.held = held
 
 
+@lru_cache
+def capture_stream(device: int) -> "torch.cuda.Stream":
+    """Return the stream of a device that all captures use, and nothing else.
+
+    torch deals out 32 streams of each priority in turn, so one of the usual priority may also be
+    another thread's, whose work would be captured with ours. Its cuBLAS workspace stays.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def capture(
     function: Callable[[], Result], warm: int, pool: object = None
 ) -> tuple["torch.cuda.CUDAGraph", Result]:
-    """Capture the work of a function; return its graph and its result, which replays overwrite.
+    """Capture a function's work on the current device; replays overwrite the returned result.
 
-    It first runs `warm` times, which fills tables and chooses kernels. Other threads may go on
-    using the device.
+    It first runs `warm` times, which fills tables and chooses kernels, and allocates workspaces,
+    which must not lie in the graph's memory. Other threads may go on using the device.
     """
-    aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(warm):
-            function()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = function()
+    here, aside = torch.cuda.current_stream(), capture_stream(torch.cuda.current_device())
+    with torch.cuda.stream(here):  # a capture that fails leaves another stream behind
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(warm):
+                function()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        options = dict(pool=pool, stream=aside, capture_error_mode="thread_local")
+        with torch.cuda.graph(graph, **options):
+            result = function()
     return graph, result
 
 
@@ -159,7 +172,7 @@ class Replays:
         keys_only: bool,
     ) -> ReplayedPass:
         static = PassInputs(*(each.clone() for each in inputs))
-        with holding(self.tables):
+        with torch.cuda.device_of(static.x), holding(self.tables):
             graph, flow = capture(
                 lambda: run_pass(network, static, text, view, keys_only), 1, self.pool
             )
