@@ -4,6 +4,7 @@ No GPU is needed: `Repeated` stands in for a CUDA graph. It repeats the captured
 and the inputs of the capture, so a pass that differs in anything else gives another clip.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -198,6 +199,40 @@ def test_passes_of_other_shapes_are_other_passes(repeated: Repeated) -> None:
         results[-1].append(each(2 * x, times[0], text, memory.view((0, 1))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert (repeated.captures, repeated.replays) == (2, 3)
+
+
+class Graph:
+    """A graph of a pool; it repeats a call."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+class Pools(Repeated):
+    """Captures into pools as torch does: a pool ends with its last graph and takes no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
+        self.alive = weakref.WeakSet()
+
+    def __call__(self, function: Callable[[], Tensor | None], warm: int, pool: object) -> tuple:
+        if self.used and not self.alive:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        stand_in, result = super().__call__(function, warm, pool)
+        graph, self.used = Graph(stand_in.replay), True
+        self.alive.add(graph)
+        return graph, result
+
+
+def test_another_prompt_is_captured_into_the_same_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, network = Pools(), tiny_network()
+    monkeypatch.setattr(graphs, "capture", pools)
+    faster = replaying(network)
+    assert torch.equal(clip(faster, PROMPTS), clip(network, PROMPTS))
+    assert faster.execute.on and not faster.execute.former
+    faster.execute.free()
+    assert not pools.alive
 
 
 def test_tables_that_a_graph_reads_are_held(repeated: Repeated) -> None:

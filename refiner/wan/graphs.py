@@ -98,6 +98,7 @@ class Replays:
         self.text: list[KeyValue] | None = None
         self.seen: dict[Hashable, tuple[int, ...]] = {}  # by kind of pass, the chunk that made it
         self.captured: dict[Hashable, ReplayedPass] = {}
+        self.former: list[ReplayedPass] = []  # of the prompt before
         self.tables: Tables = {}  # device tensors that graphs read in place
 
     def __call__(
@@ -120,10 +121,19 @@ class Replays:
 
     def free(self) -> None:
         """Free the graphs."""
+        self._forget(None)
+        self.former = []
+
+    def _forget(self, text: list[KeyValue] | None) -> None:
+        """Begin anew with this text.
+
+        The graphs stay until another one is captured, as their pool ends with its last graph.
+        """
+        self.former += self.captured.values()
         self.seen.clear()
         self.captured.clear()
         self.tables.clear()
-        self.text = None
+        self.text = text
 
     def _replayed(
         self,
@@ -138,8 +148,7 @@ class Replays:
         if kind is None or torch.is_grad_enabled():
             return None
         if text is not self.text:
-            self.free()
-            self.text = text
+            self._forget(text)
         key = (kind.places, keys_only, *((each.shape, each.dtype) for each in inputs))
         if key not in self.captured:
             if not self._repeats(key, kind.chunk):
@@ -153,6 +162,7 @@ class Replays:
                 self.free()
                 give_up(error)
                 return None
+            self.former = []
             drop_oldest(self.captured)
         return self.captured[key]
 
