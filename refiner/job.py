@@ -365,7 +365,9 @@ def count_memory(
     on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
     together = min(plan.preset.chunk * method.together(levels), memory.window_frames)
     activations = pass_bytes(config, memory, together, options.fp8)
-    copies = 2 if options.acceleration.replays(device) else 1  # graphs have memory of their own
+    # graphs have memory of their own
+    replays = options.acceleration.replays(device) and any(each.static for each in memories)
+    copies = 2 if replays else 1
     return sum(on_device), sum(on_host), copies * activations
 
 

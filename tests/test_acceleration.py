@@ -474,6 +474,9 @@ def test_graphs_take_the_activations_of_a_pass_again(tmp_path, monkeypatch) -> N
     assert replayed.estimate.activations == 2 * plain.estimate.activations
     assert replayed.estimate == replace(plain.estimate, activations=replayed.estimate.activations)
     assert any("graphs" in note for note in notes(replayed)) and not notes(plain)
+    stored = command(tmp_path, out, "--store", "offload")
+    idle = prepare(parse([*stored, "--graphs", "auto"]))
+    assert idle.estimate == prepare(parse(stored)).estimate
 
 
 def test_the_bench_counts_compiling_apart(monkeypatch) -> None:

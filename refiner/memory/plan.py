@@ -135,6 +135,11 @@ class MemoryPlan:
         )  # fmt: skip
 
     @property
+    def static(self) -> bool:
+        """Whether a pass does the same work for the same slots and positions."""
+        return self.policy.static and self.store.static
+
+    @property
     def layer_bytes(self) -> int:
         """Bytes of the keys (or values) of one layer."""
         tokens = self.batch * self.held_frames * self.frame_tokens

@@ -209,7 +209,7 @@ class RingView(SlotFrames):
     def kind(self) -> Kind | None:
         """See `refiner.wan.causal.View`."""
         plan = self.memory.plan
-        if not (plan.policy.static and plan.store.static) or self.keep_pending is not None:
+        if not plan.static or self.keep_pending is not None:
             return None
         positions = self.slot_positions if plan.keys == "raw" else ()
         return Kind((id(self.memory), *self.pieces, self.used, positions), self.frames)
