@@ -20,9 +20,9 @@ def noting(
     for line in acceleration.notes(memory, device):
         notice(line)
     compiler = acceleration.compiler
-    before, failed = compiler.seconds, compiler.failure
+    before = compiler.seconds
     yield
-    if compiler.failure != failed:
+    if compiler.failure:  # maybe of an earlier run
         notice(compiler.failure)
     elif compiler.seconds > before:
         notice(f"{compiler.seconds - before:.1f} s of this run were compiling")

@@ -8,6 +8,13 @@ from comfy_graphs import node, small
 from comfy_server import Server, find_comfyui
 from standalone_runs import execute
 
+from autorefiner.nodes.accelerated import noting
+from autorefiner.refiner.acceleration import Acceleration
+from autorefiner.refiner.run_plan import RunPlan
+from autorefiner.refiner.schedule import PRESETS
+
+from tiny import TINY
+
 
 def graph_of(compile: bool, graphs: str = "auto") -> dict:
     """Return text_to_video of 21 frames, accelerated."""
@@ -45,6 +52,15 @@ def test_a_run_that_cannot_compile_says_so(base: Path, monkeypatch, capsys) -> N
     with pytest.warns(UserWarning, match="no compiler here"):
         execute(graph, base)
     assert "no compiler here" in capsys.readouterr().err
+
+
+def test_every_run_of_a_model_that_cannot_compile_says_so() -> None:
+    acceleration, told = Acceleration(compile=True), []
+    memory = RunPlan(PRESETS["self-forcing"], 3, 4, 4).memory(TINY, torch.float32)
+    acceleration.compiler.failure = "as before"
+    with noting(acceleration, memory, torch.device("cpu"), told.append):
+        pass
+    assert told == ["as before"]
 
 
 @pytest.mark.comfyui
