@@ -15,13 +15,13 @@ def noting(
     memory: MemoryPlan,
     device: torch.device,
     notice: Callable[[str], None],
-) -> Iterator[None]:
-    """Say what does nothing in the run inside; afterwards, what compiling took."""
+) -> Iterator[Acceleration]:
+    """Return the acceleration; say what of it does nothing, afterwards what compiling took."""
     for line in acceleration.notes(memory, device):
         notice(line)
     compiler = acceleration.compiler
     before = compiler.seconds
-    yield
+    yield acceleration
     if compiler.failure:  # maybe of an earlier run
         notice(compiler.failure)
     elif compiler.seconds > before:

@@ -157,12 +157,11 @@ class PathwiseSampler(comfy.samplers.Sampler):
         run, hold = continued(run, context, self.reserved_for or identity_of(model))
         options = extra_args["model_options"].get("transformer_options", {})
         network = causal_network(model, options)
-        acceleration = acceleration_for(model, known)
         memory = run.plan.memory(known.config, known.dtype)
         with (
-            noting(acceleration, memory, known.device, notice),
             page.watching(run, self.node, pictures_of(model)) as watch,
-            recording(self.vae, model, run, self.node) as recorder,
+            recording(self.vae, model, run, self.node) as recorder,  # may unload a part of MODEL
+            noting(acceleration_for(model, known), memory, known.device, notice) as acceleration,
         ):
             report = reporter(model, run, callback, watch)
             stop = watch.stopped if watch else None
@@ -190,7 +189,8 @@ class PathwiseSampler(comfy.samplers.Sampler):
 def acceleration_for(model: ModelPatcher, known: ModelFacts) -> Acceleration:
     """Return the MODEL's acceleration; without graphs where its weights do not stay in place."""
     acceleration = known.acceleration
-    if acceleration.replays(known.device) and model.is_dynamic():
+    streamed = model.is_dynamic() or model.model.model_lowvram
+    if acceleration.replays(known.device) and streamed:
         notice("graphs do nothing while ComfyUI streams the model's weights to the device")
         return replace(acceleration, graphs="off")
     return acceleration
@@ -248,7 +248,7 @@ def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1
     if run.plan.chunks:
         passes *= run.sampler().together(run.plan.levels)
-    if known.acceleration.replays(known.device):
+    if known.acceleration.replays(known.device) and not model.is_dynamic():
         passes *= 2  # graphs have memory of their own
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from inside_published import answer
@@ -27,6 +28,7 @@ from pack.nodes.hosts.protocol import NodeHost
 from pack.nodes.passes import Passes
 from pack.nodes.run import kv_bytes
 from pack.nodes.run_states import RunState
+from pack.refiner.acceleration import Acceleration
 from pack.refiner.rollout import Progress
 from pack.refiner.wan.causal import attention
 
@@ -117,6 +119,18 @@ def streamed(vae: comfy.sd.VAE) -> dict:
     }
 
 
+def graphs_of() -> list[str]:
+    """Return graphs of runs whose weights stay in place, are offloaded in part, are streamed."""
+    known = SimpleNamespace(acceleration=Acceleration(graphs="auto"), device=torch.device("cuda"))
+    graphs = []
+    for lowvram, dynamic in ((False, False), (True, False), (False, True)):
+        model = SimpleNamespace(
+            model=SimpleNamespace(model_lowvram=lowvram), is_dynamic=lambda dynamic=dynamic: dynamic
+        )
+        graphs.append(comfy_sampling.acceleration_for(model, known).graphs)
+    return graphs
+
+
 def room_of_vae(model: ModelPatcher, vae: comfy.sd.VAE) -> list[bool]:
     """Return whether the VAE has room on a GPU with less and less memory free."""
     run, own = plain_run(), (management.is_device_cpu, management.get_free_memory)
@@ -166,6 +180,7 @@ print(
             "published": answers,
             "host": mismatches(NodeHost, host),
             "masked": masked_attention(),
+            "graphs": graphs_of(),
             "streamed": streamed(vae),
             "preset": fresh.get_attachment(PRESET),
         }

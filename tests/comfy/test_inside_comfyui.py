@@ -40,6 +40,10 @@ def test_masks_by_head_and_token_hold_in_every_backend(inside: dict) -> None:
     assert len(inside["masked"]) == 5 and max(inside["masked"].values()) < 1e-5
 
 
+def test_passes_are_replayed_only_where_weights_stay_in_place(inside: dict) -> None:
+    assert inside["graphs"] == ["auto", "off", "off"]
+
+
 def test_others_make_way_for_a_rewards_models(inside: dict) -> None:
     assert inside["freed"] == [[1000 + inside["least"], "cuda"]]
 
