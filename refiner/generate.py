@@ -25,6 +25,7 @@ from .timeline import Timeline
 from .video import VideoWriter, read_frames, to_frames
 from .wan.causal import CausalWan
 from .wan.fp8_linear import fp8_layer, with_fp8
+from .wan.graphs import outside_captures
 from .wan.text import load_text_encoder
 from .wan.transformer import WanConfig, WanTransformer
 from .wan.vae import DecoderState, WanVAE
@@ -165,7 +166,8 @@ def generate(
     options = job.options
     vae = load_vae(job)
     if options.compile and job.device.type == "cuda":  # on a CPU it gains nothing
-        vae.compile_decoder(job.acceleration.compiler)
+        compiler = job.acceleration.compiler
+        vae.compile_decoder(lambda forward: outside_captures(compiler(forward)))
     counts: deque[int] = deque()  # to be yielded
     with ExitStack() as stack:
         chunks = stack.enter_context(closing(sampled(job, vae, callback)))

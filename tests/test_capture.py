@@ -1,5 +1,6 @@
 """Capturing a CUDA graph: on which device and stream. A stand-in takes the place of torch.cuda."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from autorefiner.refiner.wan import graphs
-from autorefiner.refiner.wan.graphs import capture
+from autorefiner.refiner.wan.graphs import capture, outside_captures
 
 
 class Stream:
@@ -82,3 +83,17 @@ def test_captures_have_a_stream_of_their_own_on_each_device(device: Device) -> N
     assert first is again and (first.device, second.device) == (0, 1)
     assert warm[::2] == device.captured_on
     assert first.priority != Stream().priority
+
+
+def test_another_thread_compiles_outside_captures(device: Device) -> None:
+    order: list[str] = []
+    thread = threading.Thread(target=outside_captures(lambda: order.append("compiled")))
+
+    def captured() -> None:
+        thread.start()
+        thread.join(0.1)
+        order.append("captured")
+
+    capture(captured, 0)
+    thread.join()
+    assert order == ["captured", "compiled"]

@@ -1,5 +1,6 @@
 """CUDA graphs: capture work on the device once, then replay it; sampling replays whole passes."""
 
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .upload import Tables
 # parameters; in larger networks kernels take longer than launches
 SMALL = 100_000_000
 MOST = 64  # graphs of a run, and kinds of pass that may become one
+CAPTURING = threading.RLock()  # held by the thread that captures
 
 Result = TypeVar("Result")
 
@@ -34,6 +36,19 @@ def holding(tables: Tables) -> Iterator[None]:
             cache.held = held
 
 
+def outside_captures(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function for other threads that waits while a graph is captured.
+
+    Compiling a kernel synchronises the device, which a capture on any stream forbids.
+    """
+
+    def run(*arguments: object) -> Result:
+        with CAPTURING:
+            return function(*arguments)
+
+    return run
+
+
 @lru_cache
 def capture_stream(device: int) -> "torch.cuda.Stream":
     """Return the stream of a device that all captures use, and nothing else.
@@ -50,10 +65,11 @@ def capture(
     """Capture a function's work on the current device; replays overwrite the returned result.
 
     It first runs `warm` times, which fills tables and chooses kernels, and allocates workspaces,
-    which must not lie in the graph's memory. Other threads may go on using the device.
+    which must not lie in the graph's memory. Other threads may go on using the device, but for
+    what is `outside_captures`.
     """
     here, aside = torch.cuda.current_stream(), capture_stream(torch.cuda.current_device())
-    with torch.cuda.stream(here):  # a capture that fails leaves another stream behind
+    with CAPTURING, torch.cuda.stream(here):  # a capture that fails leaves another stream behind
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(warm):
