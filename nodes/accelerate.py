@@ -23,7 +23,7 @@ class AccelerateARVDM(io.ComfyNode):
                     "compile",
                     default=True,
                     tooltip="Fuse norms, gates and RoPE by torch.compile. The first run of a size"
-                    " takes up to a minute longer, also after a restart, as torch keeps the result."
+                    " takes up to a minute longer, less after a restart, as torch keeps the result."
                     " Needs Triton, on a CPU a C++ compiler.",
                 ),
                 io.Combo.Input(
