@@ -1,6 +1,6 @@
 """Faster sampling: compiled parts of a pass, and CUDA graphs of passes that repeat."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -46,8 +46,12 @@ class Acceleration:
         return []
 
     def replays(self, device: torch.device) -> bool:
-        """Whether passes on a device may be replayed, which takes a pass's activations again."""
+        """Whether passes on a device may be replayed."""
         return self.graphs == "auto" and device.type == "cuda"
+
+    def passes_held(self, memories: Iterable[MemoryPlan], device: torch.device) -> int:
+        """Count the passes whose activations are held: graphs have memory of their own."""
+        return 2 if self.replays(device) and any(each.static for each in memories) else 1
 
     @contextmanager
     def attached(

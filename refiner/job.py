@@ -361,14 +361,11 @@ def count_memory(
     levels = plan.levels
     caches = method.caches(levels) if levels else ()
     memories = plan.memories(config, dtype, refined, caches)
-    memory, *_ = memories
     on_device, on_host = zip(*(each.bytes_on(device) for each in memories), strict=True)
-    together = min(plan.preset.chunk * method.together(levels), memory.window_frames)
-    activations = pass_bytes(config, memory, together, options.fp8)
-    # graphs have memory of their own
-    replays = options.acceleration.replays(device) and any(each.static for each in memories)
-    copies = 2 if replays else 1
-    return sum(on_device), sum(on_host), copies * activations
+    together = min(plan.preset.chunk * method.together(levels), memories[0].window_frames)
+    passes = options.acceleration.passes_held(memories, device)
+    activations = passes * pass_bytes(config, memories[0], together, options.fp8)
+    return sum(on_device), sum(on_host), activations
 
 
 def estimate_memory(

@@ -248,8 +248,9 @@ def reserving(model: ModelPatcher, run: Run) -> ModelPatcher:
     passes = 2 if run.refined and run.refined.cache.previous == "joint" else 1
     if run.plan.chunks:
         passes *= run.sampler().together(run.plan.levels)
-    if known.acceleration.replays(known.device) and not model.is_dynamic():
-        passes *= 2  # graphs have memory of their own
+    if not model.is_dynamic():
+        memories = run.plan.memories(known.config, known.dtype, bool(run.refined), run.caches)
+        passes *= known.acceleration.passes_held(memories, known.device)
 
     def prepare(executor, patcher, noise_shape, conds, *args, **options):
         batch, channels, frames, *size = noise_shape
