@@ -32,7 +32,8 @@ def allow_recompiling(times: int) -> None:
     By default torch goes on without the hooks. It renamed the limit in 2.6.
     """
     config = torch._dynamo.config
-    config.skip_nnmodule_hook_guards = False
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = False
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(config, name):
             setattr(config, name, max(times, getattr(config, name)))
