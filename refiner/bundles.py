@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class TrainingKit:
     teacher: Path  # a bidirectional network on the same latents: the real score
     prompts: Callable[[int], list[str]]  # the first n training prompts
     held_out: Callable[[int], list[str]]  # the first n prompts that no model was trained on
-    reward: Callable[[ChooseFrames, torch.device | str], Reward]
+    # None: of its world another bundle has it
+    reward: Callable[[ChooseFrames, torch.device | str], Reward] | None
     sheets: Callable[[CausalWan, Encode, WanVAE], Show]  # sample sheets with scores
 
 
@@ -77,6 +78,15 @@ def sprites(folder: Path = WEIGHTS) -> Bundle:
     )
 
 
+def small_sprites(folder: Path = WEIGHTS) -> Bundle:
+    """Describe the sprites with a student a fifth of its teacher's size."""
+    whole = sprites(folder)
+    return replace(
+        whole, name="sprites-small", model=folder / FILES["small"], refiners={},
+        training=replace(whole.training, reward=None),
+    )  # fmt: skip
+
+
 def random_tiny() -> Bundle:
     """Describe a tiny untrained model, to try the commands on any machine."""
     return Bundle(
@@ -112,7 +122,7 @@ def random_context(config: WanConfig, prompts: list[str]) -> Tensor:
     return torch.stack(contexts)
 
 
-BUNDLES = {bundle.name: bundle for bundle in (sprites(), random_tiny())}
+BUNDLES = {bundle.name: bundle for bundle in (sprites(), small_sprites(), random_tiny())}
 
 
 def find_bundle(name: str) -> Bundle | None:

@@ -27,7 +27,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-KINDS = (*(name for name in BUNDLES if find_training_bundle(name)), *FORMULAS)
+BUNDLED = tuple(
+    name for name, bundle in BUNDLES.items() if bundle.training and bundle.training.reward
+)
+KINDS = (*BUNDLED, *FORMULAS)
 FALLBACK_PRESET = "self-forcing"
 PATHS = ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer")
 # types of fields: types of their values in TOML

@@ -93,7 +93,7 @@ class DistilOptions:
 class SmallDistilOptions(DistilOptions):
     """Distillation of a small student, which starts from clips far from the teacher's."""
 
-    steps: int = 1300
+    steps: int = 990
     learning_rate: float = 3e-4
     ratio: int = 2
 
