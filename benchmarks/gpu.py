@@ -42,12 +42,14 @@ import_package()
 from gpu_acceleration import acceleration  # noqa: E402
 from gpu_attention import attention  # noqa: E402
 from gpu_decoding import compiled_decoding, decoding, fragmentation  # noqa: E402
+from gpu_non_finite import non_finite  # noqa: E402
 from gpu_sections import SECTIONS as OTHER_SECTIONS  # noqa: E402
 from gpu_sections import SIZES, Kit  # noqa: E402
 from gpu_stores import stores  # noqa: E402
 
 SECTIONS = {
     **OTHER_SECTIONS,
+    "non_finite": non_finite,
     "attention": attention,
     "stores": stores,
     "decoding": decoding,

@@ -3,16 +3,13 @@
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +25,6 @@ from autorefiner.refiner.bench import (  # noqa: E402
     synchronize,
 )
 from autorefiner.refiner.bench_refiner import random_pairs  # noqa: E402
-from autorefiner.refiner.demo.clips import training_prompts  # noqa: E402
 from autorefiner.refiner.memory.reflect import ReflectiveCache  # noqa: E402
 from autorefiner.refiner.noise.refiner import Branches, Refiner, merged  # noqa: E402
 from autorefiner.refiner.noise.source import WhiteNoise  # noqa: E402
@@ -36,8 +32,6 @@ from autorefiner.refiner.rollout import Rollout  # noqa: E402
 from autorefiner.refiner.run_plan import RunPlan  # noqa: E402
 from autorefiner.refiner.sample import sample  # noqa: E402
 from autorefiner.refiner.schedule import PRESETS, Chunk  # noqa: E402
-from autorefiner.refiner.train import make_stage  # noqa: E402
-from autorefiner.refiner.train_config import TrainConfig  # noqa: E402
 from autorefiner.refiner.training.dmd_objective import DmdObjective  # noqa: E402
 from autorefiner.refiner.training.options import RefineOptions  # noqa: E402
 from autorefiner.refiner.training.refiner_stage import RefinerStage  # noqa: E402
@@ -394,58 +388,6 @@ def training_step(kit: Kit) -> dict:
     return {"step_s": statistics.median(seconds), "peak_gb": kit.peak()}
 
 
-def non_finite(kit: Kit) -> dict:
-    """Look for the non-finite gradient of `history none, previous joint` on the sprites.
-
-    Trains 40 steps with each attention kernel, with and without replays.
-    """
-    kernels = {
-        "default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-    }  # fmt: skip
-    if kit.device.type != "cuda":  # which replays nothing
-        kernels = {"default": None}
-    results = {}
-    for name, kernel in kernels.items():
-        for replays in (True, False) if kit.device.type == "cuda" else (False,):
-            chosen = nullcontext() if kernel is None else sdpa_kernel([kernel])
-            key = f"{name}, {'replayed' if replays else 'eager'}"
-            try:
-                with chosen:
-                    results[key] = first_bad_step(kit, replays)
-            except RuntimeError as error:
-                results[key] = f"cannot run: {str(error).splitlines()[0][:120]}"
-    return results
-
-
-def first_bad_step(kit: Kit, replays: bool) -> str:
-    """Train on the sprites; return the first step with a non-finite gradient, and its operation."""
-    options = RefineOptions(
-        history="none", previous="joint", steps=40, batch=16, accumulation=1, ratio=1,
-        critic_warmup=0, shown=1,
-    )  # fmt: skip
-    if kit.device.type == "cpu":  # a rehearsal
-        options = replace(options, rank=2, steps=1, batch=1, frames=3)
-    with TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.txt"  # a few: the bundle's thousands take seconds
-        prompts.write_text("\n".join(training_prompts(64)))
-        unused = Path(folder) / "unused"
-        config = TrainConfig(unused, unused, prompts=str(prompts), refiner=options)
-        stage = make_stage(config, kit.device)
-    stage.replay.replays &= replays
-    detecting = nullcontext() if replays else torch.autograd.set_detect_anomaly(True)
-    with detecting:
-        for step in range(options.steps):
-            try:
-                stage.step(step)
-            except (RuntimeError, ValueError) as error:
-                return f"step {step}: {str(error).splitlines()[0][:200]}"
-            gradients = [each.grad for each in stage.factors.values() if each.grad is not None]
-            if not all(each.isfinite().all() for each in gradients):
-                return f"step {step}: a gradient is not finite"
-    return f"finite over {options.steps} steps"
-
-
 SECTIONS: dict[str, Callable[[Kit], dict]] = {
     "card": card,
     "golden": golden,
@@ -455,5 +397,4 @@ SECTIONS: dict[str, Callable[[Kit], dict]] = {
     "profile": profiled,
     "large_layers": large_layers,
     "training_step": training_step,
-    "non_finite": non_finite,
 }

@@ -1,4 +1,4 @@
-"""What a user is told of an accelerated run."""
+"""Notices of an accelerated run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
