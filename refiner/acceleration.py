@@ -19,7 +19,7 @@ GRAPHS = get_args(Graphs)
 
 @dataclass(frozen=True, slots=True)
 class Acceleration:
-    """What makes a run faster. At its defaults it changes nothing.
+    """Options that make a run faster; the defaults change nothing.
 
     `compile` fuses norms, gates, RoPE and activations, which changes results by rounding. `graphs`
     of `auto` replays on a GPU the passes that repeat from chunk to chunk.
