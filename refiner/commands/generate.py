@@ -174,8 +174,8 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--fit", type=budget, metavar="SIZE", help=about)
     about = (
-        "multiply in fp8 in the transformer's blocks: half the bytes of their weights, faster on a"
-        " GPU of CUDA compute capability 8.9 or higher"
+        "multiply in fp8 in the transformer's blocks: half the bytes of their weights; for GPUs"
+        " of CUDA compute capability 8.9 or higher"
     )
     group.add_argument("--fp8", action="store_true", help=about)
     about = f"{', '.join(NOISES)}; with knobs like antiphase:rho=0.2"
