@@ -16,6 +16,7 @@ from autorefiner.refiner.rollout import Rollout
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.schedule import PRESETS, plan_chunks
 from autorefiner.refiner.training.adapters import (
+    FLOW_SHARE,
     attach_branches,
     branch_parameters,
     load_pairs,
@@ -222,6 +223,22 @@ def test_from_the_head_a_residual_is_the_bases_flow_times_what_b_says(cache) -> 
     torch.testing.assert_close(seen["head"][0], -0.1 * seen["flow"][0])
 
 
+@pytest.mark.parametrize(("start", "reached"), [("head", False), ("flow", True)])
+def test_from_the_flow_a_gradient_reaches_every_branch_at_once(start: str, reached: bool) -> None:
+    """Start "flow" is B = −c I on the base's head; through a B of zero nothing passes."""
+    base = tiny_network()
+    tree = attach_branches(base, 4, silent_head=True, start=start)
+    head, expected = pairs_of(tree)[HEAD], -FLOW_SHARE * torch.eye(64)
+    assert torch.equal(head.down, base.model.head.head.weight)
+    assert torch.equal(head.up, expected if reached else torch.zeros(64, 64))
+    self_rollout(rollout_of(base, Refiner(tree, ReflectiveCache())), 1).square().sum().backward()
+    ups = {
+        name: factor.grad for name, factor in branch_parameters(tree).items() if "lora_B" in name
+    }
+    assert ups.pop(f"{HEAD}.lora_B.default.weight").any()
+    assert all(bool(gradient.any()) == reached for gradient in ups.values())
+
+
 def test_only_a_refiner_starts_from_the_head() -> None:
     base = tiny_network()
     ranks = {
@@ -229,12 +246,14 @@ def test_only_a_refiner_starts_from_the_head() -> None:
             HEAD
         ].rank
         for silent in (True, False)
-        for start in ("head", "random")
+        for start in ("head", "flow", "random")
     }
     assert ranks == {
         (True, "head"): 64,
+        (True, "flow"): 64,
         (True, "random"): 4,
         (False, "head"): 4,
+        (False, "flow"): 4,
         (False, "random"): 4,
     }
     names = {

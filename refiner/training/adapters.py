@@ -16,7 +16,8 @@ from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
 from .distributed import whole
 
-Start = Literal["head", "random"]
+Start = Literal["head", "flow", "random"]
+FLOW_SHARE = 0.1  # c of start "flow"
 PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
 
 
@@ -27,8 +28,9 @@ def attach_branches(
 
     With `silent_head` the result is T_φ: the final layer's base weight and bias count as zero.
     `start` "head" then gives that layer a branch of rank 64, whatever `rank` is, with A set to the
-    base's weight: B = -c I yields Δ = -c v, which the first update can reach. ValueError if peft
-    is missing.
+    base's weight: B = -c I yields Δ = -c v, which the first update can reach. "flow" begins there,
+    with c = FLOW_SHARE: through a B of zero no gradient reaches the other branches. ValueError if
+    peft is missing.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -38,7 +40,7 @@ def attach_branches(
         raise ValueError(f"rank {rank}: give at least 1")
     model = shared_copy(base.model.requires_grad_(False))
     head_weight = model.head.head.weight
-    from_head = silent_head and start == "head"
+    from_head = silent_head and start != "random"
     if silent_head:
         for name in ("weight", "bias"):
             zeros = torch.zeros_like(getattr(model.head.head, name))
@@ -52,8 +54,11 @@ def attach_branches(
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
     if from_head:
+        branch = model.get_submodule(HEAD)
         with torch.no_grad():
-            model.get_submodule(HEAD).lora_A["default"].weight.copy_(head_weight)
+            branch.lora_A["default"].weight.copy_(head_weight)
+            if start == "flow":
+                nn.init.eye_(branch.lora_B["default"].weight).mul_(-FLOW_SHARE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return replace(base, model=model)
