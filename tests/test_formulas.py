@@ -145,6 +145,13 @@ def test_networks_are_asked_for_whole_clips_at_a_thousand_sigma() -> None:
     assert whole_flow(real, clean, SIGMA, 0.0).shape == SHAPE
 
 
+def test_without_guidance_the_empty_prompt_takes_no_pass() -> None:
+    clean, noise = draws()
+    real = linear(0.5)
+    dmd_gradient(clean, noise, SIGMA, real, linear(0.5), (1.0, 2.0, 3.0), 0.0)
+    assert [text for _, _, text in real.calls] == [1.0]
+
+
 def test_the_dmd_loss_has_the_gradient_divided_by_the_number_of_values() -> None:
     clean, gradient = draws()
     clean.requires_grad_()

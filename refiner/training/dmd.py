@@ -61,12 +61,16 @@ def real_prediction(
     texts: tuple[Text, Text],
     guidance: float,
 ) -> Tensor:
-    """Predict x0 of noised clips by the guided real network; `texts`: prompt, empty prompt."""
+    """Predict x0 of noised clips by the guided real network; `texts`: prompt, empty prompt.
+
+    Guidance 0 takes no pass with the empty one.
+    """
     noisy = add_noise(clean, noise, column(sigma))
-    predictions = [
-        predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma)) for text in texts
-    ]
-    return predictions[0] + guidance * (predictions[0] - predictions[1])
+    prompted, *empty = (
+        predict_x0(noisy, whole_flow(real, noisy, sigma, text), column(sigma))
+        for text in (texts if guidance else texts[:1])
+    )
+    return prompted + guidance * (prompted - empty[0]) if empty else prompted
 
 
 @torch.no_grad()
