@@ -21,6 +21,7 @@ from .evaluation import EvaluateOptions, evaluate, write_section
 from .leverage import LeverageOptions, leverage
 from .long import LongOptions, long_videos
 from .recipes.data import Clips, encode_shards
+from .recipes.failures import Failures, sample_failures
 from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import (
     CausalInitStage,
@@ -40,7 +41,8 @@ from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions,
 from .transitions import TransitionOptions, transitions
 
 STAGES = (
-    "vae", "decoder", "text", "clips", "tiny", "teacher", "longer", "init", "student", "reward",
+    "vae", "decoder", "text", "clips", "tiny", "teacher", "longer", "init", "student", "failures",
+    "reward",
 )  # fmt: skip
 SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
 GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # stage -> model it resumes
@@ -81,6 +83,8 @@ def add_train(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--shown", type=int, help=about)
     about = "of 64 clips each, to encode (default %(default)s)"
     add("--shards", type=int, default=320, help=about)
+    about = "clips of the student to sample for the reward model (default %(default)s)"
+    add("--failures", type=int, default=192, help=about)
     about = (
         "compile the networks' stages, on a GPU the teacher's: 1.3 to 1.8 times as fast; needs a"
         " C++ compiler"
@@ -140,6 +144,7 @@ def add_tables(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--reward-steps", type=int, help=about)
     add("--short-steps", type=int, help="of each row of Tables 4 and 6 (default 120)")
     add("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
+    add("--trained", action="store_true", help="leave out rows that are not trained yet")
     about = (
         "time the rows of Table 2 anew, in three rounds of a batch each, where the machine was"
         " busy before"
@@ -233,7 +238,8 @@ def run_tables(args: argparse.Namespace, device: torch.device, train_row: Train)
     for title, numbers in sections.items():
         if numbers:
             some = replace(options, tables=tuple(numbers))
-            body = make_tables(args.run, some, device, train_row, args.time)
+            train = None if args.trained else train_row
+            body = make_tables(args.run, some, device, train, args.time)
             write_and_print(args.out, title, body)
 
 
@@ -261,6 +267,11 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
     run: Path = args.run
     if name == "clips":
         encode_shards(load_sprite_vae(run).to(device), run / "clips", args.shards)
+        return
+    if name == "failures":
+        text, vae = load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
+        student = load_sprite_network("student", run, device)
+        sample_failures(student, text, vae, args.failures).write(run)
         return
     stage = make_stage(name, args, device)
     steps = stage.options.steps
@@ -336,7 +347,7 @@ def make_stage(name: str, args: argparse.Namespace, device: torch.device) -> Sta
     if args.shown is not None:
         changes["shown"] = args.shown
     if name == "reward":
-        return RewardStage(RewardOptions(**changes), device)
+        return RewardStage(RewardOptions(**changes), device, Failures.read(args.run))
     # on a GPU the other stages replay CUDA graphs instead
     can_compile = device.type == "cpu" or name in ("teacher", "longer")
     changes["compiled"] = args.compile and can_compile

@@ -176,6 +176,10 @@ class Bench:
         outcome.write(self._path(key), key)
         return outcome
 
+    def trained(self, row: Row) -> bool:
+        """Return whether the row needs no training, or has it already."""
+        return row.training is None or (self.run / row.file()).exists()
+
     def time_again(self, rows: Sequence[Row], device: torch.device) -> None:
         """Time the rows' clips again: the median of TIMED rounds.
 

@@ -65,7 +65,7 @@ def train_stage(folder: Path, what: str) -> None:
         patch.setattr(vae, "latent_statistics", partial(vae.latent_statistics, clips=4))
         patch.setattr(tiny, "SHOWN", 1)
         patch.setitem(WIDTHS, TeacherOptions().width, dict(num_heads=8, ffn_dim=64, num_layers=2))
-        size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2"]
+        size = ["--steps", "2", "--batch", "2", "--shards", "1", "--shown", "2", "--failures", "2"]
         often = ["--save-every", "1", "--show-every", "2", "--device", "cpu"]
         assert main(["demo", "train", what, "--run", str(folder), *size, *often]) == 0
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from autorefiner.refiner.demo.bundle import load_sprite_reward, save_model
+from autorefiner.refiner.demo.bundle import load_sprite_reward, load_sprite_vae, save_model
 from autorefiner.refiner.demo.captions import Caption, Stated
+from autorefiner.refiner.demo.recipes import failures
 from autorefiner.refiner.demo.recipes.contradict import changed, changes, draw_change, twin
 from autorefiner.refiner.demo.recipes.facts import FACTS, facts_of
+from autorefiner.refiner.demo.recipes.failures import Failures
 from autorefiner.refiner.demo.recipes.reward import (
     ATTRIBUTES,
     VISIBLE,
@@ -19,6 +21,7 @@ from autorefiner.refiner.demo.recipes.reward import (
     make_batch,
     worn,
 )
+from autorefiner.refiner.demo.recipes.vae import psnr
 from autorefiner.refiner.demo.render import render
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
 from autorefiner.refiner.demo.shapes import SHAPES
@@ -94,7 +97,7 @@ def test_a_twin_shows_the_change_and_nothing_else_of_the_caption() -> None:
 
 def test_a_batch_holds_scenes_and_twins_at_the_same_times() -> None:
     options = RewardOptions(batch=3)
-    batch = make_batch(options, 0)
+    batch = make_batch(options, None, 0)
     assert batch.frames.shape == (*batch.numbers.shape, 3, 64, 64)
     assert len(batch.frames) == 6
     assert torch.equal(batch.numbers[::2], batch.numbers[1::2])
@@ -105,6 +108,70 @@ def test_a_batch_holds_scenes_and_twins_at_the_same_times() -> None:
     assert torch.equal(
         worn(batch.frames, replace(options, noise=0.0, blur=0.0), torch.Generator()), batch.frames
     )
+
+
+def failures_of(*seeds: int) -> Failures:
+    """Return failures whose true clips are of one grey each, and whose failed ones are brighter."""
+    grey = np.arange(10, 10 + len(seeds), dtype=np.uint8)[:, None, None, None, None]
+    moving = np.arange(81, dtype=np.uint8)[:, None, None, None]
+    true = np.broadcast_to(grey + moving, (len(seeds), 81, 64, 64, 3))
+    return Failures(list(seeds), true, true + 100)
+
+
+def test_a_batch_ends_with_scenes_that_the_student_failed_at() -> None:
+    known, options = failures_of(7, 8, 9), RewardOptions(batch=4)
+    batch = make_batch(options, known, 3)
+    assert len(batch.frames) == len(batch.true) == 8 and len(batch.failed) == 2
+    for place, failed in zip((4, 6), batch.failed, strict=True):  # the last scenes, before a twin
+        numbers = batch.numbers[place].tolist()
+        assert max(numbers) < 81
+        number = round(255 * batch.frames[place, 0].mean().item()) - 10 - numbers[0]
+        true = torch.from_numpy(known.true[number][numbers].copy()).permute(0, 3, 1, 2) / 255
+        assert torch.equal(batch.frames[place], true)
+        assert torch.allclose(failed, true + 100 / 255, atol=1e-6)
+        colours = {one.colour for one in sample_scene(known.seeds[number]).caption.objects}
+        assert colours & {"red", "green", "blue"} <= {*batch.true[place].split()}
+    assert len(make_batch(options, failures_of(7), 3).failed) == 1
+    plain, without = (make_batch(options, None, 3), replace(options, failures=0.0))
+    assert plain.failed is None
+    assert torch.equal(plain.frames, make_batch(without, known, 3).frames)
+
+
+def test_a_failed_clip_is_pushed_away_from_its_caption() -> None:
+    options = RewardOptions(batch=2, learning_rate=0.3)
+    stage = RewardStage(options, torch.device("cpu"), failures_of(7, 8))
+    batch, model = stage.batches(0), stage.learner.model.model
+
+    @torch.no_grad()
+    def margin() -> float:
+        """Return how much better than the failed clip the true one fits."""
+        frames = torch.cat((batch.frames[2:3], batch.failed))
+        video = model.embed_video(frames, batch.numbers[2:3])
+        fits = video @ model.embed_text(batch.true[2:3]).T
+        return float(fits[0] - fits[1])
+
+    before = margin()
+    for _ in range(4):
+        stage.step(0)
+    assert margin() > before + 0.05
+
+
+def test_failures_are_the_clips_that_miss_their_captions(tmp_path, monkeypatch) -> None:
+    clip = np.zeros((5, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(failures, "FRAMES", 5)
+    monkeypatch.setattr(failures, "student_clips", lambda *models, **_: [clip] * 16)
+    monkeypatch.setattr(failures, "evaluate_clip", lambda *_: None)
+    semantic = iter([90.0, 10.0, 60.0, 59.0, *[0.0] * 60])
+    monkeypatch.setattr(failures, "totals_of", lambda _: {"semantic": next(semantic)})
+    found = failures.sample_failures(None, None, load_sprite_vae(), 2)
+    assert found.seeds == [failures.FIRST + 1, failures.FIRST + 3]
+    assert found.true.shape == found.failed.shape == (2, 5, 64, 64, 3)
+    truth = render(sample_scene(failures.FIRST + 1), 5)
+    assert psnr(*(torch.from_numpy(one) / 127.5 - 1 for one in (found.true[0], truth))) > 25
+    found.write(tmp_path)
+    again = Failures.read(tmp_path)
+    assert again.seeds == found.seeds and (again.true == found.true).all()
+    assert Failures.read(tmp_path / "none") is None
 
 
 def test_frames_of_a_clip_are_those_of_the_whole_one() -> None:

@@ -55,6 +55,11 @@ def with_totals(means: ndarray) -> ndarray:
     return np.concatenate([means, np.stack(totals, axis=-1)], axis=-1)
 
 
+def totals_of(scores: ClipScores) -> dict[str, float]:
+    """Return one clip's quality, semantic and total; semantic is NaN if nothing is stated."""
+    return dict(zip(TOTALS, with_totals(scores.array)[-len(TOTALS) :].tolist(), strict=True))
+
+
 def _resampled(scores: Sequence[ClipScores], groups: Sequence[int] | None) -> ndarray:
     """Return means and totals of all clips, then of each resample: [1 + RESAMPLES, 15].
 

@@ -1,9 +1,12 @@
 """Training of the sprites' text-video reward: contrast against clips that differ in one attribute.
 
+Where the student's failures are known, they are false clips of their captions, too.
+
 The contrastive loss learns slowly at first, so a linear layer, discarded after training, also
 reads every fact of the scene from both embeddings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor, nn
 
 from ...training.ahead import Ahead, helpers
@@ -24,6 +28,7 @@ from ..scene import Scene
 from ..world import sample_scene
 from .contradict import changed, draw_change, twin
 from .facts import FACTS, facts_of
+from .failures import Failures
 
 SIZE = 64
 VISIBLE = frozenset({"shape", "colour", "motion", "size", "speed", "direction", "ground"})
@@ -37,7 +42,8 @@ STRETCH = 10.0  # factor on unit vectors before facts are read from them
 class RewardOptions:
     """Options of the recipe. A step takes `batch` scenes, and of each a twin.
 
-    A twin differs in one attribute.
+    A twin differs in one attribute. A share `failures` of the scenes are ones that the student
+    failed at, with its clip.
     """
 
     steps: int = 2500
@@ -47,6 +53,7 @@ class RewardOptions:
     longest: int = 161  # frames of the video that a clip is taken from
     noise: float = 0.06  # largest noise on frames in 0–1
     blur: float = 0.7  # largest share of a 3x3 blur
+    failures: float = 0.5
     shown: int = 256  # held-out clips to score
     seed: int = 0
 
@@ -61,6 +68,7 @@ class Batch:
     false: list[str]
     seen: tuple[Tensor, Tensor]  # facts that hold and are known of each clip [B, len(FACTS)]
     said: tuple[Tensor, Tensor]  # the same of each true caption
+    failed: Tensor | None = None  # frames [K, F, 3, H, W] in 0–1 of the last K scenes, failed
 
 
 class Reader(nn.Module):
@@ -83,31 +91,40 @@ class Reader(nn.Module):
 class RewardStage(LearnerStage):
     """Training state of the reward model."""
 
-    def __init__(self, options: RewardOptions, device: torch.device) -> None:
+    def __init__(
+        self, options: RewardOptions, device: torch.device, failures: Failures | None = None
+    ) -> None:
         self.options, self.device = options, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             reader = Reader().to(device)
         self.learner = Learner(reader, options.learning_rate, options.ema, decay=0.01)
-        self.batches = Ahead(partial(make_batch, options), options.steps, helpers(device))
+        batch = partial(make_batch, options, failures)
+        self.batches = Ahead(batch, options.steps, helpers(device))
 
     def step(self, index: int) -> dict[str, float]:
         options = self.options
         batch = self.batches(index)
         generator = noise_stream(self.device, options.seed, index, 1)
-        frames = worn(batch.frames.to(self.device), options, generator)
+        frames, numbers = batch.frames, batch.numbers
+        count = len(frames)
+        if batch.failed is not None:
+            frames = torch.cat((frames, batch.failed))
+            numbers = torch.cat((numbers, numbers[-2 * len(batch.failed) :: 2]))
+        frames = worn(frames.to(self.device), options, generator)
         reader, model = self.learner.model, self.learner.model.model
         with mixed_precision(self.device):
-            video = model.embed_video(frames, batch.numbers.to(self.device))
+            whole = model.embed_video(frames, numbers.to(self.device))
+            video = whole[:count]
             text = model.embed_text(batch.true + batch.false)
             of_video = reader.loss_of_facts(video, batch.seen)
             facts = of_video + reader.loss_of_facts(text[: len(video)], batch.said)
-        logits = model.sharpness.exp().clamp(max=SHARPEST) * video @ text.T
-        right = torch.arange(len(video), device=self.device)
-        by_video = F.cross_entropy(logits, right)
-        loss = (by_video + F.cross_entropy(logits[:, : len(video)].T, right)) / 2
+        logits = model.sharpness.exp().clamp(max=SHARPEST) * whole @ text.T
+        right = torch.arange(count, device=self.device)
+        by_video = F.cross_entropy(logits[:count], right)
+        loss = (by_video + F.cross_entropy(logits[:, :count].T, right)) / 2
         self.learner.step(loss + facts, index, warm_cosine(index, options.steps))
-        hits = (logits.argmax(1) == right).float().mean()
+        hits = (logits[:count].argmax(1) == right).float().mean()
         return {"loss": loss.item(), "facts": facts.item(), "hits": hits.item()}
 
     def finished(self) -> SpriteVideoText:
@@ -144,20 +161,28 @@ class RewardStage(LearnerStage):
         return {"found": retrieved, "right": float(np.mean(shares))}
 
 
-def make_batch(options: RewardOptions, index: int) -> Batch:
-    """Draw a step's scenes and their twins, in turn; all clips have equally many frames."""
+def make_batch(options: RewardOptions, failures: Failures | None, index: int) -> Batch:
+    """Draw a step's scenes and their twins, in turn; all clips have equally many frames.
+
+    The last scenes are those of `failures`, if there are any.
+    """
     rng = stream(options.seed, index, 0)
     scenes: list[Scene] = []
-    for seed in rng.integers(1 << 40, size=options.batch):
+    known = len(failures.seeds) if failures else 0
+    missed = min(known, round(options.failures * options.batch))
+    chosen = rng.choice(known, missed, replace=False) if missed else []
+    usual = rng.integers(1 << 40, size=options.batch - missed)
+    for seed in (*usual, *(failures.seeds[number] for number in chosen)):
         scene = sample_scene(int(seed))
         change = draw_change(scene.caption, rng, VISIBLE)
         scenes += [scene, twin(scene, change, changed(scene.caption, change, rng), rng)]
     count = int(rng.choice((3, 5, FRAMES.count), p=(0.1, 0.1, 0.8)))
     drawn = []
-    for _ in range(options.batch):  # a scene and its twin have the same frame numbers
+    for scene in range(options.batch):  # a scene and its twin have the same frame numbers
+        longest = options.longest if scene < len(usual) else failures.true.shape[1]
         interval = int(rng.choice((1, 2, FRAMES.interval, 4), p=(0.1, 0.1, 0.7, 0.1)))
         span = interval * (count - 1)
-        first = 0 if rng.random() < FRAMES.opening else int(rng.integers(options.longest - span))
+        first = 0 if rng.random() < FRAMES.opening else int(rng.integers(longest - span))
         drawn += 2 * [tuple(range(first, first + span + 1, interval))]
     frames, numbers = clips_of(scenes, drawn)
     captions = [scene.caption for scene in scenes]
@@ -165,7 +190,18 @@ def make_batch(options: RewardOptions, index: int) -> Batch:
     false = [_false(caption, rng) for caption in captions]
     seen = _stacked([_facts_of_scene(scene) for scene in scenes])
     said = _stacked([facts_of(caption.objects, caption.ground) for caption in captions])
-    return Batch(frames, numbers, true, false, seen, said)
+    failed = None
+    if missed:
+        places = range(2 * len(usual), len(frames), 2)
+        pairs = [*zip(chosen, (list(drawn[place]) for place in places), strict=True)]
+        frames[places.start :: 2] = to_unit([failures.true[n][at] for n, at in pairs])
+        failed = to_unit([failures.failed[n][at] for n, at in pairs])
+    return Batch(frames, numbers, true, false, seen, said, failed)
+
+
+def to_unit(clips: Sequence[ndarray]) -> Tensor:
+    """Return uint8 clips [F, H, W, 3] as frames [B, F, 3, H, W] in 0–1."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255
 
 
 def _facts_of_scene(scene: Scene) -> tuple[Tensor, Tensor]:
@@ -183,8 +219,7 @@ def clips_of(scenes: list[Scene], drawn: list[tuple[int, ...]]) -> tuple[Tensor,
         render_at(scene, np.array(numbers) / FPS, SIZE)
         for scene, numbers in zip(scenes, drawn, strict=True)
     ]
-    frames = torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255
-    return frames, torch.tensor(drawn)
+    return to_unit(clips), torch.tensor(drawn)
 
 
 def worn(frames_BFCHW: Tensor, options: RewardOptions, generator: torch.Generator) -> Tensor:
