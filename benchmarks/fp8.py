@@ -12,22 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from autorefiner.refiner.bundles import refiner_file
-from autorefiner.refiner.demo.bundle import WEIGHTS
+from autorefiner.refiner.demo.bundle import WEIGHTS, bundled_refiner
 from autorefiner.refiner.demo.clips import LATENT_FRAMES, PRESET, SIDE, decoded, held_out, score
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.table import paired_difference, summarise
-from autorefiner.refiner.noise.file import load_refiner
-from autorefiner.refiner.noise.refiner import Refiner, merged
 from autorefiner.refiner.sample import RunPlan, sample
-from autorefiner.refiner.wan.causal import CausalWan
 from autorefiner.refiner.wan.fp8_linear import with_fp8
-
-
-def bundled_refiner(base: CausalWan) -> Refiner:
-    """Merge the bundled refiner into a copy of its base."""
-    pairs, card = load_refiner(refiner_file("sprites"))
-    return Refiner(merged(base, pairs), card.cache, frozenset(card.levels))
 
 
 @torch.no_grad()

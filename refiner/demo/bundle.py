@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..noise.file import load_refiner
+from ..noise.refiner import Refiner, merged
 from ..training.rewards.reward import FrameDraw
 from ..training.rewards.video_text import VideoTextReward
 from ..wan.causal import CausalWan
@@ -107,6 +109,12 @@ def load_sprite_reward(
     model = SpriteVideoText(len(weights["from_text.weight"]), text_dim, text_len)
     model.load_state_dict(weights)
     return VideoTextReward("sprites", model.eval().requires_grad_(False).to(device), frames)
+
+
+def bundled_refiner(student: CausalWan, folder: Path = WEIGHTS) -> Refiner:
+    """Load the bundle's refiner, merged into a copy of its base."""
+    pairs, card = load_refiner(folder / REFINERS["sprites"])
+    return Refiner(merged(student, pairs), card.cache, frozenset(card.levels))
 
 
 def recipe_of(name: str, folder: Path = WEIGHTS) -> dict:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -18,7 +19,7 @@ from ..run_plan import RunPlan, suggested
 from ..sample import sample
 from ..schedule import Preset
 from ..training.ahead import helpers
-from .bundle import FILES, WEIGHTS
+from .bundle import FILES, REFINERS, WEIGHTS, bundled_refiner
 from .captions import Caption
 from .clips import LATENT_FRAMES, PRESET, SIDE, batched, decoded, held_out, score
 from .evaluation import Demo
@@ -33,13 +34,17 @@ TIMED = 4  # clips that a chunk is timed on
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """A memory as users choose it; None: the preset's or the policy's own."""
+    """A memory as users choose it; None: the preset's or the policy's own.
+
+    `refined` adds the bundled refiner.
+    """
 
     name: str
     memory: str = "window"
     window: int | None = None
     sink: int | None = None
     positions: str | None = None
+    refined: bool = False
 
     @property
     def preset(self) -> Preset:
@@ -53,11 +58,14 @@ class MemoryRow:
         return RunPlan(self.preset, frames, SIDE, SIDE, batch, policy=policy)
 
 
+RELATIVE = MemoryRow("window 21, relative", window=LATENT_FRAMES, sink=0, positions="relative")
+WITH_REFINER = ", refined"  # ends the name of a row that is compared with the one without
 ROWS = (
     MemoryRow("full history"),
     MemoryRow("window 12", window=12, sink=0),
     MemoryRow("window 12, sink 3", window=12, sink=3),
-    MemoryRow("window 21, relative", window=LATENT_FRAMES, sink=0, positions="relative"),
+    RELATIVE,
+    replace(RELATIVE, name=RELATIVE.name + WITH_REFINER, refined=True),
     MemoryRow("window 12, sink 3, relative", window=12, sink=3, positions="relative"),
     MemoryRow("ema-sink", memory="ema-sink"),
     MemoryRow("deep-sink", memory="deep-sink"),
@@ -108,11 +116,12 @@ def long_videos(
 
 
 INTRODUCTION = fill(
-    "The base alone, clips of 64x64 pixels longer than the 81 frames that it was trained on. Every"
-    " score is 0–100, higher is better, with its 95 % bootstrap interval over captions; `less full`"
-    " is the total less that of full history, paired by caption. `joins` scores flicker in the"
-    " frames beside two chunks' join alone. K/V is what one clip's memory takes, ms a chunk the"
-    f" median time to sample one chunk of {TIMED} clips, over the second half of a run.",
+    "Clips of 64x64 pixels longer than the 81 frames that the base was trained on. Rows are without"
+    " a refiner unless they say so. Every score is 0–100, higher is better, with its 95 % bootstrap"
+    " interval over captions; `less full` is the total less that of full history, paired by"
+    " caption. `joins` scores flicker in the frames beside two chunks' join alone. K/V is what one"
+    f" clip's memory takes, ms a chunk the median time to sample one chunk of {TIMED} clips, over"
+    " the second half of a run.",
     width=120,
 )
 
@@ -122,7 +131,10 @@ def measured(
     device: torch.device, again: bool = False,
 ) -> LongOutcome:  # fmt: skip
     """Return a row's measurement, read from the folder if it is there, and timed `again`."""
-    weights = [weights_of(WEIGHTS / FILES[name]).hex() for name in ("student", "vae", "text")]
+    files = [FILES[name] for name in ("student", "vae", "text")]
+    if row.refined:
+        files.append(REFINERS["sprites"])
+    weights = [weights_of(WEIGHTS / file).hex() for file in files]
     preset = row.preset
     memory = row.memory, preset.window, preset.sink, preset.positions
     key = repr((NOISE_VERSION, memory, times, len(captions), weights))
@@ -147,12 +159,13 @@ def measure(
 ) -> LongOutcome:
     """Sample, decode and score a clip of each caption."""
     frames, joins = times * LATENT_FRAMES, []
+    refiner = bundled_refiner(demo.student, WEIGHTS) if row.refined else None
     lengths = row.plan(frames, 1).lengths
 
     def clips() -> Iterator[ndarray]:
         for number, texts in enumerate(batched(captions)):
             plan = row.plan(frames, len(texts))
-            chunks = sample(demo.student, demo.text(texts), plan, seed=number)
+            chunks = sample(demo.student, demo.text(texts), plan, seed=number, refiner=refiner)
             for clip in decoded(demo.vae, torch.cat(list(chunks), dim=2)):
                 joins.append(join_flicker(clip, lengths))
                 yield clip
@@ -169,9 +182,10 @@ def time_chunks(
 ) -> float:
     """Return the median milliseconds of a chunk of TIMED clips, over the second half of a run."""
     texts = [caption.text for caption in captions[:TIMED]]
+    refiner = bundled_refiner(demo.student, WEIGHTS) if row.refined else None
     plan = row.plan(times * LATENT_FRAMES, len(texts))
     ends = []
-    for _ in sample(demo.student, demo.text(texts), plan):
+    for _ in sample(demo.student, demo.text(texts), plan, refiner=refiner):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
@@ -193,4 +207,15 @@ def format_outcomes(outcomes: dict[str, LongOutcome]) -> str:
             f"{outcome.memory_bytes / 2**20:.1f} MiB", f"{outcome.milliseconds:.0f}",
         ])  # fmt: skip
     machines = sorted({outcome.measured_on for outcome in outcomes.values()})
-    return f"{aligned(lines)}\n\nMeasured on {' and '.join(machines)}."
+    gained = "".join(map(partial(describe_gain, outcomes), outcomes))
+    return f"{aligned(lines)}\n\n{gained}Measured on {' and '.join(machines)}."
+
+
+def describe_gain(outcomes: dict[str, LongOutcome], name: str) -> str:
+    """Describe what the refiner of a row gains on the row without; "" for a row without."""
+    if not name.endswith(WITH_REFINER):
+        return ""
+    plain = name.removesuffix(WITH_REFINER)
+    gain = paired_difference(outcomes[name].scores, outcomes[plain].scores)
+    rows = ", ".join(f"{row} {gain[row]}" for row in ("total", "drift"))
+    return f"`{name}` less `{plain}`, paired by caption: {rows}. "

@@ -4,19 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_files import write_refiner
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import evaluation, long
+from autorefiner.refiner.demo.bundle import REFINERS
 from autorefiner.refiner.demo.clips import held_out, truth_clips
 from autorefiner.refiner.demo.long import MemoryRow
 from autorefiner.refiner.demo.metrics.joins import join_flicker
 
-from tiny_bundle import use_bundle, write_tiny_bundle
+from tiny_bundle import SIZES, use_bundle, write_tiny_bundle
 
 
 def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeypatch) -> None:
     models = tmp_path / "models"
     write_tiny_bundle(models)
+    write_refiner(models / REFINERS["sprites"], SIZES)
     use_bundle(models, monkeypatch.setattr)
     for module in (long, evaluation):
         monkeypatch.setattr(module, "WEIGHTS", models, raising=False)
@@ -24,6 +27,7 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
         MemoryRow("full history"),
         MemoryRow("window 6, relative", window=6, sink=0, positions="relative"),
         MemoryRow("top", memory="top-frames:k=2"),
+        MemoryRow("top, refined", memory="top-frames:k=2", refined=True),
     )
     monkeypatch.setattr(long, "ROWS", rows)
     monkeypatch.setattr(long, "LATENT_FRAMES", 5)
@@ -35,6 +39,8 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     assert "### 1 times the trained length: 17 frames, 1 captions" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == [row.name for row in rows]
+    assert "`top, refined` less `top`, paired by caption: total " in text
+    assert table[-1].split("|")[2:4] != table[-2].split("|")[2:4]
     files = sorted(run.iterdir())
     assert len(files) == len(rows)
     monkeypatch.setattr(long, "measure", lambda *_: pytest.fail("measured again"))
