@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autorefiner.refiner.training.gradient_signal import ENOUGH, Signal, agreement, flat
-from autorefiner.refiner.training.probe import probe
+from autorefiner.refiner.training.gradient_signal import ENOUGH, Agreement, Signal, agreement, flat
+from autorefiner.refiner.training.probe import FINAL, OTHERS, Probe, probe
 
 from tiny_stage import REWARD, SMALL, stage_of
 
@@ -89,6 +89,22 @@ def test_steps_log_the_signal_from_the_second_update_on() -> None:
     assert -1 <= logged[2]["signal"] <= 1
 
 
+@pytest.mark.parametrize(("start", "parts"), [("head", {FINAL}), ("flow", {FINAL, OTHERS})])
+def test_a_probe_tells_which_branches_a_gradient_reaches(start: str, parts: set[str]) -> None:
+    found = probe(stage_of(replace(REWARD, start=start)), 3)
+    assert {*found.parts} == parts
+    lines = found.lines()
+    assert lines[1].startswith("  final layer mean cosine")
+    assert ("no gradient" in lines[2]) == (OTHERS not in parts) and "others" in lines[2]
+
+
+def test_a_signal_of_one_part_is_a_signal() -> None:
+    none, clear = Agreement(0.01, 0.02, 0.0), Agreement(0.2, 0.02, 0.2)
+    for parts, seen in (({FINAL: none, OTHERS: none}, False), ({FINAL: none, OTHERS: clear}, True)):
+        found = Probe(3, 4, none, parts, {}, None)
+        assert found.seen == seen and ("yes" in found.lines()[-1]) == seen
+
+
 @pytest.mark.parametrize("options", [SMALL, REWARD], ids=["dmd", "reward"])
 def test_a_probe_changes_nothing_and_says_what_it_saw(options) -> None:
     stage = stage_of(replace(options, batch=4))
@@ -101,6 +117,6 @@ def test_a_probe_changes_nothing_and_says_what_it_saw(options) -> None:
     lines = found.lines()
     assert "3 batches of 4 clips" in lines[0]
     assert any(line.startswith("Δ at 750") for line in lines)
-    assert ("yes" in lines[-1]) == found.signal.seen
+    assert ("yes" in lines[-1]) == found.seen
     with pytest.raises(ValueError, match="at least 3"):
         probe(stage, 2)

@@ -7,11 +7,13 @@ from statistics import fmean
 import torch
 from tqdm import trange
 
+from ..noise.refiner import HEAD
 from .gradient_signal import ADVICE, Agreement, agreement, flat
 from .refiner_stage import RefinerStage
 
 FEWEST = 3  # batches
 APART = 1 << 32  # offset of the probe's step indices, beyond any training's
+FINAL, OTHERS = "final layer", "others"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,15 @@ class Probe:
 
     batches: int
     clips: int  # per batch
-    signal: Agreement
+    signal: Agreement  # of the whole gradient, most of which is often the final layer's
+    parts: Mapping[str, Agreement]  # of the final layer and of all others; empty for a zero one
     figures: Mapping[str, float]  # a step's logged figures, as means over batches
     held_out: float | None  # None where no prompts are held out
+
+    @property
+    def seen(self) -> bool:
+        """Whether any part of the gradient has a significant signal."""
+        return any(part.seen for part in (self.signal, *self.parts.values()))
 
     def lines(self) -> list[str]:
         """Format the probe for the terminal, with advice."""
@@ -32,6 +40,10 @@ class Probe:
             f" {self.batches} batches of {self.clips} clips,"
             f" signal / total power {signal.share:+.4f}"
         ]
+        for name in (FINAL, OTHERS):
+            part = self.parts.get(name)
+            found = f"mean cosine {part.cosine:+.4f} ± {part.error:.4f}" if part else "no gradient"
+            rows.append(f"  {name:<11} {found}")
         steps = [name.partition(" ")[2] for name in self.figures if name.startswith("rms ")]
         for step in steps:
             row = (
@@ -43,7 +55,7 @@ class Probe:
             rows.append("held-out    no prompts are held out: give at least 10")
         else:
             rows.append(f"held-out    gain over the base {self.held_out:+.5f}")
-        rows.append("signal      yes" if signal.seen else f"signal      none: {ADVICE}")
+        rows.append("signal      yes" if self.seen else f"signal      none: {ADVICE}")
         return rows
 
 
@@ -54,14 +66,21 @@ def probe(stage: RefinerStage, batches: int) -> Probe:
     """
     if batches < FEWEST:
         raise ValueError(f"{batches} batches: give at least {FEWEST}, whose gradients are compared")
-    gradients, figures = [], []
+    names = {FINAL: [], OTHERS: []}
+    for name in stage.factors:
+        names[FINAL if name.startswith(HEAD) else OTHERS].append(name)
+    gradients = {part: [] for part in names}
+    figures = []
     for number in trange(batches, unit="batch", dynamic_ncols=True):
         figures.append(stage.gradient(APART + number).floats())
-        gradients.append(flat(factor.grad for factor in stage.factors.values()))
+        for part, its in names.items():
+            gradients[part].append(flat(stage.factors[name].grad for name in its))
     stage.learner.zero_grad()
     # batches may end at different levels, and then log different names
-    names = dict.fromkeys(name for each in figures for name in each)
-    means = {name: fmean(each[name] for each in figures if name in each) for name in names}
+    logged = dict.fromkeys(name for each in figures for name in each)
+    means = {name: fmean(each[name] for each in figures if name in each) for name in logged}
     clips = stage.options.batch * stage.options.accumulation
-    signal = agreement(torch.stack(gradients))
-    return Probe(batches, clips, signal, means, stage.compare().get("held-out"))
+    stacked = {part: torch.stack(each) for part, each in gradients.items()}
+    signal = agreement(torch.cat([*stacked.values()], dim=1))
+    parts = {part: agreement(each) for part, each in stacked.items() if each.any()}
+    return Probe(batches, clips, signal, parts, means, stage.compare().get("held-out"))
