@@ -21,6 +21,7 @@ from .evaluation import EvaluateOptions, evaluate, write_section
 from .leverage import LeverageOptions, leverage
 from .long import LongOptions, long_videos
 from .recipes.data import Clips, encode_shards
+from .recipes.failures import FILE as FAILURES
 from .recipes.failures import Failures, sample_failures
 from .recipes.reward import RewardOptions, RewardStage
 from .recipes.student import (
@@ -269,6 +270,8 @@ def train_stage(name: str, args: argparse.Namespace, device: torch.device) -> No
         encode_shards(load_sprite_vae(run).to(device), run / "clips", args.shards)
         return
     if name == "failures":
+        if (run / FAILURES).exists():
+            return
         text, vae = load_sprite_text(run).to(device), load_sprite_vae(run).to(device)
         student = load_sprite_network("student", run, device)
         sample_failures(student, text, vae, args.failures).write(run)

@@ -159,7 +159,7 @@ def test_a_failed_clip_is_pushed_away_from_its_caption() -> None:
 def test_failures_are_the_clips_that_miss_their_captions(tmp_path, monkeypatch) -> None:
     clip = np.zeros((5, 64, 64, 3), np.uint8)
     monkeypatch.setattr(failures, "FRAMES", 5)
-    monkeypatch.setattr(failures, "student_clips", lambda *models, **_: [clip] * 16)
+    monkeypatch.setattr(failures, "student_clips", lambda *models, **_: [clip] * len(models[-1]))
     monkeypatch.setattr(failures, "evaluate_clip", lambda *_: None)
     semantic = iter([90.0, 10.0, 60.0, 59.0, *[0.0] * 60])
     monkeypatch.setattr(failures, "totals_of", lambda _: {"semantic": next(semantic)})
@@ -172,6 +172,19 @@ def test_failures_are_the_clips_that_miss_their_captions(tmp_path, monkeypatch) 
     again = Failures.read(tmp_path)
     assert again.seeds == found.seeds and (again.true == found.true).all()
     assert Failures.read(tmp_path / "none") is None
+
+
+def test_a_student_that_fails_nowhere_is_said(monkeypatch) -> None:
+    tried = []
+    monkeypatch.setattr(
+        failures, "student_clips", lambda *models, **_: tried.append(models[-1]) or models[-1]
+    )
+    monkeypatch.setattr(failures, "evaluate_clip", lambda *_: None)
+    monkeypatch.setattr(failures, "totals_of", lambda _: {"semantic": 100.0})
+    monkeypatch.setattr(failures, "MOST_TRIED", 10)
+    with pytest.raises(ValueError, match="none of 20 captions"):
+        failures.sample_failures(None, None, load_sprite_vae(), 2)
+    assert [len(captions) for captions in tried] == [16, 4]
 
 
 def test_frames_of_a_clip_are_those_of_the_whole_one() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..world import sample_scene
 FILE = "failures.safetensors"
 FAILED = 60.0  # a clip with a lower semantic score misses its caption
 FIRST = 1_000_000  # seed of the first training scene to try
+MOST_TRIED = 64  # captions for each failure that is asked for
 FRAMES = 81
 
 
@@ -58,15 +58,20 @@ class Failures:
 
 @torch.no_grad()
 def sample_failures(student: CausalWan, text: Encode, vae: WanVAE, number: int) -> Failures:
-    """Sample training captions until `number` clips have failed."""
+    """Sample training captions until `number` clips have failed, or a great many have been tried.
+
+    ValueError if none failed.
+    """
     device = vae.conv1.weight.device
     seeds, true, failed = [], [], []
-    tried = count(FIRST)
+    end = FIRST + MOST_TRIED * number
     bar = tqdm(total=number, unit="failure", dynamic_ncols=True)
-    while len(seeds) < number:
-        scenes = [*islice(tried, BATCH)]
+    for first in range(FIRST, end, BATCH):
+        if len(seeds) == number:
+            break
+        scenes = range(first, min(first + BATCH, end))
         captions = [sample_scene(seed).caption for seed in scenes]
-        clips = student_clips(student, text, vae, captions, seed=scenes[0])
+        clips = student_clips(student, text, vae, captions, seed=first)
         for seed, caption, clip in zip(scenes, captions, clips, strict=True):
             semantic = totals_of(evaluate_clip(clip, caption))["semantic"]
             if semantic < FAILED and len(seeds) < number:
@@ -76,4 +81,9 @@ def sample_failures(student: CausalWan, text: Encode, vae: WanVAE, number: int) 
                 failed.append(clip)
                 bar.update()
     bar.close()
+    if not seeds:
+        raise ValueError(
+            f"the student missed none of {end - FIRST} captions: train the reward model without"
+            " failures"
+        )
     return Failures(seeds, np.stack(true), np.stack(failed))
