@@ -42,8 +42,8 @@ STRETCH = 10.0  # factor on unit vectors before facts are read from them
 class RewardOptions:
     """Options of the recipe. A step takes `batch` scenes, and of each a twin.
 
-    A twin differs in one attribute. A share `failures` of the scenes are ones that the student
-    failed at, with its clip.
+    A twin differs in one attribute. A share `failed` of the scenes are ones that the student failed
+    at, with its clip.
     """
 
     steps: int = 2500
@@ -53,7 +53,7 @@ class RewardOptions:
     longest: int = 161  # frames of the video that a clip is taken from
     noise: float = 0.06  # largest noise on frames in 0–1
     blur: float = 0.7  # largest share of a 3x3 blur
-    failures: float = 0.5
+    failed: float = 0.5
     shown: int = 256  # held-out clips to score
     seed: int = 0
 
@@ -169,7 +169,7 @@ def make_batch(options: RewardOptions, failures: Failures | None, index: int) ->
     rng = stream(options.seed, index, 0)
     scenes: list[Scene] = []
     known = len(failures.seeds) if failures else 0
-    missed = min(known, round(options.failures * options.batch))
+    missed = min(known, round(options.failed * options.batch))
     chosen = rng.choice(known, missed, replace=False) if missed else []
     usual = rng.integers(1 << 40, size=options.batch - missed)
     for seed in (*usual, *(failures.seeds[number] for number in chosen)):
