@@ -147,8 +147,8 @@ def add_tables(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the trainings; needs a C++ compiler")
     add("--trained", action="store_true", help="leave out rows that are not trained yet")
     about = (
-        "time the rows of Table 2 anew, in three rounds of a batch each, where the machine was"
-        " busy before"
+        "time the rows of Tables 2 and 8 anew, in three rounds of a batch each, where the machine"
+        " was busy before"
     )
     add("--time", action="store_true", help=about)
     add_results(command)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..noise.file import load_refiner
 from ..noise.refiner import Refiner, merged
 from ..noise.source import VERSION as NOISE_VERSION
-from ..samplers import SEARCHES, Method, self_forcing
+from ..samplers import SAMPLERS, SEARCHES, Method
 from ..samplers.search import Judge, Verifier
 from ..schedule import Chunk, Preset, plan_chunks
 from ..training.ahead import helpers
@@ -41,17 +41,20 @@ from .metrics.evaluate import ClipScores
 JUDGES = {"dmd": ("teacher",), "reward": ("vae", "reward")}  # models of each objective
 TIMED = 3  # rounds of time_again
 Search = Literal["", "best-of-n", "search-over-path"]
+Sampler = Literal["self-forcing", "self-refine"]
 Train = Callable[[RefineOptions, Path, Path, torch.device], Path]  # to a file; state in a folder
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A name and the differences from the base: training, levels, search, sampler, control."""
+    """A name and the differences from the base: training, sampling, control."""
 
     name: str
     training: RefineOptions | None = None
     levels: tuple[int, ...] | None = None  # refined when sampling; None: as in training
     search: Search = ""
+    candidates: int = 5  # of a search
+    sampler: Sampler = "self-forcing"  # without a search
     sampler_levels: tuple[int, ...] = PRESET.levels  # nominal, of the sampler
     control: Control | None = None  # an untrained residual
 
@@ -156,7 +159,6 @@ class Bench:
     frames: int  # latent
     run: Path
     rewards: Mixture | None = None  # for searches
-    candidates: int = 5
     train: Train | None = None  # None: only rows that are trained already
 
     def outcome(self, row: Row, device: torch.device) -> Outcome:
@@ -223,9 +225,11 @@ class Bench:
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
         clips = len(self.captions), self.seeds, self.frames
-        sampled = (row.refined, row.search, *clips, self.candidates)
+        sampled = (row.refined, row.search, *clips, row.candidates)
         if row.control or row.preset != PRESET:  # other rows' keys stay those of earlier versions
             sampled += (row.sampler_levels, row.control)
+        if row.sampler != "self-forcing":
+            sampled += (row.sampler,)
         digest.update(repr((NOISE_VERSION, *sampled)).encode())
         return digest.hexdigest()
 
@@ -275,11 +279,11 @@ class Bench:
 
     def _method(self, row: Row, texts: list[str], cost: Cost) -> Method:
         if not row.search:
-            return self_forcing()
+            return SAMPLERS[row.sampler]()
         if self.rewards is None:
             raise ValueError(f"{row.name} needs a reward model to choose by")
         verifier = CountedVerifier(RewardVerifier(self.rewards, self.demo.vae, texts), cost)
-        return SEARCHES[row.search](verifier, self.candidates)
+        return SEARCHES[row.search](verifier, row.candidates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ TOTALS = ("quality", "semantic", "total")
 GAINS = ("semantic", "total")
 LEVEL_CHOICES = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 RANKS = (16, 32, 64, 128)
+CANDIDATES = (2, 5)  # of the searches
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
 TWO_LEVEL_TABLES = (8,)
@@ -135,10 +136,12 @@ def two_level_rows(options: TablesOptions) -> list[Row]:
 def reward_rows(options: TablesOptions) -> list[Row]:
     """Return the rows of Tables 2 and 7."""
     searches = [
-        Row("Best-of-N", search="best-of-n"),
-        Row("Search over Path", search="search-over-path"),
+        Row(f"{name}, N = {count}", search=search, candidates=count)
+        for name, search in (("Best-of-N", "best-of-n"), ("Search over Path", "search-over-path"))
+        for count in CANDIDATES
     ]
-    return [BASE, *searches, *objective_rows(options.rewarded)]
+    repeated = Row("P&P", sampler="self-refine")  # as many passes as a refiner's
+    return [BASE, repeated, *searches, *objective_rows(options.rewarded)]
 
 
 def level_rows(options: TablesOptions) -> list[Row]:
@@ -320,7 +323,7 @@ def make_tables(
     """Train and measure missing rows; returns the tables as a section of RESULTS.md.
 
     With `train` None, rows that are not trained yet are left out. `time_again` repeats the timing
-    of the rows of Table 2, for machines that were busy before.
+    of tables with frames/s, for machines that were busy before.
     """
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
@@ -336,17 +339,19 @@ def make_tables(
         rows = {name: row for name, row in rows.items() if bench.trained(row)}
     outcomes = {name: bench.outcome(row, device) for name, row in rows.items()}
     if time_again:
-        timed = [row for row in reward_rows(options) if row.name in rows]
+        with_speed = [table for table in chosen if "frames/s" in table.columns]
+        of_speed = {row.name: row for table in with_speed for row in table.rows(options)}
+        timed = [row for name, row in of_speed.items() if name in rows]
         bench.time_again(timed, device)
         outcomes |= {row.name: bench.outcome(row, device) for row in timed}
-    about = f"{describe(options, bench)} {how_chosen(options)}{machines(outcomes)}".strip()
+    about = f"{describe(options)} {how_chosen(options)}{machines(outcomes)}".strip()
     sections = [draw(table, options, outcomes) for table in chosen]
     if options.tables != TWO_LEVEL_TABLES:
         sections.append(by_motion(outcomes[BASE.name], bench.captions))
     return "\n\n".join((fill(about, 120), *sections))
 
 
-def describe(options: TablesOptions, bench: Bench) -> str:
+def describe(options: TablesOptions) -> str:
     """Describe the measurement and the length of the trainings."""
     only_two_levels = options.tables == TWO_LEVEL_TABLES
     training = options.two_levels if only_two_levels else options.training
@@ -366,7 +371,7 @@ def describe(options: TablesOptions, bench: Bench) -> str:
         f"{measured}; by reward for {rewarded.steps} steps of"
         f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames."
         f" Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the base's;"
-        " verifications, each of which decodes, are a chunk's too. Both searches choose among"
-        f" {bench.candidates} candidates by the learned reward model, which the rewarded rows were"
-        " trained with; the exact metrics judge."
+        " verifications, each of which decodes, are a chunk's too. Both searches choose among N"
+        " candidates by the learned reward model, which the rewarded rows were trained with; the"
+        " exact metrics judge. P&P repeats a level with fresh noise where it is uncertain."
     )

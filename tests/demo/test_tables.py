@@ -29,7 +29,8 @@ from autorefiner.refiner.demo.tables import (
     machines,
 )
 from autorefiner.refiner.sample import RunPlan, sample
-from autorefiner.refiner.schedule import PRESETS, make_level
+from autorefiner.refiner.samplers import SAMPLERS
+from autorefiner.refiner.schedule import PRESETS, make_level, plan_chunks
 
 from tiny import TINY, tiny_network
 from tiny_bundle import use_bundle, write_tiny_bundle
@@ -147,6 +148,20 @@ def test_factors_are_those_of_the_models_that_they_were_trained_with(
     assert {number: row.file() for number, row in trained.items()} == before
     save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / FILES[changed])
     assert {number for number, row in trained.items() if row.file() != before[number]} == again
+
+
+def test_p_and_p_takes_a_refiners_passes_and_searches_differ_by_candidates() -> None:
+    base, repeated, *others = KINDS[2].rows(TablesOptions())
+    assert repeated.name == "P&P" and not base.search and base.sampler == "self-forcing"
+    chunk = plan_chunks(PRESET, 21)[1][0]
+    passes = {row.name: SAMPLERS[row.sampler]().passes(chunk) for row in (base, repeated)}
+    assert passes == {"base": 4, "P&P": 4 + len(PRESET.levels[1:])}
+    assert [(row.search, row.candidates) for row in others if row.search] == [
+        ("best-of-n", 2), ("best-of-n", 5), ("search-over-path", 2), ("search-over-path", 5),
+    ]  # fmt: skip
+    bench = Bench(None, held_out(1), 1, 6, Path())
+    keys = {bench._key(row, None) for row in (base, repeated, *others) if row.training is None}
+    assert len(keys) == 6
 
 
 def test_factors_are_found_again_when_words_about_the_preset_change() -> None:
