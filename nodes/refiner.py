@@ -86,8 +86,8 @@ class LoadRefiner(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file", options=refiner_files(),
-                    tooltip="A .refiner.safetensors in models/loras; sprites and sprites-reward"
-                    " come with the demo.",
+                    tooltip="A .refiner.safetensors in models/loras; sprites comes with the"
+                    " demo.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -78,15 +78,6 @@ def sprites(folder: Path = WEIGHTS) -> Bundle:
     )
 
 
-def small_sprites(folder: Path = WEIGHTS) -> Bundle:
-    """Describe the sprites with a student a fifth of its teacher's size."""
-    whole = sprites(folder)
-    return replace(
-        whole, name="sprites-small", model=folder / FILES["small"], refiners={},
-        training=replace(whole.training, reward=None),
-    )  # fmt: skip
-
-
 def random_tiny() -> Bundle:
     """Describe a tiny untrained model, to try the commands on any machine."""
     return Bundle(
@@ -122,7 +113,7 @@ def random_context(config: WanConfig, prompts: list[str]) -> Tensor:
     return torch.stack(contexts)
 
 
-BUNDLES = {bundle.name: bundle for bundle in (sprites(), small_sprites(), random_tiny())}
+BUNDLES = {bundle.name: bundle for bundle in (sprites(), random_tiny())}
 
 
 def find_bundle(name: str) -> Bundle | None:

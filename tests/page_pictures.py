@@ -140,6 +140,16 @@ def overview(page: Page, server: Server) -> None:
     """Write the picture of a whole workflow, as it is after a run, for docs/comfyui.md."""
     path = WORKFLOWS / f"{SEEN}.json"
     page.load(path)
+    page.tab.evaluate(  # nothing is reused from the run before
+        """() => {
+            const seeds = window.app.graph.nodes
+                .flatMap((node) => node.widgets ?? [])
+                .filter((widget) => widget.name === "seed");
+            for (const seed of seeds) {
+                seed.value = 1;
+            }
+        }"""
+    )
     run(page, server)
     page.tab.wait_for_timeout(6000)  # until the page's notices are gone
     boxes = drawing_of(json.loads(path.read_text())).boxes.values()

@@ -100,7 +100,7 @@ def test_a_row_warns_of_what_its_model_does_not_know(model, more, expected, tmp_
 
 def test_a_bundled_refiner_that_is_missing_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(BUNDLES, "sprites", sprites(tmp_path))
-    assert set(bundled_refiners()) == {"sprites", "sprites-reward"}
-    with pytest.raises(ValueError, match="sprites-reward"):
-        refiner_file("sprites-reward")
+    assert set(bundled_refiners()) == {"sprites"}
+    with pytest.raises(ValueError, match="sprites"):
+        refiner_file("sprites")
     assert refiner_file("mine.safetensors") is None

@@ -21,12 +21,8 @@ from .text_encoder import SpriteTextEncoder
 from .tiny_decoder import SpriteTinyDecoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-REFINERS = {  # trained by distribution matching and with the bundled reward
-    "sprites": "sprites.refiner.safetensors",
-    "sprites-reward": "sprites_reward.refiner.safetensors",
-}
-MODELS = ("vae", "tiny", "text", "teacher", "student", "small", "reward")
-CAUSAL = ("student", "small")
+REFINERS = {"sprites": "sprites.refiner.safetensors"}  # trained by distribution matching
+MODELS = ("vae", "tiny", "text", "teacher", "student", "reward")
 FILES = {name: f"sprites_{name}.safetensors" for name in MODELS}
 
 
@@ -52,7 +48,7 @@ def save_model(
     """Write a model in bf16 with its recipe, steps and scores; ComfyUI needs the config."""
     metadata = {"autorefiner": json.dumps(recipe)}
     if config is not None:
-        causal = {"causal_ar": True} if name in CAUSAL else {}  # ComfyUI knows no false value
+        causal = {"causal_ar": True} if name == "student" else {}  # ComfyUI knows no false value
         metadata["config"] = json.dumps({"transformer": {**causal, **asdict(config)}})
     tensors = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)

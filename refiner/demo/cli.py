@@ -24,14 +24,7 @@ from .recipes.data import Clips, encode_shards
 from .recipes.failures import FILE as FAILURES
 from .recipes.failures import Failures, sample_failures
 from .recipes.reward import RewardOptions, RewardStage
-from .recipes.student import (
-    CausalInitStage,
-    DistilOptions,
-    DistilStage,
-    InitOptions,
-    SmallDistilOptions,
-    SmallInitOptions,
-)
+from .recipes.student import CausalInitStage, DistilOptions, DistilStage, InitOptions
 from .recipes.teacher import LongerOptions, TeacherOptions, TeacherStage
 from .recipes.text import TextOptions, TextStage
 from .recipes.tiny import TinyOptions, TinyStage
@@ -45,15 +38,13 @@ STAGES = (
     "vae", "decoder", "text", "clips", "tiny", "teacher", "longer", "init", "student", "failures",
     "reward",
 )  # fmt: skip
-SMALL = "small"  # in the place of init: a student a fifth of the teacher's size
 GOES_ON = {"decoder": "vae", "longer": "teacher", "student": "student"}  # stage -> model it resumes
 DEFAULT = "default %(default)s"
 TRAIN = """\
 Train the demo's models on the sprite world, one stage or all in order. A run can be stopped or
 killed at any time; the same command goes on with it. Each stage writes state.pt, log.jsonl,
 loss.png and sample sheets into RUN/STAGE, and its finished model into RUN. Later stages read the
-models of the earlier ones from there. `small`, in the place of `init`, begins a student a fifth of
-the teacher's size."""
+models of the earlier ones from there."""
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +63,7 @@ def add_train(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "train", description=TRAIN, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = command.add_argument
-    add("stage", choices=(*STAGES, SMALL, "all"))
+    add("stage", choices=(*STAGES, "all"))
     add("--run", type=Path, default=RUNS / "sprites", metavar="FOLDER", help=DEFAULT)
     about = "steps of the stage (of each, with all); default: the recipe's"
     add("--steps", type=int, help=about)
@@ -112,11 +103,11 @@ def add_evaluate(actions: argparse._SubParsersAction) -> argparse.ArgumentParser
 
 
 def add_show(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    about = "Make clips of a few prompts with the bundled models, base and refined side by side."
+    about = "Make clips of prompts that the bundled model is weak at, without and with its refiner."
     command = actions.add_parser("show", help="a first look", description=about)
     add = command.add_argument
     add("--out", type=Path, default=Path("outputs"), metavar="FOLDER", help=DEFAULT)
-    add("--clips", type=int, default=4)
+    add("--clips", type=int, default=8)
     add("--seed", type=int, default=0)
     return command
 
@@ -366,10 +357,7 @@ def make_network_stage(name: str, changes: dict, run: Path, device: torch.device
     teacher = load_sprite_network("teacher", run, device)
     if name == "longer":
         return TeacherStage(LongerOptions(**changes), *models, device, teacher)
-    if name == SMALL:
-        return CausalInitStage(SmallInitOptions(**changes), teacher, *models)
     if name == "init":
-        return CausalInitStage(InitOptions(**changes), teacher, *models)
+        return CausalInitStage(InitOptions(**changes), *models, device)
     student = load_sprite_network("student", run, device)
-    options = DistilOptions if student.config == teacher.config else SmallDistilOptions
-    return DistilStage(options(**changes), student, teacher, *models)
+    return DistilStage(DistilOptions(**changes), student, teacher, *models)

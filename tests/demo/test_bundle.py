@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -12,22 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from autorefiner.refiner.cli import main
+from autorefiner.refiner.demo import show as demo_show
 from autorefiner.refiner.demo.bundle import (
     FILES,
     REFINERS,
     WEIGHTS,
+    bundled_refiner,
     load_sprite_network,
     load_sprite_tiny,
     recipe_of,
 )
-from autorefiner.refiner.demo.captions import write
-from autorefiner.refiner.demo.clips import held_out, returned_clips, score, student_clips
+from autorefiner.refiner.demo.captions import Caption, write
+from autorefiner.refiner.demo.clips import BATCH, held_out, returned_clips, score, student_clips
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.table import summarise
 from autorefiner.refiner.demo.recipes.vae import psnr
 from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
 from autorefiner.refiner.demo.scene import Body
-from autorefiner.refiner.demo.show import SHOWN, bundled_refiners, name_plate
+from autorefiner.refiner.demo.show import ENOUGH, name_plate
 from autorefiner.refiner.demo.world import sample_scene
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.rollout import add_noise, predict_x0
@@ -37,7 +40,7 @@ from autorefiner.refiner.wan.weight_file import open_weights
 
 from decoding import decoded
 
-MODELS = ("text", "vae", "tiny", "teacher", "student", "small")
+MODELS = ("text", "vae", "tiny", "teacher", "student")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,11 @@ def demo() -> Demo:
 
 
 def test_the_files_are_small_and_say_what_they_are() -> None:
-    assert sum((WEIGHTS / FILES[name]).stat().st_size for name in MODELS) <= 30 * 2**20
+    assert sum((WEIGHTS / FILES[name]).stat().st_size for name in MODELS) <= 20 * 2**20
     for name in MODELS:
         assert recipe_of(name)["steps"] > 0
     for name, causal in (
         ("student", True),
-        ("small", True),
         ("teacher", None),
     ):  # as ComfyUI reads them: it knows no false one
         config = json.loads(open_weights(WEIGHTS / FILES[name]).metadata["config"])
@@ -129,11 +131,10 @@ def test_generate_needs_no_file_but_the_bundle(tmp_path: Path, capsys) -> None:
     assert len(decoded(out)) == 81 and read_metadata(out)["prompt"] == prompt
 
 
-@pytest.mark.parametrize("name", REFINERS)
-def test_the_refiners_are_the_students(demo: Demo, name: str) -> None:
-    _, card = load_refiner(WEIGHTS / REFINERS[name])
-    assert card.base == fingerprint(load_sprite_network("student").model)
-    assert (WEIGHTS / REFINERS[name]).stat().st_size <= 4 * 2**20
+def test_the_refiner_is_the_students(demo: Demo) -> None:
+    path = WEIGHTS / REFINERS["sprites"]
+    assert load_refiner(path)[1].base == fingerprint(load_sprite_network("student").model)
+    assert path.stat().st_size <= 4 * 2**20
     captions = held_out(1)
     base, refined = (
         next(
@@ -143,7 +144,7 @@ def test_the_refiners_are_the_students(demo: Demo, name: str) -> None:
                 )
             )
         )
-        for refiner in (None, bundled_refiners(demo.student)[SHOWN[name]])
+        for refiner in (None, bundled_refiner(demo.student))
     )
     assert base.shape == refined.shape and (base != refined).any()
 
@@ -153,12 +154,39 @@ def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys)
     assert len(decoded(tmp_path / "sprites_1.mp4")) == 81
     assert (tmp_path / "sprites.png").exists()
     output = capsys.readouterr().out
-    assert held_out(1)[0].text in output and "base: " in output
-    assert "rewarded" in output
+    assert read_metadata(tmp_path / "sprites_1.mp4")["prompt"] in output
+    assert "base: " in output and "refined: " in output
+    assert float(re.search(r"\(base ([\d.]+), refined [\d.]+\)", output)[1]) < ENOUGH
+
+
+def test_the_first_look_shows_the_first_captions_that_the_base_is_weak_at(monkeypatch) -> None:
+    captions = held_out(2 * BATCH)
+    totals = {caption: 90.0 for caption in captions}
+    totals |= {
+        captions[3]: 79.9,
+        captions[5]: 80.0,
+        captions[BATCH]: 10.0,
+        captions[BATCH + 2]: 0.0,
+    }
+    asked = []
+
+    def clips_of(some: list[Caption]) -> list[Caption]:
+        asked.append(some)
+        return some  # each clip is its caption
+
+    monkeypatch.setattr(demo_show, "evaluate_clip", lambda clip, caption: totals[caption])
+    monkeypatch.setattr(demo_show, "totals_of", lambda total: {"total": total})
+    weak, clips, scores = demo_show.weak_clips(clips_of, 2)
+    assert weak == clips == [captions[3], captions[BATCH]] and scores == [79.9, 10.0]
+    assert asked == [captions[:BATCH], captions[BATCH:]]
+    monkeypatch.setattr(demo_show, "MOST_TRIED", BATCH)
+    assert demo_show.weak_clips(clips_of, 2)[0] == [captions[3]]
 
 
 def test_names_stand_on_plates_of_one_size() -> None:
-    base, refined, rewarded = (name_plate(name, 40) for name in ("base", "refined", "rewarded"))
-    assert base.shape == refined.shape == rewarded.shape and base.shape[0] == 40
-    ink = [int((plate == 255).all(-1).sum()) for plate in (base, refined, rewarded)]
+    base, refined, better = (
+        name_plate(*mark, 60) for mark in (("base", 1.0), ("refined", 1.0), ("refined", 88.8))
+    )
+    assert base.shape == refined.shape == better.shape and base.shape[0] == 60
+    ink = [int((plate == 255).all(-1).sum()) for plate in (base, refined, better)]
     assert 0 < ink[0] < ink[1] < ink[2]

@@ -1,4 +1,4 @@
-"""The causal student: the teacher's weights, trained to work chunk by chunk, then distilled.
+"""The causal student, a fifth of its teacher's size, made in two stages.
 
 First teacher forcing: flow matching of one noised chunk at a time after clean history, at the
 sampler's levels and between them. Then Self-Forcing: distribution matching against the teacher on
@@ -40,13 +40,13 @@ from .teacher import TEXT_WAY, new_model, sprite_config, twin
 
 @dataclass(frozen=True, slots=True)
 class InitOptions:
-    """Causal initialisation, from the teacher's weights if its width is the same, else random."""
+    """Causal initialisation, from random weights."""
 
-    width: int = 256
-    steps: int = 800
+    width: int = 128
+    steps: int = 1800
     batch: int = 32
-    learning_rate: float = 5e-4
-    muon: float = 5e-3
+    learning_rate: float = 1e-3
+    muon: float = 2e-2
     ema: float = 0.995
     shown: int = 32  # held-out captions of a sample sheet's scores
     at_levels: float = 0.5  # share of chunks noised at one of the sampler's levels
@@ -55,25 +55,15 @@ class InitOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class SmallInitOptions(InitOptions):
-    """Causal initialisation of a student a fifth of the teacher's size, with random weights."""
-
-    width: int = 128
-    steps: int = 4000
-    learning_rate: float = 1e-3
-    muon: float = 2e-2
-
-
-@dataclass(frozen=True, slots=True)
 class DistilOptions:
     """Distillation: the critic learns every step, the generator every `ratio`-th."""
 
-    steps: int = 830
+    steps: int = 990
     batch: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     critic_rate: float = 1e-4
     ema: float = 0.99
-    ratio: int = 5
+    ratio: int = 2
     shown: int = 32
     guidance: float = 1.0  # of the real score
     seed: int = 0
@@ -89,15 +79,6 @@ class DistilOptions:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SmallDistilOptions(DistilOptions):
-    """Distillation of a small student, which starts from clips far from the teacher's."""
-
-    steps: int = 990
-    learning_rate: float = 3e-4
-    ratio: int = 2
-
-
 CLIP = 10.0  # largest norm of the distillation's gradients
 
 
@@ -109,18 +90,13 @@ class CausalInitStage(LearnerStage):
     """Training state of the causal initialisation."""
 
     def __init__(
-        self, options: InitOptions, teacher: CausalWan, clips: Clips, text: SpriteTextEncoder,
-        vae: WanVAE,
+        self, options: InitOptions, clips: Clips, text: SpriteTextEncoder, vae: WanVAE,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self.options, self.clips, self.text, self.vae = options, clips, text, vae
-        self.device = next(teacher.model.parameters()).device
-        config = teacher.config
-        if options.width != config.dim:
-            config = sprite_config(options.width, text)
-        if config == teacher.config:
-            model = twin(teacher)
-        else:
-            model = new_model(config, options.seed).to(self.device)
+        self.device = device
+        config = sprite_config(options.width, text)
+        model = new_model(config, options.seed).to(self.device)
         self.learner = Learner(
             model, options.learning_rate, options.ema, muon=options.muon, spared=TEXT_WAY
         )
