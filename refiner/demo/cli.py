@@ -31,7 +31,7 @@ from .recipes.tiny import TinyOptions, TinyStage
 from .recipes.vae import DecoderOptions, DecoderStage, VaeOptions, VaeStage
 from .rows import Train
 from .show import show
-from .tables import REWARDED, TABLES, TRAINING, TWO_LEVEL_TABLES, TablesOptions, make_tables
+from .tables import REWARDED, SECTIONS, TABLES, TRAINING, TablesOptions, make_tables
 from .transitions import TransitionOptions, transitions
 
 STAGES = (
@@ -223,13 +223,10 @@ def write_and_print(path: Path, title: str, body: str) -> None:
 def run_tables(args: argparse.Namespace, device: torch.device, train_row: Train) -> None:
     """Write the tables, one section for each sampler."""
     options = tables_options(args)
-    sections = {
-        "The refiner": [n for n in options.tables if n not in TWO_LEVEL_TABLES],
-        "A sampler of two levels": [n for n in options.tables if n in TWO_LEVEL_TABLES],
-    }
-    for title, numbers in sections.items():
+    for title, group in SECTIONS.items():
+        numbers = tuple(number for number in options.tables if number in group)
         if numbers:
-            some = replace(options, tables=tuple(numbers))
+            some = replace(options, tables=numbers)
             train = None if args.trained else train_row
             body = make_tables(args.run, some, device, train, args.time)
             write_and_print(args.out, title, body)

@@ -26,7 +26,13 @@ from .metrics.evaluate import ClipScores
 from .metrics.table import Interval, aligned, paired_difference, resampled_interval, summarise
 from .rows import Bench, Outcome, Row, Train
 
-TABLES = (1, 2, 3, 4, 6, 7, 8)
+DMD_TABLES, REWARD_TABLES, TWO_LEVEL_TABLES = (1, 3, 4, 6), (2, 7), (8,)
+TABLES = tuple(sorted(DMD_TABLES + REWARD_TABLES + TWO_LEVEL_TABLES))
+SECTIONS = {  # of RESULTS.md
+    "The refiner": DMD_TABLES,
+    "The refiner, by reward": REWARD_TABLES,
+    "A sampler of two levels": TWO_LEVEL_TABLES,
+}
 TOTALS = ("quality", "semantic", "total")
 GAINS = ("semantic", "total")
 LEVEL_CHOICES = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
@@ -34,7 +40,6 @@ RANKS = (16, 32, 64, 128)
 CANDIDATES = (2, 5)  # of the searches
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
-TWO_LEVEL_TABLES = (8,)
 CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose controls on: their number, the first one
 # Without guidance and from the base's flow, gradients agree more from batch to batch
 # (docs/training.md). Takes a CPU core forty minutes.
@@ -187,6 +192,11 @@ def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
     return [str(spread), str(summarise(outcome.scores)["dynamic"])]
 
 
+def passes_and_dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
+    """Format the passes per chunk above the base's, diversity and dynamic degree."""
+    return [*passes_cells(outcome, base), *dynamic_cells(outcome, base)]
+
+
 def two_level_cells(outcome: Outcome, base: Outcome) -> list[str]:
     """Format cost, diversity and dynamic degree for Table 8."""
     passes, _, speed = cost_cells(outcome, base)
@@ -210,7 +220,10 @@ class Table:
 
 
 KINDS = {
-    1: Table("Table 1: trained by distribution matching", dmd_rows, ("ΔNFE",), passes_cells),
+    1: Table(
+        "Table 1: trained by distribution matching", dmd_rows, ("ΔNFE", "diversity", "dynamic"),
+        passes_and_dynamic_cells,
+    ),
     2: Table(
         "Table 2: trained with the reward model, or searching with it", reward_rows,
         ("ΔNFE", "verifications", "frames/s"), cost_cells,
@@ -328,7 +341,7 @@ def make_tables(
     run.mkdir(parents=True, exist_ok=True)
     demo = Demo.load(WEIGHTS, device)
     rewards = None
-    if {2, 7} & {*options.tables}:
+    if {*REWARD_TABLES} & {*options.tables}:
         rewards = Mixture(((load_sprite_reward(device=device), 1.0),))
     captions = held_out(options.captions)
     bench = Bench(demo, captions, options.seeds, options.frames, run, rewards=rewards, train=train)
@@ -346,32 +359,43 @@ def make_tables(
         outcomes |= {row.name: bench.outcome(row, device) for row in timed}
     about = f"{describe(options)} {how_chosen(options)}{machines(outcomes)}".strip()
     sections = [draw(table, options, outcomes) for table in chosen]
-    if options.tables != TWO_LEVEL_TABLES:
+    if {*DMD_TABLES} & {*options.tables}:
         sections.append(by_motion(outcomes[BASE.name], bench.captions))
     return "\n\n".join((fill(about, 120), *sections))
 
 
 def describe(options: TablesOptions) -> str:
-    """Describe the measurement and the length of the trainings."""
-    only_two_levels = options.tables == TWO_LEVEL_TABLES
-    training = options.two_levels if only_two_levels else options.training
-    short = "" if only_two_levels else f" (Tables 4 and 6: {options.short})"
-    measured = (
+    """Describe the measurement and the trainings of the chosen tables."""
+    chosen = {*options.tables}
+    sentences = [
         f"{options.captions} held-out captions × {options.seeds} seeds, clips of"
         f" {4 * options.frames - 3} frames; every score is 0–100 with its 95 % bootstrap interval"
-        " over captions, differences are paired by caption and seed. The base is frozen. By"
-        f" distribution matching (dmd) a row is trained for {training.steps} steps of"
-        f" {training.batch * training.accumulation} clips{short}: the fake score learns at all of"
-        f" them, what is tried at one in {training.ratio} after the first {training.first_update}"
-    )
-    if only_two_levels:
-        return f"{measured}. Rank {training.rank}. ΔNFE: passes a chunk above the base's."
-    rewarded = options.rewarded
+        " over captions, differences are paired by caption and seed. The base is frozen."
+    ]
+    if chosen.intersection(DMD_TABLES):
+        short = f" (Tables 4 and 6: {options.short})" if chosen & {4, 6} else ""
+        sentences.append(about_distribution_matching(options.training, short))
+    if chosen.intersection(TWO_LEVEL_TABLES):
+        sentences.append(about_distribution_matching(options.two_levels))
+    if chosen.intersection(REWARD_TABLES):
+        rewarded = options.rewarded
+        sentences.append(
+            f"By reward a row is trained for {rewarded.steps} steps of"
+            f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames,"
+            f" rank {rewarded.rank}. Both searches choose among N candidates by the learned reward"
+            " model, which the rewarded rows were trained with; the exact metrics judge. P&P"
+            " repeats a level with fresh noise where it is uncertain. Verifications, each of which"
+            " decodes, are a chunk's."
+        )
+    sentences.append("ΔNFE: passes a chunk above the base's.")
+    return " ".join(sentences)
+
+
+def about_distribution_matching(training: RefineOptions, short: str = "") -> str:
+    """Describe a training by distribution matching."""
     return (
-        f"{measured}; by reward for {rewarded.steps} steps of"
-        f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames."
-        f" Rank {training.rank}, but in Table 6. ΔNFE: passes a chunk above the base's;"
-        " verifications, each of which decodes, are a chunk's too. Both searches choose among N"
-        " candidates by the learned reward model, which the rewarded rows were trained with; the"
-        " exact metrics judge. P&P repeats a level with fresh noise where it is uncertain."
+        f"By distribution matching (dmd) a row is trained for {training.steps} steps of"
+        f" {training.batch * training.accumulation} clips{short}, rank {training.rank}: the fake"
+        f" score learns at all of them, what is tried at one in {training.ratio} after the first"
+        f" {training.first_update}."
     )

@@ -22,9 +22,11 @@ from autorefiner.refiner.demo.tables import (
     BASE,
     KINDS,
     RANKS,
+    SECTIONS,
     TABLES,
     TablesOptions,
     choose_controls,
+    describe,
     how_chosen,
     machines,
 )
@@ -226,6 +228,17 @@ def test_an_untrained_residual_of_strength_0_changes_no_run(kind) -> None:
     refined = {c: run(Control(kind, c).refiner(network, (750, 500, 250))) for c in (0.0, 0.1)}
     assert torch.equal(refined[0.0], run(None))
     assert not torch.equal(refined[0.1], run(None))
+
+
+def test_a_section_describes_the_trainings_of_its_tables_alone() -> None:
+    options = replace(TablesOptions(), two_levels=replace(TablesOptions().two_levels, steps=7))
+    words = {"240 steps": {1, 3, 4, 6}, "7 steps": {8}, "By reward": {2, 7}, "(Tables 4": {4, 6}}
+    for number in TABLES:
+        text = describe(replace(options, tables=(number,)))
+        assert {word for word in words if word in text} == {
+            word for word, numbers in words.items() if number in numbers
+        }
+    assert sorted(number for numbers in SECTIONS.values() for number in numbers) == [*TABLES]
 
 
 def test_the_best_strength_is_chosen_on_other_captions(tmp_path, monkeypatch) -> None:
