@@ -98,11 +98,15 @@ def test_an_interrupt_that_is_swallowed_comes_again(monkeypatch, number) -> None
         def __del__(self) -> None:
             signal.raise_signal(number)  # to this thread: os.kill may come late
 
-    with pytest.raises(KeyboardInterrupt), handling(interrupt):
-        Swallows()
-        assert seen == ["KeyboardInterrupt"]
-        time.sleep(5)
-    time.sleep(0.1)  # caught: no second one follows
+    before = signal.signal(number, signal.SIG_DFL)  # a background job's SIGINT is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), handling(interrupt):
+            Swallows()
+            assert seen == ["KeyboardInterrupt"]
+            time.sleep(5)
+        time.sleep(0.1)  # caught: no second one follows
+    finally:
+        signal.signal(number, before)
 
 
 def test_what_was_ignored_or_handled_elsewhere_stays_so() -> None:
