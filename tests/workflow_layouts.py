@@ -30,8 +30,9 @@ class Layout:
 LAYOUTS = {
     "quickstart": Layout(
         "Samples one prompt twice from the same noise: by the demo's model alone, and with its"
-        " noise refiner. Run it as it is; it needs no download and takes seconds on a CPU."
-        " Compare Videos shows both clips under a slider, and Save Video writes them side by side.",
+        " noise refiner. Run it as it is, without a download; the prompt is the first held-out one"
+        " whose clip by the model alone scores below 80. Compare Videos shows both clips under a"
+        " slider, and Save Video writes them side by side.",
         "docs/refiners.md",
         load=((1, 3),), prompt=((2,),), sample=((4,), (5,)), watch=((6, 7, 9, 10), (8, 11)),
     ),

@@ -26,7 +26,7 @@ from autorefiner.refiner.demo.bundle import (
 from autorefiner.refiner.demo.captions import Caption, write
 from autorefiner.refiner.demo.clips import BATCH, held_out, returned_clips, score, student_clips
 from autorefiner.refiner.demo.evaluation import Demo
-from autorefiner.refiner.demo.metrics.table import summarise
+from autorefiner.refiner.demo.metrics.table import summarise, totals_of
 from autorefiner.refiner.demo.recipes.vae import psnr
 from autorefiner.refiner.demo.render import clip_batch, render, to_pixels
 from autorefiner.refiner.demo.scene import Body
@@ -40,6 +40,7 @@ from autorefiner.refiner.wan.weight_file import open_weights
 
 from decoding import decoded
 
+WORKFLOWS = Path(__file__).parents[2] / "workflows" / "api"
 MODELS = ("text", "vae", "tiny", "teacher", "student")
 
 
@@ -181,6 +182,18 @@ def test_the_first_look_shows_the_first_captions_that_the_base_is_weak_at(monkey
     assert asked == [captions[:BATCH], captions[BATCH:]]
     monkeypatch.setattr(demo_show, "MOST_TRIED", BATCH)
     assert demo_show.weak_clips(clips_of, 2)[0] == [captions[3]]
+
+
+def test_quickstart_has_the_first_held_out_prompt_that_the_base_is_weak_at(demo: Demo) -> None:
+    graph = json.loads((WORKFLOWS / "quickstart.json").read_text(encoding="utf-8"))
+    prompt = graph["2"]["inputs"]["text"]
+    seed = graph["4"]["inputs"]["seed"]
+    for caption in held_out(3):
+        (clip,) = student_clips(demo.student, demo.text, demo.vae, [caption], seed=seed)
+        (scores,) = score([clip], [caption])
+        if totals_of(scores)["total"] < ENOUGH:
+            break
+    assert (prompt, seed) == (caption.text, 0)  # of seed 0, that clip has the workflow's noise
 
 
 def test_names_stand_on_plates_of_one_size() -> None:
