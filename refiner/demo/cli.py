@@ -221,7 +221,7 @@ def write_and_print(path: Path, title: str, body: str) -> None:
 
 
 def run_tables(args: argparse.Namespace, device: torch.device, train_row: Train) -> None:
-    """Write the tables, one section for each sampler."""
+    """Write the tables, a section for each of SECTIONS."""
     options = tables_options(args)
     for title, group in SECTIONS.items():
         numbers = tuple(number for number in options.tables if number in group)
