@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from autorefiner.refiner.noise.refiner import HEAD
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.sample import RunPlan, sample
+from autorefiner.refiner.training.adapters import pairs_of
 from autorefiner.refiner.training.self_rollout import self_rollout
 
 from tiny_stage import PROMPTS, REWARD, SMALL, encode, stage_of
@@ -42,6 +44,12 @@ def test_the_rate_rises_over_a_share_of_the_updates_and_falls_to_0() -> None:
     (group,) = stage.learner.optimizer.adamw.param_groups
     assert group["lr"] == pytest.approx(1e-2 * 0.5)
     assert any(not torch.equal(factor, before[name]) for name, factor in stage.factors.items())
+
+
+def test_a_stage_starts_at_its_share_of_the_bases_flow() -> None:
+    for share in (0.03, 0.2):
+        stage = stage_of(replace(SMALL, start="flow", flow_share=share))
+        assert torch.equal(pairs_of(stage.tree)[HEAD].up, -share * torch.eye(64))
 
 
 def test_antithetic_clips_share_a_prompt_and_the_size_of_their_noise() -> None:

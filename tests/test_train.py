@@ -297,6 +297,7 @@ NAN, INF = float("nan"), float("inf")
         ("ema", (1.0, 2.0, -1.0, NAN), "to below 1"),
         ("learning_rate", (0.0, -1.0, NAN, INF, 10**400), "above 0"),
         ("critic_rate", (0.0, NAN, INF), "above 0"),
+        ("flow_share", (0.0, -0.1, 1.5, NAN, INF), "above 0"),
         ("guidance", (NAN, INF, -INF, 10**400), "finite"),
         ("l2", (-1.0, NAN, INF), "penalty"),
         ("seed", (-1, 1 << 63), "from 0"),

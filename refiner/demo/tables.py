@@ -44,13 +44,13 @@ CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose controls on: their num
 # Without guidance and from the base's flow, gradients agree more from batch to batch
 # (docs/training.md). Takes a CPU core forty minutes.
 TRAINING = RefineOptions(
-    start="flow", steps=240, batch=32, accumulation=1, ratio=1, critic_warmup=60, critic_rate=2e-4,
-    guidance=0.0, shown=16,
+    start="flow", flow_share=0.1, steps=240, batch=32, accumulation=1, ratio=1, critic_warmup=60,
+    critic_rate=2e-4, guidance=0.0, shown=16,
 )  # fmt: skip
-# Guided as the student's distillation. Takes a CPU core an hour.
+# Guided as the student's distillation. Takes a CPU core half an hour.
 TWO_LEVEL_TRAINING = replace(
     TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:], start="head",
-    steps=320, critic_warmup=80, guidance=1.0,
+    steps=240, critic_warmup=80, guidance=1.0,
 )  # fmt: skip
 REWARDED = RefineOptions(objective="reward", steps=200, batch=32, accumulation=2, frames=9, shown=8)
 

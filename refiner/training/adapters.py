@@ -17,19 +17,20 @@ from ..wan.lora import LoraPair
 from .distributed import whole
 
 Start = Literal["head", "flow", "random"]
-FLOW_SHARE = 0.1  # c of start "flow"
+FLOW_SHARE = 0.03  # c of start "flow"
 PIP_LINE = 'pip install "peft>=0.17" (or pip install "autorefiner[train]")'
 
 
 def attach_branches(
-    base: CausalWan, rank: int, *, silent_head: bool, start: Start = "random", seed: int = 0
-) -> CausalWan:
+    base: CausalWan, rank: int, *, silent_head: bool, start: Start = "random",
+    flow_share: float = FLOW_SHARE, seed: int = 0,
+) -> CausalWan:  # fmt: skip
     """Add trainable LoRA branches (alpha = rank, B zero) to the frozen base.
 
     With `silent_head` the result is T_φ: the final layer's base weight and bias count as zero.
     `start` "head" then gives that layer a branch of rank 64, whatever `rank` is, with A set to the
     base's weight: B = -c I yields Δ = -c v, which the first update can reach. "flow" begins there,
-    with c = FLOW_SHARE: through a B of zero no gradient reaches the other branches. ValueError if
+    with c = `flow_share`: through a B of zero no gradient reaches the other branches. ValueError if
     peft is missing.
     """
     try:
@@ -58,7 +59,7 @@ def attach_branches(
         with torch.no_grad():
             branch.lora_A["default"].weight.copy_(head_weight)
             if start == "flow":
-                nn.init.eye_(branch.lora_B["default"].weight).mul_(-FLOW_SHARE)
+                nn.init.eye_(branch.lora_B["default"].weight).mul_(-flow_share)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return replace(base, model=model)

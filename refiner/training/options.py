@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from ..memory.reflect import History, Previous, ReflectiveCache
 from ..noise.refiner import LEVELS
 from ..schedule import PRESETS, STEPS, Preset
-from .adapters import Start
+from .adapters import FLOW_SHARE, Start
 from .dmd import DmdOptions
 from .learner import warm_cosine
 from .precision import Precision
@@ -30,6 +30,7 @@ class RefineOptions:
     method: Method = "autorefiner"
     objective: Aim = "dmd"
     start: Start = "head"
+    flow_share: float = FLOW_SHARE  # c of start "flow": Δ begins at -c times the base's flow
     history: History = "shared"
     previous: Previous = "pending"
     levels: tuple[int, ...] = tuple(sorted(LEVELS, reverse=True))  # refined, nominal
@@ -106,6 +107,10 @@ class RefineOptions:
             raise ValueError(f"ema {self.ema}: give one from 0, no average, to below 1")
         if not 0 <= self.l2 <= LARGEST:
             raise ValueError(f"l2 {self.l2}: a penalty is finite and not negative, 0 is none")
+        if not 0 < self.flow_share <= 1:
+            raise ValueError(
+                f"flow_share {self.flow_share}: give one above 0 and at most 1, like 0.03"
+            )
         if not abs(self.guidance) <= LARGEST:
             raise ValueError(f"guidance {self.guidance}: give a finite number, 0 is none")
         if not 0 <= self.seed < 1 << 63:

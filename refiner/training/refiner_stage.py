@@ -62,7 +62,7 @@ class RefinerStage:
             )
         tree = attach_branches(
             self.base, options.rank, silent_head=options.method != "lora", start=options.start,
-            seed=options.seed,
+            flow_share=options.flow_share, seed=options.seed,
         )  # fmt: skip
         self.tree, self.base = sharded(tree), sharded(self.base)
         self.factors = branch_parameters(self.tree)
