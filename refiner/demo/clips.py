@@ -76,7 +76,7 @@ def student_clips(
 ) -> Iterator[ndarray]:  # fmt: skip
     """Sample a clip of each caption, by `method_of` its batch's texts.
 
-    The noise depends on captions, seed and length alone.
+    A clip's noise depends on the seed, its place in the list and the length.
     """
     for number, texts in enumerate(batched(captions)):
         plan = RunPlan(preset, frames, SIDE, SIDE, batch=len(texts))

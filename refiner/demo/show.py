@@ -1,6 +1,7 @@
 """A first look at the bundle: clips that the base is weak at, beside the refined ones."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from .metrics.table import summarise, totals_of
 FRAMES_PER_ROW = 8
 ENLARGED = 4  # magnification in a video
 ON_SHEET = 2  # magnification on the sheet
-COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230)}  # backgrounds of the names
+COLOURS = {"base": (110, 110, 110), "refined": (30, 100, 230)}  # of names, in a pair's order
 NAME_SIZE, NAME_MARGIN = 20, 6  # height of the letters and space beside the longest name, pixels
 SCORES = ("object", "colour", "action", "quality", "total")
 ENOUGH = 80.0  # the base's total from which there is little for a refiner to mend
 MOST_TRIED = 256  # captions
+
+ClipsOf = Callable[[Sequence[Caption]], Iterable[ndarray]]  # one clip a caption
 
 
 def enlarged(pictures: ndarray, times: int) -> ndarray:
@@ -42,74 +45,84 @@ def name_plate(name: str, total: float, height: int) -> ndarray:
     return np.asarray(plate)
 
 
-def weak_clips(
-    clips_of: Callable[[list[Caption]], Iterable[ndarray]], count: int
-) -> tuple[list[Caption], list[ndarray], list[ClipScores]]:
-    """Return the first held-out captions whose clips score below ENOUGH, their clips and scores.
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A clip with its caption and its exact scores."""
 
-    At most `count`, out of MOST_TRIED captions.
+    caption: Caption
+    clip: ndarray
+    scores: ClipScores
+
+    @classmethod
+    def of(cls, caption: Caption, clip: ndarray) -> "Judged":
+        """Score a clip."""
+        return cls(caption, clip, evaluate_clip(clip, caption))
+
+    @property
+    def total(self) -> float:
+        return totals_of(self.scores)["total"]
+
+
+def weak_pairs(
+    base_clips: ClipsOf, refined_clips: ClipsOf, count: int
+) -> list[tuple[Judged, Judged]]:
+    """Return the first held-out captions' clips whose base scores below ENOUGH: base and refined.
+
+    At most `count`, out of MOST_TRIED captions. Both functions sample whole batches, because a
+    clip's noise depends on its place in the batch.
     """
-    captions, clips, scores = [], [], []
+    pairs = []
     for first in range(0, MOST_TRIED, BATCH):
-        tried = held_out(BATCH, first=first)
-        for caption, clip in zip(tried, clips_of(tried), strict=True):
-            judged = evaluate_clip(clip, caption)
-            if totals_of(judged)["total"] < ENOUGH and len(captions) < count:
-                captions.append(caption)
-                clips.append(clip)
-                scores.append(judged)
-        if len(captions) == count:
+        captions = held_out(BATCH, first=first)
+        base = map(Judged.of, captions, base_clips(captions))
+        weak = [(place, judged) for place, judged in enumerate(base) if judged.total < ENOUGH]
+        if weak := weak[: count - len(pairs)]:
+            refined = [*refined_clips(captions)]
+            pairs += [(judged, Judged.of(judged.caption, refined[at])) for at, judged in weak]
+        if len(pairs) == count:
             break
-    return captions, clips, scores
+    return pairs
 
 
 def show(out: Path, count: int, seed: int, device: torch.device) -> Iterator[str]:
     """Write a video of each caption that the base is weak at, and a sheet; yields lines to print.
 
-    The captions are weak_clips'. A video shows the base on the left, then the clip from the same
-    noise by the bundle's refiner. The sheet has them below each other, each with its total score.
+    The captions are those of weak_pairs. A video shows the base on the left, then the clip from
+    the same noise by the bundle's refiner. The sheet has them below each other, each with its total
+    score.
     """
     out.mkdir(parents=True, exist_ok=True)
     text, vae = load_sprite_text().to(device), load_sprite_vae().to(device)
     student = load_sprite_network("student", device=device)
     sampled = partial(student_clips, student, text, vae, seed=seed)
-    captions, weak, scores_of_weak = weak_clips(sampled, count)
-    refined = [*sampled(captions, refiner=bundled_refiner(student))]
-    scores_of_refined = [evaluate_clip(*pair) for pair in zip(refined, captions, strict=True)]
-    clips = {"base": weak, "refined": refined}
-    scores = {"base": scores_of_weak, "refined": scores_of_refined}
-    for number, caption in enumerate(captions):
-        path = out / f"sprites_{number + 1}.mp4"
-        metadata = {"prompt": caption.text, "shown": ", ".join(clips)}
-        beside = np.concatenate([each[number] for each in clips.values()], axis=2)
-        frames = enlarged(beside, ENLARGED)
+    pairs = weak_pairs(sampled, partial(sampled, refiner=bundled_refiner(student)), count)
+    names = ", ".join(COLOURS)
+    for number, pair in enumerate(pairs, start=1):
+        path, text_of_pair = out / f"sprites_{number}.mp4", pair[0].caption.text
+        frames = enlarged(np.concatenate([judged.clip for judged in pair], axis=2), ENLARGED)
+        metadata = {"prompt": text_of_pair, "shown": names}
         with VideoWriter(path, frames.shape[2], frames.shape[1], metadata=metadata) as writer:
             writer.write(frames)
-        totals = ", ".join(
-            f"{name} {totals_of(each[number])['total']:.1f}" for name, each in scores.items()
-        )
-        yield f"{path}: {caption.text} ({totals})"
-    yield from map(score_line, scores.items())
+        totals = (f"{name} {judged.total:.1f}" for name, judged in zip(COLOURS, pair, strict=True))
+        yield f"{path}: {text_of_pair} ({', '.join(totals)})"
+    for name, column in zip(COLOURS, zip(*pairs, strict=True), strict=True):
+        yield score_line(name, [judged.scores for judged in column])
     sheet = out / "sprites.png"
-    write_sheet(clips, scores, sheet)
+    write_sheet(pairs, sheet)
     yield (
-        f"look at {sheet}: {FRAMES_PER_ROW} frames a clip, {', '.join(clips)} below each other with"
+        f"look at {sheet}: {FRAMES_PER_ROW} frames a clip, {names} below each other with"
         " their exact total; the captions are the first held-out ones where the base has less"
         f" than {ENOUGH:.0f}"
     )
 
 
-def write_sheet(
-    clips: dict[str, list[ndarray]], scores: dict[str, list[ClipScores]], path: Path
-) -> None:
+def write_sheet(pairs: Sequence[tuple[Judged, Judged]], path: Path) -> None:
     """Write a sheet with a row for each clip, those of one caption below each other."""
     frames, plates = [], []
-    for number in range(len(clips["base"])):
-        for name, same in clips.items():
-            frames += [enlarged(frame, ON_SHEET) for frame in eight(same[number])]
-            plates.append(
-                name_plate(name, totals_of(scores[name][number])["total"], len(frames[0]))
-            )
+    for pair in pairs:
+        for name, judged in zip(COLOURS, pair, strict=True):
+            frames += [enlarged(frame, ON_SHEET) for frame in eight(judged.clip)]
+            plates.append(name_plate(name, judged.total, len(frames[0])))
     contact_sheet(frames, path, columns=FRAMES_PER_ROW, marks=plates)
 
 
@@ -118,9 +131,8 @@ def eight(clip: ndarray) -> ndarray:
     return clip[np.linspace(0, len(clip) - 1, FRAMES_PER_ROW).astype(int)]
 
 
-def score_line(named: tuple[str, list[ClipScores]]) -> str:
+def score_line(name: str, scores: Sequence[ClipScores]) -> str:
     """Return a line of the mean scores of a name's clips."""
-    name, scores = named
     summary = summarise(scores)
     means = ", ".join(f"{row} {summary[row].mean:.0f}" for row in SCORES)
     return f"{name}: {means} (0–100)"

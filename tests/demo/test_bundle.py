@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from autorefiner.refiner.demo.bundle import (
 )
 from autorefiner.refiner.demo.captions import Caption, write
 from autorefiner.refiner.demo.clips import BATCH, held_out, returned_clips, score, student_clips
+from autorefiner.refiner.demo.controls import Control
 from autorefiner.refiner.demo.evaluation import Demo
 from autorefiner.refiner.demo.metrics.table import summarise, totals_of
 from autorefiner.refiner.demo.recipes.vae import psnr
@@ -150,7 +152,10 @@ def test_the_refiner_is_the_students(demo: Demo) -> None:
     assert base.shape == refined.shape and (base != refined).any()
 
 
-def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys) -> None:
+def test_a_first_look_has_a_video_a_prompt_and_one_sheet(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(demo_show, "BATCH", 2)
     assert main(["demo", "show", "--clips", "1", "--out", str(tmp_path)]) == 0
     assert len(decoded(tmp_path / "sprites_1.mp4")) == 81
     assert (tmp_path / "sprites.png").exists()
@@ -162,26 +167,42 @@ def test_a_first_look_has_a_video_a_prompt_and_one_sheet(tmp_path: Path, capsys)
 
 def test_the_first_look_shows_the_first_captions_that_the_base_is_weak_at(monkeypatch) -> None:
     captions = held_out(2 * BATCH)
-    totals = {caption: 90.0 for caption in captions}
-    totals |= {
-        captions[3]: 79.9,
-        captions[5]: 80.0,
-        captions[BATCH]: 10.0,
-        captions[BATCH + 2]: 0.0,
-    }
+    totals = {caption.text: 90.0 for caption in captions}
+    for place, total in ((3, 79.9), (5, 80.0), (BATCH, 10.0), (BATCH + 2, 0.0)):
+        totals[captions[place].text] = total
     asked = []
 
-    def clips_of(some: list[Caption]) -> list[Caption]:
-        asked.append(some)
-        return some  # each clip is its caption
+    def clips_of(name: str, some: list[Caption]) -> list[str]:
+        asked.append((name, some))
+        return [f"{name} {caption.text}" for caption in some]  # in place of a clip
 
-    monkeypatch.setattr(demo_show, "evaluate_clip", lambda clip, caption: totals[caption])
+    monkeypatch.setattr(demo_show, "evaluate_clip", lambda clip, caption: totals[caption.text])
     monkeypatch.setattr(demo_show, "totals_of", lambda total: {"total": total})
-    weak, clips, scores = demo_show.weak_clips(clips_of, 2)
-    assert weak == clips == [captions[3], captions[BATCH]] and scores == [79.9, 10.0]
-    assert asked == [captions[:BATCH], captions[BATCH:]]
+    sampled = (partial(clips_of, name) for name in ("base", "refined"))
+    shown = [*sampled, 2]
+    pairs = demo_show.weak_pairs(*shown)
+    weak = captions[3], captions[BATCH]
+    assert [[judged.clip for judged in pair] for pair in pairs] == [
+        [f"{name} {caption.text}" for name in ("base", "refined")] for caption in weak
+    ]
+    assert [[judged.total for judged in pair] for pair in pairs] == [[79.9] * 2, [10.0] * 2]
+    assert asked == [
+        (name, batch)
+        for batch in (captions[:BATCH], captions[BATCH:])
+        for name in ("base", "refined")
+    ]
     monkeypatch.setattr(demo_show, "MOST_TRIED", BATCH)
-    assert demo_show.weak_clips(clips_of, 2)[0] == [captions[3]]
+    assert [pair[0].caption for pair in demo_show.weak_pairs(*shown)] == [captions[3]]
+
+
+def test_a_pair_of_the_first_look_has_one_noise(demo: Demo) -> None:
+    """A refiner of nothing gives the base's clip, wherever the weak caption is in its batch."""
+    sampled = partial(student_clips, demo.student, demo.text, demo.vae, frames=6)
+    silent = Control("shrunk", 0.0).refiner(demo.student, (750,))
+    pairs = demo_show.weak_pairs(sampled, partial(sampled, refiner=silent), 3)
+    assert [pair[0].caption for pair in pairs] != held_out(3)
+    for base, refined in pairs:
+        assert (base.clip == refined.clip).all() and base.caption == refined.caption
 
 
 def test_quickstart_has_the_first_held_out_prompt_that_the_base_is_weak_at(demo: Demo) -> None:
