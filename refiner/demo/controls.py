@@ -7,30 +7,38 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..memory.reflect import ReflectiveCache
+from ..memory.reflect import Previous, ReflectiveCache
 from ..noise.refiner import HEAD, Refiner, merged
 from ..schedule import Chunk, Level
 from ..training.adapters import attach_branches, pairs_of
 from ..wan.causal import CausalWan, KeyValue
 
-Kind = Literal["shrunk", "towards x0", "hand-made"]
+Kind = Literal["shrunk", "towards x0", "hand-made", "hand-made, pending"]
+FORMULAS: dict[Kind, str] = {
+    "shrunk": "-{} ε", "towards x0": "{} (x0 - ε)", "hand-made": "-{} v",
+    "hand-made, pending": "-{} v, pending",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """An untrained residual: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v."""
+    """An untrained residual: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v.
+
+    A hand-made one sees the previous x0 by `joint` unless its kind says otherwise.
+    """
 
     kind: Kind
     c: float
 
     def __str__(self) -> str:
-        formula = {"shrunk": "-{} ε", "towards x0": "{} (x0 - ε)", "hand-made": "-{} v"}[self.kind]
-        return f"Δ = {formula.format(f'{self.c:g}')}"
+        return f"Δ = {FORMULAS[self.kind].format(f'{self.c:g}')}"
 
     def refiner(self, base: CausalWan, levels: Sequence[int]) -> "Refiner | ShrunkNoise":
         """Return the control as a refiner of these nominal levels."""
         if self.kind == "hand-made":
-            return hand_made(base, self.c, levels)
+            return hand_made(base, self.c, levels, "joint")
+        if self.kind == "hand-made, pending":
+            return hand_made(base, self.c, levels, "pending")
         return ShrunkNoise(self.c, self.kind == "towards x0", frozenset(levels))
 
 
@@ -57,12 +65,11 @@ class ShrunkNoise:
         return self.c * ((x0 if self.towards_x0 else 0) - noise)
 
 
-def hand_made(base: CausalWan, c: float, levels: Sequence[int]) -> Refiner:
+def hand_made(base: CausalWan, c: float, levels: Sequence[int], previous: Previous) -> Refiner:
     """Return T_φ with Δ = -c v: head branch A = the base's head, B = -c I; other branches zero."""
     tree = attach_branches(base, 1, silent_head=True, start="head")
     with torch.no_grad():
         head = tree.model.get_submodule(HEAD).lora_B["default"].weight
         head.copy_(-c * torch.eye(len(head)))
-    return Refiner(
-        merged(base, pairs_of(tree)), ReflectiveCache("shared", "joint"), frozenset(levels)
-    )
+    cache = ReflectiveCache("shared", previous)
+    return Refiner(merged(base, pairs_of(tree)), cache, frozenset(levels))

@@ -84,8 +84,8 @@ def evaluate(folder: Path, options: EvaluateOptions, device: torch.device) -> st
         " 0–100, higher is",
         "better, with its 95 % bootstrap interval over captions. Models:"
         f" {describe_recipes(folder)}.",
-        f"Four times as long: {options.long_captions} captions, 321 frames, memory of"
-        f" {LATENT_FRAMES} latent frames.",
+        f"Four times as long: {options.long_captions} captions,"
+        f" {4 * LONG_FRAMES - 3} frames, memory of {LATENT_FRAMES} latent frames.",
         f"Diversity of the student (two seeds of {len(pairs)} captions, against the world's own):"
         f" {differ:.1f}.",
         "",

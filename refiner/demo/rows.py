@@ -113,6 +113,7 @@ class Outcome:
     chunks: int
     trained_on: str = ""  # a machine; "" where nothing was trained
     measured_on: str = ""
+    timed_on: str = ""  # where it was timed again
 
     def write(self, path: Path, key: str) -> None:
         """Write it as the measurement of `key`."""
@@ -125,6 +126,7 @@ class Outcome:
             "chunks": self.chunks,
             "trained_on": self.trained_on,
             "measured_on": self.measured_on,
+            "timed_on": self.timed_on,
         }
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(json.dumps(document))
@@ -146,6 +148,7 @@ class Outcome:
             chunks=document["chunks"],
             trained_on=document.get("trained_on", ""),
             measured_on=document.get("measured_on", ""),
+            timed_on=document.get("timed_on", ""),
         )
 
 
@@ -200,7 +203,8 @@ class Bench:
             outcome = self.outcome(row, device)
             total = float(np.median(seconds[row.name])) * outcome.frames
             key = self._key(row, self._factors(row, device))
-            timed_outcome = replace(outcome, cost=replace(outcome.cost, seconds=total))
+            cost = replace(outcome.cost, seconds=total)
+            timed_outcome = replace(outcome, cost=cost, timed_on=machine(device))
             timed_outcome.write(self._path(key), key)
 
     def _path(self, key: str) -> Path:
@@ -214,8 +218,8 @@ class Bench:
         if not out.exists():
             if self.train is None:
                 raise ValueError(f"{row.name} needs training, and this bench was given none")
-            self.train(row.training, out, self.run / out.stem, device)
             _machine_file(out).write_text(machine(device))
+            self.train(row.training, out, self.run / out.stem, device)
         return out
 
     def _key(self, row: Row, factors: Path | None) -> str:
@@ -224,13 +228,10 @@ class Bench:
         names = ("student", "vae", "text", "reward") if row.search else ("student", "vae", "text")
         for path in (*(WEIGHTS / FILES[name] for name in names), factors):
             digest.update(weights_of(path) if path else b"")
-        clips = len(self.captions), self.seeds, self.frames
-        sampled = (row.refined, row.search, *clips, row.candidates)
-        if row.control or row.preset != PRESET:  # other rows' keys stay those of earlier versions
-            sampled += (row.sampler_levels, row.control)
-        if row.sampler != "self-forcing":
-            sampled += (row.sampler,)
-        digest.update(repr((NOISE_VERSION, *sampled)).encode())
+        method = row.sampler, row.search, row.candidates, row.sampler_levels
+        texts = [caption.text for caption in self.captions]
+        clips = texts, self.seeds, self.frames
+        digest.update(repr((NOISE_VERSION, method, row.refined, row.control, clips)).encode())
         return digest.hexdigest()
 
     def _models(self, row: Row, factors: Path | None) -> tuple[CausalWan, Refiner | None]:

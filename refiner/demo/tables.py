@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
-from typing import get_args
 
 import numpy as np
 import torch
@@ -34,13 +33,14 @@ SECTIONS = {  # of RESULTS.md
     "A sampler of two levels": TWO_LEVEL_TABLES,
 }
 TOTALS = ("quality", "semantic", "total")
-GAINS = ("semantic", "total")
+GAINS = ("semantic", "drift", "dynamic", "total")
 LEVEL_CHOICES = ((750,), (500,), (250,), (500, 250), (750, 250), (750, 500), (750, 500, 250))
 RANKS = (16, 32, 64, 128)
 CANDIDATES = (2, 5)  # of the searches
 BASE = Row("base")
 TWO_LEVELS = (1000, 750)
-CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose controls on: their number, the first one
+CHOSEN: tuple[Kind, ...] = ("shrunk", "towards x0", "hand-made")  # controls whose c is chosen
+CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose it on: their number, the first one
 # Without guidance and from the base's flow, gradients agree more from batch to batch
 # (docs/training.md). Takes a CPU core forty minutes.
 TRAINING = RefineOptions(
@@ -123,10 +123,20 @@ def on_sampler(row: Row, sampler_levels: tuple[int, ...]) -> Row:
     return replace(row, name=name, sampler_levels=sampler_levels)
 
 
+def start_rows(training: RefineOptions) -> list[Row]:
+    """Return a row of the residual that trained rows start from, unless it is zero."""
+    if training.start != "flow":
+        return []
+    kind = "hand-made" if training.previous == "joint" else "hand-made, pending"
+    control = Control(kind, training.flow_share)
+    return [Row(f"untrained, {control}", control=control)]
+
+
 def dmd_rows(options: TablesOptions) -> list[Row]:
     """Return the rows of Table 1."""
     controls = control_rows(options, BASE.sampler_levels)
-    return [BASE, *controls, *with_second_seed(objective_rows(options.training))]
+    trained = with_second_seed(objective_rows(options.training))
+    return [BASE, *controls, *start_rows(options.training), *trained]
 
 
 def two_level_rows(options: TablesOptions) -> list[Row]:
@@ -146,7 +156,8 @@ def reward_rows(options: TablesOptions) -> list[Row]:
         for count in CANDIDATES
     ]
     repeated = Row("P&P", sampler="self-refine")  # as many passes as a refiner's
-    return [BASE, repeated, *searches, *objective_rows(options.rewarded)]
+    trained = objective_rows(options.rewarded)
+    return [BASE, repeated, *searches, *start_rows(options.rewarded), *trained]
 
 
 def level_rows(options: TablesOptions) -> list[Row]:
@@ -169,83 +180,93 @@ def cache_rows(options: TablesOptions) -> list[Row]:
 
 
 def rank_rows(options: TablesOptions) -> list[Row]:
-    """Return the rows of Table 6; the head's rank is at most its 64 outputs."""
+    """Return the rows of Table 6; the final layer's rank is 64 in all of them."""
     training = replace(options.training, steps=options.short)
     return [BASE, *(Row(f"rank {rank}", replace(training, rank=rank)) for rank in RANKS)]
 
 
-def cost_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Format passes above the base's and verifications per chunk, and frames/s with decoding."""
-    cost, chunks = outcome.cost, outcome.chunks
-    more = (cost.passes - base.cost.passes) / chunks
-    return [f"{more:g}", f"{cost.verifications / chunks:g}", f"{outcome.frames / cost.seconds:.1f}"]
-
-
-def passes_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Format the passes per chunk above the base's."""
-    return cost_cells(outcome, base)[:1]
-
-
-def dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Format the diversity over a caption's seeds, and the dynamic degree."""
-    spread = resampled_interval(outcome.spreads, of_spreads)
-    return [str(spread), str(summarise(outcome.scores)["dynamic"])]
-
-
-def passes_and_dynamic_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Format the passes per chunk above the base's, diversity and dynamic degree."""
-    return [*passes_cells(outcome, base), *dynamic_cells(outcome, base)]
-
-
-def two_level_cells(outcome: Outcome, base: Outcome) -> list[str]:
-    """Format cost, diversity and dynamic degree for Table 8."""
-    passes, _, speed = cost_cells(outcome, base)
-    return [passes, speed, *dynamic_cells(outcome, base)]
+def caption_numbers(scores: Sequence[ClipScores], captions: int) -> list[int]:
+    """Return the caption's number of each clip; clips are seed by seed."""
+    return [number % captions for number in range(len(scores))]
 
 
 def gains(outcome: Outcome, base: Outcome, captions: int) -> dict[str, Interval]:
     """Return every score's gain over the base, paired by caption and seed, resampled by caption."""
-    groups = [number % captions for number in range(len(outcome.scores))]
+    groups = caption_numbers(outcome.scores, captions)
     return paired_difference(outcome.scores, base.scores, groups)
+
+
+Cell = Callable[[Outcome, Outcome, int], str]  # of a row, the base and the number of captions
+
+
+def passes_cell(outcome: Outcome, base: Outcome, captions: int) -> str:
+    """Format the passes a chunk above the base's."""
+    return f"{(outcome.cost.passes - base.cost.passes) / outcome.chunks:g}"
+
+
+def verifications_cell(outcome: Outcome, base: Outcome, captions: int) -> str:
+    """Format the verifications a chunk."""
+    return f"{outcome.cost.verifications / outcome.chunks:g}"
+
+
+def speed_cell(outcome: Outcome, base: Outcome, captions: int) -> str:
+    """Format the frames a second, with decoding."""
+    return f"{outcome.frames / outcome.cost.seconds:.1f}"
+
+
+def diversity_cell(outcome: Outcome, base: Outcome, captions: int) -> str:
+    """Format the diversity over a caption's seeds."""
+    return str(resampled_interval(outcome.spreads, of_spreads))
+
+
+def dynamic_cell(outcome: Outcome, base: Outcome, captions: int) -> str:
+    """Format the dynamic degree."""
+    return str(summarise(outcome.scores, caption_numbers(outcome.scores, captions))["dynamic"])
+
+
+COLUMNS: dict[str, Cell] = {  # besides scores
+    "ΔNFE": passes_cell,
+    "verifications": verifications_cell,
+    "frames/s": speed_cell,
+    "diversity": diversity_cell,
+    "dynamic": dynamic_cell,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One of the paper's tables: its rows, and the columns besides totals."""
+    """One of the paper's tables: its rows, and names of COLUMNS."""
 
     title: str
     rows: Callable[[TablesOptions], Sequence[Row]]
     columns: tuple[str, ...] = ()
-    cells: Callable[[Outcome, Outcome], list[str]] = lambda outcome, base: []
 
 
 KINDS = {
     1: Table(
-        "Table 1: trained by distribution matching", dmd_rows, ("ΔNFE", "diversity", "dynamic"),
-        passes_and_dynamic_cells,
+        "Table 1: trained by distribution matching", dmd_rows, ("ΔNFE", "diversity", "dynamic")
     ),
     2: Table(
-        "Table 2: trained with the reward model, or searching with it", reward_rows,
-        ("ΔNFE", "verifications", "frames/s"), cost_cells,
+        "Table 2: trained with the reward model, or searching with it",
+        reward_rows,
+        ("ΔNFE", "verifications", "frames/s"),
     ),
     3: Table("Table 3: refined levels, chosen when sampling", level_rows),
-    4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",), passes_cells),
+    4: Table("Table 4: what the refiner sees", cache_rows, ("ΔNFE",)),
     6: Table("Table 6: the rank of the LoRA", rank_rows),
-    7: Table(
-        "Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic"),
-        dynamic_cells,
-    ),
+    7: Table("Table 7: diversity and dynamic degree", reward_rows, ("diversity", "dynamic")),
     8: Table(
-        "Table 8: a sampler of two levels", two_level_rows,
-        ("ΔNFE", "frames/s", "diversity", "dynamic"), two_level_cells,
+        "Table 8: a sampler of two levels",
+        two_level_rows,
+        ("ΔNFE", "frames/s", "diversity", "dynamic"),
     ),
-}  # fmt: skip
+}
 
 
 def machines(outcomes: dict[str, Outcome]) -> str:
-    """Describe the machines that rows were trained and measured on; "" if unknown."""
+    """Describe the machines that rows were trained, measured and timed on; "" if unknown."""
     clauses = []
-    for verb in ("trained", "measured"):
+    for verb in ("trained", "measured", "timed"):
         places = {name: getattr(outcome, f"{verb}_on") for name, outcome in outcomes.items()}
         places = {name: place for name, place in places.items() if place}
         if places:
@@ -293,12 +314,12 @@ def draw(table: Table, options: TablesOptions, outcomes: dict[str, Outcome]) -> 
     lines = [["", *TOTALS, *(f"{name} less base's" for name in GAINS), *table.columns]]
     for row in rows:
         outcome = outcomes[row.name]
-        groups = [number % captions for number in range(len(outcome.scores))]
-        summary = summarise(outcome.scores, groups)
+        summary = summarise(outcome.scores, caption_numbers(outcome.scores, captions))
         totals = [str(summary[name]) for name in TOTALS]
         gained = gains(outcome, base, captions)
         differences = ["–" if row == rows[0] else str(gained[name]) for name in GAINS]
-        lines.append([row.name, *totals, *differences, *table.cells(outcome, base)])
+        cells = [COLUMNS[name](outcome, base, captions) for name in table.columns]
+        lines.append([row.name, *totals, *differences, *cells])
     return f"### {table.title}\n\n{aligned(lines)}"
 
 
@@ -309,7 +330,7 @@ def choose_controls(bench: Bench, options: TablesOptions, device: torch.device) 
     other = replace(bench, captions=held_out(count, first=CHOSEN_FROM))
     controls = []
     for levels in (samplers[number] for number in options.tables if number in samplers):
-        for kind in get_args(Kind):
+        for kind in CHOSEN:
             totals: dict[Control, float] = {}
             for control in (Control(kind, c) for c in options.strengths):
                 row = on_sampler(Row(f"choosing {control}", control=control), levels)
@@ -382,8 +403,9 @@ def describe(options: TablesOptions) -> str:
         sentences.append(
             f"By reward a row is trained for {rewarded.steps} steps of"
             f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames,"
-            f" rank {rewarded.rank}. Both searches choose among N candidates by the learned reward"
-            " model, which the rewarded rows were trained with; the exact metrics judge. P&P"
+            f" rank {rewarded.rank}.{about_start(rewarded)} Both searches choose among N candidates"
+            " by the learned reward model, which the rewarded rows were trained with; the exact"
+            " metrics judge. P&P"
             " repeats a level with fresh noise where it is uncertain. Verifications, each of which"
             " decodes, are a chunk's."
         )
@@ -393,9 +415,18 @@ def describe(options: TablesOptions) -> str:
 
 def about_distribution_matching(training: RefineOptions, short: str = "") -> str:
     """Describe a training by distribution matching."""
+    every = "every step" if training.ratio == 1 else f"one step in {training.ratio}"
     return (
         f"By distribution matching (dmd) a row is trained for {training.steps} steps of"
         f" {training.batch * training.accumulation} clips{short}, rank {training.rank}: the fake"
-        f" score learns at all of them, what is tried at one in {training.ratio} after the first"
-        f" {training.first_update}."
+        f" score learns at every step, the row's factors at {every} after the first"
+        f" {training.first_update}. The real score has guidance {training.guidance:g}."
+        f"{about_start(training)}"
     )
+
+
+def about_start(training: RefineOptions) -> str:
+    """Describe the residual that a training starts from; "" if it is zero."""
+    if training.start != "flow":
+        return ""
+    return f" A refiner starts at Δ = -{training.flow_share:g} v, with the base's flow v."

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from autorefiner.refiner.cli import main
 from autorefiner.refiner.demo import rows, tables
-from autorefiner.refiner.demo.bundle import FILES, WEIGHTS
+from autorefiner.refiner.demo.bundle import FILES, REFINERS, WEIGHTS
 from autorefiner.refiner.demo.captions import Caption, Stated
 from autorefiner.refiner.demo.clips import PRESET, held_out
 from autorefiner.refiner.demo.controls import Control, Kind
@@ -66,7 +66,7 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     for name in ("base", "+LoRA (dmd)", "+InitNoiseRefiner (dmd)", "+AutoRefiner (dmd)"):
         assert f"| {name} " in text
     before = {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")}
-    assert len(before) == 5
+    assert len(before) == 6
     assert main(command) == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")} == before
     assert out.read_text() == text
@@ -100,6 +100,7 @@ def test_rows_are_timed_again_and_nothing_else_of_them_changes(tmp_path: Path, m
     bench.time_again([BASE], CPU)
     after = bench.outcome(BASE, CPU)
     assert after.cost.seconds != before.cost.seconds
+    assert (before.timed_on, after.timed_on) == ("", "a CPU")
     assert (after.frames, after.cost.passes) == (before.frames, before.cost.passes)
     assert repr(after.scores) == repr(before.scores)  # as text, because some are NaN
 
@@ -202,11 +203,14 @@ def test_an_untrained_residual_is_its_formula(kind, expected) -> None:
     assert refiner.at(level) and not refiner.at(make_level(500, 5.0, True))
 
 
-def test_a_hand_made_refiner_adds_the_bases_flow() -> None:
-    """Without other branches its features are the base's, so Δ is -c (v - bias) of a joint pass."""
+@pytest.mark.parametrize(
+    ("kind", "previous"), [("hand-made", "joint"), ("hand-made, pending", "pending")]
+)
+def test_a_hand_made_refiner_adds_the_bases_flow(kind: Kind, previous: str) -> None:
+    """Without other branches its features are the base's, so Δ is -c (v - bias) of its pass."""
     network = tiny_network()
-    control = Control("hand-made", 0.1).refiner(network, (750,))
-    assert control.cache.previous == "joint" and control.levels == {750}
+    control = Control(kind, 0.1).refiner(network, (750,))
+    assert control.cache.previous == previous and control.levels == {750}
     torch.testing.assert_close(
         control.network.model.head.head.weight, -0.1 * network.model.head.head.weight
     )
@@ -324,6 +328,92 @@ def test_clips_of_one_object_are_told_by_motion() -> None:
     outcome = Outcome([good, good, bad, bad, good, bad], np.zeros((3, 2)), Cost(), 9, 1)
     lines = [line.replace(" ", "") for line in tables.by_motion(outcome, captions).splitlines()]
     assert lines[-3:] == ["|spin|2|50.0|50.0|", "|spin,fast|2|50.0|50.0|", "|swing|2|100.0|100.0|"]
+
+
+def outcome_of(totals: list[float], passes: int = 0, dynamic: float = 50.0) -> Outcome:
+    """Return measurements whose every score is a clip's total, but for `dynamic`."""
+    figures = {field.name: 0.0 for field in fields(ClipScores)}
+    scores = [
+        ClipScores(**{name: total for name in figures} | {"dynamic": dynamic}) for total in totals
+    ]
+    spread = np.array([[1.0, 2.0]] * (len(totals) // 2))
+    return Outcome(scores, spread, Cost(passes, 4, 2.0), 20, 2)
+
+
+def test_a_row_tells_what_it_gains_over_the_base_by_caption() -> None:
+    """Clips are seed by seed: the clips 0 and 2 are the first caption's, 1 and 3 the second's."""
+    base, better = outcome_of([40.0, 60.0, 40.0, 60.0]), outcome_of([42.0, 68.0, 42.0, 68.0], 6)
+    table = replace(KINDS[1], rows=lambda options: [BASE, Row("better")])
+    text = tables.draw(table, TablesOptions(captions=2), {"base": base, "better": better})
+    heading, first, second = cells(text)
+    found = dict(zip(heading, second, strict=True))
+    assert found["semantic less base's"] == "5.0 (2.0 to 8.0)"  # +2 and +8; whole captions
+    assert found["dynamic less base's"] == "0.0 (0.0 to 0.0)"
+    assert found["drift less base's"] == "5.0 (2.0 to 8.0)"
+    assert found["semantic"] == "55.0 (42.0 to 68.0)"
+    assert (found["ΔNFE"], found["diversity"]) == ("3", "50.0 (50.0 to 50.0)")
+    assert found["dynamic"] == "50.0 (50.0 to 50.0)"
+    assert dict(zip(heading, first, strict=True))["total less base's"] == "–"
+    speed = replace(table, columns=("verifications", "frames/s"))
+    assert cells(tables.draw(speed, TablesOptions(captions=2), {"base": base}))[1][-2:] == [
+        "2", "10.0",
+    ]  # fmt: skip
+
+
+def test_the_dynamic_degree_is_resampled_by_caption() -> None:
+    scores = [
+        *outcome_of([50.0], dynamic=0.0).scores,
+        *outcome_of([50.0], dynamic=100.0).scores,
+    ]
+    outcome = Outcome([*scores, *scores], np.array([[1.0, 2.0]] * 2), Cost(), 9, 1)
+    assert tables.dynamic_cell(outcome, outcome, 2) == "50.0 (0.0 to 100.0)"
+
+
+def test_the_residual_that_rows_start_from_has_a_row() -> None:
+    (row,) = tables.start_rows(TablesOptions().training)
+    assert row.control == Control("hand-made, pending", 0.1) and row.training is None
+    joint = replace(TablesOptions().training, previous="joint", flow_share=0.03)
+    assert tables.start_rows(joint)[0].control == Control("hand-made", 0.03)
+    assert tables.start_rows(TablesOptions().two_levels) == []  # they start from nothing
+    assert str(row.control) == "Δ = -0.1 v, pending"
+
+
+def test_a_measurement_is_of_its_captions_seeds_and_levels(tmp_path: Path) -> None:
+    bench = Bench(Demo.load(WEIGHTS, CPU), held_out(1), 2, 6, tmp_path)
+    others = (
+        replace(bench, captions=held_out(1, first=5)), replace(bench, seeds=1),
+        replace(bench, frames=3),
+    )  # fmt: skip
+    rows = (BASE, replace(BASE, sampler_levels=(1000, 750)), Row("", control=Control("shrunk", 1)))
+    keys = [one._key(BASE, None) for one in (bench, *others)]
+    keys += [bench._key(row, None) for row in rows]
+    assert len({*keys}) == len(keys) - 1
+    clips = {
+        seed: [*bench._clips(BASE, bench.demo.student, None, bench.captions, seed, Cost())]
+        for seed in (0, 1)
+    }
+    assert (clips[0][0] != clips[1][0]).any()
+    seen = []
+
+    def clips_of(self, row, network, refiner, captions, seed, cost):
+        seen.append(seed)
+        return iter(clips[seed])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "_clips", clips_of)
+        outcome = bench.outcome(BASE, CPU)
+    assert seen == [0, 1] and outcome.spreads[0, 0] > 0  # the seeds' clips differ
+    assert (outcome.frames, outcome.chunks) == (42, 4)
+
+
+def test_a_row_refines_its_own_levels(tmp_path: Path) -> None:
+    bench = Bench(Demo.load(WEIGHTS, CPU), held_out(1), 1, 3, tmp_path)
+    path = WEIGHTS / REFINERS["sprites"]
+    training = TablesOptions().training
+    for levels, refined in ((None, {750, 500, 250}), ((500,), {500})):
+        network, refiner = bench._models(Row("", training, levels), path)
+        assert network is bench.demo.student and refiner.levels == refined
+    assert bench._models(BASE, None) == (bench.demo.student, None)
 
 
 def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
