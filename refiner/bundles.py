@@ -32,10 +32,11 @@ class TrainingKit:
     """Inputs of a refiner's training besides model, VAE and text encoder."""
 
     teacher: Path  # a bidirectional network on the same latents: the real score
+    text: Path
     prompts: Callable[[int], list[str]]  # the first n training prompts
     held_out: Callable[[int], list[str]]  # the first n prompts that no model was trained on
-    # None: of its world another bundle has it
-    reward: Callable[[ChooseFrames, torch.device | str], Reward] | None
+    reward_file: Path
+    reward: Callable[[ChooseFrames, torch.device | str], Reward]
     sheets: Callable[[CausalWan, Encode, WanVAE], Show]  # sample sheets with scores
 
 
@@ -70,8 +71,10 @@ def sprites(folder: Path = WEIGHTS) -> Bundle:
         refiners={name: folder / file for name, file in REFINERS.items()},
         training=TrainingKit(
             teacher=folder / FILES["teacher"],
+            text=folder / FILES["text"],
             prompts=training_prompts,
             held_out=held_out_prompts,
+            reward_file=folder / FILES["reward"],
             reward=lambda choose, device: load_sprite_reward(folder, choose(FRAMES), device),
             sheets=SpriteSheets,
         ),

@@ -122,17 +122,19 @@ def run_identity(config: TrainConfig, base: str, prompts: Sequence[str]) -> dict
     rewards = [asdict(reward) for reward in config.rewards]
     for reward in rewards:
         del reward["path"]
+    models = {"text encoder": text_encoder_file(config)}
     if config.refiner.objective == "dmd":
-        models = {"teacher": teacher_file(config.teacher)}
+        models["teacher"] = teacher_file(config.teacher)
     else:
-        models = {"vae": vae_file(config.vae)}
+        models["vae"] = vae_file(config.vae)
     return {
         **asdict(config.refiner),
+        "first update": config.refiner.first_update,  # depends on the steps, which may change
         "base": base,
         "prompts": digest(prompts),
         "rewards": rewards,
         **{name: seal(path) for name, path in models.items()},
-        "reward models": [seal(Path(reward.path)) for reward in config.rewards if reward.path],
+        "reward models": [seal(reward.file) for reward in config.rewards],
     }
 
 
@@ -210,19 +212,27 @@ def make_encoder(config: TrainConfig, base: CausalWan, device: torch.device) -> 
     bundle = find_training_bundle(config.base)
     if bundle and not config.text_encoder:
         return bundle.text(device)
-    if not config.text_encoder:
-        raise ValueError(
-            "`text_encoder` is not said: name the umT5 folder or file that the base was trained"
-            " with"
-        )
     encoder = load_text_encoder(
-        Path(config.text_encoder),
+        text_encoder_file(config),
         Path(config.tokenizer) if config.tokenizer else None,
         device=device,
         text_len=base.config.text_len,
         cache_dir=config.run / "contexts",
     )
     return lambda prompts: encoder.encode(prompts).to(device)
+
+
+def text_encoder_file(config: TrainConfig) -> Path:
+    """Return the file or folder of the text encoder; ValueError if the base needs one."""
+    bundle = find_training_bundle(config.base)
+    if bundle and not config.text_encoder:
+        return bundle.training.text
+    if not config.text_encoder:
+        raise ValueError(
+            "`text_encoder` is not said: name the umT5 folder or file that the base was trained"
+            " with"
+        )
+    return Path(config.text_encoder)
 
 
 def teacher_file(name: str) -> Path:

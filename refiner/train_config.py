@@ -27,9 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BUNDLED = tuple(
-    name for name, bundle in BUNDLES.items() if bundle.training and bundle.training.reward
-)
+BUNDLED = tuple(name for name, bundle in BUNDLES.items() if bundle.training)
 KINDS = (*BUNDLED, *FORMULAS)
 FALLBACK_PRESET = "self-forcing"
 PATHS = ("base", "teacher", "prompts", "vae", "text_encoder", "tokenizer")
@@ -67,6 +65,12 @@ class RewardConfig:
         if not self.frames:
             return usual
         return FrameDraw(self.frames, self.interval, usual.opening)
+
+    @property
+    def file(self) -> Path:
+        """The reward model's file, or its folder."""
+        bundle = find_training_bundle(self.kind)
+        return bundle.training.reward_file if bundle else Path(self.path)
 
     def load(self, device: torch.device | str = "cpu") -> Reward:
         """Load the reward with its model."""

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from autorefiner.refiner import train as training
 from autorefiner.refiner.bundles import BUNDLES, DEMO
 from autorefiner.refiner.cli import main
-from autorefiner.refiner.demo.bundle import load_sprite_network, save_model
+from autorefiner.refiner.demo.bundle import FILES, load_sprite_network, save_model
 from autorefiner.refiner.demo.reward_model import SpriteVideoText
+from autorefiner.refiner.demo.text_encoder import SpriteTextEncoder
 from autorefiner.refiner.noise.file import fingerprint, load_refiner
 from autorefiner.refiner.schedule import PRESETS
 from autorefiner.refiner.train_config import TrainConfig
@@ -100,24 +101,19 @@ def test_the_initial_noise_refiner_is_trained_on_the_initial_noise(tmp_path, pre
 SPRITES = 'objective = "reward"\n[[rewards]]\nkind = "sprites"\nweight = 0.5'
 
 
-def test_a_refiner_is_trained_by_rewards(tmp_path) -> None:
-    assert (
-        main(
-            [
-                "train",
-                str(write(tmp_path, inner=SPRITES + "\nframes = 3\ninterval = 2")),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+def test_a_refiner_is_trained_by_rewards(tmp_path, bundle, capsys) -> None:
+    path = write(tmp_path, inner=SPRITES + "\nframes = 3\ninterval = 2")
+    command = ["train", str(path), "--device", "cpu"]
+    assert main(command) == 0
     _, card = load_refiner(tmp_path / "small.safetensors")
     assert card.objective == "reward"
     for row in rows_of(tmp_path / "small_run"):
         assert row["loss"] == pytest.approx(0.03 * row["l2"] - row["reward"])
         assert row["reward"] == pytest.approx(0.5 * row["sprites"])
     assert (tmp_path / "small_run" / "loss.png").exists()
+    save_model(bundle, "reward", SpriteVideoText(16, 16), None, {})
+    assert main(command) == 2
+    assert "another reward model" in capsys.readouterr().err
 
 
 def test_a_probe_warms_the_critic_and_a_training_goes_on_from_there(
@@ -211,12 +207,18 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_nothing_else(
     (tmp_path / "other.txt").write_text("a red star")
     assert main(["train", str(write(tmp_path, 'prompts = "other.txt"')), "--device", "cpu"]) == 2
     assert "another prompts" in capsys.readouterr().err
-    teacher = bundle / "sprites_teacher.safetensors"
-    own = teacher.read_bytes()
-    save_model(bundle, "teacher", WanTransformer(SIZES), SIZES, {})
-    assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 2
-    assert "another teacher" in capsys.readouterr().err
-    teacher.write_bytes(own)
+    others = {"teacher": WanTransformer(SIZES), "text": SpriteTextEncoder(16)}
+    for name, said in (("teacher", "another teacher"), ("text", "another text encoder")):
+        file = bundle / FILES[name]
+        own = file.read_bytes()
+        save_model(bundle, name, others[name], SIZES if name == "teacher" else None, {})
+        assert main(["train", str(write(tmp_path)), "--device", "cpu"]) == 2
+        assert said in capsys.readouterr().err
+        file.write_bytes(own)
+    longer = write(tmp_path).read_text().replace("steps = 4", "steps = 400")
+    (tmp_path / "small.toml").write_text(longer)
+    assert main(["train", str(tmp_path / "small.toml"), "--device", "cpu"]) == 2
+    assert "another first update" in capsys.readouterr().err
     assert rows_of(tmp_path / "small_run") == rows
     (tmp_path / "small.toml").write_text(
         write(tmp_path).read_text().replace("steps = 4", "steps = 5")
