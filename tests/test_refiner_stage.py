@@ -11,6 +11,7 @@ from autorefiner.refiner.noise.refiner import HEAD
 from autorefiner.refiner.noise.source import WhiteNoise
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.training.adapters import pairs_of
+from autorefiner.refiner.training.residuals import Residuals
 from autorefiner.refiner.training.self_rollout import self_rollout
 
 from tiny_stage import PROMPTS, REWARD, SMALL, encode, stage_of
@@ -81,7 +82,10 @@ def test_held_out_clips_are_compared_with_the_bases(options, method) -> None:
             factor.add_(0.05)
     found = stage.compare()["held-out"]
     assert found != 0
-    assert stage.compare() == {"held-out": found}
+    seen = Residuals()
+    assert stage.compare(seen) == {"held-out": found}
+    levels = {name.split()[1] for name in seen.figures()}
+    assert levels == ({"750", "500", "250"} if method == "autorefiner" else set())
     assert stage.show(Path(), 1) == {"held-out": found}
     assert stage_of(options).show(Path(), 1) == {}
 
@@ -99,6 +103,17 @@ def test_critic_and_refiner_see_clips_of_their_own() -> None:
     stage._micro_batches = lambda index, use: seen.append(use) or parts(index, use)
     stage.step(0)
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["autorefiner", "init-noise", "lora"])
+def test_clips_end_at_every_refined_level_in_turn(method: str) -> None:
+    stage = stage_of(replace(SMALL, method=method))
+    ends = {
+        use: [part.exit_level for index in range(30) for part in stage._micro_batches(index, use)]
+        for use in (0, 1)
+    }
+    assert {*ends[0]} == {*ends[1]} == {*stage.options.exits} == {1, 2, 3}
+    assert ends[0] != ends[1]
 
 
 def test_what_is_kept_of_a_training_is_the_average() -> None:

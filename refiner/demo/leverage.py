@@ -73,14 +73,22 @@ def leverage(options: LeverageOptions, device: torch.device) -> str:
     network, text = load_sprite_network("student", device=device), load_sprite_text().to(device)
     prompts = [sample_scene(seed).caption.text for seed in range(PROMPTS)]
     unseen = [caption.text for caption in held_out(HELD_OUT)]
-    rows = [["method", "held-out reward", "rms Δ"]]
+    rows = [["method", "held-out reward", "rms Δ by level"]]
     for method, name in METHODS.items():
         training = replace(options.training, method=method)
         stage = RefinerStage(training, network, ChannelMean(), prompts, text, lambda *_: {}, unseen)
         for index in trange(options.updates, desc=name, unit="update", dynamic_ncols=True):
-            logged = stage.step(index)
-        sizes = " ".join(f"{figure:.2f}" for key, figure in logged.items() if key.startswith("rms"))
-        rows.append([name, f"{stage.compare()['held-out']:+.2f}", sizes or "-"])
+            stage.step(index)
+        residuals = Residuals()
+        gain = stage.compare(residuals)["held-out"]
+        sizes = {
+            level: figure
+            for key, figure in residuals.figures().items()
+            for kind, level in [key.split()]
+            if kind == "rms"
+        }
+        cells = ", ".join(f"{level}: {figure:.2f}" for level, figure in sizes.items())
+        rows.append([name, f"{gain:+.2f}", cells or "–"])
     text_above = (
         f"The gain of the mean of the first latent channel on {HELD_OUT} held-out captions, with"
         f" the same noise, after {options.updates} updates of {options.batch} clips"

@@ -109,10 +109,11 @@ class RefinerStage:
         return self._show(self, folder, index) | self.compare()
 
     @torch.no_grad()
-    def compare(self) -> dict[str, float]:
+    def compare(self, residuals: Residuals | None = None) -> dict[str, float]:
         """Return `held-out`, the current factors' improvement on the base on held-out prompts.
 
-        By the objective's measure, with the same noise. Empty if no prompts are held out.
+        By the objective's measure, with the same noise, at all levels that are refined. Empty if no
+        prompts are held out. `residuals` collects those of the refined clips.
         """
         if not self.held_out:
             return {}
@@ -123,10 +124,8 @@ class RefinerStage:
         batch = self._micro_batch(
             prompts, noise, exit_level, rows, index=index, use=use, total=count, weight=1.0
         )
-        before, after = (
-            self._clips(batch.path, batch.context, exit_level, base=base)[0]
-            for base in (True, False)
-        )
+        (before,) = self._clips(batch.path, batch.context, exit_level, base=True)
+        (after,) = self._clips(batch.path, batch.context, exit_level, residuals)
         return {"held-out": self.objective.improvement(before, after, batch)}
 
     def average(self) -> dict[str, LoraPair]:
