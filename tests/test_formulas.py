@@ -197,7 +197,7 @@ def layer(values: list[float]) -> nn.Module:
 
 @pytest.mark.parametrize("average", [0.99, 0.05])
 def test_the_average_after_one_and_two_steps_by_hand(average: float) -> None:
-    """AdamW's first step is rate · sign(gradient); the EMA decay is min(a, (i+1)/(i+10))."""
+    """AdamW's first step is rate · sign(gradient); the EMA decay is min(a, (i+1)/(i+8))."""
     module = layer([1.0, -2.0])
     learner = Learner(module, 0.1, average, betas=(0.0, 0.999))
     kept = torch.tensor([1.0, -2.0])

@@ -1,7 +1,6 @@
 """Training a refiner: which parameters get gradients, what is retained, and rollouts."""
 
 import gc
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +18,6 @@ from autorefiner.refiner.training.adapters import (
     FLOW_SHARE,
     attach_branches,
     branch_parameters,
-    load_pairs,
     pairs_of,
 )
 from autorefiner.refiner.training.precision import for_training, mixed_precision
@@ -169,20 +167,13 @@ def test_nothing_of_the_graph_is_retained_over_fifty_steps() -> None:
     assert alive[0] == alive[1]
 
 
-def test_factors_come_out_and_go_in_again() -> None:
-    base = tiny_network()
-    tree = shaken(attach_branches(base, RANK, silent_head=True))
-    other = attach_branches(base, RANK, silent_head=True, seed=7)
-    load_pairs(other, pairs_of(tree), base)
-    assert torch.equal(sampled(base, Refiner(other)), sampled(base, Refiner(tree)))
-    with pytest.raises(ValueError, match="rank"):
-        load_pairs(attach_branches(base, RANK + 1, silent_head=True), pairs_of(tree), base)
+def test_a_branch_has_a_rank_of_at_least_1() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        attach_branches(base, 0, silent_head=True)
+        attach_branches(tiny_network(), 0, silent_head=True)
 
 
 @torch.no_grad()
-def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
+def test_a_branch_adds_b_times_a() -> None:
     base = tiny_network()
     tree = shaken(attach_branches(base, RANK, silent_head=True))
     x = torch.randn(5, TINY.dim, generator=torch.Generator().manual_seed(2))
@@ -192,13 +183,6 @@ def test_a_branch_adds_b_times_a_and_a_pair_its_scale_besides() -> None:
         before = torch.zeros(()) if name == HEAD else own(x)
         torch.testing.assert_close(
             tree.model.get_submodule(name)(x), before + x @ pair.down.T @ pair.up.T
-        )
-        scaled = attach_branches(base, RANK, silent_head=True)
-        load_pairs(
-            scaled, {each: replace(one, scale=3.0) for each, one in pairs_of(tree).items()}, base
-        )
-        torch.testing.assert_close(
-            scaled.model.get_submodule(name)(x), before + 3 * (x @ pair.down.T @ pair.up.T)
         )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..noise.refiner import HEAD, TARGETS, check_pairs, shared_copy
+from ..noise.refiner import HEAD, TARGETS, shared_copy
 from ..wan.causal import CausalWan
 from ..wan.lora import LoraPair
 from .distributed import whole
@@ -86,20 +86,3 @@ def pairs_of(
             down, up = (whole(factors[each].detach()).clone() for each in names)
             pairs[name] = LoraPair(down, up, module.scaling["default"])
     return pairs
-
-
-@torch.no_grad()
-def load_pairs(network: CausalWan, pairs: Mapping[str, LoraPair], base: CausalWan) -> None:
-    """Load factors to train on from; ValueError unless layers and ranks are this tree's."""
-    check_pairs(pairs, base.model)
-    for name, module in network.model.named_modules():
-        if hasattr(module, "lora_A"):
-            pair = pairs[name]
-            up = pair.up * pair.scale / module.scaling["default"]
-            for factor, tensor in (("lora_A", pair.down), ("lora_B", up)):
-                weight = getattr(module, factor)["default"].weight
-                if weight.shape != tensor.shape:
-                    raise ValueError(
-                        f"{name} has rank {len(pair.down)}, not {tuple(weight.shape)}: use its rank"
-                    )
-                weight.copy_(tensor)

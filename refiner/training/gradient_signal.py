@@ -58,7 +58,7 @@ def flat(gradients: Iterable[Tensor | None]) -> Tensor:
 class Signal:
     """Track the cosine between successive updates' gradients, whose clips are independent.
 
-    Warns once if the first updates have nothing in common.
+    Warns once if its first updates have nothing in common.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Signal:
         mean, error = fmean(self.cosines), stdev(self.cosines) / math.sqrt(ENOUGH)
         if mean <= SURE * error:
             warnings.warn(
-                f"no signal: the gradients of the first {ENOUGH} updates have a mean cosine of"
+                f"no signal: the gradients of {ENOUGH} updates have a mean cosine of"
                 f" {mean:+.3f} ± {error:.3f}, so the training wanders: {ADVICE}",
                 stacklevel=2,
             )

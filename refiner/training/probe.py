@@ -42,8 +42,8 @@ class Probe:
         ]
         for name in (FINAL, OTHERS):
             part = self.parts.get(name)
-            found = f"mean cosine {part.cosine:+.4f} ± {part.error:.4f}" if part else "no gradient"
-            rows.append(f"  {name:<11} {found}")
+            cosine = f"mean cosine {part.cosine:+.4f} ± {part.error:.4f}" if part else "no gradient"
+            rows.append(f"  {name:<11} {cosine}")
         steps = [name.partition(" ")[2] for name in self.figures if name.startswith("rms ")]
         for step in steps:
             row = (
@@ -66,15 +66,15 @@ def probe(stage: RefinerStage, batches: int) -> Probe:
     """
     if batches < FEWEST:
         raise ValueError(f"{batches} batches: give at least {FEWEST}, whose gradients are compared")
-    names = {FINAL: [], OTHERS: []}
-    for name in stage.factors:
-        names[FINAL if name.startswith(HEAD) else OTHERS].append(name)
-    gradients = {part: [] for part in names}
+    factors = {FINAL: [], OTHERS: []}
+    for name, factor in stage.factors.items():
+        factors[FINAL if name.startswith(HEAD) else OTHERS].append(factor)
+    gradients = {part: [] for part in factors}
     figures = []
     for number in trange(batches, unit="batch", dynamic_ncols=True):
         figures.append(stage.gradient(APART + number).floats())
-        for part, its in names.items():
-            gradients[part].append(flat(stage.factors[name].grad for name in its))
+        for part, factors_of_part in factors.items():
+            gradients[part].append(flat(factor.grad for factor in factors_of_part))
     stage.learner.zero_grad()
     # batches may end at different levels, and then log different names
     logged = dict.fromkeys(name for each in figures for name in each)

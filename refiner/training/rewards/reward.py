@@ -118,13 +118,6 @@ class Mixture:
             )
 
     @property
-    def range(self) -> tuple[float, float]:
-        """Bounds of the sum."""
-        ranges = torch.tensor([reward.range for reward, _ in self.parts])
-        ends = ranges * torch.tensor([[weight] for _, weight in self.parts])
-        return ends.amin(1).sum().item(), ends.amax(1).sum().item()
-
-    @property
     def reach(self) -> int:
         """How many frames the rewards reach back from a video's last one in a search."""
         return max(reward.frames.reach for reward, _ in self.parts)
