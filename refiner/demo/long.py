@@ -89,6 +89,7 @@ class LongOutcome:
     memory_bytes: int  # of one clip
     milliseconds: float  # a chunk of TIMED clips, median of the second half
     measured_on: str
+    timed_on: str = ""  # where it was timed again
 
 
 def long_videos(
@@ -145,7 +146,8 @@ def measured(
         outcome = LongOutcome(scores, **document)
         if not again:
             return outcome
-        outcome = replace(outcome, milliseconds=time_chunks(demo, row, times, captions, device))
+        milliseconds = time_chunks(demo, row, times, captions, device)
+        outcome = replace(outcome, milliseconds=milliseconds, timed_on=machine(device))
     else:
         outcome = measure(demo, row, times, captions, device)
     temporary = path.with_name(f".{path.name}.partial")
@@ -207,8 +209,10 @@ def format_outcomes(outcomes: dict[str, LongOutcome]) -> str:
             f"{outcome.memory_bytes / 2**20:.1f} MiB", f"{outcome.milliseconds:.0f}",
         ])  # fmt: skip
     machines = sorted({outcome.measured_on for outcome in outcomes.values()})
+    timing = sorted({outcome.timed_on or outcome.measured_on for outcome in outcomes.values()})
+    timed = f", timed on {' and '.join(timing)}" if timing != machines else ""
     gained = "".join(map(partial(describe_gain, outcomes), outcomes))
-    return f"{aligned(lines)}\n\n{gained}Measured on {' and '.join(machines)}."
+    return f"{aligned(lines)}\n\n{gained}Measured on {' and '.join(machines)}{timed}."
 
 
 def describe_gain(outcomes: dict[str, LongOutcome], name: str) -> str:

@@ -46,6 +46,10 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     monkeypatch.setattr(long, "measure", lambda *_: pytest.fail("measured again"))
     assert main([*command, "--device", "cpu"]) == 0
     assert out.read_text() == text
+    monkeypatch.setattr(long, "machine", lambda device: "a GPU")
+    monkeypatch.setattr(long, "time_chunks", lambda *_: 7.0)
+    assert main([*command, "--time", "--device", "cpu"]) == 0
+    assert "Measured on a CPU, timed on a GPU." in out.read_text()
 
 
 def test_flicker_beside_joins_alone_counts() -> None:
