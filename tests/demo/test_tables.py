@@ -346,13 +346,13 @@ def test_a_row_tells_what_it_gains_over_the_base_by_caption() -> None:
     table = replace(KINDS[1], rows=lambda options: [BASE, Row("better")])
     text = tables.draw(table, TablesOptions(captions=2), {"base": base, "better": better})
     heading, first, second = cells(text)
-    found = dict(zip(heading, second, strict=True))
-    assert found["semantic less base's"] == "5.0 (2.0 to 8.0)"  # +2 and +8; whole captions
-    assert found["dynamic less base's"] == "0.0 (0.0 to 0.0)"
-    assert found["drift less base's"] == "5.0 (2.0 to 8.0)"
-    assert found["semantic"] == "55.0 (42.0 to 68.0)"
-    assert (found["ΔNFE"], found["diversity"]) == ("3", "50.0 (50.0 to 50.0)")
-    assert found["dynamic"] == "50.0 (50.0 to 50.0)"
+    by_column = dict(zip(heading, second, strict=True))
+    assert by_column["semantic less base's"] == "5.0 (2.0 to 8.0)"  # +2 and +8; whole captions
+    assert by_column["dynamic less base's"] == "0.0 (0.0 to 0.0)"
+    assert by_column["drift less base's"] == "5.0 (2.0 to 8.0)"
+    assert by_column["semantic"] == "55.0 (42.0 to 68.0)"
+    assert (by_column["ΔNFE"], by_column["diversity"]) == ("3", "50.0 (50.0 to 50.0)")
+    assert by_column["dynamic"] == "50.0 (50.0 to 50.0)"
     assert dict(zip(heading, first, strict=True))["total less base's"] == "–"
     speed = replace(table, columns=("verifications", "frames/s"))
     assert cells(tables.draw(speed, TablesOptions(captions=2), {"base": base}))[1][-2:] == [
