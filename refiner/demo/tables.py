@@ -42,18 +42,18 @@ TWO_LEVELS = (1000, 750)
 CHOSEN: tuple[Kind, ...] = ("shrunk", "towards x0", "hand-made")  # controls whose c is chosen
 CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose it on: their number, the first one
 # Without guidance and from the base's flow, gradients agree more from batch to batch
-# (docs/training.md). Takes a CPU core forty minutes.
+# (docs/training.md). Takes a CPU core forty minutes, less with --compile.
 TRAINING = RefineOptions(
     start="flow", flow_share=0.1, steps=240, batch=32, accumulation=1, ratio=1, critic_warmup=60,
     critic_rate=2e-4, guidance=0.0, shown=16,
 )  # fmt: skip
-# Guided as the student's distillation. Takes a CPU core half an hour.
+# Guided as the student's distillation. Takes a CPU core half an hour with --compile.
 TWO_LEVEL_TRAINING = replace(
     TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:], start="head",
     steps=240, critic_warmup=80, guidance=1.0,
 )  # fmt: skip
-# From the hand-made residual that gains most, on whole clips: on short ones the reward rises while
-# quality falls. Takes a CPU core twenty minutes.
+# Whole clips, from the hand-made residual that gains most, at a low rate: 1e-3 raised the reward
+# and lowered the total. Takes a CPU core a quarter of an hour with --compile.
 REWARDED = RefineOptions(
     objective="reward", start="flow", previous="joint", steps=80, batch=16, accumulation=1,
     learning_rate=2e-4, shown=16,
@@ -410,9 +410,8 @@ def describe(options: TablesOptions) -> str:
             f" {rewarded.batch * rewarded.accumulation} clips of {4 * rewarded.frames - 3} frames,"
             f" rank {rewarded.rank}.{about_start(rewarded)} Both searches choose among N candidates"
             " by the learned reward model, which the rewarded rows were trained with; the exact"
-            " metrics judge. P&P"
-            " repeats a level with fresh noise where it is uncertain. Verifications, each of which"
-            " decodes, are a chunk's."
+            " metrics judge. P&P repeats a level with fresh noise where it is uncertain."
+            " Verifications, each of which decodes, are a chunk's."
         )
     sentences.append("ΔNFE: passes a chunk above the base's.")
     return " ".join(sentences)
