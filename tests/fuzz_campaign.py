@@ -258,9 +258,11 @@ def judge(
     return faults
 
 
-def resident_kb() -> int:
-    """Return this process's memory in kB, which every fork starts with."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+def forked_kb() -> int:
+    """Return the memory in kB that every fork starts with: this process's without mapped files."""
+    if not (pid := os.fork()):
+        os._exit(0)
+    return os.wait4(pid, 0)[2].ru_maxrss
 
 
 def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -> Findings:
@@ -280,7 +282,7 @@ def work(numbers: range, args: argparse.Namespace, root: Path, pristine: Path) -
         folder = root / f"input_{number}"
         shutil.copytree(pristine, folder)
         choose = random.Random(f"{args.seed}/{kind}/{number}")
-        base_kb = resident_kb()
+        base_kb = forked_kb()
         status, used, seconds = forked(KINDS[kind][1], folder, choose, kind == "arguments")
         faults = judge(status, used, seconds, base_kb, folder)
         if watch.touched():

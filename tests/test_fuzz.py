@@ -2,9 +2,11 @@
 
 import argparse
 import ctypes
+import mmap
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fuzz_campaign
@@ -60,6 +62,29 @@ ACTS = {
 @pytest.mark.parametrize("kind", ACTS)
 def test_a_fault_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     act, expected = ACTS[kind]
+    findings = findings_of(act, expected == "hang", tmp_path, monkeypatch)
+    assert findings.inputs == {"one": 1} and findings.refused == ("refused" in kind)
+    assert len(findings.faults) == bool(expected)
+    assert all(expected in fault for fault in findings.faults)
+
+
+def test_memory_is_seen_beside_files_that_the_campaign_has_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(600 << 20)
+    with sparse.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert not any(mapped[:: mmap.PAGESIZE])  # resident here, and in no fork
+        act, _ = ACTS["takes memory"]
+        (fault,) = findings_of(act, False, tmp_path, monkeypatch).faults
+    assert "blow-up" in fault
+
+
+def findings_of(
+    act: Callable[[Path], object], hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> fuzz_campaign.Findings:
+    """Run a campaign of this one input, which may hang."""
     root = tmp_path / "root"
     for name in ("pristine", "secret"):
         (root / name).mkdir(parents=True)
@@ -70,11 +95,7 @@ def test_a_fault_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "KINDS",
         {"one": (1, lambda folder, choose: Attempt("x", lambda: act(folder)))},
     )
-    hangs = expected == "hang"
     monkeypatch.setattr(fuzz_campaign, "SECONDS", 1 if hangs else 10)
     monkeypatch.setattr(fuzz_campaign, "WALL", 3 if hangs else 60)
     args = argparse.Namespace(only=None, seed=0, minutes=1, keep=False)
-    findings = fuzz_campaign.work(range(1), args, root, root / "pristine")
-    assert findings.inputs == {"one": 1} and findings.refused == ("refused" in kind)
-    assert len(findings.faults) == bool(expected)
-    assert all(expected in fault for fault in findings.faults)
+    return fuzz_campaign.work(range(1), args, root, root / "pristine")
