@@ -13,32 +13,26 @@ from ..schedule import Chunk, Level
 from ..training.adapters import attach_branches, pairs_of
 from ..wan.causal import CausalWan, KeyValue
 
-Kind = Literal["shrunk", "towards x0", "hand-made", "hand-made, pending"]
-FORMULAS: dict[Kind, str] = {
-    "shrunk": "-{} ε", "towards x0": "{} (x0 - ε)", "hand-made": "-{} v",
-    "hand-made, pending": "-{} v, pending",
-}  # fmt: skip
+Kind = Literal["shrunk", "towards x0", "hand-made"]
+FORMULAS: dict[Kind, str] = {"shrunk": "-{} ε", "towards x0": "{} (x0 - ε)", "hand-made": "-{} v"}
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """An untrained residual: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v.
-
-    A hand-made one sees the previous x0 by `joint` unless its kind says otherwise.
-    """
+    """An untrained residual: Δ = -c ε, Δ = c (x0 - ε), or Δ = -c v with the base's flow v."""
 
     kind: Kind
     c: float
+    previous: Previous = "joint"  # how a hand-made one sees the previous x0
 
     def __str__(self) -> str:
-        return f"Δ = {FORMULAS[self.kind].format(f'{self.c:g}')}"
+        formula = FORMULAS[self.kind].format(f"{self.c:g}")
+        return f"Δ = {formula}" if self.previous == "joint" else f"Δ = {formula}, {self.previous}"
 
     def refiner(self, base: CausalWan, levels: Sequence[int]) -> "Refiner | ShrunkNoise":
         """Return the control as a refiner of these nominal levels."""
         if self.kind == "hand-made":
-            return hand_made(base, self.c, levels, "joint")
-        if self.kind == "hand-made, pending":
-            return hand_made(base, self.c, levels, "pending")
+            return hand_made(base, self.c, levels, self.previous)
         return ShrunkNoise(self.c, self.kind == "towards x0", frozenset(levels))
 
 

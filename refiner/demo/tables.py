@@ -132,8 +132,7 @@ def start_rows(training: RefineOptions) -> list[Row]:
     """Return a row of the residual that trained rows start from, unless it is zero."""
     if training.start != "flow":
         return []
-    kind = "hand-made" if training.previous == "joint" else "hand-made, pending"
-    control = Control(kind, training.flow_share)
+    control = Control("hand-made", training.flow_share, training.previous)
     return [Row(f"untrained, {control}", control=control)]
 
 

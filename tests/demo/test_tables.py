@@ -30,6 +30,7 @@ from autorefiner.refiner.demo.tables import (
     how_chosen,
     machines,
 )
+from autorefiner.refiner.memory.reflect import Previous
 from autorefiner.refiner.sample import RunPlan, sample
 from autorefiner.refiner.samplers import SAMPLERS
 from autorefiner.refiner.schedule import PRESETS, make_level, plan_chunks
@@ -203,13 +204,11 @@ def test_an_untrained_residual_is_its_formula(kind, expected) -> None:
     assert refiner.at(level) and not refiner.at(make_level(500, 5.0, True))
 
 
-@pytest.mark.parametrize(
-    ("kind", "previous"), [("hand-made", "joint"), ("hand-made, pending", "pending")]
-)
-def test_a_hand_made_refiner_adds_the_bases_flow(kind: Kind, previous: str) -> None:
+@pytest.mark.parametrize("previous", get_args(Previous))
+def test_a_hand_made_refiner_adds_the_bases_flow(previous: Previous) -> None:
     """Without other branches its features are the base's, so Δ is -c (v - bias) of its pass."""
     network = tiny_network()
-    control = Control(kind, 0.1).refiner(network, (750,))
+    control = Control("hand-made", 0.1, previous).refiner(network, (750,))
     assert control.cache.previous == previous and control.levels == {750}
     torch.testing.assert_close(
         control.network.model.head.head.weight, -0.1 * network.model.head.head.weight
@@ -371,7 +370,7 @@ def test_the_dynamic_degree_is_resampled_by_caption() -> None:
 
 def test_the_residual_that_rows_start_from_has_a_row() -> None:
     (row,) = tables.start_rows(TablesOptions().training)
-    assert row.control == Control("hand-made, pending", 0.1) and row.training is None
+    assert row.control == Control("hand-made", 0.1, "pending") and row.training is None
     joint = replace(TablesOptions().training, previous="joint", flow_share=0.03)
     assert tables.start_rows(joint)[0].control == Control("hand-made", 0.03)
     assert tables.start_rows(TablesOptions().two_levels) == []  # they start from nothing
