@@ -41,17 +41,15 @@ BASE = Row("base")
 TWO_LEVELS = (1000, 750)
 CHOSEN: tuple[Kind, ...] = ("shrunk", "towards x0", "hand-made")  # controls whose c is chosen
 CHOSEN_ON, CHOSEN_FROM = 16, 10_000  # captions to choose it on: their number, the first one
-# Without guidance and from the base's flow, gradients agree more from batch to batch
-# (docs/training.md). Takes a CPU core forty minutes, less with --compile.
+# Guided as the student's distillation. Takes a CPU core fifty minutes with --compile.
 TRAINING = RefineOptions(
-    start="flow", flow_share=0.1, steps=240, batch=32, accumulation=1, ratio=1, critic_warmup=60,
-    critic_rate=2e-4, guidance=0.0, shown=16,
+    steps=240, batch=32, accumulation=1, ratio=1, critic_warmup=80, critic_rate=2e-4, guidance=1.0,
+    shown=16,
 )  # fmt: skip
-# Guided as the student's distillation. Takes a CPU core half an hour with --compile.
+# The same, which takes half an hour.
 TWO_LEVEL_TRAINING = replace(
-    TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:], start="head",
-    steps=240, critic_warmup=80, guidance=1.0,
-)  # fmt: skip
+    TRAINING, preset=PRESET.changed(levels=TWO_LEVELS), levels=TWO_LEVELS[1:]
+)
 # Whole clips, from the hand-made residual that gains most, at a low rate: 1e-3 raised the reward
 # and lowered the total. Takes a CPU core a quarter of an hour with --compile.
 REWARDED = RefineOptions(

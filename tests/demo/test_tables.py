@@ -67,7 +67,7 @@ def test_a_small_version_runs_and_measures_nothing_twice(tmp_path: Path, monkeyp
     for name in ("base", "+LoRA (dmd)", "+InitNoiseRefiner (dmd)", "+AutoRefiner (dmd)"):
         assert f"| {name} " in text
     before = {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")}
-    assert len(before) == 6
+    assert len(before) == 5
     assert main(command) == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")} == before
     assert out.read_text() == text
@@ -369,11 +369,12 @@ def test_the_dynamic_degree_is_resampled_by_caption() -> None:
 
 
 def test_the_residual_that_rows_start_from_has_a_row() -> None:
-    (row,) = tables.start_rows(TablesOptions().training)
+    flow = replace(TablesOptions().training, start="flow", flow_share=0.1)
+    (row,) = tables.start_rows(flow)
     assert row.control == Control("hand-made", 0.1, "pending") and row.training is None
-    joint = replace(TablesOptions().training, previous="joint", flow_share=0.03)
+    joint = replace(flow, previous="joint", flow_share=0.03)
     assert tables.start_rows(joint)[0].control == Control("hand-made", 0.03)
-    assert tables.start_rows(TablesOptions().two_levels) == []  # they start from nothing
+    assert tables.start_rows(TablesOptions().training) == []  # they start from nothing
     assert str(row.control) == "Δ = -0.1 v, pending"
 
 
@@ -413,6 +414,26 @@ def test_a_row_refines_its_own_levels(tmp_path: Path) -> None:
         network, refiner = bench._models(Row("", training, levels), path)
         assert network is bench.demo.student and refiner.levels == refined
     assert bench._models(BASE, None) == (bench.demo.student, None)
+
+
+def test_an_untrained_residual_refines_all_levels_after_the_samplers_first(tmp_path: Path) -> None:
+    bench = Bench(Demo.load(WEIGHTS, CPU), held_out(1), 1, 3, tmp_path)
+    row = Row("", control=Control("shrunk", 0.1))
+    two = replace(row, sampler_levels=(1000, 750))
+    for one, refined in ((row, {750, 500, 250}), (two, {750})):
+        assert bench._models(one, None)[1].levels == refined
+
+
+def test_weights_are_other_ones_if_a_name_a_type_or_a_shape_is(tmp_path: Path) -> None:
+    zeros = torch.zeros(2, 3)
+    others = ({"b": zeros}, {"a": zeros.int()}, {"a": zeros.view(3, 2)}, {"a": zeros + 1})
+    hashes = []
+    for tensors in ({"a": zeros}, *others):
+        save_file(tensors, tmp_path / "weights.safetensors")
+        hashes.append(rows.weights_of(tmp_path / "weights.safetensors"))
+    assert len({*hashes}) == 5
+    save_file({"a": zeros}, tmp_path / "weights.safetensors", {"says": "more"})
+    assert rows.weights_of(tmp_path / "weights.safetensors") == hashes[0]
 
 
 def test_an_outcome_is_read_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
