@@ -65,9 +65,14 @@ export class Reloads {
    * @param {(fragments: number) => string} addressOf the address of the first fragments of the video
    */
   constructor(video, addressOf) {
-    Object.assign(this, { video, addressOf, count: 0, loaded: 0 });
+    Object.assign(this, { video, addressOf, count: 0, loaded: 0, left: null });
     this.more = () => this.count > this.loaded && this.load();
+    this.goOn = () => {
+      if (this.left !== null) video.currentTime = this.left;
+      this.left = null;
+    };
     video.addEventListener("ended", this.more);
+    video.addEventListener("loadedmetadata", this.goOn);
   }
 
   async grow(fragments) {
@@ -76,11 +81,11 @@ export class Reloads {
   }
 
   load() {
-    const { currentTime } = this.video;
+    const { paused, ended, currentTime } = this.video;
+    this.left ??= currentTime; // a video that is still loading is at 0, wherever it was left
     this.loaded = this.count;
     this.video.src = this.addressOf(this.count);
-    this.video.addEventListener("loadedmetadata", () => (this.video.currentTime = currentTime), { once: true });
-    this.video.play().catch(() => null);
+    if (!paused || ended) this.video.play().catch(() => null); // one that its user paused stays paused
   }
 
   async end() {
@@ -89,5 +94,6 @@ export class Reloads {
 
   close() {
     this.video.removeEventListener("ended", this.more);
+    this.video.removeEventListener("loadedmetadata", this.goOn);
   }
 }

@@ -35,9 +35,23 @@ LOG = """() => {
     });
 }"""
 
-SOUGHT = """() => {
-    window.sought = [];
-    const note = ({ target }) => window.sought.push(target.currentTime);
+# For every load of a video after the first: where the one before it was left, and where it goes on.
+LOADS = """() => {
+    window.loads = [];
+    const prototype = HTMLMediaElement.prototype;
+    const { get, set } = Object.getOwnPropertyDescriptor(prototype, "src");
+    let left = 0;
+    Object.defineProperty(prototype, "src", {
+        get,
+        set(value) {
+            left ||= this.currentTime;
+            set.call(this, value);
+        },
+    });
+    const note = ({ target }) => {
+        if (left) window.loads.push([left, target.currentTime]);
+        left = 0;
+    };
     document.addEventListener("seeked", note, true);
 }"""
 # Makes the sampler large enough for the text that ComfyUI adds to it.
@@ -217,20 +231,39 @@ def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None
     assert "4.3 s" in other.tab.inner_text(LINE) and "4.3 s" in page.tab.inner_text(LINE)
 
 
-def test_a_page_that_forbids_media_sources_plays_it_too(page: Page, server: Server) -> None:
-    """ComfyUI's content security policy with --disable-api-nodes."""
+@pytest.fixture
+def closed_page(page: Page, server: Server) -> Iterator[Page]:
+    """Open ComfyUI with --disable-api-nodes, whose page may play no media sources."""
     for name, value in quiet(page.name == "vue").items():
         set_setting(server, name, value)
     other = another(page, f"{LOCAL}{server.port}")
-    other.tab.evaluate(SOUGHT)
-    begin(other, watched(server, length=69, seed=30 + len(page.name)))
-    other.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-    assert server.get("/queue")["queue_running"]
-    whole(other, 69 / 16)
-    assert other.tab.evaluate("() => Math.max(...window.sought)") > 0.4  # it went on where it was
-    seek(other, 0.25)
+    other.tab.evaluate(LOADS)
+    yield other
     idle(server, other)
     other.tab.context.close()
+
+
+def test_a_page_that_forbids_media_sources_plays_it_too(closed_page: Page, server: Server) -> None:
+    begin(closed_page, watched(server, length=321, seed=30 + len(closed_page.name)))
+    closed_page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    assert server.get("/queue")["queue_running"], "the run is over: make it longer"
+    whole(closed_page, 321 / 16)
+    loads = closed_page.tab.evaluate("() => window.loads")
+    assert loads and all(at > left - 0.01 for left, at in loads)  # it went on where it was
+    closed_page.until(f"!document.querySelector('{VIDEO}').paused")
+    seek(closed_page, 0.25)
+
+
+def test_a_page_that_forbids_media_sources_leaves_a_paused_video_paused(
+    closed_page: Page, server: Server
+) -> None:
+    begin(closed_page, watched(server, length=321, seed=50 + len(closed_page.name)))
+    closed_page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
+    seek(closed_page, 0.25)
+    assert server.get("/queue")["queue_running"], "the run is over: make it longer"
+    whole(closed_page, 321 / 16)
+    assert closed_page.tab.evaluate(PAUSED, VIDEO)
+    assert closed_page.tab.evaluate(f"() => document.querySelector('{VIDEO}').currentTime") == 0.25
 
 
 def test_a_codec_that_the_browser_lacks_is_a_line(page: Page, open_server: Server) -> None:
