@@ -28,6 +28,9 @@ OWN = "/extensions/autorefiner/"
 # the browser here.
 FORBIDDEN, REFUSED = "Content Security Policy", "net::ERR_FAILED"
 LOCAL = "http://127.0.0.1:"
+STARTED = """window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler
+    && !window.app.extensionManager.spinner && window.app.extensionManager.workflow.activeWorkflow
+"""
 
 
 def find_browser() -> str | None:
@@ -88,6 +91,19 @@ class Page:
     def until(self, expression: str) -> None:
         """Wait until a JavaScript expression is true."""
         self.tab.wait_for_function(f"() => {expression}")
+
+    def started(self) -> None:
+        """Wait until the page has opened its first workflow."""
+        self.until(STARTED)
+        self.tab.wait_for_timeout(1000)  # for errors that come late
+
+    def still(self, expression: str, *given: object) -> object:
+        """Return a function's value once it has stayed the same for half a second."""
+        before, value = None, self.tab.evaluate(expression, *given)
+        while before != value:
+            self.tab.wait_for_timeout(500)
+            before, value = value, self.tab.evaluate(expression, *given)
+        return value
 
     def settle(self) -> None:
         """Wait until changes are drawn."""
@@ -215,13 +231,25 @@ def browsed(
         tab.on("pageerror", lambda error: page.errors.append(str(error)))
         prepare(tab)
         tab.goto(address)
-        page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-        tab.wait_for_timeout(1500)
+        page.started()
         page.ready = True
         try:
             yield page
         finally:
             browser.close()
+
+
+@contextmanager
+def another(page: Page, address: str) -> Iterator[Page]:
+    """Open an address in a second browser."""
+    context = page.tab.context.browser.new_context(viewport=page.tab.viewport_size)
+    tab = context.new_page()
+    tab.set_default_timeout(1000 * SECONDS)
+    tab.goto(address)
+    second = Page(tab, name=page.name)
+    second.started()
+    yield second
+    context.close()
 
 
 def complaints(page: Page, workflow: Path) -> list[str]:

@@ -23,7 +23,7 @@ from autorefiner.refiner.wan.vae import DecoderState, WanVAE
 
 from tiny_command import FRAMES, command, parse
 
-SOON = 10  # seconds until a test that waits for another thread fails
+SOON = 60  # seconds until a test that waits for another thread fails
 COUNTS = [9, 21, FRAMES]
 
 

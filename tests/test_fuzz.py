@@ -95,7 +95,7 @@ def findings_of(
         "KINDS",
         {"one": (1, lambda folder, choose: Attempt("x", lambda: act(folder)))},
     )
-    monkeypatch.setattr(fuzz_campaign, "SECONDS", 1 if hangs else 10)
-    monkeypatch.setattr(fuzz_campaign, "WALL", 3 if hangs else 60)
+    monkeypatch.setattr(fuzz_campaign, "SECONDS", 1 if hangs else 60)
+    monkeypatch.setattr(fuzz_campaign, "WALL", 3 if hangs else 300)
     args = argparse.Namespace(only=None, seed=0, minutes=1, keep=False)
     return fuzz_campaign.work(range(1), args, root, root / "pristine")

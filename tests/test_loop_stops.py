@@ -1,7 +1,6 @@
 """Stopping a training: no step, no log line and no sheet is lost, wherever it happens."""
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(
 ) -> None:
     def press(times: int):
         return lambda index: [
-            os.kill(os.getpid(), signal.SIGINT) for _ in range(times if index == 2 else 0)
+            signal.raise_signal(signal.SIGINT) for _ in range(times if index == 2 else 0)
         ]
 
     for times, done in ((1, 3), (2, 2)):
@@ -169,7 +168,7 @@ def pressing_at(line: int) -> tuple[list[int], object]:
         if event == "line":
             ran[0] += 1
             if ran[0] == line:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         return trace
 
     return ran, trace
@@ -249,7 +248,7 @@ def test_a_second_ctrl_c_within_an_update_waits_for_its_end(tmp_path, capsys) ->
     def pressed() -> None:
         calls.append(1)
         for _ in range(2 if len(calls) == 3 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         update()
 
     stage.learner.optimizer.step = pressed
@@ -271,7 +270,7 @@ def test_a_signal_while_a_sheet_is_drawn_ends_the_training_at_once(tmp_path, num
     drawn: list[int] = []
 
     def press(index: int) -> None:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         drawn.append(index)
 
     with pytest.raises(KeyboardInterrupt), handling(interrupt):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_server import Server, find_comfyui, install_pack
+from comfy_server import RUN_SECONDS, Server, find_comfyui, install_pack
 from demo_files import use_demo_files, write_base, write_demo_files
 from page_browser import HOW as PAGE_HOW
 from page_browser import find_chromium
@@ -67,7 +67,7 @@ def inside(server: Server, weights: Path, published: list[Path]) -> dict:
     command = [str(python), str(script), str(comfyui), str(pack)]
     command += [str(weights / bundle.FILES[name]) for name in ("student", "teacher")]
     command += map(str, published)
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])
 

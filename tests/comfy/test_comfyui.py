@@ -238,7 +238,7 @@ def test_help_and_locales_are_served(server: Server) -> None:
     for kind in (found.define_schema().node_id for found in NODES):
         for page in (f"{kind}.md", f"{kind}/zh.md"):
             address = f"http://127.0.0.1:{server.port}/extensions/autorefiner/docs/{page}"
-            with urllib.request.urlopen(address, timeout=10) as answer:
+            with urllib.request.urlopen(address, timeout=120) as answer:
                 assert answer.read().startswith(b"# ")
     names = server.get("/i18n")
     assert all(set(names[locale]["nodeDefs"]) >= {"AutoRefinerSampler"} for locale in ("en", "zh"))

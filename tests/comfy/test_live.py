@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -100,8 +101,13 @@ def test_an_interrupted_run_ends_its_worker(beside: torch.device) -> None:
     video = LiveVideo("3", "prompt", None)
 
     def slow(raw: Tensor) -> Tensor:
-        assert go.wait(10)
+        assert go.wait(60)
         return decoder(raw)
+
+    def leave() -> None:
+        while not one.closed:
+            time.sleep(0.01)
+        go.set()
 
     def announce(video: LiveVideo) -> None:
         if video.ended:
@@ -111,7 +117,7 @@ def test_an_interrupted_run_ends_its_worker(beside: torch.device) -> None:
     with pytest.raises(KeyboardInterrupt), Recorder(video, lambda: slow, announce, beside) as one:
         for level in LEVELS:
             one.add(CHUNK, latents(level))
-        threading.Timer(0.1, go.set).start()  # the first chunk is being decoded at the exit
+        threading.Thread(target=leave).start()  # the first chunk is being decoded at the exit
         raise KeyboardInterrupt
     assert not one.worker.is_alive() and decoder.calls <= 1 and ended == [video.key]
 
@@ -124,7 +130,7 @@ def test_an_interrupt_is_seen_while_the_last_chunks_are_decoded(beside: torch.de
         raise KeyboardInterrupt
 
     def slow(raw: Tensor) -> Tensor:
-        assert go.wait(10)
+        assert go.wait(60)
         return FakeDecoder()(raw)
 
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from comfy_graphs import node, of_kind, small
 from comfy_page import to_page
 from comfy_server import Server, find_comfyui, install_pack
 from demo_files import write_base
-from page_browser import LOCAL, Page, find_chromium, opened, quiet, set_setting
+from page_browser import LOCAL, Page, another, find_chromium, opened, quiet, set_setting
 from page_runs import picture
 
 pytestmark = [
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium"),
 ]
 SAMPLER, VIDEO = "AutoRefinerSampler", ".autorefiner-live-video"
+LONG = 4001  # frames: longer than a test takes
 LINE = ".autorefiner-live .autorefiner-status"
 # What is seen of the video at every event of a chunk: [chunk, chunks, time, whether it plays and
 # can be sought in].
@@ -125,17 +126,28 @@ def whole(page: Page, seconds: float) -> None:
 
 
 def seek(page: Page, seconds: float) -> None:
-    """Go to a time of the paused video."""
-    page.tab.evaluate(
-        """async ([selector, seconds]) => {
-            const video = document.querySelector(selector);
-            video.pause();
-            video.currentTime = seconds;
-            await new Promise((done) => video.addEventListener("seeked", done, { once: true }));
-            if (video.currentTime !== seconds || !video.videoWidth) throw new Error("not there");
-        }""",
-        [VIDEO, seconds],
+    """Pause the video, as its user does, at a time of it."""
+    page.until(
+        f"""(() => {{
+            const video = document.querySelector("{VIDEO}");
+            if (video.ended) {{  // it waits for more, and goes on by itself
+                video.currentTime = {seconds};
+                video.play();
+                return false;
+            }}
+            if (!video.paused) video.pause();
+            if (video.currentTime !== {seconds}) video.currentTime = {seconds};
+            return video.paused && !video.seeking && video.readyState > 1 && video.videoWidth > 0;
+        }})()"""
     )
+
+
+def stopped(page: Page, server: Server) -> float:
+    """Stop the run on the page; return the length of its video, in seconds."""
+    page.tab.click(".autorefiner-stop")
+    idle(server, page)
+    workflow = page.tab.evaluate("() => window.app.graph.id")
+    return server.get(f"/autorefiner/live?workflow={workflow}")["videos"][-1]["seconds"]
 
 
 def serialized(page: Page, server: Server) -> Path:
@@ -170,8 +182,7 @@ def test_a_run_with_a_video_changes_nothing_of_the_workflow(
     page.set(SAMPLER, control_after_generate="fixed")
     page.look_at(SAMPLER)
     page.tab.evaluate(ROOM)
-    page.tab.wait_for_timeout(500)
-    before = page.tab.evaluate(MARKS)
+    before = page.still(MARKS)
     page.queue()
     whole(page, 21 / 16)
     idle(open_server, page)
@@ -185,8 +196,7 @@ def test_a_run_with_a_video_changes_nothing_of_the_workflow(
 def reload(page: Page, path: Path) -> None:
     """Load the page again, and open a workflow."""
     page.tab.reload()
-    page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-    page.tab.wait_for_timeout(1500)
+    page.started()
     page.load(path)
     page.look_at(SAMPLER)
 
@@ -194,41 +204,30 @@ def reload(page: Page, path: Path) -> None:
 def test_a_page_that_is_loaded_again_gets_the_video_so_far_and_the_rest(
     page: Page, open_server: Server
 ) -> None:
-    begin(page, watched(open_server, length=321, seed=10 + len(page.name)))
+    begin(page, watched(open_server, length=LONG, seed=10 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     path = serialized(page, open_server)
     reload(page, path)
-    assert open_server.get("/queue")["queue_running"], "the run is over: make it longer"
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-    whole(page, 321 / 16)
-    idle(open_server, page)
+    assert open_server.get("/queue")["queue_running"]
+    seconds = stopped(page, open_server)
+    whole(page, seconds)
     reload(page, path)
-    whole(page, 321 / 16)
-
-
-def another(page: Page, address: str) -> Page:
-    """Open an address in a browser context of its own."""
-    tab = page.tab.context.browser.new_context().new_page()
-    tab.goto(address)
-    other = Page(tab, name=page.name)
-    other.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-    tab.wait_for_timeout(1500)
-    return other
+    whole(page, seconds)
 
 
 def test_two_browsers_play_the_same_run(page: Page, open_server: Server) -> None:
     begin(page, watched(open_server, length=69, seed=20 + len(page.name)))
     page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-    page.tab.evaluate("(selector) => document.querySelector(selector).pause()", VIDEO)
-    path = serialized(page, open_server)
-    other = another(page, page.tab.url)
-    other.load(path)
-    whole(other, 69 / 16)
-    whole(page, 69 / 16)
-    paused = [each.tab.evaluate(PAUSED, VIDEO) for each in (page, other)]
-    assert paused == [True, False]  # as its user left it
-    idle(open_server, page)
-    assert "4.3 s" in other.tab.inner_text(LINE) and "4.3 s" in page.tab.inner_text(LINE)
+    seek(page, 0.25)
+    with another(page, page.tab.url) as other:
+        other.load(serialized(page, open_server))
+        whole(other, 69 / 16)
+        whole(page, 69 / 16)
+        paused = [each.tab.evaluate(PAUSED, VIDEO) for each in (page, other)]
+        assert paused == [True, False]  # as its user left it
+        idle(open_server, page)
+        assert "4.3 s" in other.tab.inner_text(LINE) and "4.3 s" in page.tab.inner_text(LINE)
 
 
 @pytest.fixture
@@ -236,20 +235,18 @@ def closed_page(page: Page, server: Server) -> Iterator[Page]:
     """Open ComfyUI with --disable-api-nodes, whose page may play no media sources."""
     for name, value in quiet(page.name == "vue").items():
         set_setting(server, name, value)
-    other = another(page, f"{LOCAL}{server.port}")
-    other.tab.evaluate(LOADS)
-    yield other
-    idle(server, other)
-    other.tab.context.close()
+    with another(page, f"{LOCAL}{server.port}") as other:
+        other.tab.evaluate(LOADS)
+        yield other
+        idle(server, other)
 
 
 def test_a_page_that_forbids_media_sources_plays_it_too(closed_page: Page, server: Server) -> None:
-    begin(closed_page, watched(server, length=321, seed=30 + len(closed_page.name)))
-    closed_page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
-    assert server.get("/queue")["queue_running"], "the run is over: make it longer"
-    whole(closed_page, 321 / 16)
+    begin(closed_page, watched(server, length=LONG, seed=30 + len(closed_page.name)))
+    closed_page.until("window.loads.length > 1")
+    whole(closed_page, stopped(closed_page, server))
     loads = closed_page.tab.evaluate("() => window.loads")
-    assert loads and all(at > left - 0.01 for left, at in loads)  # it went on where it was
+    assert all(at > left - 0.01 for left, at in loads)  # it went on where it was
     closed_page.until(f"!document.querySelector('{VIDEO}').paused")
     seek(closed_page, 0.25)
 
@@ -257,11 +254,12 @@ def test_a_page_that_forbids_media_sources_plays_it_too(closed_page: Page, serve
 def test_a_page_that_forbids_media_sources_leaves_a_paused_video_paused(
     closed_page: Page, server: Server
 ) -> None:
-    begin(closed_page, watched(server, length=321, seed=50 + len(closed_page.name)))
+    begin(closed_page, watched(server, length=LONG, seed=50 + len(closed_page.name)))
     closed_page.until(f"document.querySelector('{VIDEO}')?.currentTime > 0")
     seek(closed_page, 0.25)
-    assert server.get("/queue")["queue_running"], "the run is over: make it longer"
-    whole(closed_page, 321 / 16)
+    seconds = closed_page.tab.evaluate(f"() => document.querySelector('{VIDEO}').duration")
+    closed_page.until(f"parseFloat(document.querySelector('{LINE}').textContent) > {seconds + 1}")
+    whole(closed_page, stopped(closed_page, server))
     assert closed_page.tab.evaluate(PAUSED, VIDEO)
     assert closed_page.tab.evaluate(f"() => document.querySelector('{VIDEO}').currentTime") == 0.25
 

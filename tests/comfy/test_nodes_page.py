@@ -28,6 +28,8 @@ SHOWN_TEXT = """(word) => {
     }
 }"""  # the element's text in which a word is shown
 
+HEIGHT = "() => document.querySelector('.autorefiner-screen').getBoundingClientRect().height"
+
 
 @pytest.fixture(scope="module", params=["standard", "vue"])
 def page(request, server: Server) -> Iterator[Page]:
@@ -147,6 +149,7 @@ def test_a_sampler_of_an_older_workflow_without_a_search_looks_like_a_new_one(
 
 def test_compare_videos_grows_with_its_node(page: Page) -> None:
     add(page, "AutoRefinerCompareVideos")
+    scale = page.tab.evaluate("() => window.app.canvas.ds.scale")
     heights = []
     for height in (400, 800):
         page.tab.evaluate(
@@ -157,11 +160,8 @@ def test_compare_videos_grows_with_its_node(page: Page) -> None:
             }""",
             height,
         )
-        page.tab.wait_for_timeout(500)
-        page.settle()
+        heights.append(page.still(HEIGHT))
         picture(page, f"compare-{height}")
-        heights.append(page.tab.locator(".autorefiner-screen").bounding_box()["height"])
-    scale = page.tab.evaluate("() => window.app.canvas.ds.scale")
     assert heights[1] - heights[0] > 0.9 * 400 * scale
 
 

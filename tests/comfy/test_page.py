@@ -78,7 +78,7 @@ def test_workflows_open_without_a_complaint(workflow: Path, page: Page) -> None:
     assert unclear(page, workflow) == []
     assert crossings(page) <= CROSSINGS.get(workflow.stem, 0)
     picture(page, workflow.stem)
-    sizes = page.tab.evaluate(SIZES)
+    sizes = page.still(SIZES)
     page.tab.evaluate(
         """([kinds, text]) => {
             const { api, graph } = window.app;
@@ -147,11 +147,11 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
             [kind, value],
         )
         page.settle()
-        page.tab.wait_for_timeout(300)
-        texts = page.tab.evaluate(
-            "() => [...document.querySelectorAll('.p-toast')].map((one) => one.innerText)"
+        page.tab.wait_for_timeout(0 if count else 300)
+        page.until(
+            "[...document.querySelectorAll('.p-toast')]"
+            f".filter((one) => one.innerText.includes('Load Refiner LoRA')).length === {count}"
         )
-        assert sum("Load Refiner LoRA" in text for text in texts) == count
     picture(page, "lora-notice")
     (server.base / "models" / "loras" / name).unlink()
 

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from comfy_server import PACK, find_comfyui
+from comfy_server import PACK, RUN_SECONDS, find_comfyui
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")]
 
@@ -16,7 +16,7 @@ def previews() -> dict:
     comfyui, python = find_comfyui()
     script = Path(__file__).with_name("inside_previews.py")
     command = [str(python), str(script), str(comfyui), str(PACK)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -83,15 +83,13 @@ def test_a_subgraph_that_is_used_twice_shows_the_run_that_began_last(
 
     page.tab.unroute("**/autorefiner/runs")
     page.tab.route("**/autorefiner/runs", answer)
-    with page.tab.expect_response("**/autorefiner/runs"):
-        page.tab.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
+    page.tab.evaluate("(graph) => window.app.loadGraphData(graph)", graph)
+    shown = """() => window.app.graph.nodes[0].subgraph?.nodes
+        .flatMap(({ widgets }) => widgets ?? [])
+        .find(({ name }) => name === "chunks").element.dataset.status"""
+    page.until(f"!['idle', undefined].includes(({shown})())")
     page.settle()
-    shown = page.tab.evaluate(
-        """() => window.app.graph.nodes[0].subgraph.nodes
-            .flatMap(({ widgets }) => widgets ?? [])
-            .find(({ name }) => name === "chunks").element.dataset.status"""
-    )
-    assert shown == "running"
+    assert page.tab.evaluate(shown) == "running"
     page.tab.unroute("**/autorefiner/runs")
 
 

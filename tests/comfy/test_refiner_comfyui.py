@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy_graphs import node, of_kind, small
 from comfy_runs import NEAR, custom
-from comfy_server import Server, find_comfyui
+from comfy_server import RUN_SECONDS, Server, find_comfyui
 from demo_files import STAND_IN, random_pairs, write_refiner
 from safetensors.torch import load_file, save_file
 
@@ -280,7 +280,7 @@ def inside(server: Server, weights: Path) -> dict:
     script = Path(__file__).with_name("inside_refiner.py")
     files = (weights / bundle.FILES["student"], weights / bundle.REFINERS["sprites"])
     command = [str(python), str(script), str(comfyui), str(pack), *map(str, files)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from comfy_graphs import WORKFLOWS, of_kind, small
 from comfy_graphs import node as graph_node
 from comfy_runs import NEAR, alone
 from comfy_server import Server, find_comfyui
-from page_browser import FINISHED, STATUS, Page, find_chromium, opened, set_setting
+from page_browser import FINISHED, STATUS, Page, another, find_chromium, opened, set_setting
 from page_runs import ended, finished, idle, of_class, picture, sampled, written
 from safetensors.torch import load_file
 
@@ -30,6 +29,10 @@ WIDGETS = """(kind) => {
     const node = window.app.graph.nodes.find((node) => node.comfyClass === kind);
     return Object.fromEntries(node.widgets.map(({ name, value }) => [name, value]));
 }"""
+STRIP = """(kind) => {
+    const node = window.app.graph.nodes.find((node) => node.comfyClass === kind);
+    return node.widgets.find(({ name }) => name === "chunks").element;
+}"""
 SIZE = "(kind) => [...window.app.graph.nodes.find((node) => node.comfyClass === kind).size]"
 
 
@@ -40,34 +43,14 @@ def page(request, server: Server) -> Iterator[Page]:
 
     with opened(server, request.param == "vue", prepare=persist) as page:
         page.name = request.param
-        page.tab.set_default_timeout(60_000)
         yield page
     set_setting(server, "Comfy.Workflow.Persist", False)
-
-
-@contextmanager
-def another(page: Page) -> Iterator[Page]:
-    """Open the page in a second browser."""
-    context = page.tab.context.browser.new_context(viewport=page.tab.viewport_size)
-    tab = context.new_page()
-    tab.set_default_timeout(60_000)
-    tab.goto(page.tab.url)
-    second = Page(tab, name=page.name)
-    started(second)
-    yield second
-    context.close()
-
-
-def started(page: Page) -> None:
-    """Wait until the page has started."""
-    page.until("window.app?.canvas && LiteGraph.registered_node_types.AutoRefinerSampler")
-    page.tab.wait_for_timeout(1000)
 
 
 def reload(page: Page) -> None:
     page.tab.wait_for_timeout(1500)  # the page saves its workflows now and then
     page.tab.reload()
-    started(page)
+    page.started()
     page.until("window.app.graph.nodes.some((node) => node.comfyClass === 'AutoRefinerSampler')")
     page.look_at(SAMPLER)
 
@@ -85,6 +68,7 @@ def open_run(page: Page, server: Server, name: str, **inputs: object) -> None:
         ".captureCanvasState()"
     )
     page.look_at(SAMPLER)
+    page.still(SIZE, SAMPLER)
     page.queue()
 
 
@@ -189,7 +173,7 @@ def test_chunks_are_rerolled_cut_and_added_from_the_strip(page: Page, server: Se
     assert tab.evaluate(SIZE, SAMPLER) == size  # or a run would be a step of undo
     tab.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
     assert widgets(page)["recipe"] == "keep 3" and tab.evaluate(MARKS)[1] == steps - 1
-    tab.wait_for_timeout(1000)  # the page shows the new node
+    page.until(f"({STRIP})('{SAMPLER}').isConnected")  # of the new node
     page.look_at(SAMPLER)
     tab.click(".autorefiner-foot >> text=Clear")
     page.until("!document.querySelector('.autorefiner-recipe').textContent")
@@ -252,7 +236,7 @@ def test_two_browsers_see_their_own_runs(page: Page, server: Server) -> None:
     path = sampled(server, "shared", length=81, seed=50 + len(page.name))
     graph = json.loads(path.read_text()) | {"id": f"0f0e0d0c-0000-4000-8000-{len(page.name):012}"}
     path.write_text(json.dumps(graph))
-    with another(page) as second:
+    with another(page, page.tab.url) as second:
         for each, length in ((page, 81), (second, 45)):
             each.load(path)
             each.look_at(SAMPLER)

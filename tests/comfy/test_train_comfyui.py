@@ -55,7 +55,7 @@ def test_it_trains_what_it_does_without_comfyui_and_its_losses_are_plotted(
 @pytest.mark.usefixtures("peft_inside")
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(server: Server) -> None:
     run = server.base / "output" / "autorefiner" / "stopped"
-    steps = 40  # long enough to be interrupted; the learning rate depends on the number of steps
+    steps = 120  # long enough to be interrupted; the learning rate depends on the number of steps
     prompt = server.queue(training(run="stopped", steps=steps, vae=None))
     end = time.monotonic() + 600
     while len(rows(run)) < 3 and not server.get(f"/history/{prompt}") and time.monotonic() < end:

@@ -1,6 +1,5 @@
 """Train Refiner LoRA without ComfyUI: what it trains and where, resuming, and refused input."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -144,7 +143,7 @@ def test_ctrl_c_ends_a_training_behind_its_step_and_the_second_one_at_once(
 
     def step(stage: RefinerStage, index: int) -> dict:
         for _ in range({1: 1, 2: 2}.get(index, 0)):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return own(stage, index)
 
     monkeypatch.setattr(RefinerStage, "step", step)
