@@ -147,11 +147,10 @@ def test_a_lora_loader_that_is_given_a_refiner_is_told(page: Page, server: Serve
             [kind, value],
         )
         page.settle()
-        page.tab.wait_for_timeout(0 if count else 300)
-        page.until(
-            "[...document.querySelectorAll('.p-toast')]"
-            f".filter((one) => one.innerText.includes('Load Refiner LoRA')).length === {count}"
-        )
+        page.tab.wait_for_timeout(300)
+        page.until(f"document.querySelectorAll('.p-toast-message').length >= {count}")
+        texts = page.tab.locator(".p-toast").all_inner_texts()
+        assert sum("Load Refiner LoRA" in text for text in texts) == count
     picture(page, "lora-notice")
     (server.base / "models" / "loras" / name).unlink()
 
